@@ -1,0 +1,93 @@
+"""The `pns` command. Nothing heavy is imported before the arguments and the configuration are known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pns import config as configuration
+from pns.errors import UserError
+
+STAGES = ("warm_start", "rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 on success, 2 for wrong use with one line on stderr, 130 after Ctrl-C; other errors keep their traceback."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.handler(options)
+    except UserError as error:
+        print(f"pns: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pns: interrupted; the same command continues from the last complete checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pns", description="Learn from plausible negative samples: reverse RL of a negative generator, then preference optimisation."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe's stages, or continue an interrupted run")
+    add_recipe(run)
+    run.add_argument("--from", dest="first", choices=STAGES, metavar="STAGE", help="run STAGE and all after it again (old output is set aside)")
+    run.add_argument("--until", dest="last", choices=STAGES, metavar="STAGE", help=f"stop after STAGE, one of: {', '.join(STAGES)}")
+    run.set_defaults(handler=run_recipe)
+
+    plan = commands.add_parser("plan", help="check a recipe and show its placement and stages; start nothing")
+    add_recipe(plan)
+    plan.set_defaults(handler=plan_recipe)
+
+    report = commands.add_parser("report", help="print a run's tables again and rebuild report.json and the plots")
+    report.add_argument("directory", type=Path, help="run directory, e.g. runs/tiny-qwen2")
+    report.set_defaults(handler=report_run)
+    return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a YAML file, e.g. recipes/tiny-qwen2.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration keys to change, e.g. rl.steps=10")
+
+
+def run_recipe(options: argparse.Namespace) -> None:
+    config = configuration.load(options.recipe, options.overrides)
+    if options.first and options.last and STAGES.index(options.first) > STAGES.index(options.last):
+        raise UserError(f"--from {options.first} comes after --until {options.last}: exchange them")
+    check_early(config)
+    from pns import driver
+
+    driver.run(config, options.first, options.last)
+
+
+def plan_recipe(options: argparse.Namespace) -> None:
+    config = configuration.load(options.recipe, options.overrides)
+    check_early(config)
+    from workers import placement
+
+    print(f"{options.recipe}: run directory {Path(config.runs) / config.name}, stages {' -> '.join(STAGES)}")
+    print(placement.table(config.placement))
+
+
+def check_early(config: configuration.Config) -> None:
+    """What needs no heavy import to be found wrong."""
+    from pns.preflight import check_models
+
+    check_models(config)
+
+
+def report_run(options: argparse.Namespace) -> None:
+    if not (options.directory / "config.yaml").is_file():
+        raise UserError(f"{options.directory} is not a run directory (no config.yaml); name one like runs/tiny-qwen2")
+    from pns.run.directory import RunDirectory
+    from pns.run.report import write_report
+
+    write_report(RunDirectory(options.directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,438 @@
+"""The schema: every key, its default, its unit and its meaning. A recipe holds only what differs from it.
+
+`load(path, overrides)` merges schema < recipe < `key=value` overrides and returns a plain, checked `Config`. Everything that can be
+wrong without looking at the cluster is said here, in one line, before anything starts. No heavy import: errors answer within a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from pns.errors import UserError
+
+
+class DataSource(Enum):
+    tiny = "tiny"
+    jsonl = "jsonl"
+
+
+class Engine(Enum):
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class GeneratorStart(Enum):
+    backbone = "backbone"
+    target = "target"
+    path = "path"
+
+
+class MarginMask(Enum):
+    completion = "completion"
+    first_wrong_step = "first_wrong_step"
+    first_divergent_token = "first_divergent_token"
+
+
+@dataclass
+class TinyData:
+    """Sizes of the tiny world's splits, in problems; the splits are disjoint by construction."""
+
+    num_train: int = 2000
+    num_preference: int = 500
+    num_reward: int = 500
+    num_test_per_suite: int = 100
+
+
+@dataclass
+class JsonlData:
+    """Local files, one JSON object a line with `problem`, `answer` and optional `id`, `solution` (`.jsonl` or `.jsonl.gz`)."""
+
+    train: str = ""
+    reward: str = ""  # problems of the reward models; empty: `train`
+    preference: str = ""  # problems of synthesis and pairing; empty: `train`
+    suites: dict[str, str] = field(default_factory=dict)  # suite name -> file
+    limit: int = 0  # at most this many problems of every file; 0: all
+
+
+@dataclass
+class Data:
+    source: DataSource = DataSource.tiny
+    tiny: TinyData = field(default_factory=TinyData)
+    jsonl: JsonlData = field(default_factory=JsonlData)
+    system_prompt: str = ""  # system turn put before every problem; empty: none
+    instruction: str = ""  # text appended to every problem in the user turn; empty: none
+    assistant_prefix: str = ""  # text the completion is made to begin with (part of the prompt)
+    max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
+
+
+@dataclass
+class Models:
+    """Directories of Hugging Face checkpoints (safetensors) or Hub ids."""
+
+    backbone: str = ""  # the target to be improved
+    generator: str = ""  # start of the generator when `reverse_rl.start` is `path`
+    reward_model: str = ""  # initial weights of the reward models; empty: the backbone's
+    judge: str = ""
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Pool:
+    """Where a role runs: `replicas` processes, each with `gpus` (fractions share a device) and `cpus`."""
+
+    replicas: int = 1
+    gpus: float = 1.0
+    cpus: float = 1.0
+
+
+@dataclass
+class Placement:
+    device: Device = Device.auto  # auto: cuda where the cluster offers GPUs, else cpu
+    rollout: Pool = field(default_factory=Pool)
+    policy: Pool = field(default_factory=Pool)  # replicas = FSDP ranks
+    reward_model: Pool = field(default_factory=Pool)
+    judge: Pool = field(default_factory=Pool)
+    verifier_processes: int = 2
+    start_timeout_seconds: float = 600.0  # how long actors may take to come up before the run stops and says what it waits for
+
+
+@dataclass
+class RolloutEngine:
+    engine: Engine = Engine.vllm
+    max_new_tokens: int = 2048
+    max_batch: int = 256  # sequences decoded at once per replica
+    memory_fraction: float = 0.85  # of the GPU, for vLLM's weights and cache
+    kv_cache_gib: float = 0.25  # vLLM's cache on CPU
+
+
+@dataclass
+class Policy:
+    max_tokens_per_micro_batch: int = 16384  # per rank; a packed token budget, prompt and completion together
+    dtype: str = "bfloat16"  # compute dtype on GPU: bfloat16 or float32; master weights are float32, and CPU always computes in float32
+    gradient_checkpointing: bool = True
+    attention: str = "auto"  # auto: flash_attention_2 where it is installed and the device is cuda, else sdpa
+
+
+@dataclass
+class Optimizer:
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant or cosine (to 0 over the stage's steps)
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+
+@dataclass
+class WarmStart:
+    """Supervised start of a tiny backbone (or of the judge) on the tiny world. `steps: 0`: the model of `models.backbone` is used as it is."""
+
+    steps: int = 0
+    task: str = "solve"  # solve: solutions of problems; judge: the checker's rubric labels
+    architecture: str = "qwen2"  # qwen2, llama or qwen3
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    feed_forward_size: int = 384
+    init_std: float = 0.06
+    tie_embeddings: bool = True
+    batch_size: int = 32
+    curriculum_steps: int = 400  # training steps on problems of one or two solution steps before all of them come
+    samples_from: str = ""  # task judge: a model whose samples are graded, beside made-up errors
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=2e-3, warmup_steps=50, schedule="cosine"))
+
+
+@dataclass
+class Grpo:
+    """Group-relative policy optimisation (arXiv 2402.03300) with clip-higher and token-level aggregation (arXiv 2503.14476)."""
+
+    steps: int = 100
+    problems_per_step: int = 24
+    completions_per_problem: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coefficient: float = 1e-3  # k3 estimate against the stage's starting policy
+    normalise_by_std: bool = True  # False: Dr. GRPO (arXiv 2503.20783)
+    updates_per_step: int = 1  # optimizer steps on each batch of rollouts
+    checkpoint_every: int = 20
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass
+class ReverseRl(Grpo):
+    start: GeneratorStart = GeneratorStart.target
+    stop_wrong_rate: float = 0.9  # stop early at this share of wrong completions ...
+    stop_format_rate: float = 0.95  # ... with at least this share well-formed ...
+    stop_patience: int = 10  # ... when the mean plausibility has not risen for this many steps; 0: run all steps
+    max_hold_wrong_rate: float = 1.0  # stop at once when the wrong rate reaches this (a KL-anchored generator near the target); 1: never
+
+
+@dataclass
+class RewardWeights:
+    wrong: float = 0.5
+    reward_model: float = 0.25
+    judge: float = 0.25
+
+
+@dataclass
+class RewardConfig:
+    """METHOD's composite reward of reverse RL."""
+
+    weights: RewardWeights = field(default_factory=RewardWeights)
+    malformed: float = -1.0
+    correct: float = 0.0
+    gated: bool = True  # False: additive form, for the ablation
+    max_masked_fraction: float = 0.2  # of one step's completions; above it the run stops
+    deadline_seconds: float = 120.0  # after it a reward-model or judge term is missing
+    verify_seconds: float = 5.0  # limit of one verification, from the start of its work
+
+
+@dataclass
+class RewardModelStage:
+    steps: int = 60
+    pairs_per_step: int = 16
+    samples_per_problem: int = 8
+    temperature: float = 1.0
+    centre: float = 0.01  # lambda of (r_w + r_l)^2
+    max_length_ratio: float = 1.5
+    held_out_fraction: float = 0.1  # of the problems, for pairwise accuracy and calibration
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, warmup_steps=5))
+
+
+@dataclass
+class Synthesize:
+    samples_per_problem: int = 4
+    temperature: float = 1.0
+    min_plausibility_quantile: float = 0.0  # negatives below it are dropped
+    drop_box_only_flips: bool = True
+
+
+@dataclass
+class PairStage:
+    samples_per_problem: int = 8  # of the RL-trained backbone, for the chosen side
+    temperature: float = 1.0
+    max_length_ratio: float = 2.0
+    pairs_per_problem: int = 1
+    balance_flow: bool = False  # keep as many (right, wrong) as (wrong, right) token flows at the first divergence
+    max_log_prob_gap: float = 0.0  # drop a negative whose mean log-probability under the target is lower than the chosen's by more; 0: off
+
+
+@dataclass
+class Preference:
+    """Direct preference optimisation (arXiv 2305.18290); reference = the starting backbone, its log-probabilities computed once."""
+
+    steps: int = 30
+    pairs_per_step: int = 32
+    beta: float = 0.1
+    nll_weight: float = 0.0  # RPO: alpha times the length-normalised NLL of the chosen side (arXiv 2404.19733)
+    label_smoothing: float = 0.0  # cDPO
+    margin: MarginMask = MarginMask.completion
+    checkpoint_every: int = 20
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-7, warmup_steps=5))
+
+
+@dataclass
+class Evaluate:
+    temperature: float = 0.0
+    samples_per_problem: int = 1
+    generator_samples: int = 512  # completions of the generator before and after reverse RL, at temperature 1
+    generator_temperature: float = 1.0
+
+
+@dataclass
+class Tracking:
+    """Metrics go to `metrics.jsonl` always, and to these backends of verl's `Tracking`: tensorboard, wandb, mlflow, trackio."""
+
+    backends: list[str] = field(default_factory=list)
+    project: str = "pns"
+
+
+@dataclass
+class Config:
+    name: str = ""  # of the run; empty: the recipe's file name
+    runs: str = "runs"  # the run directory is <runs>/<name>
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    models: Models = field(default_factory=Models)
+    placement: Placement = field(default_factory=Placement)
+    rollout: RolloutEngine = field(default_factory=RolloutEngine)
+    policy: Policy = field(default_factory=Policy)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    rl: Grpo = field(default_factory=Grpo)
+    reward_model: RewardModelStage = field(default_factory=RewardModelStage)
+    reverse_rl: ReverseRl = field(default_factory=ReverseRl)
+    synthesize: Synthesize = field(default_factory=Synthesize)
+    pair: PairStage = field(default_factory=PairStage)
+    preference: Preference = field(default_factory=Preference)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read the recipe at `path`, apply `key=value` overrides, check it. Raises UserError with key, value and the way out."""
+    recipe = Path(path)
+    if not recipe.is_file():
+        near = sorted(str(p) for p in recipe.parent.glob("*.yaml")) if recipe.parent.is_dir() else []
+        raise UserError(f"recipe {recipe} does not exist" + (f"; there are: {', '.join(near)}" if near else ""))
+    schema = OmegaConf.structured(Config)
+    try:
+        loaded = OmegaConf.load(recipe)
+    except Exception as error:  # yaml raises several unrelated classes
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        merged = OmegaConf.merge(schema, loaded)
+        for override in overrides or []:
+            if "=" not in override:
+                raise UserError(f"override {override!r} is not of the form key=value")
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        config = cast(Config, OmegaConf.to_object(merged))
+    except ConfigKeyError as error:
+        raise UserError(_unknown_key(error, recipe)) from error
+    except ValidationError as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]} (in {recipe} or an override)") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{recipe}: {str(error).splitlines()[0]}") from error
+    if not config.name:
+        config.name = recipe.stem
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Cross-field checks. Raises UserError."""
+    if "/" in config.name or config.name in (".", ".."):
+        raise UserError(f"name: {config.name!r} is not a directory name; choose one without slashes")
+    _require_positive(config)
+    for key, value in _items(config):
+        last = key.rsplit(".", 1)[-1]
+        if last in _FRACTIONS and not 0 <= value <= 1:
+            raise UserError(f"{key}: {value} is outside [0, 1]")
+        if last in _NON_NEGATIVE and value < 0:
+            raise UserError(f"{key}: {value} is negative; use 0 or more")
+    if config.policy.dtype not in ("bfloat16", "float32"):
+        raise UserError(f"policy.dtype: {config.policy.dtype!r} is not one of bfloat16, float32")
+    for key, value in _items(config):
+        if key.endswith(".schedule") and value not in ("constant", "cosine"):
+            raise UserError(f"{key}: {value!r} is not one of constant, cosine")
+    if config.warm_start.architecture not in ("qwen2", "llama", "qwen3"):
+        raise UserError(f"warm_start.architecture: {config.warm_start.architecture!r} is not one of qwen2, llama, qwen3")
+    if config.warm_start.task not in ("solve", "judge"):
+        raise UserError(f"warm_start.task: {config.warm_start.task!r} is not one of solve, judge")
+    if config.warm_start.steps == 0 and not config.models.backbone:
+        raise UserError("models.backbone is empty and warm_start.steps is 0: name a model, or train one with warm_start.steps=N")
+    if config.warm_start.steps and config.data.source is not DataSource.tiny:
+        raise UserError("warm_start.steps: a warm start is made on the tiny world only; set data.source=tiny or warm_start.steps=0")
+    if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
+        raise UserError("reverse_rl.start is path and models.generator is empty: name the generator's model")
+    for name in ("rl", "reverse_rl"):
+        stage: Grpo = getattr(config, name)
+        if stage.completions_per_problem < 2:
+            raise UserError(f"{name}.completions_per_problem: {stage.completions_per_problem}; a group needs at least 2")
+    ranks = config.placement.policy.replicas
+    for key, rows in (
+        ("rl.problems_per_step x completions_per_problem", config.rl.problems_per_step * config.rl.completions_per_problem),
+        (
+            "reverse_rl.problems_per_step x completions_per_problem",
+            config.reverse_rl.problems_per_step * config.reverse_rl.completions_per_problem,
+        ),
+        ("reward_model.pairs_per_step", config.reward_model.pairs_per_step),
+        ("preference.pairs_per_step", config.preference.pairs_per_step),
+    ):
+        if rows % ranks:
+            raise UserError(f"{key} is {rows}, not a multiple of placement.policy.replicas = {ranks}: change one of them")
+    if config.data.source is DataSource.jsonl:
+        for key in ("train", "reward", "preference"):
+            path = getattr(config.data.jsonl, key)
+            if (path or key == "train") and not Path(path).is_file():
+                raise UserError(f"data.jsonl.{key}: {path!r} is not a file")
+        if not config.data.jsonl.suites:
+            raise UserError("data.jsonl.suites is empty: name at least one suite, e.g. data.jsonl.suites.math500=FILE")
+        for suite, path in config.data.jsonl.suites.items():
+            if not Path(path).is_file():
+                raise UserError(f"data.jsonl.suites.{suite}: {path!r} is not a file")
+
+
+_FRACTIONS = {
+    "memory_fraction",
+    "max_masked_fraction",
+    "held_out_fraction",
+    "top_p",
+    "label_smoothing",
+    "min_plausibility_quantile",
+    "stop_wrong_rate",
+    "stop_format_rate",
+    "max_hold_wrong_rate",
+}
+_NON_NEGATIVE = {"kl_coefficient", "learning_rate", "temperature", "nll_weight", "centre", "warmup_steps", "limit", "gpus", "cpus"}
+_POSITIVE = {
+    "replicas",
+    "steps",
+    "problems_per_step",
+    "pairs_per_step",
+    "samples_per_problem",
+    "batch_size",
+    "max_new_tokens",
+    "max_batch",
+    "max_prompt_tokens",
+    "max_tokens_per_micro_batch",
+    "checkpoint_every",
+    "updates_per_step",
+    "pairs_per_problem",
+    "verifier_processes",
+    "num_train",
+    "num_preference",
+    "num_reward",
+    "num_test_per_suite",
+    "beta",
+    "deadline_seconds",
+    "verify_seconds",
+    "start_timeout_seconds",
+}
+
+
+def _require_positive(config: Config) -> None:
+    for key, value in _items(config):
+        if key.rsplit(".", 1)[-1] in _POSITIVE and key != "warm_start.steps" and value <= 0:
+            raise UserError(f"{key}: {value} must be greater than 0")
+    if config.warm_start.steps < 0:
+        raise UserError(f"warm_start.steps: {config.warm_start.steps} is negative; 0 uses models.backbone as it is")
+
+
+def _items(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for f in fields(section):
+        value = getattr(section, f.name)
+        key = f"{prefix}{f.name}"
+        found += _items(value, key + ".") if is_dataclass(value) else [(key, value)]
+    return found
+
+
+def _unknown_key(error: ConfigKeyError, recipe: Path) -> str:
+    key = error.full_key or str(error.key)
+    known = [name for name, _ in _items(Config())]
+    sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2)}
+    near = difflib.get_close_matches(key, known + sorted(sections), n=1)
+    return f"{key}: unknown key (in {recipe} or an override)" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain YAML/JSON values."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True))

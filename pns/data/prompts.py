@@ -1,0 +1,50 @@
+"""Problems to token ids through the model's own chat template, and token ids back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pns.config import Data
+from pns.records import Problem
+
+
+class Prompts:
+    """Renders problems with a tokenizer's chat template.
+
+    The prompt is [system turn] + user turn (problem and `data.instruction`) + generation prompt + `data.assistant_prefix`.
+    """
+
+    def __init__(self, tokenizer: Any, data: Data) -> None:
+        self.tokenizer = tokenizer
+        self._data = data
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The conversation before the assistant's turn."""
+        system = [{"role": "system", "content": self._data.system_prompt}] if self._data.system_prompt else []
+        return [*system, {"role": "user", "content": problem.prompt + self._data.instruction}]
+
+    def encode(self, problem: Problem) -> tuple[int, ...]:
+        """Prompt ids (T,)."""
+        text = self.tokenizer.apply_chat_template(self.messages(problem), add_generation_prompt=True, tokenize=False)
+        return tuple(self.tokenizer.encode(text + self._data.assistant_prefix, add_special_tokens=False))
+
+    def encode_completion(self, text: str) -> tuple[int, ...]:
+        """Completion ids (T,) with the end token."""
+        return (*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of completion ids, without the end token and other special tokens, with `data.assistant_prefix` before it."""
+        return self._data.assistant_prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def fitting(self, problems: list[Problem]) -> tuple[list[Problem], int]:
+        """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not."""
+        kept = [problem for problem in problems if len(self.encode(problem)) <= self._data.max_prompt_tokens]
+        return kept, len(problems) - len(kept)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory or Hub id."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -1,0 +1,59 @@
+"""What can be wrong with the inputs, found before any actor starts: models, tokenizers and data. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pns.config import Config, GeneratorStart
+from pns.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_models(config: Config) -> None:
+    """Every named model is a directory with a config, weights and a tokenizer of the model's vocabulary size, or a Hub id.
+
+    Raises UserError.
+    """
+    named = {"models.judge": config.models.judge}
+    if not config.warm_start.steps:
+        named["models.backbone"] = config.models.backbone
+    elif config.warm_start.task == "judge":
+        named = {"warm_start.samples_from": config.warm_start.samples_from}
+    if config.models.reward_model:
+        named["models.reward_model"] = config.models.reward_model
+    if config.reverse_rl.start is GeneratorStart.path:
+        named["models.generator"] = config.models.generator
+    for key, value in named.items():
+        check_model(key, value)
+
+
+def check_model(key: str, value: str) -> None:
+    """One model directory or Hub id, named by the configuration's `key`. Raises UserError."""
+    path = Path(value)
+    if not value:
+        raise UserError(f"{key} is empty: name a model directory or a Hub id")
+    if not path.exists():
+        if HUB_ID.fullmatch(value) and not path.parent.is_dir():
+            return
+        raise UserError(f"{key}: {value} does not exist; name a model directory or a Hub id (owner/name)")
+    config_file, tokenizer_file = path / "config.json", path / "tokenizer.json"
+    if not config_file.is_file():
+        raise UserError(f"{key}: {value} has no config.json; name a directory saved by save_pretrained")
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"{key}: {value} has no *.safetensors; save the model with safe_serialization")
+    if not tokenizer_file.is_file():
+        raise UserError(f"{key}: {value} has no tokenizer.json; save the tokenizer beside the model")
+    model = json.loads(config_file.read_text(encoding="utf-8"))
+    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
+    ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+    size = max(ids, default=-1) + 1
+    if size > model.get("vocab_size", 0):
+        raise UserError(
+            f"{key}: {value} has a tokenizer of {size} tokens and a model of {model.get('vocab_size')}; "
+            "resize the model's embeddings or use the model's own tokenizer"
+        )

@@ -1,0 +1,133 @@
+"""What the stages hand to each other: frozen records, each with one JSON form.
+
+Axes used in names throughout the project: `_P` problems, `_G` completions of one problem, `_B` rows of a batch, `_T` tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Verdict(Enum):
+    """What a verifier says of a final answer. UNVERIFIED is neither correct nor wrong: it is never turned into a number."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNVERIFIED = "unverified"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its gold answer.
+
+    `prompt` is the plain problem text (no chat template), `answer` the gold final answer as the source spells it,
+    `suite` the benchmark or suite it belongs to, `solution` a worked solution where the source has one.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    suite: str = ""
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion. `token_ids` (T,) include the end token when `finish_reason` is "stop"; `text` is their
+    decoding without special tokens; `log_probs` (T,) are natural-log probabilities of the sampled tokens at temperature 1
+    under the weights of `weights_version`."""
+
+    id: str
+    problem_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: str
+    weights_version: int = 0
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One completion's reward with every unweighted term (METHOD: composite reward of reverse RL).
+
+    `value` is None when the completion is masked: no reward, no gradient, counted. `plausibility` is sigmoid(r) in (0, 1),
+    `coherence` the rubric sum / 12 in [0, 1]; None where the term was not asked for or could not be computed. `missing` maps the
+    name of each term that was needed and failed to its cause.
+    """
+
+    value: float | None
+    format_ok: bool
+    verdict: Verdict
+    plausibility: float | None = None
+    coherence: float | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def masked(self) -> bool:
+        return self.value is None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion with its reward: what is kept of every sample, so that rewards can be recomputed and audited."""
+
+    step: int
+    problem: Problem
+    completion: Completion
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """chosen and rejected completions (texts without the end token) of one problem. `margin_end` is the number of leading characters of
+    `rejected` that take part in the margin (None = all of it)."""
+
+    problem_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    source: str = "pns"
+    margin_end: int | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in [0, 1] with a 95 % Wilson interval [low, high] over n problems."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+
+def to_json(record: Any) -> Any:
+    """The record as JSON values (dict, list, str, number, None); the inverse for a known class is `from_json`."""
+    if isinstance(record, Enum):
+        return record.value
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, dict):
+        return {key: to_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_json(value) for value in record]
+    return record
+
+
+def from_json(cls: type, value: dict[str, Any]) -> Any:
+    """Build a record of class `cls` from `to_json`'s form. Raises TypeError for unknown or missing fields."""
+    converted: dict[str, Any] = {}
+    for key, item in value.items():
+        if cls is Rollout and key in _NESTED:
+            item = from_json(_NESTED[key], item)
+        elif key == "verdict":
+            item = Verdict(item)
+        elif isinstance(item, list):
+            item = tuple(item)
+        converted[key] = item
+    return cls(**converted)
+
+
+_NESTED: dict[str, type] = {"problem": Problem, "completion": Completion, "reward": Reward}

@@ -1,0 +1,40 @@
+"""What a stage is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pns.config import Config
+from pns.data.problems import ProblemSets
+from pns.data.prompts import Prompts
+from pns.records import Problem
+from pns.run.directory import RunDirectory
+from pns.run.tracking import Tracker
+from workers.fleet import Fleet
+
+
+@dataclass
+class Context:
+    """The run: its configuration, directory, actors, problems and prompts, and where metrics go."""
+
+    config: Config
+    run: RunDirectory
+    fleet: Fleet
+    problems: ProblemSets
+    prompts: Prompts
+    track: Tracker
+
+
+def draw(problems: list[Problem], num: int, step: int, seed: int) -> list[Problem]:
+    """The problems of one training step: consecutive slices of a fresh shuffle per epoch, a function of (seed, step) alone, so that a
+    resumed stage neither skips nor repeats one."""
+    picked: list[Problem] = []
+    orders: dict[int, np.ndarray] = {}
+    for index in range(step * num, (step + 1) * num):
+        epoch, place = divmod(index, len(problems))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(problems))
+        picked.append(problems[orders[epoch][place]])
+    return picked

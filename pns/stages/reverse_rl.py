@@ -1,0 +1,86 @@
+"""Reverse RL: the generator learns to write solutions that look right and end wrong (METHOD 1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pns.algo.negatives import degeneration
+from pns.config import DataSource, ReverseRl
+from pns.data import tiny_world
+from pns.records import Problem, Rollout, Verdict
+from pns.run.directory import write_json
+from pns.stages import grpo
+from pns.stages.context import Context
+from pns.stages.models import generator, generator_start, reward_model
+from pns.stages.scoring import RewardKind, roll_out
+from workers.rollout import Sampling
+
+
+def run(ctx: Context) -> None:
+    """Writes `reverse_rl/model`, `reverse_rl/rollouts.jsonl` and `reverse_rl/generator.json` (the generator before and after)."""
+    settings = ctx.config.reverse_rl
+    ctx.fleet.reward_model.load(reward_model(ctx))
+    problems, too_long = ctx.prompts.fitting(ctx.problems.train)
+    before_file = ctx.run.stage_dir("reverse_rl") / "before.json"
+    if not before_file.exists():
+        write_json(before_file, measure(ctx, generator_start(ctx), problems, "before"))
+    describe = checked_degeneration if ctx.config.data.source is DataSource.tiny else degeneration
+    grpo.train(ctx, "reverse_rl", settings, generator_start(ctx), problems, RewardKind.COMPOSITE, describe, StopRule(settings))
+    after = measure(ctx, generator(ctx), problems, "after")
+    write_json(ctx.run.stage_dir("reverse_rl") / "generator.json", {"before": ctx.run.read_json(before_file), "after": after})
+    ctx.run.count("reverse_rl", prompts_too_long=too_long)
+
+
+class StopRule:
+    """METHOD: stop when the wrong rate and the format rate are reached and plausibility no longer rises."""
+
+    def __init__(self, settings: ReverseRl) -> None:
+        self._settings = settings
+        self._best = float("-inf")
+        self._since = 0
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> bool:
+        s = self._settings
+        if metrics["wrong_rate"] >= s.max_hold_wrong_rate:
+            return True
+        if metrics["wrong_rate"] < s.stop_wrong_rate or metrics["format_rate"] < s.stop_format_rate or not s.stop_patience:
+            return False
+        if metrics["reward_model_mean"] > self._best:
+            self._best, self._since = metrics["reward_model_mean"], 0
+        else:
+            self._since += 1
+        return self._since >= s.stop_patience
+
+
+def measure(ctx: Context, model: str, problems: list[Problem], when: str) -> dict[str, float]:
+    """The generator's rates and scores on `evaluate.generator_samples` completions of preference problems, one a problem."""
+    ctx.fleet.rollout.load(model)
+    num = ctx.config.evaluate.generator_samples
+    pool, _ = ctx.prompts.fitting(ctx.problems.preference)
+    repeats = -(-num // len(pool))
+    rollouts = roll_out(
+        ctx.fleet,
+        ctx.prompts,
+        pool[:num],
+        repeats,
+        Sampling(ctx.config.evaluate.generator_temperature, 1.0, ctx.config.rollout.max_new_tokens),
+        ctx.config.reward,
+        RewardKind.COMPOSITE,
+        -1,
+        (ctx.config.seed, "generator"),
+    )
+    figures = checked_degeneration(rollouts) if ctx.config.data.source is DataSource.tiny else degeneration(rollouts)
+    return {**figures, "num_completions": float(len(rollouts))}
+
+
+def checked_degeneration(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`degeneration` with what only a checker knows: the share of wrong well-formed completions that have a single error."""
+    wrong = [r for r in rollouts if r.reward.format_ok and r.reward.verdict is Verdict.WRONG]
+    checks = [tiny_world.check(r.problem, r.completion.text) for r in wrong]
+    rubrics = [sum(tiny_world.rubric(r.problem, r.completion.text)) / 12 for r in wrong]
+    share = sum(c.single_error for c in checks) / len(checks) if checks else float("nan")
+    return {
+        **degeneration(rollouts),
+        "single_error_share": share,
+        "checker_rubric_mean": sum(rubrics) / len(rubrics) if rubrics else float("nan"),
+    }

@@ -1,0 +1,99 @@
+"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of the RL-trained backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pns.algo.metrics import expected_calibration_error
+from pns.algo.pairs import length_matched_pairs
+from pns.errors import UserError
+from pns.records import PreferencePair, Problem, Rollout, Verdict
+from pns.run.directory import write_json, write_jsonl
+from pns.stages.context import Context, draw
+from pns.stages.models import target
+from pns.stages.scoring import RewardKind, roll_out, sigmoid, stable_seed
+from workers.policy import Batch, BradleyTerryLoss
+from workers.rollout import Sampling
+
+
+def run(ctx: Context) -> None:
+    """Writes `reward_model/{main,held_out}` (models), `pairs.jsonl` and `quality.json` (pairwise accuracy, calibration)."""
+    settings, directory = ctx.config.reward_model, ctx.run.stage_dir("reward_model")
+    problems, too_long = ctx.prompts.fitting(ctx.problems.reward)
+    pairs = sample_pairs(ctx, problems)
+    write_jsonl(directory / "pairs.jsonl", pairs)
+    # The two models see disjoint problems: the held-out one measures what the other may have been hacked by.
+    order = [problems[i].id for i in np.random.default_rng(ctx.config.seed).permutation(len(problems))]
+    halves = {"main": set(order[::2]), "held_out": set(order[1::2])}
+    quality = {}
+    for index, (which, own) in enumerate(halves.items()):
+        if (directory / which / "config.json").exists():
+            quality[which] = ctx.run.read_json(directory / f"{which}.json")
+            continue
+        quality[which] = train_one(ctx, which, index, [pair for pair in pairs if pair.problem_id in own])
+        write_json(directory / f"{which}.json", quality[which])
+    write_json(directory / "quality.json", quality)
+    ctx.run.count("reward_model", pairs=len(pairs), prompts_too_long=too_long, samples=len(problems) * settings.samples_per_problem)
+
+
+def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
+    """(correct, incorrect) completions of the RL-trained backbone, matched in length, one pair a problem where there is one."""
+    settings = ctx.config.reward_model
+    ctx.fleet.rollout.load(target(ctx))
+    rollouts = roll_out(
+        ctx.fleet,
+        ctx.prompts,
+        problems,
+        settings.samples_per_problem,
+        Sampling(settings.temperature, 1.0, ctx.config.rollout.max_new_tokens),
+        ctx.config.reward,
+        RewardKind.CORRECTNESS,
+        0,
+        (ctx.config.seed, "reward_model"),
+    )
+    return length_matched_pairs(by_verdict(rollouts, Verdict.CORRECT), by_verdict(rollouts, Verdict.WRONG), settings.max_length_ratio)
+
+
+def by_verdict(rollouts: Sequence[Rollout], verdict: Verdict) -> list[Rollout]:
+    """The well-formed rollouts of that verdict."""
+    return [r for r in rollouts if r.reward.format_ok and r.reward.verdict is verdict]
+
+
+def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair]) -> dict[str, float]:
+    """Train one reward model, export it, and return its quality on the held-out problems."""
+    settings, policy, seed = ctx.config.reward_model, ctx.fleet.policy, stable_seed(ctx.config.seed, which)
+    num_held_out = round(len(pairs) * settings.held_out_fraction)
+    held_out, training = pairs[:num_held_out], pairs[num_held_out:]
+    if not training:
+        raise UserError(f"reward_model: no (correct, incorrect) pairs for the {which} model; raise reward_model.samples_per_problem")
+    by_id = {problem.id: problem for problem in ctx.problems.reward}
+    policy.load(ctx.config.models.reward_model or target(ctx), "score", settings.optimizer, settings.steps, seed)
+    stage = "reward_model" if index == 0 else "reward_model_held_out"
+    ctx.track.begin(stage, settings.steps, 0)
+    for step in range(settings.steps):
+        rows = draw(training, settings.pairs_per_step, step, seed)
+        ctx.track.log(step, policy.train_step(pair_batch(ctx, by_id, rows), BradleyTerryLoss(settings.centre)))
+    ctx.track.end()
+    quality = {"training_pairs": float(len(training)), "held_out_pairs": float(len(held_out))}
+    if held_out:
+        scores = np.array(policy.scores(pair_batch(ctx, by_id, held_out))).reshape(-1, 2)
+        probabilities = np.array([sigmoid(margin) for margin in scores[:, 0] - scores[:, 1]])
+        quality |= {
+            "pairwise_accuracy": float((scores[:, 0] > scores[:, 1]).mean()),
+            "calibration_error": expected_calibration_error(probabilities, np.ones(len(probabilities))),
+            "chosen_mean": float(scores[:, 0].mean()),
+            "rejected_mean": float(scores[:, 1].mean()),
+        }
+    policy.export(ctx.run.stage_dir("reward_model") / which)
+    return quality
+
+
+def pair_batch(ctx: Context, by_id: dict[str, Problem], pairs: Sequence[PreferencePair]) -> Batch:
+    """Rows chosen, rejected, chosen, rejected, ..."""
+    prompts = [ctx.prompts.encode(by_id[pair.problem_id]) for pair in pairs]
+    return Batch(
+        prompt_ids=[prompt for prompt in prompts for _ in range(2)],
+        completion_ids=[ctx.prompts.encode_completion(text) for pair in pairs for text in (pair.chosen, pair.rejected)],
+    )

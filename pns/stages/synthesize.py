@@ -1,0 +1,41 @@
+"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they are wrong (METHOD 1.3)."""
+
+from __future__ import annotations
+
+from pns.algo.negatives import filter_negatives
+from pns.errors import UserError
+from pns.records import to_json
+from pns.run.directory import write_json, write_jsonl
+from pns.stages.context import Context
+from pns.stages.models import generator, reward_model
+from pns.stages.scoring import RewardKind, roll_out
+from workers.rollout import Sampling
+
+
+def run(ctx: Context) -> None:
+    """Writes `synthesize/rollouts.jsonl` (every sample), `negatives.jsonl` (the kept) and `counts.json` (why the others were dropped)."""
+    settings, directory = ctx.config.synthesize, ctx.run.stage_dir("synthesize")
+    problems, too_long = ctx.prompts.fitting(ctx.problems.preference)
+    ctx.track.begin("synthesize", 1, 0)
+    ctx.fleet.reward_model.load(reward_model(ctx))
+    ctx.fleet.rollout.load(generator(ctx))
+    rollouts = roll_out(
+        ctx.fleet,
+        ctx.prompts,
+        problems,
+        settings.samples_per_problem,
+        Sampling(settings.temperature, 1.0, ctx.config.rollout.max_new_tokens),
+        ctx.config.reward,
+        RewardKind.COMPOSITE,
+        0,
+        (ctx.config.seed, "synthesize"),
+    )
+    write_jsonl(directory / "rollouts.jsonl", rollouts)
+    negatives, counts = filter_negatives(rollouts, settings)
+    if not negatives:
+        raise UserError(f"synthesize: no negative was kept ({counts}); train the generator longer or sample more per problem")
+    write_jsonl(directory / "negatives.jsonl", negatives)
+    write_json(directory / "counts.json", to_json(counts))
+    ctx.track.log(0, {"kept": len(negatives), "kept_share": len(negatives) / len(rollouts)})
+    ctx.track.end()
+    ctx.run.count("synthesize", samples=len(rollouts), prompts_too_long=too_long, **counts)

@@ -1,0 +1,139 @@
+"""Supervised start on the tiny world: a backbone that solves problems, or the judge that grades solutions by the checker's rubric."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from pns.algo.judging import render_tiny
+from pns.config import WarmStart
+from pns.data import tiny_world
+from pns.data.tiny_tokenizer import build_tokenizer
+from pns.records import Problem, from_json
+from pns.run.directory import read_jsonl, write_jsonl
+from pns.stages.context import Context, draw
+from pns.stages.scoring import sample, stable_seed
+from workers.policy import Batch, SftLoss
+from workers.rollout import Sampling
+
+NUM_GRADED_PROBLEMS = 3000  # problems whose sampled solutions the judge is trained on
+CORRUPTED_SHARE = 0.35  # of the judge's training rows; as many are a model's samples, the rest right solutions
+
+
+def run(ctx: Context) -> None:
+    """Writes `warm_start/model`; does nothing when `warm_start.steps` is 0."""
+    settings, policy, directory = ctx.config.warm_start, ctx.fleet.policy, ctx.run.stage_dir("warm_start")
+    if not settings.steps:
+        return
+    rows: Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]
+    if settings.task == "judge":
+        rows = judge_rows(ctx, settings)
+        initial = settings.samples_from
+    else:
+        rows = solution_rows(ctx, settings)
+        initial = str(directory / "initial")
+        save_untrained(settings, ctx.config.seed, initial)
+    policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.config.seed)
+    first_step = 0
+    if checkpoint := ctx.run.latest_checkpoint("warm_start"):
+        policy.restore(checkpoint.path)
+        first_step = checkpoint.step
+    ctx.track.begin("warm_start", settings.steps, first_step)
+    for step in range(first_step, settings.steps):
+        batch = rows(step)
+        ctx.track.log(step, policy.train_step(Batch([prompt for prompt, _ in batch], [answer for _, answer in batch]), SftLoss()))
+        if (step + 1) % 500 == 0 and step + 1 < settings.steps:
+            with ctx.run.checkpoint("warm_start", step + 1) as checkpoint_dir:
+                policy.save(checkpoint_dir)
+    ctx.track.end()
+    policy.export(directory / "model")
+
+
+def solution_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """step -> (prompt ids, solution ids) of fresh training problems; short ones alone during the curriculum."""
+
+    def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        max_steps = 2 if step < settings.curriculum_steps else tiny_world.MAX_STEPS
+        problems = tiny_world.problems(
+            "train", None, settings.batch_size, stable_seed(ctx.config.seed, "warm_start", step), max_steps=max_steps
+        )
+        return [(ctx.prompts.encode(p), ctx.prompts.encode_completion(str(p.solution))) for p in problems]
+
+    return rows
+
+
+def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """step -> (judge prompt ids, verdict ids): right solutions, made-up errors and a model's samples, labelled by the checker's rubric."""
+    sampled = sampled_solutions(ctx, settings)
+    tokenizer = ctx.prompts.tokenizer
+
+    def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        rng = random.Random(stable_seed(ctx.config.seed, "judge", step))
+        found = []
+        for problem, text in draw_graded(sampled, settings.batch_size, step, ctx.config.seed, rng):
+            prompt = render_tiny(problem.prompt, text, "".join(rng.choice("0123456789") for _ in range(4)))
+            verdict = "".join(map(str, tiny_world.rubric(problem, text)))
+            ids = tokenizer.encode(prompt, add_special_tokens=False), tokenizer.encode(verdict, add_special_tokens=False)
+            found.append((tuple(ids[0]), tuple(ids[1])))
+        return found
+
+    return rows
+
+
+def draw_graded(
+    sampled: list[tuple[Problem, str]], num: int, step: int, seed: int, rng: random.Random
+) -> list[tuple[Problem, str]]:
+    """`num` (problem, candidate) rows of the three kinds."""
+    by_problem = {problem.id: text for problem, text in sampled}
+    picked = []
+    for problem in draw([problem for problem, _ in sampled], num, step, seed):
+        kind = rng.random()
+        if kind < CORRUPTED_SHARE:
+            picked.append((problem, tiny_world.corrupt(problem, rng, rng.choice(tiny_world.ERROR_KINDS))))
+        elif kind < 2 * CORRUPTED_SHARE:
+            picked.append((problem, by_problem[problem.id]))
+        else:
+            picked.append((problem, tiny_world.random_solution(problem, rng)))
+    return picked
+
+
+def sampled_solutions(ctx: Context, settings: WarmStart) -> list[tuple[Problem, str]]:
+    """One sample of `warm_start.samples_from` at temperature 1 for each of NUM_GRADED_PROBLEMS problems, drawn once and kept."""
+    path = ctx.run.stage_dir("warm_start") / "samples.jsonl"
+    if not path.exists():
+        problems = tiny_world.problems("train", None, NUM_GRADED_PROBLEMS, ctx.config.seed)
+        ctx.fleet.rollout.load(settings.samples_from)
+        sampling = Sampling(1.0, 1.0, ctx.config.rollout.max_new_tokens)
+        rows: list[dict[str, Any]] = []
+        for chunk in sample(ctx.fleet, ctx.prompts, problems, 1, sampling, (ctx.config.seed, "judge")):
+            rows += [{"problem": problem, "text": completion.text} for _, problem, completion in chunk]
+        write_jsonl(path, rows)
+    return [(from_json(Problem, row["problem"]), row["text"]) for row in read_jsonl(path)]
+
+
+def save_untrained(settings: WarmStart, seed: int, directory: str) -> None:
+    """An untrained model of the configured shape with the tiny tokenizer, saved as a Hugging Face directory."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+    tokenizer = build_tokenizer()
+    classes = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
+    config = classes[settings.architecture](
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.key_value_heads,
+        head_dim=settings.hidden_size // settings.heads,
+        intermediate_size=settings.feed_forward_size,
+        max_position_embeddings=512,
+        initializer_range=settings.init_std,
+        tie_word_embeddings=settings.tie_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,105 @@
+"""Wrong use: exit code 2 and one line, before anything heavy is imported or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pns import cli
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "ray", "verl", "vllm", "transformers")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory that passes the checks: shapes and names only, the weights are never read."""
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"vocab_size": 4}))
+    (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}, "added_tokens": [{"id": 3}]}))
+    (path / "model.safetensors").write_bytes(b"")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"models: {{backbone: {model}, judge: {model}}}\nruns: {tmp_path / 'runs'}\n")
+    return path
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_plan_starts_nothing(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path) -> None:
+    assert cli.main(["plan", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert "rollout" in shown
+    assert "reverse_rl" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_model(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path) -> None:
+    message = fail(capsys, "run", recipe, f"models.judge={tmp_path / 'absent'}")
+    assert "models.judge" in message
+    assert "absent" in message
+
+
+def test_model_without_weights(capsys: pytest.CaptureFixture[str], recipe: Path, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert "safetensors" in fail(capsys, "run", recipe)
+
+
+def test_tokenizer_larger_than_model(capsys: pytest.CaptureFixture[str], recipe: Path, model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"vocab_size": 3}))
+    message = fail(capsys, "run", recipe)
+    assert "tokenizer of 4 tokens" in message
+    assert "model of 3" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ("no problems",)),
+        ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ("line 2", "not a JSON object")),
+        ('{"problem": "1+1?"}\n', ("line 1", "'answer'")),
+        ('{"problem": "1+1?", "answer": " "}\n', ("line 1", "empty")),
+        ('{"problem": "1+1?", "answer": "2", "id": "x"}\n' * 2, ("line 2", "'x'", "twice")),
+    ],
+)
+def test_bad_data(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path, content: str, words: tuple[str, ...]) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text(content)
+    message = fail(capsys, "run", recipe, "data.source=jsonl", f"data.jsonl.train={data}", f"data.jsonl.suites.own={data}")
+    for word in ("train.jsonl", *words):
+        assert word in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_from_after_until(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    assert "--until" in fail(capsys, "run", recipe, "--from", "pair", "--until", "rl")
+
+
+def test_report_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "not a run directory" in fail(capsys, "report", tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "absent.yaml"], ["run", "recipes/tiny-qwen2.yaml", "rl.stepz=1"]])
+def test_help_and_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom pns.cli import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules], code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=60)
+    assert f"HEAVY [] {0 if arguments == ['--help'] else 2}" in done.stdout
