@@ -15,7 +15,11 @@ STAGES = ("warm_start", "rl", "reward_model", "reverse_rl", "synthesize", "pair"
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 on success, 2 for wrong use with one line on stderr, 130 after Ctrl-C; other errors keep their traceback."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if "=" not in word or word.startswith("-") or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:  # overrides that stand after an option
+        options.overrides += rest
     try:
         options.handler(options)
     except UserError as error:
@@ -35,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a recipe's stages, or continue an interrupted run")
     add_recipe(run)
-    run.add_argument("--from", dest="first", choices=STAGES, metavar="STAGE", help="run STAGE and all after it again (old output is set aside)")
+    run.add_argument(
+        "--from", dest="first", choices=STAGES, metavar="STAGE", help="run STAGE and all after it again (old output is set aside)"
+    )
     run.add_argument("--until", dest="last", choices=STAGES, metavar="STAGE", help=f"stop after STAGE, one of: {', '.join(STAGES)}")
     run.set_defaults(handler=run_recipe)
 
@@ -58,7 +64,7 @@ def run_recipe(options: argparse.Namespace) -> None:
     config = configuration.load(options.recipe, options.overrides)
     if options.first and options.last and STAGES.index(options.first) > STAGES.index(options.last):
         raise UserError(f"--from {options.first} comes after --until {options.last}: exchange them")
-    check_early(config)
+    check_early(config, options.last)
     from pns import driver
 
     driver.run(config, options.first, options.last)
@@ -66,18 +72,18 @@ def run_recipe(options: argparse.Namespace) -> None:
 
 def plan_recipe(options: argparse.Namespace) -> None:
     config = configuration.load(options.recipe, options.overrides)
-    check_early(config)
+    check_early(config, None)
     from workers import placement
 
     print(f"{options.recipe}: run directory {Path(config.runs) / config.name}, stages {' -> '.join(STAGES)}")
     print(placement.table(config.placement))
 
 
-def check_early(config: configuration.Config) -> None:
+def check_early(config: configuration.Config, last: str | None) -> None:
     """What needs no heavy import to be found wrong."""
     from pns.preflight import check_models
 
-    check_models(config)
+    check_models(config, STAGES[: STAGES.index(last) + 1] if last else STAGES)
 
 
 def report_run(options: argparse.Namespace) -> None:

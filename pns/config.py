@@ -139,7 +139,7 @@ class Optimizer:
 
 @dataclass
 class WarmStart:
-    """Supervised start of a tiny backbone (or of the judge) on the tiny world. `steps: 0`: the model of `models.backbone` is used as it is."""
+    """Supervised start of a tiny backbone (or of the judge) on the tiny world. `steps: 0`: `models.backbone` is used as it is."""
 
     steps: int = 0
     task: str = "solve"  # solve: solutions of problems; judge: the checker's rubric labels
@@ -152,9 +152,11 @@ class WarmStart:
     init_std: float = 0.06
     tie_embeddings: bool = True
     batch_size: int = 32
-    curriculum_steps: int = 400  # training steps on problems of one or two solution steps before all of them come
+    curriculum_steps: int = 500  # training steps on short problems (at most two, then three solution steps) before all of them come
     samples_from: str = ""  # task judge: a model whose samples are graded, beside made-up errors
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=2e-3, warmup_steps=50, schedule="cosine"))
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(learning_rate=2e-3, warmup_steps=50, schedule="cosine", weight_decay=0.01, beta2=0.98)
+    )
 
 
 @dataclass
@@ -230,8 +232,8 @@ class PairStage:
     temperature: float = 1.0
     max_length_ratio: float = 2.0
     pairs_per_problem: int = 1
+    prefer_shared_prefix: bool = True  # pair each negative with the correct completion that shares the longest prefix with it
     balance_flow: bool = False  # keep as many (right, wrong) as (wrong, right) token flows at the first divergence
-    max_log_prob_gap: float = 0.0  # drop a negative whose mean log-probability under the target is lower than the chosen's by more; 0: off
 
 
 @dataclass

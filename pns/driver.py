@@ -1,13 +1,13 @@
 """The stages in order, each resumed or run: reverse RL of the negative generator, then preference optimisation of the backbone.
 
-    warm_start     a supervised start (tiny world only; other backbones come trained)
-    rl             the backbone learns from right and wrong answers: the target
-    reward_model   Bradley-Terry on the target's right and wrong solutions, and a held-out one that only measures
-    reverse_rl     the generator learns to write solutions that look right and end wrong
-    synthesize     its negatives, filtered
-    pair           chosen = the target's own right solutions, rejected = plausible negatives
-    preference     DPO of the target
-    evaluate       start, target and result on every suite
+warm_start     a supervised start (tiny world only; other backbones come trained)
+rl             the backbone learns from right and wrong answers: the target
+reward_model   Bradley-Terry on the target's right and wrong solutions, and a held-out one that only measures
+reverse_rl     the generator learns to write solutions that look right and end wrong
+synthesize     its negatives, filtered
+pair           chosen = the target's own right solutions, rejected = plausible negatives
+preference     DPO of the target
+evaluate       start, target and result on every suite
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pns.stages import evaluate, pair, preference, reverse_rl, reward_model, rl,
 from pns.stages.context import Context
 from workers import placement
 from workers.fleet import Fleet
+from workers.trackers import open_backends
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ STAGES: dict[str, Stage] = {
         reverse_rl.run, ("rl", "reward_model"), ("data", "models", "reverse_rl", "reward"), ("rollout", "verifier", "reward_model", "judge")
     ),
     "synthesize": Stage(
-        synthesize.run, ("reverse_rl", "reward_model"), ("data", "synthesize"), ("rollout", "verifier", "reward_model", "judge")
+        synthesize.run,
+        ("reverse_rl", "reward_model"),
+        ("data", "models", "reward", "synthesize"),
+        ("rollout", "verifier", "reward_model", "judge"),
     ),
     "pair": Stage(pair.run, ("rl", "synthesize", "reward_model"), ("data", "pair"), ("rollout", "verifier", "reward_model")),
     "preference": Stage(preference.run, ("rl", "pair"), ("data", "preference"), ()),
@@ -64,7 +68,7 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
     Returns the run directory. Raises UserError before anything is started or written where the inputs are wrong.
     """
     selected = select(last)
-    check_models(config)
+    check_models(config, selected)
     problems = load_problem_sets(config)
     with RunDirectory.open(Path(config.runs) / config.name, to_dict(config)) as run_directory:
         if first:
@@ -76,12 +80,13 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
         with Cluster(config) as device, PeakMemory() as memory:
             fleet = Fleet(config, device)
             try:
-                tracker = Tracker(run_directory, config.tracking)
+                tracker = Tracker(run_directory, config.tracking, open_backends)
                 ctx = Context(config, run_directory, fleet, problems, prompts(config), tracker)
-                fleet.start(*{role: None for name in pending for role in STAGES[name].roles})
+                fleet.start(*dict.fromkeys(role for name in pending for role in STAGES[name].roles))
                 for name in pending:
                     with run_directory.stage(name, STAGES[name].sections, STAGES[name].reads):
                         STAGES[name].run(ctx)
+                tracker.close()
             finally:
                 fleet.shutdown()
                 run_directory.record_peak_memory(memory.gib)
@@ -125,11 +130,11 @@ class Cluster:
             gpus = count_gpus()
             device = placement.resolve_device(self._config.placement.device, gpus)
             resources = placement.local_resources(self._config.placement, device)
-            if device == "cuda":
-                resources["num_gpus"] = gpus
+            placement.check(self._config.placement, {"CPU": resources["num_cpus"], "GPU": gpus}, device)
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", **resources)
+            return device
         try:
-            placement.check(self._config.placement, ray.cluster_resources())
+            placement.check(self._config.placement, ray.cluster_resources(), device)
         except UserError:
             ray.shutdown()
             raise

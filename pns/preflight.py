@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from pns.config import Config, GeneratorStart
@@ -12,20 +13,22 @@ from pns.errors import UserError
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def check_models(config: Config) -> None:
-    """Every named model is a directory with a config, weights and a tokenizer of the model's vocabulary size, or a Hub id.
+def check_models(config: Config, stages: Collection[str]) -> None:
+    """Every model that `stages` use is a directory with a config, weights and a tokenizer of the model's vocabulary size, or a Hub id.
 
     Raises UserError.
     """
-    named = {"models.judge": config.models.judge}
+    named = {}
     if not config.warm_start.steps:
         named["models.backbone"] = config.models.backbone
     elif config.warm_start.task == "judge":
-        named = {"warm_start.samples_from": config.warm_start.samples_from}
-    if config.models.reward_model:
+        named["warm_start.samples_from"] = config.warm_start.samples_from
+    if "reward_model" in stages and config.models.reward_model:
         named["models.reward_model"] = config.models.reward_model
-    if config.reverse_rl.start is GeneratorStart.path:
-        named["models.generator"] = config.models.generator
+    if "reverse_rl" in stages:
+        named["models.judge"] = config.models.judge
+        if config.reverse_rl.start is GeneratorStart.path:
+            named["models.generator"] = config.models.generator
     for key, value in named.items():
         check_model(key, value)
 

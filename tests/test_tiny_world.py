@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from math_verify import parse, verify
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from pns.data.tiny_tokenizer import build_tokenizer
-from pns.data.tiny_world import KINDS, SPLITS, SUITES, check, corrupt, parse_problem, problems, random_solution, rubric, split_of
+from pns.data.tiny_world import ERROR_KINDS, SPLITS, SUITES, check, corrupt, parse_problem, problems, random_solution, rubric, split_of
 from pns.errors import UserError
 from pns.records import Problem
 
@@ -31,12 +31,12 @@ def write(*steps: str, box: int = 69) -> str:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():  # type: ignore[no-untyped-def]
+def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def test_problems() -> dict[str, list[Problem]]:
+def drawn_suites() -> dict[str, list[Problem]]:
     return {suite: problems("test", suite, 200, 0) for suite in SUITES}
 
 
@@ -144,11 +144,11 @@ def test_accepts_exactly_the_right_solutions() -> None:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_generated_solutions_are_right(suite: str, test_problems: dict[str, list[Problem]]) -> None:
+def test_generated_solutions_are_right(suite: str, drawn_suites: dict[str, list[Problem]]) -> None:
     rng = Random(1)
     golds: dict[str, str] = {}
     many = 0
-    for problem in test_problems[suite]:
+    for problem in drawn_suites[suite]:
         assert problem.solution is not None
         solutions = {problem.solution, *(random_solution(problem, rng) for _ in range(8))}
         assert all(check(problem, solution).correct for solution in solutions)
@@ -160,12 +160,12 @@ def test_generated_solutions_are_right(suite: str, test_problems: dict[str, list
         assert not verify(parse(f"\\boxed{{{int(answer) + 1}}}"), parse(solution))
 
 
-def test_suites_differ(test_problems: dict[str, list[Problem]]) -> None:
-    worlds = {suite: [parse_problem(problem.prompt) for problem in rows] for suite, rows in test_problems.items()}
+def test_suites_differ(drawn_suites: dict[str, list[Problem]]) -> None:
+    worlds = {suite: [parse_problem(problem.prompt) for problem in rows] for suite, rows in drawn_suites.items()}
     num_steps = {suite: {sum(not w.is_base(n) for n in w.needed()) for w in rows} for suite, rows in worlds.items()}
-    assert num_steps == {"short": {1, 2}, "long": {4}} | {suite: {2, 3} for suite in ("base", "distract", "big", "mul", "shuffle")}
+    assert num_steps == {"short": {1, 2}, "mul": {3}, "long": {4}} | {suite: {2, 3} for suite in ("base", "distract", "big", "shuffle")}
     assert all(len(w.facts) - len(w.needed()) == (suite == "distract") for suite, rows in worlds.items() for w in rows)
-    assert all(50 <= int(problem.answer) <= 99 for problem in test_problems["big"])
+    assert all(50 <= int(problem.answer) <= 99 for problem in drawn_suites["big"])
     assert all(sum(f.relation in ("times", "half") for f in w.facts.values()) >= 2 for w in worlds["mul"])
     forward = {
         s: sum(all(w.values().keys() >= set(f.parts) for f in w.facts.values()) and in_order(w.text()) for w in worlds[s]) for s in SUITES
@@ -181,13 +181,13 @@ def in_order(prompt: str) -> bool:
 
 
 def test_splits_are_disjoint_and_reproducible() -> None:
-    drawn = {split: problems(split, None, 140, 3) for split in SPLITS}
+    drawn = {split: problems(split, None, 42, 3) for split in SPLITS}
     for split, rows in drawn.items():
-        assert rows == problems(split, None, 140, 3)
-        assert rows[:50] == problems(split, None, 50, 3)
-        assert rows != problems(split, None, 140, 4)
+        assert rows == problems(split, None, 42, 3)
+        assert rows[:20] == problems(split, None, 20, 3)
+        assert rows != problems(split, None, 42, 4)
         assert {split_of(problem) for problem in rows} == {split}
-        assert len({problem.id for problem in rows}) == len({problem.prompt for problem in rows}) == 140
+        assert len({problem.id for problem in rows}) == len({problem.prompt for problem in rows}) == 42
         assert {problem.suite for problem in rows} == set(SUITES)
     trees = [{parse_problem(problem.prompt).tree() for problem in rows} for rows in drawn.values()]
     assert all(not a & b for a, b in itertools.combinations(trees, 2))
@@ -201,6 +201,22 @@ def test_curriculum_limits_steps() -> None:
     assert "long" not in {problem.suite for problem in rows}
 
 
+def test_wrong_derivations_seldom_give_the_right_answer() -> None:
+    """Adding up or multiplying all numbers of a long problem in the order of the text is no short cut."""
+    rng = Random(5)
+    lucky = 0
+    for problem in problems("test", "base", 100, 0):
+        world = parse_problem(problem.prompt)
+        numbers = [str(fact.number or 2) for fact in world.facts.values()]
+        for _ in range(20):
+            rng.shuffle(numbers)
+            total = int(numbers[0])
+            for number in numbers[1:]:
+                total = total + int(number) if rng.random() < 0.7 else total * int(number)
+            lucky += str(total) == problem.answer
+    assert lucky / 2000 < 0.1
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(UserError, match="unknown split 'dev'"):
         problems("dev", None, 1, 0)
@@ -208,6 +224,8 @@ def test_bad_arguments_are_named() -> None:
         problems("test", "hard", 1, 0)
     with pytest.raises(UserError, match="max_steps=2"):
         problems("test", "long", 1, 0, max_steps=2)
+    with pytest.raises(UserError, match="unknown kind of error 'typo'"):
+        corrupt(PROBLEM, Random(0), "typo")
     with pytest.raises(UserError, match="cannot read"):
         check(Problem("x", "What is 1+1?", "2"), "")
     with pytest.raises(UserError, match="no fact about Cal"):
@@ -216,18 +234,17 @@ def test_bad_arguments_are_named() -> None:
         check(Problem("x", "Bob has half of Cal. Cal has 2 times Bob. How many has Bob? ", "2"), "")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "garbage"])
-def test_corruptions(kind: str, test_problems: dict[str, list[Problem]]) -> None:
+@pytest.mark.parametrize("kind", ERROR_KINDS)
+def test_corruptions(kind: str, drawn_suites: dict[str, list[Problem]]) -> None:
     rng = Random(2)
     suites = ["distract"] if kind == "surplus" else ["base", "long"]
     made = 0
-    for problem in [problem for suite in suites for problem in test_problems[suite][:30]]:
-        try:
-            found = check(problem, corrupt(problem, rng, kind))
-        except ValueError:
+    for problem in [problem for suite in suites for problem in drawn_suites[suite][:30]]:
+        found = check(problem, corrupt(problem, rng, kind))
+        assert not found.correct
+        if found.kind != ("format" if kind == "garbage" else kind):
             continue
         made += 1
-        assert found.kind == ("format" if kind == "garbage" else kind)
         assert found.single_error == (kind not in ("format", "garbage"))
         if kind in ("order", "duplicate", "surplus", "missing"):
             assert found.answer_correct
@@ -239,11 +256,11 @@ def test_corruptions(kind: str, test_problems: dict[str, list[Problem]]) -> None
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def test_tokenizer_round_trip(tokenizer, test_problems: dict[str, list[Problem]]) -> None:  # type: ignore[no-untyped-def]
+def test_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast, drawn_suites: dict[str, list[Problem]]) -> None:
     assert 40 <= len(tokenizer) <= 60
     unknown = tokenizer.convert_tokens_to_ids("\N{REPLACEMENT CHARACTER}")
     lengths = []
-    for problem in [problem for rows in test_problems.values() for problem in rows[:40]]:
+    for problem in [problem for rows in drawn_suites.values() for problem in rows[:40]]:
         for text in (problem.prompt, problem.solution):
             ids = tokenizer.encode(text)
             assert unknown not in ids
@@ -254,7 +271,7 @@ def test_tokenizer_round_trip(tokenizer, test_problems: dict[str, list[Problem]]
         assert tokenizer.encode(tokenizer.decode([token])) == [token]
 
 
-def test_tokenizer_keeps_junk_visible(tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_tokenizer_keeps_junk_visible(tokenizer: PreTrainedTokenizerFast) -> None:
     junk = r"Let $x=\frac{1}{2}$. Then Bob has 3"
     ids = tokenizer.encode(junk)
     assert tokenizer.decode(ids[-3:]) == "Bob has 3"
@@ -262,7 +279,7 @@ def test_tokenizer_keeps_junk_visible(tokenizer) -> None:  # type: ignore[no-unt
     assert tokenizer.encode("") == []
 
 
-def test_chat_template(tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [{"role": "user", "content": PROBLEM.prompt}, {"role": "assistant", "content": write(CAL, EVE, GUS)}]
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
     assert prompt == f"<bos>{PROBLEM.prompt}<solve>"
@@ -273,14 +290,21 @@ def test_chat_template(tokenizer) -> None:  # type: ignore[no-untyped-def]
     assert tokenizer.decode(ids, skip_special_tokens=True) == f"{PROBLEM.prompt}<solve>{write(CAL, EVE, GUS)}"
 
 
-def test_tokenizer_survives_saving(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("config", [Qwen2Config, LlamaConfig, Qwen3Config])
+def test_tokenizer_survives_saving(config: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """AutoTokenizer picks the class by the model's type: all of them must give the same ids."""
     tokenizer.save_pretrained(tmp_path)
+    config().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    turns = [{"role": "user", "content": PROBLEM.prompt}]
     assert len(loaded) == len(tokenizer)
-    assert loaded.apply_chat_template(turns, add_generation_prompt=True) == tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    text = write(CAL, EVE, GUS)
-    assert loaded.decode(loaded.encode(text), skip_special_tokens=True) == text
+    assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
+    turns = [{"role": "user", "content": PROBLEM.prompt}, {"role": "assistant", "content": write(CAL, EVE, GUS)}]
+    ids = tokenizer.apply_chat_template(turns)["input_ids"]
+    assert loaded.apply_chat_template(turns)["input_ids"] == ids
+    assert loaded.decode(ids) == tokenizer.decode(ids) == f"<bos>{PROBLEM.prompt}<solve>{write(CAL, EVE, GUS)}<eos>"
+    for token in range(len(tokenizer)):
+        assert loaded.encode(tokenizer.decode([token])) == [token]
+    assert isinstance(loaded.encode("junk: x_1"), list)
 
 
 @settings(max_examples=300, deadline=None)

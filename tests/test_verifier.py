@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,9 +33,20 @@ def box(answer: str) -> str:
     return rf"<think>It is so.</think>\boxed{{{answer}}}"
 
 
-def verifier_processes(pid: int | None = None) -> list[psutil.Process]:
-    found = psutil.Process(pid).children(recursive=True)
-    return [process for process in found if "workers.verifier" in process.cmdline()]
+def verifier_processes(of: int | None = None) -> set[psutil.Process]:
+    """Keepers and workers below process `of`, by default this one."""
+    found = set()
+    for process in psutil.Process(of).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "workers.verifier" in process.cmdline():
+                found.add(process)
+    return found
+
+
+@pytest.fixture
+def others() -> set[psutil.Process]:
+    """The processes of other verifiers."""
+    return verifier_processes()
 
 
 @pytest.mark.parametrize(
@@ -75,45 +87,46 @@ def test_a_prediction_without_an_answer_is_not_wrong(verifier: Verifier, text: s
 
 def test_integers_are_decided_without_a_process() -> None:
     decided = decide_without_process("57", "-57")
-    assert decided is not None and decided.verdict is WRONG
+    assert decided is not None
+    assert decided.verdict is WRONG
     assert decide_without_process("57", "57.0") is None
     assert decide_without_process("9" * 5000, "1") is not None  # beyond Python's limit on integer strings
 
 
-def test_poison_does_not_delay_or_fail_others_and_leaves_no_process() -> None:
+def test_poison_does_not_delay_or_fail_others_and_leaves_no_process(others: set[psutil.Process]) -> None:
     verifier = Verifier(processes=2, limit_seconds=0.25)
     poison = verifier.submit([("5", box(POISON))] * 32)
     right = verifier.submit([(r"\frac{1}{2}", box(f"{n}/{2 * n}")) for n in range(2, 18)])
     assert not verifier.done(right)
     assert [result.verdict for result in verifier.collect(right)] == [CORRECT] * 16
     assert {(result.verdict, result.cause) for result in verifier.collect(poison)} == {(UNVERIFIED, "timeout")}
-    processes = verifier_processes()
+    processes = verifier_processes() - others
     assert len(processes) == 4  # two keepers, two workers
     verifier.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert alive == []
 
 
-def test_killed_processes_cost_one_item_at_most() -> None:
+def test_killed_processes_cost_one_item_at_most(others: set[psutil.Process]) -> None:
     verifier = Verifier(processes=1, limit_seconds=20)
     try:
         assert verifier.verify_many([("1/2", box("0.5"))])[0].verdict is CORRECT
         for victim in ("worker", "keeper"):
             busy = verifier.submit([("5", box(POISON)), ("1/2", box("0.5"))])
-            keeper, worker = _keeper_and_worker()
+            keeper, worker = _keeper_and_worker(others)
             _until_busy(worker)
             (worker if victim == "worker" else keeper).send_signal(signal.SIGKILL)
             first, second = verifier.collect(busy)
             assert (first.verdict, first.cause) == (UNVERIFIED, "crashed")
             assert second.verdict is CORRECT
-            idle = _keeper_and_worker()[1]
+            idle = _keeper_and_worker(others)[1]
             idle.send_signal(signal.SIGKILL)
             psutil.wait_procs([idle], timeout=5)
             assert verifier.verify_many([("1/2", box("0.25"))])[0].verdict in (WRONG, UNVERIFIED)
             assert verifier.verify_many([("1/2", box("0.25"))])[0].verdict is WRONG
     finally:
         verifier.shutdown()
-    assert verifier_processes() == []
+    assert verifier_processes() <= others
 
 
 def test_processes_end_with_a_killed_caller_whose_script_has_no_main_guard(tmp_path: Path) -> None:
@@ -148,19 +161,19 @@ def test_processes_end_with_a_killed_caller_whose_script_has_no_main_guard(tmp_p
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_shutdown_cancels_what_waits() -> None:
+def test_shutdown_cancels_what_waits(others: set[psutil.Process]) -> None:
     verifier = Verifier(processes=1, limit_seconds=0.3)
     handle = verifier.submit([("5", box(POISON))] * 50)
     begin = time.monotonic()
     verifier.shutdown()
     assert time.monotonic() - begin < 10
     assert sum(future.cancelled() for future in handle) >= 48
-    assert verifier_processes() == []
+    assert verifier_processes() <= others
 
 
-def _keeper_and_worker() -> tuple[psutil.Process, psutil.Process]:
+def _keeper_and_worker(others: set[psutil.Process]) -> tuple[psutil.Process, psutil.Process]:
     end = time.monotonic() + 10
-    while len(processes := verifier_processes()) != 2 and time.monotonic() < end:
+    while len(processes := verifier_processes() - others) != 2 and time.monotonic() < end:
         time.sleep(0.02)
     keeper, worker = sorted(processes, key=lambda process: process.ppid() != os.getpid())
     return keeper, worker

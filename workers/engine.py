@@ -21,7 +21,7 @@ from pns.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_p` in (0, 1] keeps the smallest set of tokens with at least this probability (after the temperature)."""
+    """`temperature` 0 is greedy; `top_p` in (0, 1] keeps the smallest set of tokens of at least this probability (after temperature)."""
 
     temperature: float
     top_p: float = 1.0
@@ -69,7 +69,7 @@ def local_directory(model_path: str) -> Path:
         directory = Path(model_path)
     else:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             directory = Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]))
@@ -98,10 +98,10 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
     raise UserError(f"model {str(directory)!r} sets no eos_token_id in generation_config.json or config.json: completions would never end")
 
 
-def check_names(expected: set[str], given: set[str]) -> None:
-    """Raise ValueError unless `given` are the weights an engine expects; a tied head may be there or not."""
-    tied = {"lm_head.weight"} if "lm_head.weight" not in expected & given else set()
-    missing, unknown = expected - given - tied, given - expected - tied
+def check_names(expected: set[str], given: set[str], tied: bool) -> None:
+    """Raise ValueError unless `given` are the weights an engine expects; a head `tied` to the embedding may be there or not."""
+    optional = {"lm_head.weight"} if tied else set()
+    missing, unknown = expected - given - optional, given - expected - optional
     if missing or unknown:
         raise ValueError(f"weight update: {len(missing)} names missing {sorted(missing)[:3]}, {len(unknown)} unknown {sorted(unknown)[:3]}")
 

@@ -33,7 +33,7 @@ class TransformersEngine:
         self.version = 0
 
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        check_names(set(self.model.state_dict()), set(tensors))
+        check_names(set(self.model.state_dict()), set(tensors), bool(self.model.config.tie_word_embeddings))
         self.model.load_state_dict(tensors, strict=False)
         self.version = version
 
@@ -128,7 +128,7 @@ class _BufferLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = [torch.empty(*x.shape[:2], self.capacity, x.shape[3], dtype=x.dtype, device=x.device) for x in (key_states, value_states)]
+            self.buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
         begin, self.length = self.length, self.length + key_states.shape[2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, begin : self.length] = new

@@ -50,25 +50,29 @@ class VllmEngine:
         tensor_parallel: int = 1,
         trust_remote_code: bool = False,
     ) -> None:
-        self.arguments: dict[str, Any] = dict(
-            dtype="bfloat16",
-            max_num_seqs=max_batch,
-            max_model_len=-1,  # the model's own, or what the cache holds
-            gpu_memory_utilization=memory_fraction,
-            tensor_parallel_size=tensor_parallel,
-            trust_remote_code=trust_remote_code,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            logits_processors=[SeededNoise],
-            enable_prefix_caching=True,  # the completions of a problem share its prompt
-            async_scheduling=False,
-            disable_log_stats=True,
-            seed=0,
-        )
+        self.arguments: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "max_num_seqs": max_batch,
+            "max_model_len": -1,  # the model's own, or what the cache holds
+            "gpu_memory_utilization": memory_fraction,
+            "tensor_parallel_size": tensor_parallel,
+            "trust_remote_code": trust_remote_code,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logits_processors": [SeededNoise],
+            "enable_prefix_caching": True,  # the completions of a problem share its prompt
+            "async_scheduling": False,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
         if device == "cpu":
-            self.arguments |= dict(
-                dtype="float32", enforce_eager=True, enable_prefix_caching=False, kv_cache_memory_bytes=int(kv_cache_gib * 2**30)
-            )
+            cache_bytes = int(kv_cache_gib * 2**30)
+            self.arguments |= {
+                "dtype": "float32",
+                "enforce_eager": True,
+                "enable_prefix_caching": False,
+                "kv_cache_memory_bytes": cache_bytes,
+            }
         self.engine: LLMEngine | None = None
         self.architecture: dict[str, Any] = {}
         self.version = 0
@@ -87,8 +91,8 @@ class VllmEngine:
         self.architecture, self.weight_names, self.version = architecture, _names(weight_files(directory)), 0
 
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        check_names(self.weight_names, set(tensors))
         engine = self._engine()
+        check_names(self.weight_names, set(tensors), bool(engine.model_config.hf_config.tie_word_embeddings))
         engine.collective_rpc(_reload, args=(tensors,))
         if not engine.reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache could not be reset after a weight update: requests are still running")
@@ -103,7 +107,9 @@ class VllmEngine:
             yield Sample(output.request_id, token_ids, log_probs, str(completion.finish_reason), self.version)
 
     def log_probs(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         texts = [list(prompt) + list(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
         for output in self._run([(str(i), text) for i, text in enumerate(texts)], {str(i): params for i in range(len(texts))}):

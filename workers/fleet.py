@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pns.config import Config
 
@@ -57,7 +57,13 @@ class Fleet:
             from workers.policy import Policy
 
             placement = self.config.placement
-            self._policy = Policy(placement.policy, self.device, self.config.policy, placement.start_timeout_seconds)
+            self._policy = Policy(
+                placement.policy,
+                cast(Literal["cpu", "cuda"], self.device),
+                self.config.policy,
+                placement.start_timeout_seconds,
+                trust_remote_code=self.config.models.trust_remote_code,
+            )
         return self._policy
 
     def shutdown(self) -> None:
@@ -88,12 +94,23 @@ class Fleet:
     def _reward_model(self) -> RewardModelPool:
         from workers.reward_model import RewardModelPool
 
-        return RewardModelPool(self.config.placement.reward_model, self.device, self.config.placement.start_timeout_seconds)
+        return RewardModelPool(
+            self.config.placement.reward_model,
+            self.device,
+            self.config.placement.start_timeout_seconds,
+            self.config.models.trust_remote_code,
+        )
 
     def _judge(self) -> JudgePool:
         from workers.judge import JudgePool
 
-        pool = JudgePool(self.config.placement.judge, self.device, self.config.placement.start_timeout_seconds)
+        pool = JudgePool(
+            self.config.placement.judge,
+            self.device,
+            self.config.placement.start_timeout_seconds,
+            self.config.models.trust_remote_code,
+            self.config.seed,
+        )
         pool.load(self.config.models.judge)
         return pool
 

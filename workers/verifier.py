@@ -8,6 +8,7 @@ Every process dies with its parent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -169,15 +170,19 @@ class _Worker:
         ours, theirs = Pipe()
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        keeper = subprocess.Popen(
-            [sys.executable, "-m", "workers.verifier", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-        theirs.close()
+        try:
+            keeper = subprocess.Popen(
+                [sys.executable, "-m", "workers.verifier", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+        except OSError:  # no memory or no process left
+            return None
+        finally:
+            theirs.close()
         worker = cls(keeper, ours)
         worker._await_ready()
         return None if worker.gone else worker
@@ -232,10 +237,8 @@ class _Worker:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 # ------------------------------------------------------------------------------------------------ inside the keeper and the worker

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_MIN_SPREAD = 1e-6  # of a group's rewards, which are of order 1: dividing by less would make a signal of rounding
+
 
 def group_advantages(rewards_PG: ArrayLike | Sequence[Sequence[float | None]], normalise_by_std: bool = True) -> NDArray[np.float64]:
     """(P, G) rewards, None or NaN where masked -> (P, G) advantages.
 
     GRPO (arXiv 2402.03300, section 4.1.2): (R - mean) / std with the group's population standard deviation; without
     `normalise_by_std` Dr. GRPO (arXiv 2503.20783): R - mean. Mean and deviation are of the unmasked members. A masked member gets 0; a
-    group with fewer than two unmasked members, or whose rewards are all the same, gets 0 throughout.
+    group with fewer than two unmasked members, or whose rewards differ by no more than rounding (1e-6), gets 0 throughout.
 
     Raises ValueError for infinite rewards or an array that is not two-dimensional.
     """
@@ -31,8 +33,8 @@ def group_advantages(rewards_PG: ArrayLike | Sequence[Sequence[float | None]], n
     centred = np.where(present, rewards - mean_P1, 0.0)
     lowest_P1 = np.where(present, rewards, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     highest_P1 = np.where(present, rewards, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
-    spread = highest_P1 > lowest_P1  # exact, and False for fewer than two members
+    spread = highest_P1 - lowest_P1 > _MIN_SPREAD  # False for fewer than two members
     if normalise_by_std:
         std_P1 = np.sqrt((centred**2).sum(axis=1, keepdims=True) / num_P1)
-        centred = centred / np.where(spread & (std_P1 > 0), std_P1, 1.0)
+        centred = centred / np.where(spread, std_P1, 1.0)
     return np.where(spread, centred, 0.0)

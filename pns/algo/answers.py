@@ -84,6 +84,12 @@ def normalise_answer(answer: str) -> str:
     return read.text
 
 
+def exact_value(answer: str) -> Fraction | None:
+    """The rational number an answer states (percents in percent, units dropped), None where it states none."""
+    value = _read(answer).value
+    return value if isinstance(value, Fraction) else None
+
+
 def same_answer(gold: str, prediction: str) -> bool | None:
     """Whether two final answers are the same; None where that cannot be decided here.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,9 +39,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def paired_bootstrap(
-    before_B: ArrayLike, after_B: ArrayLike, num_resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_bootstrap(before_B: ArrayLike, after_B: ArrayLike, num_resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """Mean difference after - before over the same problems, with its 95 % percentile interval (low, high).
 
     Each row is one problem's accuracy in [0, 1] (a mean over samples or seeds); problems are resampled with replacement.
@@ -71,14 +68,6 @@ def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
     return float((below + up_to).sum() / (2 * high.size * low.size))
 
 
-def pairwise_accuracy(chosen_B: ArrayLike, rejected_B: ArrayLike) -> float:
-    """Share of pairs whose chosen score is above the rejected one, ties counting one half. Raises ValueError for no pairs."""
-    margin = np.asarray(chosen_B, dtype=np.float64) - np.asarray(rejected_B, dtype=np.float64)
-    if not margin.size or np.isnan(margin).any():
-        raise ValueError("pairwise accuracy needs pairs of scores and no NaN")
-    return float(((margin > 0) + 0.5 * (margin == 0)).mean())
-
-
 def expected_calibration_error(probabilities_B: ArrayLike, outcomes_B: ArrayLike, num_bins: int = 10) -> float:
     """Mean over rows of |mean probability - share of positive outcomes| of the row's bin; bins are (0, 0.1], (0.1, 0.2], ... with 0 in the
     first (arXiv 1706.04599, equation 3). Raises ValueError for empty or unequal input or probabilities outside [0, 1]."""
@@ -88,14 +77,3 @@ def expected_calibration_error(probabilities_B: ArrayLike, outcomes_B: ArrayLike
     bins = np.clip(np.ceil(probability * num_bins).astype(int) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, probability - outcome, num_bins)
     return float(np.abs(gaps).sum() / probability.size)
-
-
-def mean_score(scores: Sequence[Score]) -> Score:
-    """Unweighted mean accuracy over suites. The interval combines the suites' half-widths as independent errors (each side by itself);
-    n is their sum. Raises ValueError for no suites."""
-    if not scores:
-        raise ValueError("a mean over no suites")
-    accuracy = sum(s.accuracy for s in scores) / len(scores)
-    below = math.sqrt(sum((s.accuracy - s.low) ** 2 for s in scores)) / len(scores)
-    above = math.sqrt(sum((s.high - s.accuracy) ** 2 for s in scores)) / len(scores)
-    return Score(accuracy, accuracy - below, accuracy + above, sum(s.n for s in scores))

@@ -62,7 +62,7 @@ def read_problems(path: Path, suite: str, limit: int = 0) -> list[Problem]:
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not a JSON object ({error.msg}); mend or remove the line") from error
         if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object; every line needs {{\"problem\": ..., \"answer\": ...}}")
+            raise UserError(f'{where}: not a JSON object; every line needs {{"problem": ..., "answer": ...}}')
         for key in ("problem", "answer"):
             if not isinstance(record.get(key), str):
                 raise UserError(f"{where}: field {key!r} is missing or not a string")

@@ -33,6 +33,10 @@ class Prompts:
         """Completion ids (T,) with the end token."""
         return (*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id)
 
+    def token_starts(self, text: str) -> list[int]:
+        """The first character of each token of a completion's text."""
+        return [start for start, _ in self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of completion ids, without the end token and other special tokens, with `data.assistant_prefix` before it."""
         return self._data.assistant_prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -46,5 +50,8 @@ class Prompts:
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory or Hub id."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would break the progress line
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from pns.data.tiny_world import NAMES
@@ -32,15 +32,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     begin and end are special. Encoding adds no tokens; the chat template writes begin and end."""
     vocabulary = {word: index for index, word in enumerate((PAD, BOS, EOS, UNKNOWN, *_WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    longest_first = sorted(_WORDS, key=len, reverse=True)
-    pattern = Regex("|".join("".join("\\" + c if not c.isalnum() and c != " " else c for c in word) for word in longest_first))
-    backend.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    # As added tokens, longest match first, the words are found by every tokenizer class of transformers: AutoTokenizer takes
+    # Qwen2Tokenizer for any Qwen2 model directory and keeps of a tokenizer.json little more than the vocabulary and these.
+    backend.add_tokens([AddedToken(word, normalized=False, special=False) for word in (UNKNOWN, *_WORDS)])
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
+        unk_token=PAD,  # only so that Qwen2Tokenizer adds no token of its own: unknown text becomes UNKNOWN
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         padding_side="left",

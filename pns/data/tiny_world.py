@@ -11,9 +11,10 @@ and a right solution derives every quantity that the query needs, once, after th
 Each problem has many right solutions: independent steps in any order, operands of sums and products in either order, a product
 written as a repeated sum, and three phrasings of a step ("Cal has 12+7=19. ", "So Cal has 12+7=19. ", "12+7=19 for Cal. ").
 
-All numbers of a problem are within 0..99 and all its quantities have different values, so that a wrong step can be told by its
-numbers. Splits are disjoint: the split is a hash of the query's expression tree, which renaming, shuffling and distractors leave
-unchanged.
+A wrong derivation seldom gives the right answer: a sum is made of products or base values and a product of a sum or a base value
+(chains of one kind commute), and no two numbers of different steps can be swapped without changing the answer. All numbers of a problem
+are within 1..99 and all its quantities have different values, so that a wrong step can be told by its numbers. Splits are disjoint: the
+split is a hash of the query's expression tree, which renaming, shuffling and distractors leave unchanged.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import combinations
 from random import Random
 
 from pns.errors import UserError
@@ -38,7 +40,7 @@ MAX_VALUE = 99
 SPLITS: dict[str, range] = {"train": range(0, 52), "reward": range(52, 68), "preference": range(68, 84), "test": range(84, 100)}
 """Split → its buckets of 100."""
 
-KINDS: tuple[str, ...] = (
+ERROR_KINDS: tuple[str, ...] = (
     "arithmetic",
     "operator",
     "operand",
@@ -50,6 +52,7 @@ KINDS: tuple[str, ...] = (
     "surplus",
     "missing",
     "format",
+    "garbage",
 )
 """What can be wrong with a step (or with the box, which counts as the step after the last):
 
@@ -64,6 +67,7 @@ duplicate   derives a quantity a second time
 surplus     derives a quantity that the query does not need
 missing     uses a quantity that no step derives
 format      not of the form <think>steps</think>\\boxed{integer}
+garbage     (for `corrupt` only, the checker says format) no solution at all
 """
 
 
@@ -85,7 +89,7 @@ _RULES: dict[str, SuiteRule] = {
     "long": SuiteRule((4, 4)),
     "distract": SuiteRule((2, 3), distractor=True),
     "big": SuiteRule((2, 3), min_answer=50),
-    "mul": SuiteRule((2, 3), min_products=2),
+    "mul": SuiteRule((3, 3), min_products=2),
     "shuffle": SuiteRule((2, 3), shuffled=True),
 }
 SUITES: tuple[str, ...] = tuple(_RULES)
@@ -295,56 +299,81 @@ def _draw(rule: SuiteRule, max_steps: int, rng: Random) -> World | None:
     num_steps = rng.randint(rule.steps[0], min(rule.steps[1], max_steps))
     names = rng.sample(NAMES, len(NAMES))
     facts = [Fact(names.pop(), "base", rng.randint(2, MAX_BASE)) for _ in range(rng.randint(1, min(3, num_steps + 1)))]
+    value = {fact.name: fact.number or 0 for fact in facts}
     for remaining in reversed(range(num_steps)):
         used = {part for fact in facts for part in fact.parts}
         free = [fact.name for fact in facts if fact.name not in used]
         if len(free) > remaining + 2:
             return None
-        facts.append(_relate(names.pop(), facts, free, must_join=len(free) == remaining + 2, rng=rng))
+        fact = _relate(names.pop(), facts, free, must_join=len(free) == remaining + 2, rng=rng)
+        result = None if fact is None else fact.compute(value)
+        if fact is None or result is None or not 0 < result <= MAX_VALUE:
+            return None
+        value[fact.name] = result
+        facts.append(fact)
     query = facts[-1].name
+    if value[query] < rule.min_answer or sum(fact.relation in _PRODUCTS for fact in facts) < rule.min_products:
+        return None
     if rule.distractor:
         name = names.pop()
         extra = Fact(name, "base", rng.randint(2, MAX_BASE)) if rng.random() < 0.3 else _relate(name, facts, [], False, rng)
+        if extra is None:
+            return None
         order = [fact.name for fact in facts]
         after = max((order.index(part) + 1 for part in extra.parts), default=0)
         facts.insert(rng.randint(after, len(facts)), extra)
     if rule.shuffled:
         rng.shuffle(facts)
     world = World({fact.name: fact for fact in facts}, query)
-    return world if _fair(world, rule, num_steps) else None
+    return world if len(world.needed()) == len(facts) - rule.distractor and _fair(world) else None
 
 
-def _relate(name: str, facts: list[Fact], free: list[str], must_join: bool, rng: Random) -> Fact:
+_PRODUCTS = ("times", "half")
+_SUMS = ("more", "fewer", "plus")
+
+
+def _relate(name: str, facts: list[Fact], free: list[str], must_join: bool, rng: Random) -> Fact | None:
+    """A derived quantity made of `facts`, of both `free` ones if `must_join`; None when the draw breaks the rule of sums and products."""
+    summands = [fact.name for fact in facts if fact.relation not in _SUMS]
     known = [fact.name for fact in facts]
-    if must_join:
-        left, right = rng.sample(free, 2)
-        return Fact(name, "plus", None, (left, right))
-    relation = rng.choice(("more", "fewer", "times", "half", "plus") if len(known) > 1 else ("more", "fewer", "times", "half"))
-    first = rng.choice(free if free and rng.random() < 0.7 else known)
+    first = rng.choice(free if free and (must_join or rng.random() < 0.7) else known)
+    relations: tuple[str, ...] = _PRODUCTS if first not in summands else _SUMS
+    if first in summands and next(fact for fact in facts if fact.name == first).relation == "base":
+        relations = _PRODUCTS + _SUMS
+    relation = "plus" if must_join else rng.choice(relations)
     if relation == "plus":
-        return Fact(name, relation, None, (first, rng.choice([other for other in known if other != first])))
+        others = [other for other in (free if must_join else known) if other != first and other in summands]
+        return Fact(name, relation, None, (first, rng.choice(others))) if others and first in summands else None
     number = {"times": rng.randint(2, 4), "half": None}.get(relation, rng.randint(1, MAX_BASE))
     return Fact(name, relation, number, (first,))
 
 
-def _fair(world: World, rule: SuiteRule, num_steps: int) -> bool:
-    """Whether the problem keeps the suite's rule and no wrong step can pass for a right one."""
+def _fair(world: World) -> bool:
+    """Whether no wrong step can pass for a right one."""
     value = world.values()
-    if len(set(value.values())) != len(world.facts) or not all(0 < number <= MAX_VALUE for number in value.values()):
+    if not len(set(value.values())) == len(value) == len(world.facts) or not all(0 < number <= MAX_VALUE for number in value.values()):
         return False
-    needed = world.needed()
     derived = [fact for fact in world.facts.values() if fact.relation != "base"]
-    if len(needed) != len(world.facts) - rule.distractor or sum(fact.name in needed for fact in derived) != num_steps:
-        return False
-    if value[world.query] < rule.min_answer or sum(fact.relation in ("times", "half") for fact in derived) < rule.min_products:
-        return False
     for fact in derived:
         left, operator, right = re.split(r"([+\-*/])", fact.expressions(value)[0])
         a, b = int(left), int(right)
         results = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}
         if list(results.values()).count(results[operator]) > 1 or (fact.relation == "more" and a == b):
             return False
-    return True
+    return not _swappable(world, value[world.query])
+
+
+def _swappable(world: World, answer: int) -> bool:
+    """Whether two different numbers that do not meet in one step can change places without changing the answer."""
+    together = [{fact.name, *(part for part in fact.parts if world.is_base(part))} for fact in world.facts.values()]
+    numbered = [fact for fact in world.facts.values() if fact.number is not None]
+    for left, right in combinations(numbered, 2):
+        if left.number == right.number or any({left.name, right.name} <= names for names in together):
+            continue
+        swapped = {left.name: replace(left, number=right.number), right.name: replace(right, number=left.number)}
+        if World({**world.facts, **swapped}, world.query).values().get(world.query) == answer:
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------ writing solutions
@@ -596,14 +625,15 @@ def rubric(problem: Problem, text: str) -> tuple[int, int, int, int]:
 
 
 def corrupt(problem: Problem, rng: Random, kind: str) -> str:
-    """A solution with one error of `kind` (see KINDS, or "garbage": text that is no solution at all), carried on by all later steps.
+    """A solution with one error of `kind` (one of ERROR_KINDS), carried on by all later steps; "garbage" is no solution at all.
 
-    Errors of kind order, duplicate, surplus and missing leave the answer right; the others change it (format may). Raises ValueError
-    where the problem has no such error: order and missing need two dependent steps, surplus a derived distractor."""
-    if kind not in (*KINDS, "garbage"):
-        raise UserError(f"tiny world: unknown kind of error {kind!r}: use one of {', '.join((*KINDS, 'garbage'))}")
+    Where the problem admits no such error (order needs two dependent steps, surplus a derived distractor, entity another person's number),
+    the kind is replaced by another, drawn at random; `check` tells which. Errors of kind order, duplicate, surplus and missing leave the
+    answer right; the others make it wrong (format and garbage may). Raises UserError for an unknown kind."""
+    if kind not in ERROR_KINDS:
+        raise UserError(f"tiny world: unknown kind of error {kind!r}: use one of {', '.join(ERROR_KINDS)}")
     world = parse_problem(problem.prompt)
-    for _ in range(200):
+    for _ in range(40):
         text = _corrupt_once(world, rng, kind)
         if text is None:
             continue
@@ -613,7 +643,7 @@ def corrupt(problem: Problem, rng: Random, kind: str) -> str:
                 return text
         elif found.kinds == (kind,) and found.answer_correct == (kind in ("order", "duplicate", "surplus", "missing")):
             return text
-    raise ValueError(f"no error of kind {kind} in problem {problem.id}")
+    return corrupt(problem, rng, rng.choice(ERROR_KINDS))
 
 
 def _corrupt_once(world: World, rng: Random, kind: str) -> str | None:

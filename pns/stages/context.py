@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from pns.config import Config
 from pns.data.problems import ProblemSets
 from pns.data.prompts import Prompts
-from pns.records import Problem
 from pns.run.directory import RunDirectory
 from pns.run.tracking import Tracker
 from workers.fleet import Fleet
@@ -27,14 +28,17 @@ class Context:
     track: Tracker
 
 
-def draw(problems: list[Problem], num: int, step: int, seed: int) -> list[Problem]:
-    """The problems of one training step: consecutive slices of a fresh shuffle per epoch, a function of (seed, step) alone, so that a
-    resumed stage neither skips nor repeats one."""
-    picked: list[Problem] = []
+Item = TypeVar("Item")
+
+
+def draw(items: Sequence[Item], num: int, step: int, seed: int) -> list[Item]:
+    """The items (problems, pairs) of one training step: consecutive slices of a fresh shuffle per epoch, a function of (seed, step) alone,
+    so that a resumed stage neither skips nor repeats one."""
+    picked: list[Item] = []
     orders: dict[int, np.ndarray] = {}
     for index in range(step * num, (step + 1) * num):
-        epoch, place = divmod(index, len(problems))
+        epoch, place = divmod(index, len(items))
         if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(problems))
-        picked.append(problems[orders[epoch][place]])
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(items))
+        picked.append(items[orders[epoch][place]])
     return picked

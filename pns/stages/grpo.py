@@ -1,9 +1,9 @@
-"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, one policy update, new weights into the rollout engines."""
+"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights to rollout."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,11 @@ from pns.config import Grpo
 from pns.records import Problem, Reward, Rollout, Verdict
 from pns.stages.context import Context, draw
 from pns.stages.scoring import RewardKind, roll_out
-from workers.policy import Batch, GrpoLoss
+from workers.policy import Batch
+from workers.policy import Grpo as GrpoLoss
 from workers.rollout import Sampling
 
-StopRule = Callable[[int, dict[str, float]], bool]
+StopRule = Callable[[int, Mapping[str, float | None]], bool]
 
 
 def train(
@@ -33,7 +34,8 @@ def train(
     """Train `start_model` for `settings.steps` and return the directory of the trained model.
 
     Every step's rollouts are kept with all reward terms in `<stage>/rollouts.jsonl`; `describe` gives the step's metrics from them, and
-    `stop(step, metrics)` ends the stage early. Continues after the stage's last complete checkpoint.
+    `stop(step, metrics)` ends the stage early; it is told every step once, in order, also after a resume. Continues after the stage's last
+    complete checkpoint.
     """
     policy, rollout, run = ctx.fleet.policy, ctx.fleet.rollout, ctx.run
     rollout.load(start_model)
@@ -43,11 +45,12 @@ def train(
     first_step = 0
     if checkpoint := run.latest_checkpoint(stage):
         policy.restore(checkpoint.path)
-        rollout.update_weights(*policy.weights())
+        sync_weights(ctx)
         first_step = checkpoint.step
     rollouts_file = run.append_rows(stage, "rollouts.jsonl", keep_below_step=first_step)
     sampling = Sampling(settings.temperature, settings.top_p, ctx.config.rollout.max_new_tokens)
-    ctx.track.begin(stage, settings.steps, first_step)
+    for step, values in enumerate(ctx.track.begin(stage, settings.steps, first_step)):
+        stop(step, values)
     for step in range(first_step, settings.steps):
         began = time.monotonic()
         problems_P = draw(problems, settings.problems_per_step, step, ctx.config.seed)
@@ -68,7 +71,7 @@ def train(
         check_masked(rewards, ctx.config.reward.max_masked_fraction, f"{stage}, step {step}")
         metrics = describe(rollouts) | masked_counts(rewards)
         metrics |= update(ctx, settings, rollouts)
-        rollout.update_weights(*policy.weights())
+        sync_weights(ctx)
         num_tokens = sum(len(r.completion.token_ids) for r in rollouts)
         metrics |= {
             "rollout_seconds": sampled - began,
@@ -88,6 +91,12 @@ def train(
     model = run.stage_dir(stage) / "model"
     policy.export(model)
     return model
+
+
+def sync_weights(ctx: Context) -> None:
+    """The policy's current weights into every rollout replica, through the object store."""
+    version, reference = ctx.fleet.policy.weights()
+    ctx.fleet.rollout.update_weights([reference], version)
 
 
 def update(ctx: Context, settings: Grpo, rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pns.algo.pairs import margin_masks
+from pns.algo.pairs import margin_masks, num_margin_tokens
 from pns.errors import UserError
 from pns.records import PreferencePair, Problem, from_json
 from pns.run.directory import read_jsonl, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.models import target
-from workers.policy import Batch, DpoLoss
+from workers.policy import Batch, Dpo
 
 
 def run(ctx: Context) -> None:
@@ -29,10 +29,10 @@ def run(ctx: Context) -> None:
     if checkpoint := ctx.run.latest_checkpoint("preference"):
         policy.restore(checkpoint.path)
         first_step = checkpoint.step
-    loss = DpoLoss(settings.beta, settings.label_smoothing, settings.nll_weight)
+    loss = Dpo(settings.beta, settings.nll_weight, settings.label_smoothing)
     ctx.track.begin("preference", settings.steps, first_step)
     for step in range(first_step, settings.steps):
-        indices = draw(list(range(len(pairs))), settings.pairs_per_step, step, ctx.config.seed)
+        indices = draw(range(len(pairs)), settings.pairs_per_step, step, ctx.config.seed)
         batch = pair_batch(ctx, by_id, [pairs[i] for i in indices])
         batch.token_values["ref_log_probs"] = [row for i in indices for row in reference[i]]
         ctx.track.log(step, policy.train_step(batch, loss))
@@ -46,16 +46,18 @@ def run(ctx: Context) -> None:
 
 def pair_batch(ctx: Context, by_id: dict[str, Problem], pairs: Sequence[PreferencePair]) -> Batch:
     """Rows chosen, rejected, chosen, rejected, ... with the margin mask of `preference.margin`."""
-    batch = Batch([], [], {"margin_mask": []})
+    prompts: list[tuple[int, ...]] = []
+    completions: list[tuple[int, ...]] = []
+    margins: list[np.ndarray] = []
     for pair in pairs:
         prompt = ctx.prompts.encode(by_id[pair.problem_id])
         chosen, rejected = ctx.prompts.encode_completion(pair.chosen), ctx.prompts.encode_completion(pair.rejected)
-        rejected_end = None if pair.margin_end is None else len(ctx.prompts.encode_completion(pair.rejected[: pair.margin_end])) - 1
-        masks = margin_masks(chosen, rejected, ctx.config.preference.margin, rejected_end)
-        batch.prompt_ids += [prompt, prompt]
-        batch.completion_ids += [chosen, rejected]
-        batch.token_values["margin_mask"] += list(masks)
-    return batch
+        num_rejected = num_margin_tokens(ctx.prompts.token_starts(pair.rejected), pair.margin_end)
+        masks = margin_masks(chosen, rejected, ctx.config.preference.margin, None if pair.margin_end is None else num_rejected)
+        prompts += [prompt, prompt]
+        completions += [chosen, rejected]
+        margins += masks
+    return Batch(prompts, completions, {"margin_mask": margins})
 
 
 def reference_log_probs(ctx: Context, by_id: dict[str, Problem], pairs: Sequence[PreferencePair]) -> list[tuple[Any, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pns.algo.negatives import degeneration
 from pns.config import DataSource, ReverseRl
@@ -36,17 +36,19 @@ class StopRule:
 
     def __init__(self, settings: ReverseRl) -> None:
         self._settings = settings
-        self._best = float("-inf")
+        self._best = 0.0
         self._since = 0
 
-    def __call__(self, step: int, metrics: dict[str, float]) -> bool:
+    def __call__(self, step: int, metrics: Mapping[str, float | None]) -> bool:
         s = self._settings
-        if metrics["wrong_rate"] >= s.max_hold_wrong_rate:
+        wrong_rate, format_rate = metrics.get("wrong_rate") or 0.0, metrics.get("format_rate") or 0.0
+        plausibility = metrics.get("reward_model_mean") or 0.0
+        if wrong_rate >= s.max_hold_wrong_rate:
             return True
-        if metrics["wrong_rate"] < s.stop_wrong_rate or metrics["format_rate"] < s.stop_format_rate or not s.stop_patience:
+        if wrong_rate < s.stop_wrong_rate or format_rate < s.stop_format_rate or not s.stop_patience:
             return False
-        if metrics["reward_model_mean"] > self._best:
-            self._best, self._since = metrics["reward_model_mean"], 0
+        if plausibility > self._best:
+            self._best, self._since = plausibility, 0
         else:
             self._since += 1
         return self._since >= s.stop_patience

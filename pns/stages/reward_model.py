@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from pns.algo.metrics import expected_calibration_error
-from pns.algo.pairs import length_matched_pairs
+from pns.algo.pairs import match_by_length
 from pns.errors import UserError
-from pns.records import PreferencePair, Problem, Rollout, Verdict
+from pns.records import PreferencePair, Problem, Verdict
 from pns.run.directory import write_json, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.models import target
-from pns.stages.scoring import RewardKind, roll_out, sigmoid, stable_seed
-from workers.policy import Batch, BradleyTerryLoss
+from pns.stages.pair import by_problem
+from pns.stages.scoring import RewardKind, by_verdict, roll_out, sigmoid, stable_seed
+from workers.policy import Batch, BradleyTerry
 from workers.rollout import Sampling
 
 
@@ -39,7 +40,7 @@ def run(ctx: Context) -> None:
 
 
 def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
-    """(correct, incorrect) completions of the RL-trained backbone, matched in length, one pair a problem where there is one."""
+    """(correct, incorrect) completions of the RL-trained backbone, matched in length, each used once."""
     settings = ctx.config.reward_model
     ctx.fleet.rollout.load(target(ctx))
     rollouts = roll_out(
@@ -53,19 +54,24 @@ def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
         0,
         (ctx.config.seed, "reward_model"),
     )
-    return length_matched_pairs(by_verdict(rollouts, Verdict.CORRECT), by_verdict(rollouts, Verdict.WRONG), settings.max_length_ratio)
-
-
-def by_verdict(rollouts: Sequence[Rollout], verdict: Verdict) -> list[Rollout]:
-    """The well-formed rollouts of that verdict."""
-    return [r for r in rollouts if r.reward.format_ok and r.reward.verdict is verdict]
+    correct, wrong = by_problem(by_verdict(rollouts, Verdict.CORRECT)), by_problem(by_verdict(rollouts, Verdict.WRONG))
+    pairs = []
+    for problem in problems:
+        if problem.id in correct and problem.id in wrong:
+            rights, wrongs = correct[problem.id], wrong[problem.id]
+            lengths = [len(c.token_ids) for c in rights], [len(c.token_ids) for c in wrongs]
+            for a, b in match_by_length(*lengths, settings.max_length_ratio):
+                pairs.append(PreferencePair(problem.id, problem.prompt, rights[a].text, wrongs[b].text, "rs"))
+    return pairs
 
 
 def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair]) -> dict[str, float]:
     """Train one reward model, export it, and return its quality on the held-out problems."""
     settings, policy, seed = ctx.config.reward_model, ctx.fleet.policy, stable_seed(ctx.config.seed, which)
-    num_held_out = round(len(pairs) * settings.held_out_fraction)
-    held_out, training = pairs[:num_held_out], pairs[num_held_out:]
+    ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
+    held_out_ids = set(ids[: round(len(ids) * settings.held_out_fraction)])
+    held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
+    training = [pair for pair in pairs if pair.problem_id not in held_out_ids]
     if not training:
         raise UserError(f"reward_model: no (correct, incorrect) pairs for the {which} model; raise reward_model.samples_per_problem")
     by_id = {problem.id: problem for problem in ctx.problems.reward}
@@ -74,7 +80,7 @@ def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair])
     ctx.track.begin(stage, settings.steps, 0)
     for step in range(settings.steps):
         rows = draw(training, settings.pairs_per_step, step, seed)
-        ctx.track.log(step, policy.train_step(pair_batch(ctx, by_id, rows), BradleyTerryLoss(settings.centre)))
+        ctx.track.log(step, policy.train_step(pair_batch(ctx, by_id, rows), BradleyTerry(settings.centre)))
     ctx.track.end()
     quality = {"training_pairs": float(len(training)), "held_out_pairs": float(len(held_out))}
     if held_out:

@@ -169,3 +169,8 @@ def roll_out(
             value = reward.correctness(s.format_ok or kind is RewardKind.ANSWER, s.verdict, s.missing)
         rollouts.append(Rollout(step, s.problem, s.completion, value))
     return rollouts
+
+
+def by_verdict(rollouts: Sequence[Rollout], verdict: Verdict) -> list[Rollout]:
+    """The well-formed rollouts of that verdict."""
+    return [r for r in rollouts if r.reward.format_ok and r.reward.verdict is verdict]

