@@ -1,6 +1,6 @@
 """The schema: every key, its default, its unit and its meaning. A recipe holds only what differs from it.
 
-`load(path, overrides)` merges schema < recipe < `key=value` overrides and returns a plain, checked `Config`. Everything that can be
+`load(path, overrides)` merges schema < recipe that it `extends` < recipe < `key=value` overrides and returns a plain, checked `Config`. Everything that can be
 wrong without looking at the cluster is said here, in one line, before anything starts. No heavy import: errors answer within a second.
 """
 
@@ -12,7 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pns.errors import UserError
@@ -295,12 +296,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         near = sorted(str(p) for p in recipe.parent.glob("*.yaml")) if recipe.parent.is_dir() else []
         raise UserError(f"recipe {recipe} does not exist" + (f"; there are: {', '.join(near)}" if near else ""))
     schema = OmegaConf.structured(Config)
+    layers = _read(recipe)
     try:
-        loaded = OmegaConf.load(recipe)
-    except Exception as error:  # yaml raises several unrelated classes
-        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
-    try:
-        merged = OmegaConf.merge(schema, loaded)
+        merged = OmegaConf.merge(schema, *layers)
         for override in overrides or []:
             if "=" not in override:
                 raise UserError(f"override {override!r} is not of the form key=value")
@@ -316,6 +314,22 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         config.name = recipe.stem
     check(config)
     return config
+
+
+def _read(recipe: Path) -> list[DictConfig]:
+    """The recipe after the one it `extends` (a path relative to it), if any."""
+    try:
+        loaded = OmegaConf.load(recipe)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"recipe {recipe} is a list; it has to be keys and values")
+    base = loaded.pop("extends", None)
+    if base is None:
+        return [loaded]
+    if not (recipe.parent / base).is_file():
+        raise UserError(f"extends: {recipe.parent / base} does not exist (in {recipe})")
+    return [*_read(recipe.parent / base), loaded]
 
 
 def check(config: Config) -> None:
@@ -348,18 +362,6 @@ def check(config: Config) -> None:
         stage: Grpo = getattr(config, name)
         if stage.completions_per_problem < 2:
             raise UserError(f"{name}.completions_per_problem: {stage.completions_per_problem}; a group needs at least 2")
-    ranks = config.placement.policy.replicas
-    for key, rows in (
-        ("rl.problems_per_step x completions_per_problem", config.rl.problems_per_step * config.rl.completions_per_problem),
-        (
-            "reverse_rl.problems_per_step x completions_per_problem",
-            config.reverse_rl.problems_per_step * config.reverse_rl.completions_per_problem,
-        ),
-        ("reward_model.pairs_per_step", config.reward_model.pairs_per_step),
-        ("preference.pairs_per_step", config.preference.pairs_per_step),
-    ):
-        if rows % ranks:
-            raise UserError(f"{key} is {rows}, not a multiple of placement.policy.replicas = {ranks}: change one of them")
     if config.data.source is DataSource.jsonl:
         for key in ("train", "reward", "preference"):
             path = getattr(config.data.jsonl, key)

@@ -94,7 +94,7 @@ def test_integers_are_decided_without_a_process() -> None:
 
 
 def test_poison_does_not_delay_or_fail_others_and_leaves_no_process(others: set[psutil.Process]) -> None:
-    verifier = Verifier(processes=2, limit_seconds=0.25)
+    verifier = Verifier(processes=2, limit_seconds=0.5)
     poison = verifier.submit([("5", box(POISON))] * 32)
     right = verifier.submit([(r"\frac{1}{2}", box(f"{n}/{2 * n}")) for n in range(2, 18)])
     assert not verifier.done(right)

@@ -200,9 +200,8 @@ def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:
     with a packed copy of its weight: without the second step it keeps the old one."""
     runner = worker.model_runner
     runner.reload_weights(weights_iterator=iter(tensors.items()))
-    model = runner.get_model()
-    head = getattr(model, "lm_head", None)
-    if head is not None and model.config.tie_word_embeddings:
+    head = getattr(runner.get_model(), "lm_head", None)
+    if head is not None and runner.model_config.hf_config.tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)
 
 

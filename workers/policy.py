@@ -11,8 +11,8 @@ import gc
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -205,32 +205,46 @@ class Rank:
     """One training process: a verl `TrainingWorker` and the model it holds. A plain class; `Policy` makes it an actor."""
 
     training: Any = None
+    reference: Any = None
     model: Model
 
     def load(self, model: Model, timeout_seconds: float) -> ModelInfo:
-        """Build `model`, dropping the one before. All ranks call it together."""
+        """Build `model`, dropping the one before and its reference. All ranks call it together."""
+        import torch
+        from verl.utils.distributed import initialize_global_process_group_ray
+
+        cuda = model.device == "cuda"
+        # verl would ask for gloo twice on a CPU, which torch refuses.
+        initialize_global_process_group_ray(timeout_seconds, backend=None if cuda else "gloo")
+        self.training = self.reference = None
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        self.training = self._build(model)
+        self.model = model
+        padded = not self.training.engine.use_remove_padding
+        return ModelInfo(vocab_size=self.training.model_config.hf_config.get_text_config().vocab_size, padded=padded)
+
+    def load_reference(self, model: Model) -> None:
+        """Build a second model beside the first, which is never trained: it holds no gradients and no optimizer state."""
+        self.reference = self._build(model)
+
+    def _build(self, model: Model) -> Any:
         import torch
         from verl.trainer.config import CheckpointConfig
-        from verl.utils.distributed import initialize_global_process_group_ray
         from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
         from verl.workers.engine_workers import TrainingWorker
 
         from workers import verl_engine  # noqa: F401  registers the engines
 
         cuda = model.device == "cuda"
-        # verl would ask for gloo twice on a CPU, which torch refuses.
-        initialize_global_process_group_ray(timeout_seconds, backend=None if cuda else "gloo")
-        self.training = None
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
         torch.manual_seed(model.seed)
         attention = model.settings.attention
         if attention == "auto":
             attention = "flash_attention_2" if cuda and importlib.util.find_spec("flash_attn") else "sdpa"
         compute = "bf16" if cuda and model.settings.dtype == "bfloat16" else "fp32"
         optimizer = model.optimizer or config.Optimizer()
-        self.training = TrainingWorker(
+        worker = TrainingWorker(
             TrainingWorkerConfig(
                 model_type="language_model" if model.head == "language_model" else "value_model",
                 model_config=HFModelConfig(
@@ -266,13 +280,12 @@ class Rank:
                 checkpoint_config=CheckpointConfig(),
             )
         )
-        self.training.reset()
-        self.model = model
-        return ModelInfo(vocab_size=self.training.model_config.hf_config.get_text_config().vocab_size, padded=attention != "flash_attention_2")
+        worker.reset()
+        return worker
 
-    def infer(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    def infer(self, micro_batches: Sequence[MicroBatch], by_reference: bool = False) -> list[np.ndarray]:
         """Per micro-batch: log-probabilities (C,) of its completion tokens, or scores (B,) of its rows."""
-        engine = self.training.engine
+        engine = (self.reference if by_reference else self.training).engine
         with engine.eval_mode():
             outputs = engine.infer_batch(self._data(micro_batches, {}))["model_output"]
         name = "scores" if self.model.head == "score" else "log_probs"
@@ -318,7 +331,7 @@ class Rank:
         kept = {}
         for name, tensor in engine.get_per_tensor_param()[0]:
             if self.training.rank == 0 and name not in tied:
-                kept[name] = tensor.detach().cpu()
+                kept[name] = tensor.detach().to("cpu", copy=True)
         return kept
 
     def save(self, directory: str) -> None:
@@ -364,6 +377,7 @@ def _actor_class() -> Any:
 
     class PolicyRank(Rank, Worker):
         load = same(Rank.load)
+        load_reference = same(Rank.load_reference)
         infer = own(Rank.infer)
         train = own(Rank.train)
         weights = same(Rank.weights)
@@ -455,9 +469,24 @@ class Policy:
 
     def log_probs(self, batch: Batch) -> list[np.ndarray]:
         """Natural-log probabilities (T,) float32 of each row's completion tokens at temperature 1."""
+        return self._log_probs(batch, by_reference=False)
+
+    def load_reference(self, model_path: str) -> None:
+        """Build a frozen language model beside the loaded one, for `reference_log_probs`; the next `load` drops it."""
+        from workers.engine import local_directory
+
+        path = str(local_directory(model_path))
+        model = replace(self._loaded("language_model"), path=path, optimizer=None)
+        self._wait(self._group.load_reference(model), self._start_timeout, f"the policy processes to load the reference {path}")
+
+    def reference_log_probs(self, batch: Batch) -> list[np.ndarray]:
+        """`log_probs` under the model of `load_reference`."""
+        return self._log_probs(batch, by_reference=True)
+
+    def _log_probs(self, batch: Batch, by_reference: bool) -> list[np.ndarray]:
         self._loaded("language_model")
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(batch)
-        for part, values in self._infer(batch):
+        for part, values in self._infer(batch, by_reference):
             ends = np.cumsum(part.lengths - part.prompt_lengths)[:-1]
             for row, row_values in zip(part.rows, np.split(values, ends), strict=True):
                 if row >= 0:
@@ -509,7 +538,7 @@ class Policy:
         return self._version, self._wait(self._group.weights(), self._step_timeout, "the weights of the policy")[0][0]
 
     def save(self, directory: str | Path) -> None:
-        """Write model, optimizer, schedule and random state, one file of each per rank. The directory counts as complete when this returns."""
+        """Write model, optimizer, schedule and random state, one file of each per rank. The checkpoint is complete when this returns."""
         self._loaded(None)
         self._wait(self._group.save(str(Path(directory).absolute())), self._step_timeout, f"the policy's checkpoint in {directory}")
 
@@ -530,8 +559,8 @@ class Policy:
         self._version += 1
 
     def export(self, directory: str | Path) -> None:
-        """Write a checkpoint that `AutoModelForCausalLM`, or for a score head `AutoModelForSequenceClassification`, loads as it is: safetensors
-        (bfloat16 where the model computes in it, else float32), config and tokenizer."""
+        """Write a checkpoint that `AutoModelForCausalLM`, or for a score head `AutoModelForSequenceClassification`, loads as it is:
+        safetensors (bfloat16 where the model computes in it, else float32), config and tokenizer."""
         self._loaded(None)
         self._wait(self._group.export(str(Path(directory).absolute())), self._step_timeout, f"the export to {directory}")
 
@@ -548,11 +577,11 @@ class Policy:
             raise ValueError(f"this needs a {head} head, and {self._model.path} was loaded with a {self._model.head} head")
         return self._model
 
-    def _infer(self, batch: Batch) -> list[tuple[MicroBatch, np.ndarray]]:
+    def _infer(self, batch: Batch, by_reference: bool = False) -> list[tuple[MicroBatch, np.ndarray]]:
         if not len(batch):
             return []
         parts = self._parts(Batch(batch.prompt_ids, batch.completion_ids), group_size=1)
-        values = self._wait(self._group.infer(parts), self._step_timeout, "a forward pass")
+        values = self._wait(self._group.infer(parts, [by_reference] * self._ranks), self._step_timeout, "a forward pass")
         return [pair for of_rank in zip(parts, values, strict=True) for pair in zip(*of_rank, strict=True)]
 
     def _parts(self, batch: Batch, group_size: int) -> list[list[MicroBatch]]:
@@ -570,7 +599,9 @@ class Policy:
         while pending:
             done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                raise TimeoutError(f"waited {timeout_seconds:g} s for {what}; {len(pending)} of {len(references)} processes have not answered")
+                raise TimeoutError(
+                    f"waited {timeout_seconds:g} s for {what}; {len(pending)} of {len(references)} processes have not answered"
+                )
             ray.get(done)
         return ray.get(list(references))
 

@@ -121,7 +121,8 @@ class RolloutPool:
         self._on_all(lambda actor, _: actor.update_weights.remote(ref[0], version), f"to take weights version {version}")
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
-        """Yield lists of finished samples of all replicas until every request has exactly one. Ids must differ."""
+        """Yield lists of finished samples of all replicas until every request has exactly one. Ids must differ.
+        A stream left early is decoded to its end by the actors before they take the next call."""
         open_requests = {request.id: request for request in requests}
         if len(open_requests) != len(requests):
             raise ValueError("rollout requests: ids are not unique")

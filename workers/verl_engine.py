@@ -69,7 +69,7 @@ class PolicyEngine(FSDPEngineWithLMHead):
         return {"log_probs": -_negative_log_likelihood(logits_CV, token_ids[index_C + 1])}
 
     def _pick(self, values: Tensor, micro_batch: TensorDict, index: Tensor) -> Tensor:
-        """Entries `index` of the model's output, counted over the real tokens of all rows end to end; the output is (1, N, ...) or (B, S, ...)."""
+        """Entries `index` of the model's output (1, N, ...) or (B, S, ...), counted over the real tokens of all rows end to end."""
         if not self.use_remove_padding:
             lengths_B = micro_batch["input_ids"].offsets().diff()
             real_BS = torch.arange(values.shape[1], device=values.device) < lengths_B.unsqueeze(1)

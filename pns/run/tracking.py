@@ -50,7 +50,7 @@ class Tracker:
         self._began = self._shown = 0.0
 
     def begin(self, stage: str, total: int, first_step: int) -> list[Mapping[str, float | None]]:
-        """Start (or resume at `first_step`) a stage of `total` steps: its rows from `first_step` on are dropped, they come again. Returns the
+        """Start (or resume at `first_step`) a stage of `total` steps: rows from `first_step` on are dropped, they come again. Returns the
         values of the steps before."""
         rows = []
         if self._path.is_file():
