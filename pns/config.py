@@ -1,7 +1,8 @@
 """The schema: every key, its default, its unit and its meaning. A recipe holds only what differs from it.
 
-`load(path, overrides)` merges schema < recipe that it `extends` < recipe < `key=value` overrides and returns a plain, checked `Config`. Everything that can be
-wrong without looking at the cluster is said here, in one line, before anything starts. No heavy import: errors answer within a second.
+`load(path, overrides)` merges schema < the recipe that a recipe `extends` < the recipe < `key=value` overrides and returns a plain,
+checked `Config`. Everything that can be wrong without looking at the cluster is said here, in one line, before anything starts. No
+heavy import: errors answer within a second.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ class Fleet:
             self.config.models.trust_remote_code,
             self.config.seed,
         )
-        pool.load(self.config.models.judge)
+        if self.config.warm_start.task != "judge":
+            pool.load(self.config.models.judge)
         return pool
 
     def _verifier(self) -> Verifier:

@@ -6,18 +6,20 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from pns.algo.judging import Template, make_nonce, render_tiny
+import numpy as np
+
+from pns.algo.judging import Template, coherence, make_nonce, render_tiny
 from pns.config import WarmStart
 from pns.data import tiny_world
 from pns.data.tiny_tokenizer import build_tokenizer
 from pns.records import Problem, from_json
-from pns.run.directory import read_jsonl, write_jsonl
+from pns.run.directory import read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.scoring import sample, stable_seed
 from workers.policy import Batch, Sft
 from workers.rollout import Sampling
 
-NUM_GRADED_PROBLEMS = 3000  # problems whose sampled solutions the judge is trained on
+NUM_GRADED = {"train": 3000, "reward": 500}  # problems whose sampled solutions the judge is trained and measured on
 CORRUPTED_SHARE = 0.35  # of the judge's training rows; as many are a model's samples, the rest right solutions
 
 
@@ -48,6 +50,8 @@ def run(ctx: Context) -> None:
                 policy.save(checkpoint_dir)
     ctx.track.end()
     policy.export(directory / "model")
+    if settings.task == "judge":
+        write_json(directory / "quality.json", judge_quality(ctx, settings))
 
 
 def solution_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
@@ -66,7 +70,7 @@ def solution_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tup
 
 def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
     """step -> (judge prompt ids, verdict ids): right solutions, made-up errors and a model's samples, labelled by the checker's rubric."""
-    sampled = sampled_solutions(ctx, settings)
+    sampled = sampled_solutions(ctx, settings, "train")
     tokenizer = ctx.prompts.tokenizer
 
     def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -80,6 +84,25 @@ def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[
         return found
 
     return rows
+
+
+def judge_quality(ctx: Context, settings: WarmStart) -> dict[str, float]:
+    """How well the trained judge agrees with the checker on fresh candidates of the three kinds: share of identical verdicts, mean absolute
+    difference of the score in [0, 1], and the mean score it gives to candidates that the rubric gives 1 and 0."""
+    sampled = sampled_solutions(ctx, settings, "reward")
+    graded = draw_graded(sampled, len(sampled), 0, ctx.config.seed, random.Random(ctx.config.seed))
+    ctx.fleet.judge.load(str(ctx.run.stage_dir("warm_start") / "model"))
+    outcomes = ctx.fleet.judge.score([(problem.prompt, text) for problem, text in graded], ctx.config.reward.deadline_seconds)
+    labels = [tiny_world.rubric(problem, text) for problem, text in graded]
+    rows = [(coherence(o.value), coherence(label), o.value == label) for o, label in zip(outcomes, labels, strict=True) if o.value]
+    full, none = [q for q, label, _ in rows if label == 1], [q for q, label, _ in rows if label == 0]
+    return {
+        "candidates": float(len(rows)),
+        "same_verdict": float(np.mean([same for _, _, same in rows])),
+        "absolute_difference": float(np.mean([abs(q - label) for q, label, _ in rows])),
+        "mean_of_full_marks": float(np.mean(full)),
+        "mean_of_no_marks": float(np.mean(none)),
+    }
 
 
 def draw_graded(sampled: list[tuple[Problem, str]], num: int, step: int, seed: int, rng: random.Random) -> list[tuple[Problem, str]]:
@@ -97,11 +120,11 @@ def draw_graded(sampled: list[tuple[Problem, str]], num: int, step: int, seed: i
     return picked
 
 
-def sampled_solutions(ctx: Context, settings: WarmStart) -> list[tuple[Problem, str]]:
-    """One sample of `warm_start.samples_from` at temperature 1 for each of NUM_GRADED_PROBLEMS problems, drawn once and kept."""
-    path = ctx.run.stage_dir("warm_start") / "samples.jsonl"
+def sampled_solutions(ctx: Context, settings: WarmStart, split: str) -> list[tuple[Problem, str]]:
+    """One sample of `warm_start.samples_from` at temperature 1 for each of the split's NUM_GRADED problems, drawn once and kept."""
+    path = ctx.run.stage_dir("warm_start") / f"samples-{split}.jsonl"
     if not path.exists():
-        problems = tiny_world.problems("train", None, NUM_GRADED_PROBLEMS, ctx.config.seed)
+        problems = tiny_world.problems(split, None, NUM_GRADED[split], ctx.config.seed)
         ctx.fleet.rollout.load(settings.samples_from)
         sampling = Sampling(1.0, 1.0, ctx.config.rollout.max_new_tokens)
         rows: list[dict[str, Any]] = []
