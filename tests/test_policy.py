@@ -254,6 +254,16 @@ def test_grpo_steps_are_those_of_plain_torch(one_rank: Policy, two_ranks: Policy
             assert_same(policy.log_probs(batch), reference_log_probs(model, batch), tolerance=1e-4)
 
 
+def test_a_reference_stays_as_it_was(two_ranks: Policy, checkpoints: dict[str, str]) -> None:
+    two_ranks.load(checkpoints["qwen2"], "language_model", OPTIMIZER, total_steps=5, seed=0)
+    two_ranks.load_reference(checkpoints["qwen2"])
+    batch = rows(5)
+    before = two_ranks.log_probs(batch)
+    two_ranks.train_step(batch, Sft())
+    np.testing.assert_array_equal(np.concatenate(two_ranks.reference_log_probs(batch)), np.concatenate(before))
+    assert np.abs(np.concatenate(two_ranks.log_probs(batch)) - np.concatenate(before)).max() > 1e-3
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero(one_rank: Policy, checkpoints: dict[str, str]) -> None:
     optimizer = config.Optimizer(learning_rate=1.0, warmup_steps=2, schedule="cosine")
     one_rank.load(checkpoints["qwen2"], "language_model", optimizer, total_steps=4, seed=0)

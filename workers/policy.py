@@ -32,6 +32,9 @@ Head = Literal["language_model", "score"]
 # One allocator arena that keeps its pages: a micro-batch's buffers are of the same size every time, and giving them back costs page faults.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
 
+# What verl and transformers print about every model they build.
+_QUIET = {"VERL_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore::UserWarning:verl.workers.engine"}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -427,7 +430,7 @@ class Policy:
                 f"placement.policy needs {pool.replicas} x {bundle}, and {start_timeout_seconds:g} s were not enough to get them; "
                 f"free now: {_free()}: lower placement.policy or add a node"
             )
-        environment = {"OMP_NUM_THREADS": str(max(1, int(pool.cpus))), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"OMP_NUM_THREADS": str(max(1, int(pool.cpus))), "TOKENIZERS_PARALLELISM": "false", **_QUIET}
         if not cuda:
             environment |= {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "workers.verl_cpu", **_MALLOC}
         self._group = self._spawn(pool, environment, cuda)

@@ -113,7 +113,7 @@ class ScoreEngine(PolicyEngine):
         return {"scores": self._pick(output.logits.squeeze(-1), micro_batch, last_B).float()}
 
 
-for _device, _vendor in (("cpu", None), ("cuda", "nvidia")):
+for _device, _vendor in (("cpu", None), ("cuda", "nvidia"), ("cuda", "amd")):
     EngineRegistry.register(model_type="language_model", backend="fsdp2", device=_device, vendor=_vendor)(PolicyEngine)
     EngineRegistry.register(model_type="value_model", backend="fsdp2", device=_device, vendor=_vendor)(ScoreEngine)
 
@@ -131,23 +131,23 @@ def _negative_log_likelihood(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
 
 def tensors(micro_batch: MicroBatch, constants: dict[str, Any]) -> TensorDict:
     """One micro-batch in the form verl's engine takes: jagged tensors of its rows, and `constants` beside them."""
-    lengths = torch.from_numpy(micro_batch.lengths)
-    completion_lengths = lengths - torch.from_numpy(micro_batch.prompt_lengths)
+    lengths = torch.tensor(micro_batch.lengths)
+    completion_lengths = lengths - torch.tensor(micro_batch.prompt_lengths)
     offsets = functional.pad(lengths.cumsum(0), (1, 0))
     completion_offsets = functional.pad(completion_lengths.cumsum(0), (1, 0))
     position_ids = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], lengths)
-    loss_mask = position_ids >= torch.repeat_interleave(torch.from_numpy(micro_batch.prompt_lengths), lengths)
+    loss_mask = position_ids >= torch.repeat_interleave(torch.tensor(micro_batch.prompt_lengths), lengths)
 
     def jagged(values: Tensor, at: Tensor) -> Tensor:
         return torch.nested.nested_tensor_from_jagged(values, at)
 
     fields: dict[str, Any] = {
-        "input_ids": jagged(torch.from_numpy(micro_batch.token_ids), offsets),
+        "input_ids": jagged(torch.tensor(micro_batch.token_ids), offsets),
         "position_ids": jagged(position_ids, offsets),
         "loss_mask": jagged(loss_mask, offsets),
         "completion_lengths": completion_lengths,
-        **{name: jagged(torch.from_numpy(values), completion_offsets) for name, values in micro_batch.token_values.items()},
-        **{name: torch.from_numpy(values) for name, values in micro_batch.row_values.items()},
+        **{name: jagged(torch.tensor(values), completion_offsets) for name, values in micro_batch.token_values.items()},
+        **{name: torch.tensor(values) for name, values in micro_batch.row_values.items()},
         **{name: NonTensorData(value) for name, value in constants.items()},
     }
     return TensorDict(fields, batch_size=[len(lengths)])

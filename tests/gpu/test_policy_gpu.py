@@ -1,0 +1,133 @@
+"""Policy training on a GPU: bfloat16 compute over float32 master weights, against transformers in float32."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pns import config
+from workers.policy import Batch, BradleyTerry, Dpo, Grpo, Policy, Sft
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+VOCABULARY = 64
+OPTIMIZER = config.Optimizer(learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=256,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    ).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w2").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=["bfloat16-auto", "bfloat16-sdpa", "float32-sdpa"])
+def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
+    """One rank on one GPU, in a Ray of its own that sees the real devices."""
+    import ray
+
+    os.environ.pop("VERL_PLATFORM", None)
+    os.environ.pop("VERL_USE_EXTERNAL_MODULES", None)
+    if ray.is_initialized():
+        pytest.skip("run tests/gpu by itself: this Ray was started with logical GPUs")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    dtype, attention = request.param.split("-")
+    settings = config.Policy(max_tokens_per_micro_batch=512, dtype=dtype, attention=attention)
+    made = Policy(config.Pool(replicas=1, gpus=1.0), "cuda", settings, start_timeout_seconds=300)
+    yield made
+    made.shutdown()
+    ray.shutdown()
+
+
+def rows(count: int, seed: int = 0) -> Batch:
+    noise = np.random.default_rng(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return noise.integers(2, VOCABULARY, noise.integers(low, high)).tolist()
+
+    return Batch([tokens(2, 20) for _ in range(count)], [tokens(5, 60) for _ in range(count)])
+
+
+def reference_log_probs(path: str, batch: Batch) -> list[np.ndarray]:
+    from transformers import AutoModelForCausalLM
+
+    model, results = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), []
+    with torch.no_grad():
+        for prompt, completion in zip(batch.prompt_ids, batch.completion_ids, strict=True):
+            ids = torch.tensor([[*prompt, *completion]])
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            results.append(log_probs[len(prompt) - 1 :].numpy())
+    return results
+
+
+def test_log_probs_are_those_of_transformers(policy: Policy, checkpoint: str) -> None:
+    policy.load(checkpoint, "language_model", None, total_steps=1, seed=0)
+    batch = rows(24)
+    difference = np.abs(np.concatenate(policy.log_probs(batch)) - np.concatenate(reference_log_probs(checkpoint, batch)))
+    assert difference.mean() < 0.01  # bfloat16 keeps about three digits
+    assert difference.max() < 0.1
+
+
+def test_dpo_and_grpo_steps(policy: Policy, checkpoint: str) -> None:
+    policy.load(checkpoint, "language_model", OPTIMIZER, total_steps=10, seed=0)
+    batch = rows(16)
+    before = policy.log_probs(batch)
+    values = {"ref_log_probs": before, "old_log_probs": before}
+    given = Batch(batch.prompt_ids, batch.completion_ids, values, {"advantages": [1.0, -1.0] * 8})
+    first, *_, last = [policy.train_step(given, Dpo(beta=0.1)) for _ in range(5)]
+    assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
+    assert last["loss"] < first["loss"]
+    found = policy.train_step(given, Grpo(clip_low=0.2, clip_high=0.28, kl_coefficient=1e-3))
+    assert found["update_skipped"] == 0
+    assert found["kl"] > 0
+
+
+def test_restore_and_export(policy: Policy, checkpoint: str, tmp_path: Path) -> None:
+    import ray
+
+    policy.load(checkpoint, "language_model", OPTIMIZER, total_steps=10, seed=0)
+    batch = rows(16)
+    policy.train_step(batch, Sft())
+    policy.save(tmp_path / "checkpoint")
+    first = policy.train_step(batch, Sft())
+    policy.restore(tmp_path / "checkpoint")
+    assert policy.train_step(batch, Sft())["loss"] == first["loss"]
+    weights = ray.get(policy.weights()[1])
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    policy.export(tmp_path / "model")
+    difference = np.concatenate(policy.log_probs(batch)) - np.concatenate(reference_log_probs(str(tmp_path / "model"), batch))
+    assert np.abs(difference).mean() < 0.01
+
+
+def test_bradley_terry_learns(policy: Policy, checkpoint: str) -> None:
+    policy.load(checkpoint, "score", OPTIMIZER, total_steps=20, seed=0)
+    batch = rows(16)
+    first, *_, last = [policy.train_step(batch, BradleyTerry(centre=0.01)) for _ in range(15)]
+    assert first["loss"] == pytest.approx(math.log(2), abs=0.1)
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["accuracy"] > first["accuracy"]

@@ -1,0 +1,716 @@
+r"""Real problems through every stage: GSM8K and MATH training problems, a byte-pair tokenizer trained on them, a Qwen-style chat template.
+
+Nothing of the tiny world is in it: problems with LaTeX and figures in Asymptote, prompts too long for the limit, completions cut off,
+answers nobody can parse, judge prompts beyond the judge's context. The model has two layers, begins with random weights, and every stage takes two
+steps. A random model writes no well-formed completion, and without right and wrong ones there is nothing to pair. So it is first taught,
+for a few seconds of ordinary supervised training, *how* a completion may look and nothing about problems: short texts between the
+reasoning tags and an answer drawn blindly from the commonest answers, with a share of malformed, endless and unparsable ones. The problems
+are those whose answers are so common. Some samples are then right by chance, most are wrong, some have no reward.
+
+Every count is recomputed from the stored samples by the code below, which shares nothing with the stages. The second model keeps its
+random weights: without a right completion the run stops with one line, and goes on from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from pns.algo.judging import render_text
+from pns.config import Data
+from pns.data.problems import read_problems
+from pns.data.prompts import Prompts
+from pns.driver import STAGES
+from pns.records import Problem
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+pytestmark = pytest.mark.skipif(not (DATA / "train").is_dir(), reason=f"the problem sets are not there: {DATA}")
+
+Row = dict[str, Any]
+
+VOCABULARY = 1500
+END, PAD = "<|im_end|>", "<|endoftext|>"
+ANSWERS = ("2", "3", "4", "5", "6", r"\frac{1}{2}")
+LIMIT = 32  # problems of every file
+MAX_PROMPT_TOKENS = 200
+MAX_NEW_TOKENS = 40
+SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+INSTRUCTION = "\nThink first."
+PREFIX = "<think>"
+WEIGHTS = {"wrong": 0.5, "reward_model": 0.25, "judge": 0.25}
+
+# As Qwen2.5 has it, without its tools.
+CHAT_TEMPLATE = (
+    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+REASONINGS = (
+    r"Let $x$ be the number. Then $\frac{x}{2}+x=y$, so $x=y-1$.",
+    r"We have \[\sqrt{a^2+b^2}=c.\] Thus $a < b$.",
+    r"By symmetry, $\angle ABC = 90^\circ$",
+    r"There are $\binom{n}{k}$ ways, naïvely.",
+    "She has <<6-2=4>>4 left.\nSo 4.",
+    r"First, $2x+1=7$, hence $x=3$",
+    r"Half of them: $1 \div 2 = \frac{1}{2}$",
+)
+UNPARSABLE = ("???", r"\frac{3}{}", r"\ldots", "x+")
+
+SETTINGS: Row = {
+    "name": "real",
+    "data": {
+        "source": "jsonl",
+        "system_prompt": SYSTEM,
+        "instruction": INSTRUCTION,
+        "assistant_prefix": PREFIX,
+        "max_prompt_tokens": MAX_PROMPT_TOKENS,
+    },
+    "rollout": {"engine": "transformers", "max_new_tokens": MAX_NEW_TOKENS, "max_batch": 64},
+    "policy": {"max_tokens_per_micro_batch": 4096},
+    "placement": {"verifier_processes": 1},
+    "reward": {"weights": WEIGHTS, "max_masked_fraction": 0.8},
+    "rl": {"steps": 2, "problems_per_step": 8, "completions_per_problem": 4, "optimizer": {"learning_rate": 1.0e-4}},
+    "reward_model": {"steps": 2, "pairs_per_step": 4, "samples_per_problem": 8, "held_out_fraction": 0.3},
+    "reverse_rl": {"steps": 2, "problems_per_step": 8, "completions_per_problem": 4, "optimizer": {"learning_rate": 1.0e-4}},
+    "synthesize": {"samples_per_problem": 3},
+    "pair": {"samples_per_problem": 6},
+    "preference": {"steps": 2, "pairs_per_step": 4},
+    "evaluate": {"temperature": 1.0, "samples_per_problem": 2, "generator_samples": 20},
+}
+
+
+def rows(path: Path) -> list[Row]:
+    """JSON lines; `str.splitlines` would also split at line separators inside a text."""
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8", newline="\n")
+    with opened as file:
+        return [json.loads(line) for line in file]
+
+
+# ------------------------------------------------------------------------------------------------------------- what the run is made of
+
+
+class World:
+    """The run's inputs: problems (as written to its files), tokenizer and models."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        gsm8k, maths = rows(DATA / "train" / "gsm8k_train.jsonl"), rows(DATA / "train" / "math_train.jsonl.gz")
+        broken = [row for row in maths if not row["answer"]]
+        longest = max(maths, key=lambda row: len(row["problem"]))
+        common = {name: [row for row in found if row["answer"] in ANSWERS] for name, found in (("gsm8k", gsm8k), ("math", maths))}
+        half = [row for row in common["math"] if row["answer"] == ANSWERS[-1]]
+        mixed = [row for rest in zip(common["gsm8k"], common["math"], strict=False) for row in rest]
+        # Every file holds more than `limit`; broken records do not count.
+        self.files = {
+            "train": mixed[:40],
+            "reward": [*broken, longest, *mixed[40:80]],
+            "preference": [longest, *half[:6], broken[0], *mixed[80:120]],
+            "gsm8k": common["gsm8k"][-40:],
+            "math": [longest, *half[6:12], *broken, *common["math"][-40:]],
+        }
+        self.problems = {name: [row for row in found if row["answer"]][:LIMIT] for name, found in self.files.items()}
+        self.paths = {name: directory / f"{name}.jsonl{'.gz' if name in ('reward', 'math') else ''}" for name in self.files}
+        for name, found in self.files.items():
+            text = "".join(json.dumps(row, ensure_ascii=name == "train") + "\n" for row in found)
+            self.paths[name].write_bytes(gzip.compress(text.encode()) if self.paths[name].suffix == ".gz" else text.encode())
+        self.tokenizer = build_tokenizer([row[key] for row in mixed[:400] for key in ("problem", "solution")])
+        self.model = make_model(len(self.tokenizer), 2048)
+
+    def save(self, name: str, model: Qwen2ForCausalLM) -> None:
+        model.save_pretrained(self.directory / name)
+        self.tokenizer.save_pretrained(self.directory / name)
+
+    def prompt_ids(self, row: Row) -> list[int]:
+        """The prompt written out by hand; the tokenizer is read from the file, not through transformers."""
+        text = (
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{row['problem']}{INSTRUCTION}<|im_end|>\n"
+            f"<|im_start|>assistant\n{PREFIX}"
+        )
+        return self.encode(text)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def fitting(self, name: str) -> list[Row]:
+        return [row for row in self.problems[name] if len(self.prompt_ids(row)) <= MAX_PROMPT_TOKENS]
+
+    def recipe(self, backbone: str, **changes: Row) -> Path:
+        settings = json.loads(json.dumps(SETTINGS))
+        for section, values in changes.items():
+            settings[section] |= values
+        settings["runs"] = str(self.directory / "runs")
+        settings["models"] = {"backbone": str(self.directory / backbone), "judge": str(self.directory / "judge")}
+        jsonl = {name: str(self.paths[name]) for name in ("train", "reward", "preference")}
+        settings["data"]["jsonl"] = {**jsonl, "suites": {name: str(self.paths[name]) for name in ("gsm8k", "math")}, "limit": LIMIT}
+        path = self.directory / f"{backbone}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    special = [PAD, "<|im_start|>", END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY - 2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")])  # as in Qwen3: they are text
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE)
+
+
+def make_model(vocab_size: int, max_position: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=max_position,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)  # two end tokens, as in Qwen2.5
+    return model
+
+
+def completion(rng: random.Random, babble: str) -> str:
+    """What the model is taught to write after the prompt, which ends in the opening tag. The end token is part of it."""
+    reasoning, answer, kind = rng.choice(REASONINGS), rng.choice(ANSWERS), rng.random()
+    if kind < 0.08:
+        return babble  # beyond max_new_tokens
+    if kind < 0.16:
+        malformed = (f"{reasoning} \\boxed{{{answer}}}", f"{reasoning}</think>\\boxed{{{answer}}} or \\boxed{{2}}", f"{reasoning}</think>")
+        return rng.choice(malformed) + END
+    if kind < 0.28:
+        answer = rng.choice(UNPARSABLE)
+    elif kind < 0.32:
+        answer = r"\text{no answer}"
+    return f"{reasoning}</think>\\boxed{{{answer}}}" + (PAD if kind > 0.9 else END)
+
+
+def teach(world: World) -> None:
+    """Supervised training on `completion`s after prompts that fit, some of them beyond those that will be used."""
+    model, rng = world.model, random.Random(0)
+    torch.manual_seed(0)
+    prompts = [world.prompt_ids(row) for name in ("train", "gsm8k", "math") for row in world.fitting(name)]
+    babbles = [row["solution"] for row in world.problems["math"] if len(row["solution"]) > 300]
+    steps = 260
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        batch = []
+        for _ in range(16):
+            prompt, answer = rng.choice(prompts), world.encode(completion(rng, rng.choice(babbles)))[: MAX_NEW_TOKENS + 10]
+            batch.append((prompt, answer))
+        width = max(len(prompt) + len(answer) for prompt, answer in batch)
+        ids, labels = torch.zeros(16, width, dtype=torch.long), torch.full((16, width), -100)
+        for i, (prompt, answer) in enumerate(batch):
+            ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        taught = labels[:, 1:] != -100
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[taught]), labels[:, 1:][taught])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def judge_room(world: World) -> int:
+    """A context for the judge that about one in four of the problems' prompts exceeds."""
+    lengths = []
+    for row in world.fitting("train") + world.fitting("preference"):
+        messages = render_text(row["problem"], PREFIX + REASONINGS[0] + r"</think>\boxed{2}", "0" * 16)
+        lengths.append(len(world.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)))
+    return sorted(lengths)[len(lengths) * 3 // 4] + 60
+
+
+def start(recipe: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pns.cli", "run", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="module")
+def finished(world: World) -> Path:
+    """The run directory of a whole run."""
+    world.save("judge", make_model(len(world.tokenizer), judge_room(world)))
+    teach(world)
+    world.save("backbone", world.model)
+    done = start(world.recipe("backbone"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return world.directory / "runs" / "real"
+
+
+# --------------------------------------------------------------------------------------------- what the counts are recomputed with
+
+_CONTENT = r"(?:[^{}\\]|\\.|\{(?:[^{}\\]|\\.|\{(?:[^{}\\]|\\.)*\})*\})*"
+_FORMED = re.compile(
+    r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>|\\boxed|\\fbox).)*"
+    rf"\\boxed\s*\{{(?P<answer>(?=\s*[^\s}}]){_CONTENT})\}}[$. \n]*(?:\\\)|\\\])?[$. \n]*",
+    re.DOTALL,
+)
+
+
+def answer_of(rollout: Row) -> str | None:
+    """The boxed answer of a well-formed completion, None for a malformed one."""
+    found = _FORMED.fullmatch(rollout["completion"]["text"]) if rollout["completion"]["finish_reason"] == "stop" else None
+    return found["answer"].strip() if found else None
+
+
+def number(answer: str) -> Fraction | None:
+    if found := re.fullmatch(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}", answer):
+        return None if int(found[3]) == 0 else Fraction(int(found[1] + "1") * int(found[2]), int(found[3]))
+    return Fraction(answer) if re.fullmatch(r"-?\d+(?:\.\d+)?", answer) else None
+
+
+def verdict_of(rollout: Row) -> str:
+    """The stored verdict, checked: two numbers are compared here, and an answer that is none is not right (every gold answer is one)."""
+    answer, stored = answer_of(rollout), rollout["reward"]["verdict"]
+    gold, stated = number(rollout["problem"]["answer"]), number(answer or "")
+    assert gold is not None
+    if answer is not None and stated is not None:
+        assert stored == ("correct" if stated == gold else "wrong"), rollout
+    else:
+        assert stored != "correct", rollout
+    return str(stored)
+
+
+def masked(found: Sequence[Row]) -> Counter[str]:
+    """Masked completions by term and cause, as metrics name them."""
+    return Counter(
+        f"masked/{term}/{cause}" for row in found if row["reward"]["value"] is None for term, cause in row["reward"]["missing"].items()
+    )
+
+
+def metrics(run: Path, stage: str) -> list[dict[str, float | None]]:
+    found = [row for row in rows(run / "metrics.jsonl") if row["stage"] == stage]
+    assert [row["step"] for row in found] == list(range(len(found)))
+    return [row["values"] for row in found]
+
+
+def counts(run: Path, stage: str) -> dict[str, int]:
+    return json.loads((run / stage / "manifest.json").read_text())["counts"]
+
+
+def steps(run: Path, stage: str) -> Iterator[tuple[list[Row], dict[str, float | None]]]:
+    """Rollouts and metrics of each step."""
+    found = rows(run / stage / "rollouts.jsonl")
+    logged = metrics(run, stage)
+    assert len(logged) == 2
+    assert {row["step"] for row in found} == {0, 1}
+    for step, values in enumerate(logged):
+        yield [row for row in found if row["step"] == step], values
+
+
+SAMPLED = {"rl": "train", "reward_model": "reward", "reverse_rl": "train", "synthesize": "preference", "pair": "preference"}
+
+
+def samples(run: Path) -> dict[str, list[Row]]:
+    """The rollouts of every stage that samples under the rules of format."""
+    return {stage: rows(run / stage / "rollouts.jsonl") for stage in SAMPLED}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_every_training_problem_is_read() -> None:
+    for name, num in (("gsm8k_train.jsonl", 7473), ("math_train.jsonl.gz", 7498)):  # two MATH records have no answer
+        expected = [row for row in rows(DATA / "train" / name) if row["answer"]]
+        problems = read_problems(DATA / "train" / name, "train")
+        assert len(problems) == len({problem.id for problem in problems}) == num
+        assert [(p.id, p.prompt, p.answer, p.solution) for p in problems] == [
+            (row["id"], row["problem"], row["answer"], row["solution"]) for row in expected
+        ]
+
+
+def test_prompts_and_completions_survive_the_tokenizer(world: World) -> None:
+    world.save("tokenizer", world.model)
+    settings = Data(system_prompt=SYSTEM, instruction=INSTRUCTION, assistant_prefix=PREFIX, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    prompts = Prompts(AutoTokenizer.from_pretrained(world.directory / "tokenizer"), settings)
+    everything = [row for found in world.problems.values() for row in found]
+    problems = [Problem(row["id"], row["problem"], row["answer"]) for row in everything]
+    for row, problem in zip(everything, problems, strict=True):
+        assert list(prompts.encode(problem)) == world.prompt_ids(row)
+        text = PREFIX + row["solution"]
+        ids = prompts.encode_completion(text)
+        assert list(ids) == [*world.encode(row["solution"]), 2]
+        assert prompts.decode(ids) == text
+        offsets = prompts.token_starts(text)
+        assert len(offsets) == len(ids) - 1
+        assert offsets == sorted(offsets)
+        assert offsets[0] == len(PREFIX)
+    kept, dropped = prompts.fitting(problems)
+    assert dropped > 0
+    assert [p.id for p in kept] == [row["id"] for row in everything if len(world.prompt_ids(row)) <= MAX_PROMPT_TOKENS]
+    assert len(kept) + dropped == len(problems)
+
+
+def test_the_run_meets_what_it_is_for(finished: Path, world: World) -> None:
+    """Each kind of sample occurs, or the other tests would prove little."""
+    for stage, found in samples(finished).items():
+        verdicts = Counter(verdict_of(row) for row in found if answer_of(row) is not None)
+        assert min(verdicts[verdict] for verdict in ("correct", "wrong", "unverified")) > 0, (stage, verdicts)
+        assert any(answer_of(row) is None and row["completion"]["finish_reason"] == "stop" for row in found)
+        assert any(row["completion"]["finish_reason"] == "length" for row in found)
+        assert {row["completion"]["token_ids"][-1] for row in found if row["completion"]["finish_reason"] == "stop"} == {0, 2}
+        assert any("\\frac" in row["problem"]["prompt"] for row in found)
+    causes = masked(samples(finished)["reverse_rl"])
+    assert causes["masked/verdict/unparsable"] > 0
+    assert causes["masked/coherence/too_long"] > 0
+    assert any("[asy]" in row["problem"] for row in world.problems["math"])
+
+
+def test_samples_are_those_of_the_problems_that_fit(finished: Path, world: World) -> None:
+    for stage, name in SAMPLED.items():
+        fitting = world.fitting(name)
+        assert counts(finished, stage)["prompts_too_long"] == LIMIT - len(fitting) > 0
+        found = samples(finished)[stage]
+        by_id = {row["id"]: row for row in fitting}
+        for row in found:
+            problem = by_id[row["problem"]["id"]]
+            assert (row["problem"]["prompt"], row["problem"]["answer"]) == (problem["problem"], problem["answer"])
+            assert row["completion"]["problem_id"] == problem["id"]
+        assert len({(row["step"], row["completion"]["id"]) for row in found}) == len(found)
+        per_problem = Counter(row["problem"]["id"] for row in found)
+        if stage in ("rl", "reverse_rl"):
+            assert set(per_problem.values()) == {4}  # 16 different problems in two steps
+            assert len(per_problem) == 16
+        else:
+            assert list(per_problem) == [row["id"] for row in fitting]
+            assert set(per_problem.values()) == {SETTINGS[stage]["samples_per_problem"]}
+            assert counts(finished, stage)["samples"] == len(found)
+
+
+def test_completions_end_or_are_cut(finished: Path, world: World) -> None:
+    decode = world.tokenizer.backend_tokenizer.decode
+    for row in (row for found in samples(finished).values() for row in found):
+        ids, reason = row["completion"]["token_ids"], row["completion"]["finish_reason"]
+        assert len(ids) == len(row["completion"]["log_probs"]) <= MAX_NEW_TOKENS
+        assert not {0, 2} & set(ids[:-1])
+        assert reason == ("stop" if ids[-1] in (0, 2) else "length")
+        assert reason == "stop" or len(ids) == MAX_NEW_TOKENS
+        assert row["completion"]["text"] == PREFIX + decode(ids, skip_special_tokens=True)
+
+
+def test_log_probs_are_those_of_the_model_after_the_prompt(finished: Path, world: World) -> None:
+    """The first step's samples come from the backbone after the prompt written out by hand; rollouts of `pair` from the trained one."""
+    for model_path, found in (
+        (world.directory / "backbone", next(steps(finished, "rl"))[0]),
+        (finished / "rl" / "model", samples(finished)["pair"]),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(model_path)
+        for row in found[::11]:
+            prompt, ids = world.prompt_ids({"problem": row["problem"]["prompt"]}), row["completion"]["token_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert row["completion"]["log_probs"] == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_rewards_of_ordinary_rl(finished: Path) -> None:
+    for row in (row for stage in ("rl", "reward_model", "pair") for row in samples(finished)[stage]):
+        reward, formed = row["reward"], answer_of(row) is not None
+        assert reward["format_ok"] is formed
+        verdict = verdict_of(row)
+        if formed and verdict == "unverified":
+            assert reward["value"] is None
+            assert set(reward["missing"]) == {"verdict"}
+        else:
+            assert reward["value"] == float(formed and verdict == "correct")
+            assert not reward["missing"]
+
+
+def test_composite_rewards(finished: Path) -> None:
+    for row in (row for stage in ("reverse_rl", "synthesize") for row in samples(finished)[stage]):
+        reward, formed, verdict = row["reward"], answer_of(row) is not None, verdict_of(row)
+        assert reward["format_ok"] is formed
+        if not formed:
+            assert reward["value"] == -1
+            assert not reward["missing"]
+        elif verdict == "correct":
+            assert reward["value"] == 0
+        elif verdict == "unverified":
+            assert reward["value"] is None
+            assert set(reward["missing"]) == {"verdict"}
+        else:
+            assert 0 < reward["plausibility"] < 1  # prompt and completion fit the reward model
+            if reward["coherence"] is None:
+                assert reward["value"] is None
+                assert reward["missing"] == {"coherence": "too_long"}
+            else:
+                assert (12 * reward["coherence"]) in range(13)
+                terms = {"wrong": 1.0, "reward_model": reward["plausibility"], "judge": reward["coherence"]}
+                assert reward["value"] == pytest.approx(sum(WEIGHTS[name] * term for name, term in terms.items()))
+        if not formed or verdict != "wrong":
+            assert reward["plausibility"] is None
+            assert reward["coherence"] is None
+
+
+def test_the_judge_misses_the_longest_and_only_those(finished: Path) -> None:
+    asked = [row for stage in ("reverse_rl", "synthesize") for row in samples(finished)[stage] if row["reward"]["plausibility"] is not None]
+    lengths: dict[bool, list[int]] = {True: [], False: []}
+    for row in asked:
+        lengths[row["reward"]["coherence"] is None].append(len(row["problem"]["prompt"]))
+    assert sum(lengths[True]) / len(lengths[True]) > sum(lengths[False]) / len(lengths[False])
+
+
+def test_plausibility_is_the_reward_model_on_prompt_and_completion(finished: Path, world: World) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(finished / "reward_model" / "main", num_labels=1)
+    asked = [row for row in samples(finished)["synthesize"] if row["reward"]["plausibility"] is not None][::7]
+    assert asked
+    for row in asked:
+        ids = world.prompt_ids({"problem": row["problem"]["prompt"]}) + row["completion"]["token_ids"]
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            score = float(model.score(hidden))
+        assert row["reward"]["plausibility"] == pytest.approx(1 / (1 + math.exp(-score)), abs=1e-4)
+
+
+def test_metrics_of_ordinary_rl(finished: Path) -> None:
+    for found, values in steps(finished, "rl"):
+        num = len(found)
+        rewards = [row["reward"]["value"] for row in found if row["reward"]["value"] is not None]
+        assert values["accuracy"] == sum(answer_of(row) is not None and verdict_of(row) == "correct" for row in found) / num
+        assert values["format_rate"] == sum(answer_of(row) is not None for row in found) / num
+        assert values["truncated_rate"] == sum(row["completion"]["finish_reason"] == "length" for row in found) / num
+        assert values["masked_rate"] == (num - len(rewards)) / num
+        assert values["reward"] == pytest.approx(sum(rewards) / len(rewards))
+        assert {key: value for key, value in values.items() if key.startswith("masked/")} == masked(found)
+
+
+def test_metrics_of_reverse_rl(finished: Path) -> None:
+    for found, values in steps(finished, "reverse_rl"):
+        num = len(found)
+        verdicts = Counter(verdict_of(row) for row in found if answer_of(row) is not None)
+        assert values["format_rate"] == verdicts.total() / num
+        assert values["wrong_rate"] == verdicts["wrong"] / num
+        assert values["correct_rate"] == verdicts["correct"] / num
+        assert values["masked_rate"] == sum(row["reward"]["value"] is None for row in found) / num
+        assert {key: value for key, value in values.items() if key.startswith("masked/")} == masked(found)
+        for name, term in (("reward_model_mean", "plausibility"), ("judge_mean", "coherence")):
+            known = [row["reward"][term] for row in found if row["reward"][term] is not None]
+            assert values[name] == pytest.approx(sum(known) / len(known))
+
+
+def test_masked_completions_do_not_stop_the_update(finished: Path) -> None:
+    for stage in ("rl", "reverse_rl"):
+        for values in metrics(finished, stage):
+            assert values["no_update"] == 0
+            assert values["update_skipped"] == 0
+            assert values["loss"] is not None
+            assert values["grad_norm"]
+
+
+def test_reward_model_pairs(finished: Path, world: World) -> None:
+    found, pairs = samples(finished)["reward_model"], rows(finished / "reward_model" / "pairs.jsonl")
+    sides = {
+        verdict: Counter(
+            (row["problem"]["id"], row["completion"]["text"]) for row in found if answer_of(row) is not None and verdict_of(row) == verdict
+        )
+        for verdict in ("correct", "wrong")
+    }
+    used = {side: Counter((pair["problem_id"], pair[side]) for pair in pairs) for side in ("chosen", "rejected")}
+    assert used["chosen"] <= sides["correct"]
+    assert used["rejected"] <= sides["wrong"]
+    assert counts(finished, "reward_model")["pairs"] == len(pairs) > 0
+    quality = json.loads((finished / "reward_model" / "quality.json").read_text())
+    assert sum(quality[which][part] for which in ("main", "held_out") for part in ("training_pairs", "held_out_pairs")) == len(pairs)
+    assert len(metrics(finished, "reward_model")) == len(metrics(finished, "reward_model_held_out")) == 2
+
+
+def test_kept_and_dropped_negatives_are_all_samples(finished: Path) -> None:
+    found, negatives = samples(finished)["synthesize"], rows(finished / "synthesize" / "negatives.jsonl")
+    counted = counts(finished, "synthesize")
+    verdicts = Counter(verdict_of(row) for row in found if answer_of(row) is not None)
+    assert counted["malformed"] == len(found) - verdicts.total()
+    assert counted["correct"] == verdicts["correct"]
+    assert counted["unverified"] == verdicts["unverified"]
+    assert counted["kept"] == len(negatives) > 0
+    dropped = {key: value for key, value in counted.items() if key not in ("samples", "kept", "prompts_too_long")}
+    assert len(negatives) + sum(dropped.values()) == counted["samples"] == len(found)
+    # `\text{no answer}` is wrong for math-verify and undecided for the second verifier.
+    assert counted["second_verifier_undecided"] >= sum(answer_of(row) == r"\text{no answer}" for row in found if verdict_of(row) == "wrong")
+    for negative in negatives:
+        assert negative in found
+        answer = answer_of(negative)
+        assert answer is not None
+        assert verdict_of(negative) == "wrong"
+        assert number(answer) not in (None, number(negative["problem"]["answer"]))
+    assert len({(row["problem"]["id"], row["completion"]["text"]) for row in negatives}) == len(negatives)
+    [values] = metrics(finished, "synthesize")
+    assert values == {"kept": len(negatives), "kept_share": len(negatives) / len(found)}
+
+
+def test_pairs(finished: Path, world: World) -> None:
+    chosen: dict[str, list[Row]] = {}
+    rejected: dict[str, list[Row]] = {}
+    for row in samples(finished)["pair"]:
+        if answer_of(row) is not None and verdict_of(row) == "correct":
+            chosen.setdefault(row["problem"]["id"], []).append(row["completion"])
+    for row in rows(finished / "synthesize" / "negatives.jsonl"):
+        rejected.setdefault(row["problem"]["id"], []).append(row["completion"])
+
+    def match(a: Row, b: Row) -> bool:
+        shorter, longer = sorted((len(a["token_ids"]), len(b["token_ids"])))
+        return longer <= 2 * shorter
+
+    fitting = [row["id"] for row in world.fitting("preference")]
+    both = [name for name in fitting if name in chosen and name in rejected]
+    paired = [name for name in both if any(match(a, b) for a in chosen[name] for b in rejected[name])]
+    pairs, counted = rows(finished / "pair" / "pairs.jsonl"), counts(finished, "pair")
+    assert [pair["problem_id"] for pair in pairs] == paired
+    assert counted["pairs"] == counted["kept"] == len(paired) > 0
+    assert counted["no_chosen"] == len(fitting) - len(chosen)
+    assert counted["no_rejected"] == len(chosen) - len(both)
+    assert counted["length_ratio"] == len(both) - len(paired)
+    for pair in pairs:
+        assert pair["chosen"] in [completion["text"] for completion in chosen[pair["problem_id"]]]
+        assert pair["rejected"] in [completion["text"] for completion in rejected[pair["problem_id"]]]
+    problems = {row["id"]: row["problem"] for row in world.fitting("preference")}
+    assert rows(finished / "pair" / "preference.jsonl") == [
+        {
+            "prompt": [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": problems[pair["problem_id"]] + INSTRUCTION},
+            ],
+            "chosen": [{"role": "assistant", "content": pair["chosen"]}],
+            "rejected": [{"role": "assistant", "content": pair["rejected"]}],
+        }
+        for pair in pairs
+    ]
+
+
+def test_preference_trains_on_what_was_sampled(finished: Path, world: World) -> None:
+    """The reference log-probabilities are those of the RL-trained backbone on prompt and texts; the prefix is in the prompt only."""
+    pairs, reference = rows(finished / "pair" / "pairs.jsonl"), rows(finished / "preference" / "reference.jsonl")
+    assert counts(finished, "preference")["pairs"] == len(pairs)
+    assert len(reference) == 2 * len(pairs)
+    model = AutoModelForCausalLM.from_pretrained(finished / "rl" / "model")
+    for index, pair in enumerate(pairs):
+        for side, row in zip(("chosen", "rejected"), reference[2 * index : 2 * index + 2], strict=True):
+            ids = [*world.encode(pair[side].removeprefix(PREFIX)), 2]
+            prompt = world.prompt_ids({"problem": pair["prompt"]})
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            assert row["log_probs"] == pytest.approx(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist(), abs=1e-3)
+    first, second = metrics(finished, "preference")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)  # no margin before the first update
+    assert second["loss"] is not None
+
+
+def test_scores_are_the_numbers_of_right_answers(finished: Path, world: World) -> None:
+    scores = json.loads((finished / "evaluate" / "scores.json").read_text())
+    assert set(scores) == {"gsm8k", "math", "mean"}
+    for model in ("start", "rl", "preference"):
+        found = rows(finished / "evaluate" / f"{model}.jsonl")
+        right: Counter[str] = Counter()
+        for row in found:
+            assert row["reward"]["format_ok"] is (answer_of(row) is not None)
+            if row["reward"]["verdict"] == "unverified":
+                assert row["reward"]["value"] is None
+                assert row["reward"]["missing"]
+            boxed = re.findall(rf"\\boxed\s*\{{({_CONTENT})\}}", row["completion"]["text"])
+            is_right = number(boxed[-1].strip()) == number(row["problem"]["answer"]) if boxed else False
+            is_right = is_right and "</think>" in row["completion"]["text"]  # what an unclosed block holds is no answer
+            right[row["problem"]["suite"]] += is_right
+            assert row["reward"]["verdict"] == "correct" if is_right else row["reward"]["verdict"] != "correct", row
+        assert right.total() > 0
+        for suite in ("gsm8k", "math"):
+            own = [row["problem"]["id"] for row in found if row["problem"]["suite"] == suite]
+            assert own == [row["id"] for row in world.problems[suite] for _ in range(2)]  # however long the prompt
+            assert scores[suite][model]["n"] == 2 * LIMIT
+            assert scores[suite][model]["accuracy"] == right[suite] / (2 * LIMIT)
+        assert scores["mean"][model]["n"] == 4 * LIMIT
+        assert scores["mean"][model]["accuracy"] == right.total() / (4 * LIMIT)
+    report = json.loads((finished / "report.json").read_text())
+    assert report["suites"] == scores
+    assert set(report["stages"]) == set(STAGES)
+    for stage in STAGES:
+        assert report["stages"][stage]["counts"] == counts(finished, stage)
+
+
+def test_models_keep_tokenizer_and_end_tokens(finished: Path, world: World) -> None:
+    for stage in ("rl", "reverse_rl", "preference"):
+        saved = Tokenizer.from_file(str(finished / stage / "model" / "tokenizer.json"))
+        text = world.problems["math"][0]["problem"] + END
+        assert saved.encode(text, add_special_tokens=False).ids == world.encode(text)
+        assert json.loads((finished / stage / "model" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+        tokenizer = AutoTokenizer.from_pretrained(finished / stage / "model")
+        assert tokenizer.chat_template == CHAT_TEMPLATE
+        assert len(tokenizer) == json.loads((finished / stage / "model" / "config.json").read_text())["vocab_size"] == VOCABULARY
+
+
+def test_no_right_completion_stops_the_run_once_and_again(world: World) -> None:
+    """Random weights: no completion is right. A second start stops at the same place and leaves the finished stages alone."""
+    for name in ("judge", "untaught"):
+        if not (world.directory / name).exists():
+            world.save(name, make_model(len(world.tokenizer), 2048))
+    small = {"problems_per_step": 2, "completions_per_problem": 2}
+    recipe = world.recipe("untaught", rl=small, reward_model={"samples_per_problem": 1})
+    run = world.directory / "runs" / "untaught"
+    recipe.write_text(recipe.read_text().replace("name: real", "name: untaught"))
+    kept: list[tuple[bytes, bytes, int]] = []
+    for _ in range(2):
+        stopped = start(recipe)
+        assert stopped.returncode == 2, stopped.stderr[-3000:]
+        lines = [line for line in stopped.stderr.splitlines() if line.strip()]
+        assert [line for line in lines if line.startswith("pns: ")] == lines[-1:]
+        assert "reward_model: no (correct, incorrect) pairs" in lines[-1]
+        assert "Traceback" not in stopped.stderr
+        manifest = run / "rl" / "manifest.json"
+        kept.append((manifest.read_bytes(), (run / "rl" / "rollouts.jsonl").read_bytes(), manifest.stat().st_mtime_ns))
+        assert not (run / "reward_model" / "manifest.json").exists()
+        assert len(metrics(run, "rl")) == 2
+        assert not (run / "reverse_rl").exists()
+    assert kept[0] == kept[1]
+    assert all(row["reward"]["value"] == 0 for row in rows(run / "rl" / "rollouts.jsonl"))
+    assert [values["no_update"] for values in metrics(run, "rl")] == [1, 1]
