@@ -154,7 +154,7 @@ class WarmStart:
     init_std: float = 0.06
     tie_embeddings: bool = True
     batch_size: int = 32
-    curriculum_steps: int = 500  # training steps on short problems (at most two, then three solution steps) before all of them come
+    curriculum_steps: int = 500  # training steps on short problems alone, before all of them come
     samples_from: str = ""  # task judge: a model whose samples are graded, beside made-up errors
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(learning_rate=2e-3, warmup_steps=50, schedule="cosine", weight_decay=0.01, beta2=0.98)

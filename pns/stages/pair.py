@@ -54,7 +54,8 @@ def run(ctx: Context) -> None:
         by_id = {problem.id: problem for problem in problems}
         pairs = [replace(pair, margin_end=tiny_world.check(by_id[pair.problem_id], pair.rejected).first_wrong_end) for pair in pairs]
     write_jsonl(directory / "pairs.jsonl", pairs)
-    write_jsonl(directory / "preference.jsonl", preference_rows(pairs, ctx.config.data.system_prompt))
+    asked = [replace(pair, prompt=pair.prompt + ctx.config.data.instruction) for pair in pairs]
+    write_jsonl(directory / "preference.jsonl", preference_rows(asked, ctx.config.data.system_prompt))
     counts["kept"] = len(pairs)
     write_json(directory / "quality.json", {"counts": counts, **measure(ctx, pairs, negatives, rollouts)})
     ctx.track.log(0, {"pairs": float(len(pairs))})

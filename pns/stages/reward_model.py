@@ -20,7 +20,7 @@ from workers.rollout import Sampling
 
 
 def run(ctx: Context) -> None:
-    """Writes `reward_model/{main,held_out}` (models), `pairs.jsonl` and `quality.json` (pairwise accuracy, calibration)."""
+    """Writes `reward_model/{main,held_out}` (models), `rollouts.jsonl`, `pairs.jsonl` and `quality.json` (accuracy, calibration)."""
     settings, directory = ctx.config.reward_model, ctx.run.stage_dir("reward_model")
     problems, too_long = ctx.prompts.fitting(ctx.problems.reward)
     pairs = sample_pairs(ctx, problems)
@@ -54,6 +54,7 @@ def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
         0,
         (ctx.config.seed, "reward_model"),
     )
+    write_jsonl(ctx.run.stage_dir("reward_model") / "rollouts.jsonl", rollouts)
     correct, wrong = by_problem(by_verdict(rollouts, Verdict.CORRECT)), by_problem(by_verdict(rollouts, Verdict.WRONG))
     pairs = []
     for problem in problems:
@@ -67,7 +68,7 @@ def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
 
 def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair]) -> dict[str, float]:
     """Train one reward model, export it, and return its quality on the held-out problems."""
-    settings, policy, seed = ctx.config.reward_model, ctx.fleet.policy, stable_seed(ctx.config.seed, which)
+    settings, seed = ctx.config.reward_model, stable_seed(ctx.config.seed, which)
     ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
     held_out_ids = set(ids[: round(len(ids) * settings.held_out_fraction)])
     held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
@@ -75,6 +76,7 @@ def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair])
     if not training:
         raise UserError(f"reward_model: no (correct, incorrect) pairs for the {which} model; raise reward_model.samples_per_problem")
     by_id = {problem.id: problem for problem in ctx.problems.reward}
+    policy = ctx.fleet.policy
     policy.load(ctx.config.models.reward_model or target(ctx), "score", settings.optimizer, settings.steps, seed)
     stage = "reward_model" if index == 0 else "reward_model_held_out"
     ctx.track.begin(stage, settings.steps, 0)

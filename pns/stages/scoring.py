@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -167,6 +167,7 @@ def roll_out(
             value = reward.compose(s.format_ok, s.verdict, s.plausibility, s.coherence, s.missing, config)
         else:
             value = reward.correctness(s.format_ok or kind is RewardKind.ANSWER, s.verdict, s.missing)
+            value = replace(value, format_ok=s.format_ok)
         rollouts.append(Rollout(step, s.problem, s.completion, value))
     return rollouts
 

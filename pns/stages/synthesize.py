@@ -37,4 +37,4 @@ def run(ctx: Context) -> None:
     write_json(directory / "counts.json", counts)
     ctx.track.log(0, {"kept": float(len(negatives)), "kept_share": len(negatives) / len(rollouts)})
     ctx.track.end()
-    ctx.run.count("synthesize", samples=len(rollouts), prompts_too_long=too_long, **counts)
+    ctx.run.count("synthesize", samples=len(rollouts), kept=len(negatives), prompts_too_long=too_long, **counts)

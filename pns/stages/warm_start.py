@@ -19,8 +19,10 @@ from pns.stages.scoring import sample, stable_seed
 from workers.policy import Batch, Sft
 from workers.rollout import Sampling
 
+# The most solution steps of a problem until that share of `curriculum_steps`.
+CURRICULUM = {"solve": ((0.4, 2), (1.0, 3)), "judge": ((0.2, 1), (0.5, 2), (1.0, 3))}
 NUM_GRADED = {"train": 3000, "reward": 500}  # problems whose sampled solutions the judge is trained and measured on
-CORRUPTED_SHARE = 0.35  # of the judge's training rows; as many are a model's samples, the rest right solutions
+CORRUPTED_SHARE, SAMPLED_SHARE = 0.35, 0.35  # of the judge's training rows; the rest are right solutions
 
 
 def run(ctx: Context) -> None:
@@ -55,28 +57,33 @@ def run(ctx: Context) -> None:
 
 
 def solution_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """step -> (prompt ids, solution ids) of fresh training problems; short ones alone during the curriculum."""
+    """step -> (prompt ids, solution ids) of fresh training problems."""
 
     def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        # Copying is learned first, on problems of one or two steps; then three; then all.
-        max_steps = 2 if step < 0.4 * settings.curriculum_steps else 3 if step < settings.curriculum_steps else tiny_world.MAX_STEPS
-        problems = tiny_world.problems(
-            "train", None, settings.batch_size, stable_seed(ctx.config.seed, "warm_start", step), max_steps=max_steps
-        )
+        problems = fresh_problems(ctx, settings, step)
         return [(ctx.prompts.encode(p), ctx.prompts.encode_completion(str(p.solution))) for p in problems]
 
     return rows
 
 
+def fresh_problems(ctx: Context, settings: WarmStart, step: int) -> list[Problem]:
+    """Training problems of one step. During the curriculum short ones alone: looking a quantity up is learned first."""
+    phases = CURRICULUM[settings.task]
+    max_steps = next((steps for share, steps in phases if step < share * settings.curriculum_steps), tiny_world.MAX_STEPS)
+    return tiny_world.problems("train", None, settings.batch_size, stable_seed(ctx.config.seed, "warm_start", step), max_steps)
+
+
 def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """step -> (judge prompt ids, verdict ids): right solutions, made-up errors and a model's samples, labelled by the checker's rubric."""
+    """step -> (judge prompt ids, verdict ids): right solutions, made-up errors and, after the curriculum, a model's samples, with the
+    checker's rubric as their labels."""
     sampled = sampled_solutions(ctx, settings, "train")
     tokenizer = ctx.prompts.tokenizer
 
     def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         rng = random.Random(stable_seed(ctx.config.seed, "judge", step))
+        own = draw(sampled, settings.batch_size, step, ctx.config.seed) if step >= settings.curriculum_steps else []
         found = []
-        for problem, text in draw_graded(sampled, settings.batch_size, step, ctx.config.seed, rng):
+        for problem, text in graded(fresh_problems(ctx, settings, step), own, rng):
             prompt = render_tiny(problem.prompt, text, make_nonce(ctx.config.seed, problem.prompt, text, Template.TINY))
             verdict = "".join(map(str, tiny_world.rubric(problem, text)))
             ids = tokenizer.encode(prompt, add_special_tokens=False), tokenizer.encode(verdict, add_special_tokens=False)
@@ -86,14 +93,29 @@ def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[
     return rows
 
 
+def graded(fresh: list[Problem], sampled: list[tuple[Problem, str]], rng: random.Random) -> list[tuple[Problem, str]]:
+    """As many (problem, candidate) rows as `fresh` problems: right solutions, solutions with a made-up error, and `sampled` ones if any."""
+    rows = []
+    for index, problem in enumerate(fresh):
+        kind = rng.random()
+        if kind < SAMPLED_SHARE and sampled:
+            rows.append(sampled[index])
+        elif kind < SAMPLED_SHARE + CORRUPTED_SHARE:
+            rows.append((problem, tiny_world.corrupt(problem, rng, rng.choice(tiny_world.ERROR_KINDS))))
+        else:
+            rows.append((problem, tiny_world.random_solution(problem, rng)))
+    return rows
+
+
 def judge_quality(ctx: Context, settings: WarmStart) -> dict[str, float]:
     """How well the trained judge agrees with the checker on fresh candidates of the three kinds: share of identical verdicts, mean absolute
     difference of the score in [0, 1], and the mean score it gives to candidates that the rubric gives 1 and 0."""
     sampled = sampled_solutions(ctx, settings, "reward")
-    graded = draw_graded(sampled, len(sampled), 0, ctx.config.seed, random.Random(ctx.config.seed))
+    problems = [problem for problem, _ in sampled]
+    candidates = graded(problems, sampled, random.Random(ctx.config.seed))
     ctx.fleet.judge.load(str(ctx.run.stage_dir("warm_start") / "model"))
-    outcomes = ctx.fleet.judge.score([(problem.prompt, text) for problem, text in graded], ctx.config.reward.deadline_seconds)
-    labels = [tiny_world.rubric(problem, text) for problem, text in graded]
+    outcomes = ctx.fleet.judge.score([(problem.prompt, text) for problem, text in candidates], ctx.config.reward.deadline_seconds)
+    labels = [tiny_world.rubric(problem, text) for problem, text in candidates]
     rows = [(coherence(o.value), coherence(label), o.value == label) for o, label in zip(outcomes, labels, strict=True) if o.value]
     full, none = [q for q, label, _ in rows if label == 1], [q for q, label, _ in rows if label == 0]
     return {
@@ -103,21 +125,6 @@ def judge_quality(ctx: Context, settings: WarmStart) -> dict[str, float]:
         "mean_of_full_marks": float(np.mean(full)),
         "mean_of_no_marks": float(np.mean(none)),
     }
-
-
-def draw_graded(sampled: list[tuple[Problem, str]], num: int, step: int, seed: int, rng: random.Random) -> list[tuple[Problem, str]]:
-    """`num` (problem, candidate) rows of the three kinds."""
-    by_problem = {problem.id: text for problem, text in sampled}
-    picked = []
-    for problem in draw([problem for problem, _ in sampled], num, step, seed):
-        kind = rng.random()
-        if kind < CORRUPTED_SHARE:
-            picked.append((problem, tiny_world.corrupt(problem, rng, rng.choice(tiny_world.ERROR_KINDS))))
-        elif kind < 2 * CORRUPTED_SHARE:
-            picked.append((problem, by_problem[problem.id]))
-        else:
-            picked.append((problem, tiny_world.random_solution(problem, rng)))
-    return picked
 
 
 def sampled_solutions(ctx: Context, settings: WarmStart, split: str) -> list[tuple[Problem, str]]:
