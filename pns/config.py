@@ -368,6 +368,8 @@ def check(config: Config) -> None:
             path = getattr(config.data.jsonl, key)
             if (path or key == "train") and not Path(path).is_file():
                 raise UserError(f"data.jsonl.{key}: {path!r} is not a file")
+        if "mean" in config.data.jsonl.suites:
+            raise UserError("data.jsonl.suites.mean: the name is taken by the mean over all suites; choose another")
         if not config.data.jsonl.suites:
             raise UserError("data.jsonl.suites is empty: name at least one suite, e.g. data.jsonl.suites.math500=FILE")
         for suite, path in config.data.jsonl.suites.items():

@@ -48,7 +48,10 @@ STAGES: dict[str, Stage] = {
     "rl": Stage(rl.run, ("warm_start",), ("data", "models", "rl", "rollout.max_new_tokens"), ("rollout", "verifier")),
     "reward_model": Stage(reward_model.run, ("rl",), ("data", "models", "reward_model"), ("rollout", "verifier")),
     "reverse_rl": Stage(
-        reverse_rl.run, ("rl", "reward_model"), ("data", "models", "reverse_rl", "reward"), ("rollout", "verifier", "reward_model", "judge")
+        reverse_rl.run,
+        ("rl", "reward_model"),
+        ("data", "models", "reverse_rl", "reward", "evaluate.generator_samples", "evaluate.generator_temperature"),
+        ("rollout", "verifier", "reward_model", "judge"),
     ),
     "synthesize": Stage(
         synthesize.run,
@@ -58,7 +61,12 @@ STAGES: dict[str, Stage] = {
     ),
     "pair": Stage(pair.run, ("rl", "synthesize", "reward_model"), ("data", "pair"), ("rollout", "verifier", "reward_model")),
     "preference": Stage(preference.run, ("rl", "pair"), ("data", "preference"), ()),
-    "evaluate": Stage(evaluate.run, ("warm_start", "rl", "preference"), ("data", "models", "evaluate"), ("rollout", "verifier")),
+    "evaluate": Stage(
+        evaluate.run,
+        ("warm_start", "rl", "preference"),
+        ("data", "models", "evaluate.temperature", "evaluate.samples_per_problem"),
+        ("rollout", "verifier"),
+    ),
 }
 
 

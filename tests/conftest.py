@@ -13,9 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A local Ray with logical CPUs and GPUs enough for every pool of the tests."""
+    """A local Ray with logical CPUs enough for every pool of the tests."""
     import ray
 
-    ray.init(address="local", num_cpus=64, num_gpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=64, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

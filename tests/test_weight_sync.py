@@ -1,4 +1,4 @@
-"""Policy, vLLM engine and transformers engine are one model: their log-probabilities agree, also after training steps and a weight update."""
+"""Policy, vLLM engine and transformers engine are one model: their log-probabilities agree, also after training and a weight update."""
 
 from __future__ import annotations
 

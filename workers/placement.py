@@ -70,9 +70,9 @@ def resolve_device(device: Device, cluster_gpus: float) -> str:
 
 def local_resources(placement: Placement, device: str) -> dict[str, int]:
     """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every role to be placed, however few cores there are.
-    On cuda Ray counts the GPUs itself; on CPU there are as many logical ones as the placement names."""
+    On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
     resources = {"num_cpus": math.ceil(totals(placement, device)["CPU"]) + _SPARE_CPUS}
-    return resources if device == "cuda" else resources | {"num_gpus": math.ceil(totals(placement, "cuda")["GPU"])}
+    return resources if device == "cuda" else resources | {"num_gpus": 0}
 
 
 def table(placement: Placement, device: str | None = None) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pns.config import RewardConfig
+from pns.errors import UserError
 from pns.records import Reward, Verdict
 
 VERDICT = "verdict"
@@ -16,7 +17,7 @@ PLAUSIBILITY = "plausibility"
 COHERENCE = "coherence"
 
 
-class TooManyMaskedError(RuntimeError):
+class TooManyMaskedError(UserError):
     """More completions of a step than `reward.max_masked_fraction` have no reward."""
 
 

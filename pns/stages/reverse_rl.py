@@ -55,16 +55,15 @@ class StopRule:
 
 
 def measure(ctx: Context, model: str, problems: list[Problem], when: str) -> dict[str, float]:
-    """The generator's rates and scores on `evaluate.generator_samples` completions of preference problems, one a problem."""
+    """The generator's rates and scores on `evaluate.generator_samples` completions of preference problems, taken in turn."""
     ctx.fleet.rollout.load(model)
     num = ctx.config.evaluate.generator_samples
     pool, _ = ctx.prompts.fitting(ctx.problems.preference)
-    repeats = -(-num // len(pool))
     rollouts = roll_out(
         ctx.fleet,
         ctx.prompts,
-        pool[:num],
-        repeats,
+        [pool[i % len(pool)] for i in range(num)],
+        1,
         Sampling(ctx.config.evaluate.generator_temperature, 1.0, ctx.config.rollout.max_new_tokens),
         ctx.config.reward,
         RewardKind.COMPOSITE,
