@@ -210,6 +210,7 @@ class RewardConfig:
 
 @dataclass
 class RewardModelStage:
+    rl_steps: int = 0  # pairs also come from the rollouts of the last so many steps of rl, which cost nothing more; 0: none
     steps: int = 60
     pairs_per_step: int = 16
     samples_per_problem: int = 8
@@ -388,7 +389,18 @@ _FRACTIONS = {
     "stop_format_rate",
     "max_hold_wrong_rate",
 }
-_NON_NEGATIVE = {"kl_coefficient", "learning_rate", "temperature", "nll_weight", "centre", "warmup_steps", "limit", "gpus", "cpus"}
+_NON_NEGATIVE = {
+    "rl_steps",
+    "kl_coefficient",
+    "learning_rate",
+    "temperature",
+    "nll_weight",
+    "centre",
+    "warmup_steps",
+    "limit",
+    "gpus",
+    "cpus",
+}
 _POSITIVE = {
     "replicas",
     "steps",

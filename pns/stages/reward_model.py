@@ -9,8 +9,8 @@ import numpy as np
 from pns.algo.metrics import expected_calibration_error
 from pns.algo.pairs import match_by_length
 from pns.errors import UserError
-from pns.records import PreferencePair, Problem, Verdict
-from pns.run.directory import write_json, write_jsonl
+from pns.records import PreferencePair, Problem, Rollout, Verdict, from_json
+from pns.run.directory import read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.models import target
 from pns.stages.pair import by_problem
@@ -26,7 +26,8 @@ def run(ctx: Context) -> None:
     pairs = sample_pairs(ctx, problems)
     write_jsonl(directory / "pairs.jsonl", pairs)
     # The two models see disjoint problems: the held-out one measures what the other may have been hacked by.
-    order = [problems[i].id for i in np.random.default_rng(ctx.config.seed).permutation(len(problems))]
+    ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
+    order = [ids[i] for i in np.random.default_rng(ctx.config.seed).permutation(len(ids))]
     halves = {"main": set(order[::2]), "held_out": set(order[1::2])}
     quality = {}
     for index, (which, own) in enumerate(halves.items()):
@@ -40,7 +41,8 @@ def run(ctx: Context) -> None:
 
 
 def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
-    """(correct, incorrect) completions of the RL-trained backbone, matched in length, each used once."""
+    """(correct, incorrect) completions of the RL-trained backbone, and of its last `rl_steps` training steps, matched in length, each used
+    once."""
     settings = ctx.config.reward_model
     ctx.fleet.rollout.load(target(ctx))
     rollouts = roll_out(
@@ -55,15 +57,25 @@ def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
         (ctx.config.seed, "reward_model"),
     )
     write_jsonl(ctx.run.stage_dir("reward_model") / "rollouts.jsonl", rollouts)
+    rollouts += rl_rollouts(ctx, settings.rl_steps)
+    prompts = {rollout.problem.id: rollout.problem.prompt for rollout in rollouts}
     correct, wrong = by_problem(by_verdict(rollouts, Verdict.CORRECT)), by_problem(by_verdict(rollouts, Verdict.WRONG))
     pairs = []
-    for problem in problems:
-        if problem.id in correct and problem.id in wrong:
-            rights, wrongs = correct[problem.id], wrong[problem.id]
-            lengths = [len(c.token_ids) for c in rights], [len(c.token_ids) for c in wrongs]
-            for a, b in match_by_length(*lengths, settings.max_length_ratio):
-                pairs.append(PreferencePair(problem.id, problem.prompt, rights[a].text, wrongs[b].text, "rs"))
+    for identity, rights in correct.items():
+        wrongs = wrong.get(identity, [])
+        lengths = [len(c.token_ids) for c in rights], [len(c.token_ids) for c in wrongs]
+        for a, b in match_by_length(*lengths, settings.max_length_ratio):
+            pairs.append(PreferencePair(identity, prompts[identity], rights[a].text, wrongs[b].text, "rs"))
     return pairs
+
+
+def rl_rollouts(ctx: Context, num_steps: int) -> list[Rollout]:
+    """The rollouts of the last `num_steps` steps of the `rl` stage."""
+    if not num_steps:
+        return []
+    rows = read_jsonl(ctx.run.stage_dir("rl") / "rollouts.jsonl")
+    last = max(row["step"] for row in rows)
+    return [from_json(Rollout, row) for row in rows if row["step"] > last - num_steps]
 
 
 def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair]) -> dict[str, float]:
@@ -75,7 +87,7 @@ def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair])
     training = [pair for pair in pairs if pair.problem_id not in held_out_ids]
     if not training:
         raise UserError(f"reward_model: no (correct, incorrect) pairs for the {which} model; raise reward_model.samples_per_problem")
-    by_id = {problem.id: problem for problem in ctx.problems.reward}
+    by_id = {problem.id: problem for problem in ctx.problems.train + ctx.problems.reward}
     policy = ctx.fleet.policy
     policy.load(ctx.config.models.reward_model or target(ctx), "score", settings.optimizer, settings.steps, seed)
     stage = "reward_model" if index == 0 else "reward_model_held_out"
