@@ -21,7 +21,7 @@ def check_models(config: Config, stages: Collection[str]) -> None:
     named = {}
     if not config.warm_start.steps:
         named["models.backbone"] = config.models.backbone
-    elif config.warm_start.task == "judge":
+    elif config.warm_start.task != "solve":
         named["warm_start.samples_from"] = config.warm_start.samples_from
     if "reward_model" in stages and config.models.reward_model:
         named["models.reward_model"] = config.models.reward_model

@@ -1,4 +1,5 @@
-"""Supervised start on the tiny world: a backbone that solves problems, or the judge that grades solutions by the checker's rubric."""
+"""Supervised start on the tiny world: a backbone that solves problems, the judge that grades solutions by the checker's rubric, or the
+model that reward models start from, which tells right final answers from wrong ones."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ from workers.policy import Batch, Sft
 from workers.rollout import Sampling
 
 # The most solution steps of a problem until that share of `curriculum_steps`.
-CURRICULUM = {"solve": ((0.4, 2), (1.0, 3)), "judge": ((0.2, 1), (0.5, 2), (1.0, 3))}
+_GRADED_CURRICULUM = ((0.2, 1), (0.5, 2), (1.0, 3))
+CURRICULUM = {"solve": ((0.4, 2), (1.0, 3)), "judge": _GRADED_CURRICULUM, "reward": _GRADED_CURRICULUM}
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # ids without loss, ids with loss
+Rows = Callable[[int], list[Row]]  # training step -> its rows
+
 NUM_GRADED = {"train": 3000, "reward": 500}  # problems whose sampled solutions the judge is trained and measured on
 CORRUPTED_SHARE, SAMPLED_SHARE = 0.35, 0.35  # of the judge's training rows; the rest are right solutions
 
@@ -30,14 +35,13 @@ def run(ctx: Context) -> None:
     settings, policy, directory = ctx.config.warm_start, ctx.fleet.policy, ctx.run.stage_dir("warm_start")
     if not settings.steps:
         return
-    rows: Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]
-    if settings.task == "judge":
-        rows = judge_rows(ctx, settings)
-        initial = settings.samples_from
-    else:
+    if settings.task == "solve":
         rows = solution_rows(ctx, settings)
         initial = str(directory / "initial")
         save_untrained(settings, ctx.config.seed, initial)
+    else:
+        rows = graded_rows(ctx, settings, verdict_row if settings.task == "judge" else answer_row)
+        initial = settings.samples_from
     policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.config.seed)
     first_step = 0
     if checkpoint := ctx.run.latest_checkpoint("warm_start"):
@@ -56,10 +60,10 @@ def run(ctx: Context) -> None:
         write_json(directory / "quality.json", judge_quality(ctx, settings))
 
 
-def solution_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+def solution_rows(ctx: Context, settings: WarmStart) -> Rows:
     """step -> (prompt ids, solution ids) of fresh training problems."""
 
-    def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def rows(step: int) -> list[Row]:
         problems = fresh_problems(ctx, settings, step)
         return [(ctx.prompts.encode(p), ctx.prompts.encode_completion(str(p.solution))) for p in problems]
 
@@ -73,24 +77,32 @@ def fresh_problems(ctx: Context, settings: WarmStart, step: int) -> list[Problem
     return tiny_world.problems("train", None, settings.batch_size, stable_seed(ctx.config.seed, "warm_start", step), max_steps)
 
 
-def judge_rows(ctx: Context, settings: WarmStart) -> Callable[[int], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """step -> (judge prompt ids, verdict ids): right solutions, made-up errors and, after the curriculum, a model's samples, with the
-    checker's rubric as their labels."""
+def graded_rows(ctx: Context, settings: WarmStart, row: Callable[[Context, Problem, str], Row]) -> Rows:
+    """step -> (ids before the label, the label's ids) of right solutions, made-up errors and, after the curriculum, a model's samples."""
     sampled = sampled_solutions(ctx, settings, "train")
-    tokenizer = ctx.prompts.tokenizer
 
-    def rows(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def rows(step: int) -> list[Row]:
         rng = random.Random(stable_seed(ctx.config.seed, "judge", step))
         own = draw(sampled, settings.batch_size, step, ctx.config.seed) if step >= settings.curriculum_steps else []
-        found = []
-        for problem, text in graded(fresh_problems(ctx, settings, step), own, rng):
-            prompt = render_tiny(problem.prompt, text, make_nonce(ctx.config.seed, problem.prompt, text, Template.TINY))
-            verdict = "".join(map(str, tiny_world.rubric(problem, text)))
-            ids = tokenizer.encode(prompt, add_special_tokens=False), tokenizer.encode(verdict, add_special_tokens=False)
-            found.append((tuple(ids[0]), tuple(ids[1])))
-        return found
+        return [row(ctx, problem, text) for problem, text in graded(fresh_problems(ctx, settings, step), own, rng)]
 
     return rows
+
+
+def verdict_row(ctx: Context, problem: Problem, text: str) -> Row:
+    """The judge's prompt, and the checker's rubric as four digits."""
+    prompt = render_tiny(problem.prompt, text, make_nonce(ctx.config.seed, problem.prompt, text, Template.TINY))
+    verdict = "".join(map(str, tiny_world.rubric(problem, text)))
+    encode = ctx.prompts.tokenizer.encode
+    return tuple(encode(prompt, add_special_tokens=False)), tuple(encode(verdict, add_special_tokens=False))
+
+
+def answer_row(ctx: Context, problem: Problem, text: str) -> Row:
+    """What a reward model reads, prompt and completion, and one digit: 1 for a well-formed completion with the right answer, else 0."""
+    check = tiny_world.check(problem, text)
+    label = str(int(check.format_ok and check.answer_correct))
+    ids = ctx.prompts.encode(problem) + ctx.prompts.encode_completion(text)
+    return ids, tuple(ctx.prompts.tokenizer.encode(label, add_special_tokens=False))
 
 
 def graded(fresh: list[Problem], sampled: list[tuple[Problem, str]], rng: random.Random) -> list[tuple[Problem, str]]:
