@@ -10,7 +10,8 @@ setup: $(VENV)/.ready  ## an environment in .venv with everything that demo and 
 $(VENV)/.ready: docker/requirements-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r docker/requirements-cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint docker/requirements-cpu.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement docker/requirements-cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -10,7 +10,6 @@ from pns.run.directory import write_json, write_jsonl
 from pns.stages.context import Context
 from pns.stages.models import backbone, target
 from pns.stages.scoring import RewardKind, roll_out
-from workers.rollout import Sampling
 
 
 def run(ctx: Context) -> None:
@@ -42,15 +41,7 @@ def evaluate(ctx: Context, suites: dict[str, list[Problem]], model: str) -> tupl
     ctx.fleet.rollout.load(model)
     tagged = [(suite, problem) for suite, problems in suites.items() for problem in problems]
     rollouts = roll_out(
-        ctx.fleet,
-        ctx.prompts,
-        [problem for _, problem in tagged],
-        settings.samples_per_problem,
-        Sampling(settings.temperature, 1.0, ctx.config.rollout.max_new_tokens),
-        ctx.config.reward,
-        RewardKind.ANSWER,
-        0,
-        (ctx.config.seed, "evaluate"),
+        ctx, [problem for _, problem in tagged], settings.samples_per_problem, settings.temperature, RewardKind.ANSWER, "evaluate"
     )
     by_suite: dict[str, list[bool]] = {}
     for (suite, _), correct in zip(repeat(tagged, settings.samples_per_problem), map(is_correct, rollouts), strict=True):

@@ -16,7 +16,6 @@ from pns.stages.context import Context, draw
 from pns.stages.scoring import RewardKind, roll_out
 from workers.policy import Batch
 from workers.policy import Grpo as GrpoLoss
-from workers.rollout import Sampling
 
 StopRule = Callable[[int, Mapping[str, float | None]], bool]
 
@@ -48,22 +47,13 @@ def train(
         sync_weights(ctx)
         first_step = checkpoint.step
     rollouts_file = run.append_rows(stage, "rollouts.jsonl", keep_below_step=first_step)
-    sampling = Sampling(settings.temperature, settings.top_p, ctx.config.rollout.max_new_tokens)
     for step, values in enumerate(ctx.track.begin(stage, settings.steps, first_step)):
         stop(step, values)
     for step in range(first_step, settings.steps):
         began = time.monotonic()
         problems_P = draw(problems, settings.problems_per_step, step, ctx.config.seed)
         rollouts = roll_out(
-            ctx.fleet,
-            ctx.prompts,
-            problems_P,
-            settings.completions_per_problem,
-            sampling,
-            ctx.config.reward,
-            reward_kind,
-            step,
-            (ctx.config.seed, stage, step),
+            ctx, problems_P, settings.completions_per_problem, settings.temperature, reward_kind, stage, step, settings.top_p
         )
         sampled = time.monotonic()
         rollouts_file.append(rollouts)

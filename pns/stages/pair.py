@@ -17,7 +17,6 @@ from pns.run.directory import read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context
 from pns.stages.models import reward_model, target
 from pns.stages.scoring import RewardKind, by_verdict, roll_out
-from workers.rollout import Sampling
 
 
 def run(ctx: Context) -> None:
@@ -28,17 +27,7 @@ def run(ctx: Context) -> None:
     problems, too_long = ctx.prompts.fitting(ctx.problems.preference)
     negatives = [from_json(Rollout, row) for row in read_jsonl(ctx.run.stage_dir("synthesize") / "negatives.jsonl")]
     ctx.fleet.rollout.load(target(ctx))
-    rollouts = roll_out(
-        ctx.fleet,
-        ctx.prompts,
-        problems,
-        settings.samples_per_problem,
-        Sampling(settings.temperature, 1.0, ctx.config.rollout.max_new_tokens),
-        ctx.config.reward,
-        RewardKind.CORRECTNESS,
-        0,
-        (ctx.config.seed, "pair"),
-    )
+    rollouts = roll_out(ctx, problems, settings.samples_per_problem, settings.temperature, RewardKind.CORRECTNESS, "pair")
     write_jsonl(directory / "rollouts.jsonl", rollouts)
     chosen, rejected = by_problem(by_verdict(rollouts, Verdict.CORRECT)), by_problem(negatives)
     if settings.prefer_shared_prefix:

@@ -13,7 +13,6 @@ from pns.stages import grpo
 from pns.stages.context import Context
 from pns.stages.models import generator, generator_start, reward_model
 from pns.stages.scoring import RewardKind, roll_out
-from workers.rollout import Sampling
 
 
 def run(ctx: Context) -> None:
@@ -60,15 +59,7 @@ def measure(ctx: Context, model: str, problems: list[Problem], when: str) -> dic
     num = ctx.config.evaluate.generator_samples
     pool, _ = ctx.prompts.fitting(ctx.problems.preference)
     rollouts = roll_out(
-        ctx.fleet,
-        ctx.prompts,
-        [pool[i % len(pool)] for i in range(num)],
-        1,
-        Sampling(ctx.config.evaluate.generator_temperature, 1.0, ctx.config.rollout.max_new_tokens),
-        ctx.config.reward,
-        RewardKind.COMPOSITE,
-        -1,
-        (ctx.config.seed, "generator"),
+        ctx, [pool[i % len(pool)] for i in range(num)], 1, ctx.config.evaluate.generator_temperature, RewardKind.COMPOSITE, "generator"
     )
     figures = checked_degeneration(rollouts) if ctx.config.data.source is DataSource.tiny else degeneration(rollouts)
     return {**figures, "num_completions": float(len(rollouts))}

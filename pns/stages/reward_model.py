@@ -16,7 +16,6 @@ from pns.stages.models import target
 from pns.stages.pair import by_problem
 from pns.stages.scoring import RewardKind, by_verdict, roll_out, sigmoid, stable_seed
 from workers.policy import Batch, BradleyTerry
-from workers.rollout import Sampling
 
 
 def run(ctx: Context) -> None:
@@ -45,17 +44,7 @@ def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
     once."""
     settings = ctx.config.reward_model
     ctx.fleet.rollout.load(target(ctx))
-    rollouts = roll_out(
-        ctx.fleet,
-        ctx.prompts,
-        problems,
-        settings.samples_per_problem,
-        Sampling(settings.temperature, 1.0, ctx.config.rollout.max_new_tokens),
-        ctx.config.reward,
-        RewardKind.CORRECTNESS,
-        0,
-        (ctx.config.seed, "reward_model"),
-    )
+    rollouts = roll_out(ctx, problems, settings.samples_per_problem, settings.temperature, RewardKind.CORRECTNESS, "reward_model")
     write_jsonl(ctx.run.stage_dir("reward_model") / "rollouts.jsonl", rollouts)
     rollouts += rl_rollouts(ctx, settings.rl_steps)
     prompts = {rollout.problem.id: rollout.problem.prompt for rollout in rollouts}

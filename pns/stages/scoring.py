@@ -12,10 +12,8 @@ import numpy as np
 
 from pns.algo import reward
 from pns.algo.formatting import check_format
-from pns.config import RewardConfig
-from pns.data.prompts import Prompts
 from pns.records import Completion, Problem, Rollout, Verdict
-from workers.fleet import Fleet
+from pns.stages.context import Context
 from workers.rollout import Request, Sampling
 
 
@@ -31,20 +29,23 @@ def stable_seed(*parts: object) -> int:
 
 
 def sample(
-    fleet: Fleet, prompts: Prompts, problems_P: Sequence[Problem], num_completions: int, sampling: Sampling, seed_parts: Sequence[object]
+    ctx: Context, problems_P: Sequence[Problem], num_completions: int, temperature: float, seed_parts: Sequence[object], top_p: float = 1.0
 ) -> Iterator[list[tuple[int, Problem, Completion]]]:
-    """Yield chunks of (row, problem, completion) as they finish; row = index of the problem * num_completions + index of the completion."""
+    """Yield chunks of (row, problem, completion) as they finish; row = index of the problem * num_completions + index of the completion.
+
+    Every completion has its own seed, from the run's seed, `seed_parts`, the problem and the row."""
+    sampling = Sampling(temperature, top_p, ctx.config.rollout.max_new_tokens)
     requests = []
     for p, problem in enumerate(problems_P):
-        prompt_ids = prompts.encode(problem)
+        prompt_ids = ctx.prompts.encode(problem)
         for g in range(num_completions):
-            requests.append(Request(str(p * num_completions + g), prompt_ids, stable_seed(*seed_parts, problem.id, p, g)))
-    for chunk in fleet.rollout.stream(requests, sampling):
+            requests.append(Request(str(p * num_completions + g), prompt_ids, stable_seed(ctx.config.seed, *seed_parts, problem.id, p, g)))
+    for chunk in ctx.fleet.rollout.stream(requests, sampling):
         found = []
         for item in chunk:
             row = int(item.id)
             problem = problems_P[row // num_completions]
-            text = prompts.decode(item.token_ids)
+            text = ctx.prompts.decode(item.token_ids)
             completion = Completion(
                 f"{problem.id}#{row}", problem.id, text, item.token_ids, item.log_probs, item.finish_reason, item.weights_version
             )
@@ -73,8 +74,8 @@ class Scorer:
     "answer" (evaluation): the verdict of every completion.
     """
 
-    def __init__(self, fleet: Fleet, prompts: Prompts, config: RewardConfig, kind: RewardKind) -> None:
-        self._fleet, self._prompts, self._config, self._kind = fleet, prompts, config, kind
+    def __init__(self, ctx: Context, kind: RewardKind) -> None:
+        self._fleet, self._prompts, self._config, self._kind = ctx.fleet, ctx.prompts, ctx.config.reward, kind
         self._scored: dict[int, Scored] = {}
         self._verifying: list[tuple[list[int], Any]] = []
         self._modelling: list[tuple[list[int], Any, Any]] = []
@@ -142,29 +143,28 @@ def sigmoid(value: float) -> float:
 
 
 def roll_out(
-    fleet: Fleet,
-    prompts: Prompts,
+    ctx: Context,
     problems_P: Sequence[Problem],
     num_completions: int,
-    sampling: Sampling,
-    config: RewardConfig,
+    temperature: float,
     kind: RewardKind,
-    step: int,
-    seed_parts: Sequence[object],
+    name: str,
+    step: int = 0,
+    top_p: float = 1.0,
 ) -> list[Rollout]:
     """Sample and score `num_completions` completions of every problem; rows in order, problem by problem.
 
-    A completion that lacks a term it needs is masked (`reward.value` None) with the cause.
+    The seeds depend on `name` and `step`. A completion that lacks a term it needs is masked (`reward.value` None) with the cause.
     """
-    scorer = Scorer(fleet, prompts, config, kind)
-    for chunk in sample(fleet, prompts, problems_P, num_completions, sampling, seed_parts):
+    scorer = Scorer(ctx, kind)
+    for chunk in sample(ctx, problems_P, num_completions, temperature, (name, step), top_p):
         scorer.submit(chunk)
     scored = scorer.finish()
     rollouts = []
     for row in range(len(problems_P) * num_completions):
         s = scored[row]
         if kind is RewardKind.COMPOSITE:
-            value = reward.compose(s.format_ok, s.verdict, s.plausibility, s.coherence, s.missing, config)
+            value = reward.compose(s.format_ok, s.verdict, s.plausibility, s.coherence, s.missing, ctx.config.reward)
         else:
             value = reward.correctness(s.format_ok or kind is RewardKind.ANSWER, s.verdict, s.missing)
             value = replace(value, format_ok=s.format_ok)

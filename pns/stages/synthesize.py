@@ -8,7 +8,6 @@ from pns.run.directory import write_json, write_jsonl
 from pns.stages.context import Context
 from pns.stages.models import generator, reward_model
 from pns.stages.scoring import RewardKind, roll_out
-from workers.rollout import Sampling
 
 
 def run(ctx: Context) -> None:
@@ -18,17 +17,7 @@ def run(ctx: Context) -> None:
     ctx.track.begin("synthesize", 1, 0)
     ctx.fleet.reward_model.load(reward_model(ctx))
     ctx.fleet.rollout.load(generator(ctx))
-    rollouts = roll_out(
-        ctx.fleet,
-        ctx.prompts,
-        problems,
-        settings.samples_per_problem,
-        Sampling(settings.temperature, 1.0, ctx.config.rollout.max_new_tokens),
-        ctx.config.reward,
-        RewardKind.COMPOSITE,
-        0,
-        (ctx.config.seed, "synthesize"),
-    )
+    rollouts = roll_out(ctx, problems, settings.samples_per_problem, settings.temperature, RewardKind.COMPOSITE, "synthesize")
     write_jsonl(directory / "rollouts.jsonl", rollouts)
     negatives, counts = filter_negatives(rollouts, settings.min_plausibility_quantile, settings.drop_box_only_flips)
     if not negatives:

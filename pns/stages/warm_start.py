@@ -18,7 +18,6 @@ from pns.run.directory import read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.scoring import sample, stable_seed
 from workers.policy import Batch, Sft
-from workers.rollout import Sampling
 
 # The most solution steps of a problem until that share of `curriculum_steps`.
 _GRADED_CURRICULUM = ((0.2, 1), (0.5, 2), (1.0, 3))
@@ -145,9 +144,8 @@ def sampled_solutions(ctx: Context, settings: WarmStart, split: str) -> list[tup
     if not path.exists():
         problems = tiny_world.problems(split, None, NUM_GRADED[split], ctx.config.seed)
         ctx.fleet.rollout.load(settings.samples_from)
-        sampling = Sampling(1.0, 1.0, ctx.config.rollout.max_new_tokens)
         rows: list[dict[str, Any]] = []
-        for chunk in sample(ctx.fleet, ctx.prompts, problems, 1, sampling, (ctx.config.seed, "judge")):
+        for chunk in sample(ctx, problems, 1, 1.0, ("graded", split)):
             rows += [{"problem": problem, "text": completion.text} for _, problem, completion in chunk]
         write_jsonl(path, rows)
     return [(from_json(Problem, row["problem"]), row["text"]) for row in read_jsonl(path)]
