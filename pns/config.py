@@ -144,7 +144,7 @@ class WarmStart:
     """Supervised start of a tiny backbone (or of the judge) on the tiny world. `steps: 0`: `models.backbone` is used as it is."""
 
     steps: int = 0
-    task: str = "solve"  # solve: solutions of problems; judge: the checker's rubric; reward: whether the final answer is right
+    task: str = "solve"  # solve: solutions of problems; judge: the checker's rubric
     architecture: str = "qwen2"  # qwen2, llama or qwen3
     hidden_size: int = 128
     layers: int = 4
@@ -155,7 +155,7 @@ class WarmStart:
     tie_embeddings: bool = True
     batch_size: int = 32
     curriculum_steps: int = 500  # training steps on short problems alone, before all of them come
-    samples_from: str = ""  # judge, reward: the model that training starts from and whose samples are graded beside made-up errors
+    samples_from: str = ""  # judge: the model that training starts from and whose samples are graded beside made-up errors
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(learning_rate=2e-3, warmup_steps=50, schedule="cosine", weight_decay=0.01, beta2=0.98)
     )
@@ -352,8 +352,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}: {value!r} is not one of constant, cosine")
     if config.warm_start.architecture not in ("qwen2", "llama", "qwen3"):
         raise UserError(f"warm_start.architecture: {config.warm_start.architecture!r} is not one of qwen2, llama, qwen3")
-    if config.warm_start.task not in ("solve", "judge", "reward"):
-        raise UserError(f"warm_start.task: {config.warm_start.task!r} is not one of solve, judge, reward")
+    if config.warm_start.task not in ("solve", "judge"):
+        raise UserError(f"warm_start.task: {config.warm_start.task!r} is not one of solve, judge")
     if config.warm_start.steps == 0 and not config.models.backbone:
         raise UserError("models.backbone is empty and warm_start.steps is 0: name a model, or train one with warm_start.steps=N")
     if config.warm_start.steps and config.data.source is not DataSource.tiny:

@@ -1,5 +1,4 @@
-"""Supervised start on the tiny world: a backbone that solves problems, the judge that grades solutions by the checker's rubric, or the
-model that reward models start from, which tells right final answers from wrong ones."""
+"""Supervised start on the tiny world: a backbone that solves problems, or the judge that grades solutions by the checker's rubric."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ from pns.stages.scoring import sample, stable_seed
 from workers.policy import Batch, Sft
 
 # The most solution steps of a problem until that share of `curriculum_steps`.
-_GRADED_CURRICULUM = ((0.2, 1), (0.5, 2), (1.0, 3))
-CURRICULUM = {"solve": ((0.4, 2), (1.0, 3)), "judge": _GRADED_CURRICULUM, "reward": _GRADED_CURRICULUM}
+CURRICULUM = {"solve": ((0.4, 2), (1.0, 3)), "judge": ((0.2, 1), (0.5, 2), (1.0, 3))}
 Row = tuple[tuple[int, ...], tuple[int, ...]]  # ids without loss, ids with loss
 Rows = Callable[[int], list[Row]]  # training step -> its rows
 
@@ -39,7 +37,7 @@ def run(ctx: Context) -> None:
         initial = str(directory / "initial")
         save_untrained(settings, ctx.config.seed, initial)
     else:
-        rows = graded_rows(ctx, settings, verdict_row if settings.task == "judge" else answer_row)
+        rows = graded_rows(ctx, settings)
         initial = settings.samples_from
     policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.config.seed)
     first_step = 0
@@ -76,14 +74,14 @@ def fresh_problems(ctx: Context, settings: WarmStart, step: int) -> list[Problem
     return tiny_world.problems("train", None, settings.batch_size, stable_seed(ctx.config.seed, "warm_start", step), max_steps)
 
 
-def graded_rows(ctx: Context, settings: WarmStart, row: Callable[[Context, Problem, str], Row]) -> Rows:
-    """step -> (ids before the label, the label's ids) of right solutions, made-up errors and, after the curriculum, a model's samples."""
+def graded_rows(ctx: Context, settings: WarmStart) -> Rows:
+    """step -> (judge's prompt, verdict) of right solutions, made-up errors and, after the curriculum, a model's samples."""
     sampled = sampled_solutions(ctx, settings, "train")
 
     def rows(step: int) -> list[Row]:
         rng = random.Random(stable_seed(ctx.config.seed, "judge", step))
         own = draw(sampled, settings.batch_size, step, ctx.config.seed) if step >= settings.curriculum_steps else []
-        return [row(ctx, problem, text) for problem, text in graded(fresh_problems(ctx, settings, step), own, rng)]
+        return [verdict_row(ctx, problem, text) for problem, text in graded(fresh_problems(ctx, settings, step), own, rng)]
 
     return rows
 
@@ -94,14 +92,6 @@ def verdict_row(ctx: Context, problem: Problem, text: str) -> Row:
     verdict = "".join(map(str, tiny_world.rubric(problem, text)))
     encode = ctx.prompts.tokenizer.encode
     return tuple(encode(prompt, add_special_tokens=False)), tuple(encode(verdict, add_special_tokens=False))
-
-
-def answer_row(ctx: Context, problem: Problem, text: str) -> Row:
-    """What a reward model reads, prompt and completion, and one digit: 1 for a well-formed completion with the right answer, else 0."""
-    check = tiny_world.check(problem, text)
-    label = str(int(check.format_ok and check.answer_correct))
-    ids = ctx.prompts.encode(problem) + ctx.prompts.encode_completion(text)
-    return ids, tuple(ctx.prompts.tokenizer.encode(label, add_special_tokens=False))
 
 
 def graded(fresh: list[Problem], sampled: list[tuple[Problem, str]], rng: random.Random) -> list[tuple[Problem, str]]:
