@@ -197,7 +197,7 @@ class RewardWeights:
 
 @dataclass
 class RewardConfig:
-    """METHOD's composite reward of reverse RL."""
+    """The composite reward of reverse RL (arXiv 2602.03516); the gates and the numbers are ours."""
 
     weights: RewardWeights = field(default_factory=RewardWeights)
     malformed: float = -1.0

@@ -51,7 +51,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reward:
-    """One completion's reward with every unweighted term (METHOD: composite reward of reverse RL).
+    """One completion's reward with every unweighted term (the composite reward of reverse RL, arXiv 2602.03516).
 
     `value` is None when the completion is masked: no reward, no gradient, counted. `plausibility` is sigmoid(r) in (0, 1),
     `coherence` the rubric sum / 12 in [0, 1]; None where the term was not asked for or could not be computed. `missing` maps the

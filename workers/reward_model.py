@@ -1,4 +1,4 @@
-"""The reward model as a service: raw scores r(x, y) of token sequences; sigmoid(r) is the plausibility term (METHOD 1.1, 1.2)."""
+"""The reward model as a service: raw scores r(x, y) of token sequences; sigmoid(r) is the plausibility term."""
 
 from __future__ import annotations
 

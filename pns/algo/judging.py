@@ -1,4 +1,4 @@
-"""The judge's prompt and the grammar of its verdict (METHOD 1.2: a rubric of four dimensions, each 0 to 3).
+"""The judge's prompt and the grammar of its verdict (arXiv 2602.03516: four dimensions; scale and prompt are ours).
 
 The candidate is untrusted text, written by a model that is rewarded for a high grade. It stands between two copies of a nonce it
 cannot know; whatever in it looks like a verdict, a role or a delimiter is defused; and a verdict counts only in the judge's own reply,

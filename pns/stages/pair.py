@@ -1,4 +1,4 @@
-"""Preference pairs: chosen = the RL-trained backbone's own verified-correct solution, rejected = a plausible negative (METHOD 1.4)."""
+"""Preference pairs: chosen = the RL-trained backbone's own verified-correct solution, rejected = a plausible negative."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def token_ids(ctx: Context, pair: PreferencePair) -> tuple[tuple[int, ...], tupl
 
 
 def measure(ctx: Context, pairs: Sequence[PreferencePair], negatives: Sequence[Rollout], rollouts: Sequence[Rollout]) -> dict[str, object]:
-    """Quality of the negatives (METHOD 1.6) beside the backbone's own wrong completions: reward-model scores, how well the held-out reward
+    """Quality of the negatives beside the backbone's own wrong completions: reward-model scores, how well the held-out reward
     model tells them from correct ones (AUROC; 0.5: not at all), length, and one-sidedness of the pairs' first divergence."""
     sources: dict[str, Sequence[Rollout]] = {
         "correct": by_verdict(rollouts, Verdict.CORRECT),

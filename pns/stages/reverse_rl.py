@@ -1,4 +1,4 @@
-"""Reverse RL: the generator learns to write solutions that look right and end wrong (METHOD 1.2)."""
+"""Reverse RL: the generator learns to write solutions that look right and end wrong (arXiv 2602.03516)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pns.algo.negatives import degeneration
 from pns.config import DataSource, ReverseRl
 from pns.data import tiny_world
-from pns.records import Problem, Rollout, Verdict
+from pns.records import Rollout, Verdict
 from pns.run.directory import write_json
 from pns.stages import grpo
 from pns.stages.context import Context
@@ -22,16 +22,16 @@ def run(ctx: Context) -> None:
     problems, too_long = ctx.prompts.fitting(ctx.problems.train)
     before_file = ctx.run.stage_dir("reverse_rl") / "before.json"
     if not before_file.exists():
-        write_json(before_file, measure(ctx, generator_start(ctx), problems, "before"))
+        write_json(before_file, measure(ctx, generator_start(ctx)))
     describe = checked_degeneration if ctx.config.data.source is DataSource.tiny else degeneration
     grpo.train(ctx, "reverse_rl", settings, generator_start(ctx), problems, RewardKind.COMPOSITE, describe, StopRule(settings))
-    after = measure(ctx, generator(ctx), problems, "after")
+    after = measure(ctx, generator(ctx))
     write_json(ctx.run.stage_dir("reverse_rl") / "generator.json", {"before": ctx.run.read_json(before_file), "after": after})
     ctx.run.count("reverse_rl", prompts_too_long=too_long)
 
 
 class StopRule:
-    """METHOD: stop when the wrong rate and the format rate are reached and plausibility no longer rises."""
+    """Stop when the wrong rate and the format rate are reached and plausibility no longer rises."""
 
     def __init__(self, settings: ReverseRl) -> None:
         self._settings = settings
@@ -53,7 +53,7 @@ class StopRule:
         return self._since >= s.stop_patience
 
 
-def measure(ctx: Context, model: str, problems: list[Problem], when: str) -> dict[str, float]:
+def measure(ctx: Context, model: str) -> dict[str, float]:
     """The generator's rates and scores on `evaluate.generator_samples` completions of preference problems, taken in turn."""
     ctx.fleet.rollout.load(model)
     num = ctx.config.evaluate.generator_samples

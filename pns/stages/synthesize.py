@@ -1,4 +1,4 @@
-"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they are wrong (METHOD 1.3)."""
+"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they are wrong."""
 
 from __future__ import annotations
 
