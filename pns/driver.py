@@ -79,13 +79,15 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
     check_models(config, selected)
     problems = load_problem_sets(config)
     with RunDirectory.open(Path(config.runs) / config.name, to_dict(config)) as run_directory:
-        if first:
-            run_directory.set_aside([name for name in STAGES if list(STAGES).index(name) >= list(STAGES).index(first)])
-        pending = [name for name in selected if not run_directory.is_done(name, STAGES[name].sections, STAGES[name].reads)]
+        redone = list(STAGES)[list(STAGES).index(first) :] if first else []
+        pending = [
+            name for name in selected if name in redone or not run_directory.is_done(name, STAGES[name].sections, STAGES[name].reads)
+        ]
         if not pending:
             print(f"{run_directory.path}: every stage is done; --from STAGE runs one again")
             return run_directory.path
         with Cluster(config) as device, PeakMemory() as memory:
+            run_directory.set_aside(redone)  # only now: a start that fails changes nothing
             fleet = Fleet(config, device)
             try:
                 tracker = Tracker(run_directory, config.tracking, open_backends)

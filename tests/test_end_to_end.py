@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pns.cli import STAGES as NAMED_STAGES
 from pns.config import load
 from pns.data.problems import load_problem_sets
 from pns.driver import STAGES
@@ -76,6 +77,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert (run / "rl" / "manifest.json").read_bytes() == rl_manifest, "a finished stage was run again"
     return run
+
+
+def test_the_command_names_the_drivers_stages() -> None:
+    assert tuple(STAGES) == NAMED_STAGES
+
+
+def test_a_failed_start_changes_nothing(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "lock"}
+    for arguments, word in ((["placement.device=cuda"], "placement.device"), (["rl.steps=7"], "rl.steps")):
+        failing = command(f"runs={finished.parent}", "--from", "preference", *arguments)
+        done = subprocess.run(failing, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 2
+        assert word in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "lock"} == before
 
 
 def test_every_stage_has_its_manifest(finished: Path) -> None:

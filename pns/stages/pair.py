@@ -92,17 +92,19 @@ def measure(ctx: Context, pairs: Sequence[PreferencePair], negatives: Sequence[R
         scores[which] = {source: score(ctx, found) for source, found in sources.items()}
     write_json(ctx.run.stage_dir("pair") / "scores.json", scores["main"])
     held_out = scores["held_out"]
+    unscored = sum(len(found) - len(of_model[source]) for of_model in scores.values() for source, found in sources.items())
     flow = token_flow([token_ids(ctx, pair) for pair in pairs])
     return {
         "auroc_held_out": {s: auroc(held_out["correct"], held_out[s]) for s in ("rs", "pns") if held_out[s] and held_out["correct"]},
         "reward_model_mean": {source: float(np.mean(found)) for source, found in scores["main"].items() if found},
         "tokens_mean": {source: float(np.mean([len(r.completion.token_ids) for r in found])) for source, found in sources.items() if found},
         "one_sidedness": one_sidedness(flow),
+        "unscored": unscored,
     }
 
 
 def score(ctx: Context, rollouts: Sequence[Rollout]) -> list[float]:
-    """Raw reward-model scores; a completion without a score is left out."""
+    """Raw reward-model scores; a completion without a score is left out (and counted by `measure`)."""
     prompts: dict[str, tuple[int, ...]] = {}
 
     def prompt(problem: Problem) -> tuple[int, ...]:
