@@ -1,8 +1,8 @@
 """The schema: every key, its default, its unit and its meaning. A recipe holds only what differs from it.
 
-`load(path, overrides)` merges schema < the recipe that a recipe `extends` < the recipe < `key=value` overrides and returns a plain,
-checked `Config`. Everything that can be wrong without looking at the cluster is said here, in one line, before anything starts. No
-heavy import: errors answer within a second.
+`load(path, overrides)` merges schema < the recipe that a recipe `extends` < the recipe < `key=value`
+overrides and returns a plain, checked `Config`. Everything that can be wrong without looking at the cluster
+is said here, in one line, before anything starts. No heavy import: errors answer within a second.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class TinyData:
 
 @dataclass
 class JsonlData:
-    """Local files, one JSON object a line with `problem`, `answer` and optional `id`, `solution`, `subject`, `level` (`.jsonl` or
-    `.jsonl.gz`), or names of training sets of `pns.data.benchmarks`."""
+    """Local files, one JSON object a line with `problem`, `answer` and optional `id`, `solution`, `subject`,
+    `level` (`.jsonl` or `.jsonl.gz`), or names of training sets of `pns.data.benchmarks`."""
 
     train: str = ""
     reward: str = ""  # problems of the reward models; empty: `train`
@@ -106,9 +106,15 @@ class Data:
     source: DataSource = DataSource.tiny
     tiny: TinyData = field(default_factory=TinyData)
     jsonl: JsonlData = field(default_factory=JsonlData)
-    benchmarks: list[str] = field(default_factory=list)  # suites by their name in `pns.data.benchmarks`, beside those of `jsonl`
-    root: str = ""  # directory of the named sets: <root>/[benchmarks/|train/]<name>.jsonl[.gz]; empty: the Hub
-    revisions: dict[str, str] = field(default_factory=dict)  # set name -> commit of its Hub data set, where another than the pinned one
+    benchmarks: list[str] = field(
+        default_factory=list
+    )  # suites by their name in `pns.data.benchmarks`, beside those of `jsonl`
+    root: str = (
+        ""  # directory of the named sets: <root>/[benchmarks/|train/]<name>.jsonl[.gz]; empty: the Hub
+    )
+    revisions: dict[str, str] = field(
+        default_factory=dict
+    )  # set name -> commit of its Hub data set, where another than the pinned one
     decontaminate: bool = True  # drop training problems that overlap with a suite (jsonl only)
     prompt: str = "none"  # family of `pns.data.prompts` that fills the next six keys, or auto (by the chat template); none: they stand
     chat_template: bool = True  # False: the prompt is plain text, without turns
@@ -117,7 +123,9 @@ class Data:
     instruction: str = ""  # text appended to every problem in the user turn; empty: none
     assistant_prefix: str = ""  # text the completion is made to begin with (part of the prompt)
     stop: str = ""  # evaluation reads a completion up to this text: base models go on to a next problem; empty: all of it
-    max_prompt_tokens: int = 1024  # in training, longer prompts are dropped and counted; evaluation asks every problem
+    max_prompt_tokens: int = (
+        1024  # in training, longer prompts are dropped and counted; evaluation asks every problem
+    )
 
 
 @dataclass
@@ -148,7 +156,9 @@ class Placement:
     reward_model: Pool = field(default_factory=Pool)
     judge: Pool = field(default_factory=Pool)
     verifier_processes: int = 2
-    start_timeout_seconds: float = 600.0  # how long actors may take to come up before the run stops and says what it waits for
+    start_timeout_seconds: float = (
+        600.0  # how long actors may take to come up before the run stops and says what it waits for
+    )
 
 
 @dataclass
@@ -162,11 +172,14 @@ class RolloutEngine:
 
 @dataclass
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on language models; the reference is the adapter switched off. Exports have it merged."""
+    """Low-rank adapters (arXiv 2106.09685) on language models; the reference is the adapter switched off.
+    Exports have it merged."""
 
     rank: int = 0  # 0: every weight is trained
     alpha: int = 32  # the update is scaled by alpha / rank
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # names of linear layers, or all of them but the head
+    targets: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # names of linear layers, or all of them but the head
 
 
 @dataclass
@@ -176,7 +189,9 @@ class Policy:
     gradient_checkpointing: bool = True
     compile: bool = False  # torch.compile norms and feed-forward parts: slower first steps; needs a C++ compiler on cpu, Triton on cuda
     lora: Lora = field(default_factory=Lora)
-    layout: Layout = Layout.shared  # of micro-batches; `max_tokens_per_micro_batch` counts what the layout holds
+    layout: Layout = (
+        Layout.shared
+    )  # of micro-batches; `max_tokens_per_micro_batch` counts what the layout holds
 
 
 @dataclass
@@ -192,7 +207,8 @@ class Optimizer:
 
 @dataclass
 class WarmStart:
-    """Supervised start of a tiny backbone (or of the judge) on the tiny world. `steps: 0`: `models.backbone` is used as it is."""
+    """Supervised start of a tiny backbone (or of the judge) on the tiny world. `steps: 0`: `models.backbone`
+    is used as it is."""
 
     steps: int = 0
     task: str = "solve"  # solve: solutions of problems; judge: the checker's rubric
@@ -206,15 +222,20 @@ class WarmStart:
     tie_embeddings: bool = True
     batch_size: int = 32
     curriculum_steps: int = 500  # training steps on short problems alone, before all of them come
-    samples_from: str = ""  # judge: the model that training starts from and whose samples are graded beside made-up errors
+    samples_from: str = (
+        ""  # judge: the model that training starts from and whose samples are graded beside made-up errors
+    )
     optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(learning_rate=2e-3, warmup_steps=50, schedule="cosine", weight_decay=0.01, beta2=0.98)
+        default_factory=lambda: Optimizer(
+            learning_rate=2e-3, warmup_steps=50, schedule="cosine", weight_decay=0.01, beta2=0.98
+        )
     )
 
 
 @dataclass
 class Grpo:
-    """Group-relative policy optimisation (arXiv 2402.03300) with clip-higher and token-level aggregation (arXiv 2503.14476)."""
+    """Group-relative policy optimisation (arXiv 2402.03300) with clip-higher and token-level aggregation
+    (arXiv 2503.14476)."""
 
     steps: int = 100
     problems_per_step: int = 24
@@ -235,7 +256,9 @@ class ReverseRl(Grpo):
     start: GeneratorStart = GeneratorStart.target
     stop_wrong_rate: float = 0.9  # stop early at this share of wrong completions ...
     stop_format_rate: float = 0.95  # ... with at least this share well-formed ...
-    stop_patience: int = 10  # ... when the mean plausibility has not risen for this many steps; 0: run all steps
+    stop_patience: int = (
+        10  # ... when the mean plausibility has not risen for this many steps; 0: run all steps
+    )
     max_hold_wrong_rate: float = 1.0  # stop at once when the wrong rate reaches this (a KL-anchored generator near the target); 1: never
 
 
@@ -286,11 +309,16 @@ class PairStage:
     temperature: float = 1.0
     max_length_ratio: float = 2.0
     pairs_per_problem: int = 1
-    prefer_shared_prefix: bool = True  # pair each negative with the correct completion that shares the longest prefix with it
-    balance_flow: bool = False  # keep as many (right, wrong) as (wrong, right) token flows at the first divergence
+    prefer_shared_prefix: bool = (
+        True  # pair each negative with the correct completion that shares the longest prefix with it
+    )
+    balance_flow: bool = (
+        False  # keep as many (right, wrong) as (wrong, right) token flows at the first divergence
+    )
 
 
-# What each loss reads, with its defaults. Losses on log-probabilities per token need a larger beta than those on their sums.
+# What each loss reads, with its defaults. Losses on log-probabilities per token need a larger beta than those
+# on their sums.
 LOSS_DEFAULTS: dict[PreferenceLoss, dict[str, float]] = {
     PreferenceLoss.sigmoid: {"beta": 0.1},
     PreferenceLoss.ipo: {"beta": 0.1},
@@ -308,26 +336,33 @@ LOSS_DEFAULTS: dict[PreferenceLoss, dict[str, float]] = {
 
 @dataclass
 class PreferenceData:
-    """Where the pairs of `preference` come from: `path`, or `hub`, or (both empty) the run's own `pair` stage. External pairs are in the
-    standard format: `prompt`, `chosen`, `rejected`, as strings or as lists of messages."""
+    """Where the pairs of `preference` come from: `path`, or `hub`, or (both empty) the run's own `pair`
+    stage. External pairs are in the standard format: `prompt`, `chosen`, `rejected`, as strings or as lists
+    of messages."""
 
     path: str = ""  # .jsonl, .jsonl.gz or .parquet
     hub: str = ""  # data set of the Hugging Face Hub, owner/name
     revision: str = ""  # of the Hub data set: the full hash of a commit, which never moves
     split: str = "train"  # of the Hub data set
     limit: int = 0  # at most this many pairs of `path` or `hub`; 0: all
-    bad_pairs: BadPairs = BadPairs.error  # an empty or identical side, a prompt or a pair too long: stop at the first, or drop and count
+    bad_pairs: BadPairs = (
+        BadPairs.error
+    )  # an empty or identical side, a prompt or a pair too long: stop at the first, or drop and count
 
 
 @dataclass
 class Preference:
-    """Preference optimisation; reference = the starting backbone, its log-probabilities computed once (none for simpo and orpo).
+    """Preference optimisation; reference = the starting backbone, its log-probabilities computed once (none
+    for simpo and orpo).
 
-    A hyper-parameter of the loss that is left out takes the default of `LOSS_DEFAULTS`; one that the loss does not read is an error.
+    A hyper-parameter of the loss that is left out takes the default of `LOSS_DEFAULTS`; one that the loss
+    does not read is an error.
     """
 
     loss: PreferenceLoss = PreferenceLoss.sigmoid
-    beta: float | None = None  # > 0; scale of the implicit reward (ipo: tau). All but orpo: 0.1, simpo 2.0, length_normalised 5.0
+    beta: float | None = (
+        None  # > 0; scale of the implicit reward (ipo: tau). All but orpo: 0.1, simpo 2.0, length_normalised 5.0
+    )
     label_smoothing: float | None = None  # [0, 0.5); share of flipped labels. cdpo, robust: 0.1
     nll_weight: float | None = None  # >= 0; weight of the chosen side's NLL per token. rpo: 1.0
     target_margin: float | None = None  # >= 0; gamma, subtracted from the reward margin. simpo: 1.0
@@ -339,14 +374,17 @@ class Preference:
     pairs_per_step: int = 32
     margin: MarginMask = MarginMask.completion
     data: PreferenceData = field(default_factory=PreferenceData)
-    max_skipped_updates: int = 0  # more updates than this with a loss or gradient that is not finite end the run
+    max_skipped_updates: int = (
+        0  # more updates than this with a loss or gradient that is not finite end the run
+    )
     checkpoint_every: int = 20
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-7, warmup_steps=5))
 
 
 @dataclass
 class Decoding:
-    """How a suite is decoded. None: as the benchmark asks (`pns.data.benchmarks`); other suites greedily, once."""
+    """How a suite is decoded. None: as the benchmark asks (`pns.data.benchmarks`); other suites greedily,
+    once."""
 
     samples_per_problem: int | None = None
     temperature: float | None = None  # 0: greedy
@@ -363,7 +401,8 @@ class Evaluate(Decoding):
 
 @dataclass
 class Tracking:
-    """Metrics go to `metrics.jsonl` always, and to these backends of verl's `Tracking`: tensorboard, wandb, mlflow, trackio."""
+    """Metrics go to `metrics.jsonl` always, and to these backends of verl's `Tracking`: tensorboard, wandb,
+    mlflow, trackio."""
 
     backends: list[str] = field(default_factory=list)
     project: str = "pns"
@@ -392,14 +431,17 @@ class Config:
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None, training: bool = True) -> Config:
-    """Read the recipe at `path` (None: the defaults), apply `key=value` overrides, check it; `training` False asks for no training data.
+    """Read the recipe at `path` (None: the defaults), apply `key=value` overrides, check it; `training` False
+    asks for no training data.
 
     Raises UserError with key, value and the way out.
     """
     recipe = Path(path) if path is not None else Path("the defaults")
     if path is not None and not recipe.is_file():
         near = sorted(str(p) for p in recipe.parent.glob("*.yaml")) if recipe.parent.is_dir() else []
-        raise UserError(f"recipe {recipe} does not exist" + (f"; there are: {', '.join(near)}" if near else ""))
+        raise UserError(
+            f"recipe {recipe} does not exist" + (f"; there are: {', '.join(near)}" if near else "")
+        )
     schema = OmegaConf.structured(Config)
     layers = _read(recipe) if path is not None else []
     try:
@@ -412,7 +454,9 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
     except ConfigKeyError as error:
         raise UserError(_unknown_key(error, recipe)) from error
     except ValidationError as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]} (in {recipe} or an override)") from error
+        raise UserError(
+            f"{error.full_key}: {str(error).splitlines()[0]} (in {recipe} or an override)"
+        ) from error
     except OmegaConfBaseException as error:
         raise UserError(f"{recipe}: {str(error).splitlines()[0]}") from error
     if not config.name:
@@ -425,7 +469,8 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
 
 
 def stages(config: Config) -> tuple[str, ...]:
-    """The stages that `config` asks for, in order. Pairs given from outside need no negatives made: the backbone is trained on them."""
+    """The stages that `config` asks for, in order. Pairs given from outside need no negatives made: the
+    backbone is trained on them."""
     if external_pairs(config):
         return ("warm_start", "preference", "evaluate")
     return STAGES
@@ -439,7 +484,9 @@ def external_pairs(config: Config) -> bool:
 def hyper_parameters(settings: Preference) -> dict[str, float]:
     """What the chosen loss reads: what is set, and its own defaults for the rest."""
     defaults = LOSS_DEFAULTS[settings.loss].items()
-    return {name: default if (given := getattr(settings, name)) is None else given for name, default in defaults}
+    return {
+        name: default if (given := getattr(settings, name)) is None else given for name, default in defaults
+    }
 
 
 def reference_free(loss: PreferenceLoss) -> bool:
@@ -480,29 +527,40 @@ def check(config: Config) -> None:
     if config.policy.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"policy.dtype: {config.policy.dtype!r} is not one of auto, bfloat16, float32")
     if not config.policy.lora.targets:
-        raise UserError("policy.lora.targets is empty: name linear layers, e.g. [q_proj,v_proj], or [all-linear]")
+        raise UserError(
+            "policy.lora.targets is empty: name linear layers, e.g. [q_proj,v_proj], or [all-linear]"
+        )
     for key, value in _items(config):
         if key.endswith(".schedule") and value not in ("constant", "cosine"):
             raise UserError(f"{key}: {value!r} is not one of constant, cosine")
     if config.warm_start.architecture not in ("qwen2", "llama", "qwen3"):
-        raise UserError(f"warm_start.architecture: {config.warm_start.architecture!r} is not one of qwen2, llama, qwen3")
+        raise UserError(
+            f"warm_start.architecture: {config.warm_start.architecture!r} is not one of qwen2, llama, qwen3"
+        )
     if config.warm_start.task not in ("solve", "judge"):
         raise UserError(f"warm_start.task: {config.warm_start.task!r} is not one of solve, judge")
     if config.warm_start.steps == 0 and not config.models.backbone:
-        raise UserError("models.backbone is empty and warm_start.steps is 0: name a model, or train one with warm_start.steps=N")
+        raise UserError(
+            "models.backbone is empty and warm_start.steps is 0: name a model, or train one with warm_start.steps=N"
+        )
     if config.warm_start.steps and config.data.source is not DataSource.tiny:
-        raise UserError("warm_start.steps: a warm start is made on the tiny world only; set data.source=tiny or warm_start.steps=0")
+        raise UserError(
+            "warm_start.steps: a warm start is made on the tiny world only; set data.source=tiny or warm_start.steps=0"
+        )
     if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
         raise UserError("reverse_rl.start is path and models.generator is empty: name the generator's model")
     _check_pairs(config.preference.data)
     for name in ("rl", "reverse_rl"):
         stage: Grpo = getattr(config, name)
         if stage.completions_per_problem < 2:
-            raise UserError(f"{name}.completions_per_problem: {stage.completions_per_problem}; a group needs at least 2")
+            raise UserError(
+                f"{name}.completions_per_problem: {stage.completions_per_problem}; a group needs at least 2"
+            )
 
 
 def check_data(data: Data, training: bool) -> None:
-    """What can be wrong with `data` without reading a file; `training` False: only suites are needed. Raises UserError."""
+    """What can be wrong with `data` without reading a file; `training` False: only suites are needed. Raises
+    UserError."""
     if data.source is DataSource.tiny:
         if data.benchmarks and training:
             raise UserError("data.benchmarks: the tiny world has its own suites; set data.source=jsonl")
@@ -510,10 +568,16 @@ def check_data(data: Data, training: bool) -> None:
     if training:
         for key in ("train", "reward", "preference"):
             path = getattr(data.jsonl, key)
-            if (path or key == "train") and not Path(path).is_file() and (not path or re.search(r"[./]", path)):
+            if (
+                (path or key == "train")
+                and not Path(path).is_file()
+                and (not path or re.search(r"[./]", path))
+            ):
                 raise UserError(f"data.jsonl.{key}: {path!r} is not a file (nor the name of a training set)")
     if "mean" in data.jsonl.suites:
-        raise UserError("data.jsonl.suites.mean: the name is taken by the mean over all suites; choose another")
+        raise UserError(
+            "data.jsonl.suites.mean: the name is taken by the mean over all suites; choose another"
+        )
     if not data.jsonl.suites and not data.benchmarks:
         raise UserError(
             "data.jsonl.suites and data.benchmarks are empty: name at least one suite, e.g. data.benchmarks=[gsm8k,math500] or "
@@ -523,26 +587,34 @@ def check_data(data: Data, training: bool) -> None:
         if not Path(path).is_file():
             raise UserError(f"data.jsonl.suites.{suite}: {path!r} is not a file")
         if suite in data.benchmarks or "/" in suite:
-            raise UserError(f"data.jsonl.suites.{suite}: a suite's name is unique and has no slash; choose another")
+            raise UserError(
+                f"data.jsonl.suites.{suite}: a suite's name is unique and has no slash; choose another"
+            )
 
 
 def _check_pairs(data: PreferenceData) -> None:
     key = "preference.data"
     if data.path and data.hub:
-        raise UserError(f"{key}.path and {key}.hub are both set ({data.path}, {data.hub}): the pairs come from one of them")
+        raise UserError(
+            f"{key}.path and {key}.hub are both set ({data.path}, {data.hub}): the pairs come from one of them"
+        )
     if data.path and not data.path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise UserError(f"{key}.path: {data.path!r} is not a .jsonl, .jsonl.gz or .parquet file")
     if data.path and not Path(data.path).is_file():
         raise UserError(f"{key}.path: {data.path!r} is not a file")
     if data.hub and Path(data.hub).exists():
-        raise UserError(f"{key}.hub: {data.hub!r} is a path here and would hide the data set of the Hub: name a file with {key}.path")
+        raise UserError(
+            f"{key}.hub: {data.hub!r} is a path here and would hide the data set of the Hub: name a file with {key}.path"
+        )
     if data.hub and not re.fullmatch("[0-9a-f]{40}", data.revision):
         raise UserError(
             f"{key}.revision: {data.revision!r} is not the full hash of a commit (40 hexadecimal digits): a branch or tag may move; "
             f"the history of {data.hub} on the Hub lists the hashes"
         )
     if data.revision and not data.hub:
-        raise UserError(f"{key}.revision is set and {key}.hub is empty: name the data set with {key}.hub=OWNER/NAME")
+        raise UserError(
+            f"{key}.revision is set and {key}.hub is empty: name the data set with {key}.hub=OWNER/NAME"
+        )
     if not data.split:
         raise UserError(f'{key}.split is empty: name a split, e.g. "train"')
 
@@ -601,10 +673,17 @@ _POSITIVE_OF_LOSS = {"beta", "desirable_weight", "undesirable_weight"}
 
 def _require_positive(config: Config) -> None:
     for key, value in _items(config):
-        if key.rsplit(".", 1)[-1] in _POSITIVE and key != "warm_start.steps" and value is not None and value <= 0:
+        if (
+            key.rsplit(".", 1)[-1] in _POSITIVE
+            and key != "warm_start.steps"
+            and value is not None
+            and value <= 0
+        ):
             raise UserError(f"{key}: {value} must be greater than 0")
     if config.warm_start.steps < 0:
-        raise UserError(f"warm_start.steps: {config.warm_start.steps} is negative; 0 uses models.backbone as it is")
+        raise UserError(
+            f"warm_start.steps: {config.warm_start.steps} is negative; 0 uses models.backbone as it is"
+        )
 
 
 def _check_loss(settings: Preference) -> None:
@@ -624,7 +703,9 @@ def _check_loss(settings: Preference) -> None:
         if not 0 <= value < math.inf:
             raise UserError(f"preference.{name}: {value} must be a number, 0 or more")
         if name == "label_smoothing" and value >= 0.5:
-            raise UserError(f"preference.label_smoothing: {value} is outside [0, 0.5); at 0.5 the labels say nothing")
+            raise UserError(
+                f"preference.label_smoothing: {value} is outside [0, 0.5); at 0.5 the labels say nothing"
+            )
 
 
 def _items(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -652,4 +733,6 @@ def _unknown_key(error: ConfigKeyError, recipe: Path) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain YAML/JSON values."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True))
+    return cast(
+        dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    )

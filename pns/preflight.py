@@ -1,4 +1,5 @@
-"""What can be wrong with the inputs, found before any actor starts: models, tokenizers and data. Imports neither torch nor transformers."""
+"""What can be wrong with the inputs, found before any actor starts: models, tokenizers and data. Imports
+neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_models(config: Config, stages: Collection[str]) -> None:
-    """Every model that `stages` use is a directory with a config, weights and a tokenizer of the model's vocabulary size, or a Hub id.
+    """Every model that `stages` use is a directory with a config, weights and a tokenizer of the model's
+    vocabulary size, or a Hub id.
 
     Raises UserError.
     """

@@ -1,6 +1,7 @@
 """What the stages hand to each other: frozen records, each with one JSON form.
 
-Axes used in names throughout the project: `_P` problems, `_G` completions of one problem, `_B` rows of a batch, `_T` tokens.
+Axes used in names throughout the project: `_P` problems, `_G` completions of one problem, `_B` rows of a
+batch, `_T` tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 
 class Verdict(Enum):
-    """What a verifier says of a final answer. UNVERIFIED is neither correct nor wrong: it is never turned into a number."""
+    """What a verifier says of a final answer. UNVERIFIED is neither correct nor wrong: it is never turned
+    into a number."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -21,9 +23,10 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """How a benchmark wants an answer compared. `unordered`: the gold answer is a list whose order does not count, with or without brackets
-    around it. `tolerance`: two numbers are the same up to this absolute difference (0: exactly). `unit`: what numbers without a unit are
-    in, as the benchmark spells it ("cm", "%")."""
+    """How a benchmark wants an answer compared. `unordered`: the gold answer is a list whose order does not
+    count, with or without brackets around it. `tolerance`: two numbers are the same up to this absolute
+    difference (0: exactly). `unit`: what numbers without a unit are in, as the benchmark spells it ("cm",
+    "%")."""
 
     unordered: bool = False
     tolerance: float = 0.0
@@ -34,9 +37,9 @@ class AnswerRule:
 class Problem:
     """A question with its gold answer.
 
-    `prompt` is the plain problem text (no chat template), `answer` the gold final answer as the source spells it,
-    `suite` the benchmark or suite it belongs to, `solution` a worked solution, `subject` and `level` (difficulty) where the source has
-    them, `rule` how its answer is compared.
+    `prompt` is the plain problem text (no chat template), `answer` the gold final answer as the source spells
+    it, `suite` the benchmark or suite it belongs to, `solution` a worked solution, `subject` and `level`
+    (difficulty) where the source has them, `rule` how its answer is compared.
     """
 
     id: str
@@ -51,9 +54,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion. `token_ids` (T,) include the end token when `finish_reason` is "stop"; `text` is their
-    decoding without special tokens; `log_probs` (T,) are natural-log probabilities of the sampled tokens at temperature 1
-    under the weights of `weights_version`."""
+    """One sampled completion. `token_ids` (T,) include the end token when `finish_reason` is "stop"; `text`
+    is their decoding without special tokens; `log_probs` (T,) are natural-log probabilities of the sampled
+    tokens at temperature 1 under the weights of `weights_version`."""
 
     id: str
     problem_id: str
@@ -66,11 +69,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reward:
-    """One completion's reward with every unweighted term (the composite reward of reverse RL, arXiv 2602.03516).
+    """One completion's reward with every unweighted term (the composite reward of reverse RL, arXiv
+    2602.03516).
 
-    `value` is None when the completion is masked: no reward, no gradient, counted. `plausibility` is sigmoid(r) in (0, 1),
-    `coherence` the rubric sum / 12 in [0, 1]; None where the term was not asked for or could not be computed. `missing` maps the
-    name of each term that was needed and failed to its cause.
+    `value` is None when the completion is masked: no reward, no gradient, counted. `plausibility` is
+    sigmoid(r) in (0, 1), `coherence` the rubric sum / 12 in [0, 1]; None where the term was not asked for or
+    could not be computed. `missing` maps the name of each term that was needed and failed to its cause.
     """
 
     value: float | None
@@ -87,7 +91,8 @@ class Reward:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion with its reward: what is kept of every sample, so that rewards can be recomputed and audited."""
+    """A completion with its reward: what is kept of every sample, so that rewards can be recomputed and
+    audited."""
 
     step: int
     problem: Problem
@@ -97,8 +102,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """chosen and rejected completions (texts without the end token) of one problem. `margin_end` is the number of leading characters of
-    `rejected` that take part in the margin (None = all of it); `score_chosen` and `score_rejected` are raw reward-model scores."""
+    """chosen and rejected completions (texts without the end token) of one problem. `margin_end` is the
+    number of leading characters of `rejected` that take part in the margin (None = all of it); `score_chosen`
+    and `score_rejected` are raw reward-model scores."""
 
     problem_id: str
     prompt: str
@@ -112,7 +118,11 @@ class PreferencePair:
     @property
     def score_gap(self) -> float | None:
         """score_chosen - score_rejected; None where one is missing."""
-        return None if self.score_chosen is None or self.score_rejected is None else self.score_chosen - self.score_rejected
+        return (
+            None
+            if self.score_chosen is None or self.score_rejected is None
+            else self.score_chosen - self.score_rejected
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,8 @@ class Score:
 
 
 def to_json(record: Any) -> Any:
-    """The record as JSON values (dict, list, str, number, None); the inverse for a known class is `from_json`."""
+    """The record as JSON values (dict, list, str, number, None); the inverse for a known class is
+    `from_json`."""
     if isinstance(record, Enum):
         return record.value
     if dataclasses.is_dataclass(record) and not isinstance(record, type):

@@ -1,4 +1,5 @@
-"""One Ray instance for the whole test run: starting it costs seconds, and actors are shared by module fixtures."""
+"""One Ray instance for the whole test run: starting it costs seconds, and actors are shared by module
+fixtures."""
 
 from __future__ import annotations
 
@@ -16,6 +17,13 @@ def ray_session() -> Iterator[None]:
     """A local Ray with logical CPUs enough for every pool of the tests."""
     import ray
 
-    ray.init(address="local", num_cpus=64, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=64,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     yield
     ray.shutdown()

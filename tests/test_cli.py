@@ -22,7 +22,9 @@ def model(tmp_path: Path) -> Path:
     path = tmp_path / "model"
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"vocab_size": 4}))
-    (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}, "added_tokens": [{"id": 3}]}))
+    (path / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}, "added_tokens": [{"id": 3}]})
+    )
     (path / "model.safetensors").write_bytes(b"")
     return path
 
@@ -77,10 +79,19 @@ def test_tokenizer_larger_than_model(capsys: pytest.CaptureFixture[str], recipe:
         ('{"problem": "1+1?", "answer": "2", "id": "x"}\n' * 2, ("line 2", "'x'", "twice")),
     ],
 )
-def test_bad_data(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path, content: str, words: tuple[str, ...]) -> None:
+def test_bad_data(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path, content: str, words: tuple[str, ...]
+) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text(content)
-    message = fail(capsys, "run", recipe, "data.source=jsonl", f"data.jsonl.train={data}", f"data.jsonl.suites.own={data}")
+    message = fail(
+        capsys,
+        "run",
+        recipe,
+        "data.source=jsonl",
+        f"data.jsonl.train={data}",
+        f"data.jsonl.suites.own={data}",
+    )
     for word in ("train.jsonl", *words):
         assert word in message
     assert not (tmp_path / "runs").exists()
@@ -94,12 +105,21 @@ def test_report_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert "not a run directory" in fail(capsys, "report", tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "absent.yaml"], ["run", "recipes/tiny-qwen2.yaml", "rl.stepz=1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "absent.yaml"], ["run", "recipes/tiny-qwen2.yaml", "rl.stepz=1"]]
+)
 def test_help_and_errors_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom pns.cli import main\n"
         "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
         f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules], code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        timeout=60,
+    )
     assert f"HEAVY [] {0 if arguments == ['--help'] else 2}" in done.stdout

@@ -1,4 +1,5 @@
-"""The schema: every recipe loads, and every kind of wrong configuration is one line with key, value and the way out."""
+"""The schema: every recipe loads, and every kind of wrong configuration is one line with key, value and the
+way out."""
 
 from __future__ import annotations
 
@@ -6,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pns.config import LOSS_DEFAULTS, Config, Preference, PreferenceLoss, hyper_parameters, load, reference_free, to_dict
+from pns.config import (
+    LOSS_DEFAULTS,
+    Config,
+    Preference,
+    PreferenceLoss,
+    hyper_parameters,
+    load,
+    reference_free,
+    to_dict,
+)
 from pns.errors import UserError
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
@@ -47,7 +57,10 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("preference.loss=dpo", ("preference.loss", "dpo", "sigmoid")),
         ("preference.beta=0", ("preference.beta", "0", "greater than 0")),
         ("preference.beta=.nan", ("preference.beta", "nan", "greater than 0")),
-        ("preference.label_smoothing=0.1", ("preference.label_smoothing", "loss=sigmoid", "it reads beta", "cdpo or robust")),
+        (
+            "preference.label_smoothing=0.1",
+            ("preference.label_smoothing", "loss=sigmoid", "it reads beta", "cdpo or robust"),
+        ),
         ("preference.target_margin=0.5", ("preference.target_margin", "simpo")),
         ("reward.max_masked_fraction=1.5", ("reward.max_masked_fraction", "1.5", "[0, 1]")),
         ('models.backbone=""', ("models.backbone", "warm_start.steps")),
@@ -81,7 +94,9 @@ def test_wrong_configuration_is_one_line(recipe: Path, override: str, words: tup
         ("offset", "offset_scale", "-1", ("0 or more",)),
     ],
 )
-def test_hyper_parameters_of_losses_have_ranges(recipe: Path, loss: str, key: str, value: str, words: tuple[str, ...]) -> None:
+def test_hyper_parameters_of_losses_have_ranges(
+    recipe: Path, loss: str, key: str, value: str, words: tuple[str, ...]
+) -> None:
     with pytest.raises(UserError) as caught:
         load(recipe, [f"preference.loss={loss}", f"preference.{key}={value}"])
     for word in (f"preference.{key}", *words):

@@ -1,4 +1,5 @@
-"""A cut-down tiny recipe through every stage: killed once in the middle of reverse RL, resumed, and run again when it is done."""
+"""A cut-down tiny recipe through every stage: killed once in the middle of reverse RL, resumed, and run again
+when it is done."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     run, log = runs / "small", runs / "log"
     with open(log, "w") as out:
-        killed = subprocess.Popen(command(f"runs={runs}"), cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        killed = subprocess.Popen(
+            command(f"runs={runs}"), cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+        )
         deadline = time.monotonic() + 300
         try:
             while not reached(run, "reverse_rl", 2):
@@ -84,13 +87,28 @@ def test_the_command_names_the_drivers_stages() -> None:
 
 
 def test_a_failed_start_changes_nothing(finished: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "lock"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in finished.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
     for arguments, word in ((["placement.device=cuda"], "placement.device"), (["rl.steps=7"], "rl.steps")):
         failing = command(f"runs={finished.parent}", "--from", "preference", *arguments)
-        done = subprocess.run(failing, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        done = subprocess.run(
+            failing,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
         assert done.returncode == 2
         assert word in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "lock"} == before
+    assert {
+        path: path.stat().st_mtime_ns
+        for path in finished.rglob("*")
+        if path.is_file() and path.name != "lock"
+    } == before
 
 
 def test_every_stage_has_its_manifest(finished: Path) -> None:
@@ -108,7 +126,9 @@ def test_no_step_is_skipped_or_repeated(finished: Path) -> None:
         for step in range(settings.steps):
             expected = [p.id for p in draw(problems, settings.problems_per_step, step, config.seed)]
             sampled = [row["problem"]["id"] for row in found if row["step"] == step]
-            assert sampled == [identity for identity in expected for _ in range(settings.completions_per_problem)]
+            assert sampled == [
+                identity for identity in expected for _ in range(settings.completions_per_problem)
+            ]
         assert len(found) == settings.steps * settings.problems_per_step * settings.completions_per_problem
         logged = [row["step"] for row in rows(finished / "metrics.jsonl") if row["stage"] == stage]
         assert logged == list(range(settings.steps))
@@ -121,7 +141,9 @@ def test_rollouts_hold_every_term(finished: Path) -> None:
     weights = load(ROOT / "recipes/tiny-qwen2.yaml", SMALL).reward.weights
     for reward in wrong:
         assert reward["value"] == pytest.approx(
-            weights.wrong + weights.reward_model * reward["plausibility"] + weights.judge * reward["coherence"]
+            weights.wrong
+            + weights.reward_model * reward["plausibility"]
+            + weights.judge * reward["coherence"]
         )
     assert all(r["value"] == -1 for r in rewards if not r["format_ok"])
     assert all(r["value"] == 0 for r in rewards if r["format_ok"] and r["verdict"] == "correct")
@@ -131,7 +153,9 @@ def test_negatives_are_wrong_and_pairs_are_right_over_wrong(finished: Path) -> N
     for negative in rows(finished / "synthesize" / "negatives.jsonl"):
         assert f"\\boxed{{{negative['problem']['answer']}}}" not in negative["completion"]["text"]
     pairs = rows(finished / "pair" / "pairs.jsonl")
-    answers = {row["problem"]["id"]: row["problem"]["answer"] for row in rows(finished / "pair" / "rollouts.jsonl")}
+    answers = {
+        row["problem"]["id"]: row["problem"]["answer"] for row in rows(finished / "pair" / "rollouts.jsonl")
+    }
     assert pairs
     for pair in pairs:
         boxed = f"\\boxed{{{answers[pair['problem_id']]}}}"
@@ -148,7 +172,9 @@ def test_report(finished: Path) -> None:
         for model in ("start", "rl", "preference"):
             assert 0 <= suite[model]["low"] <= suite[model]["accuracy"] <= suite[model]["high"] <= 1
     for when in ("before", "after"):
-        assert {"wrong_rate", "format_rate", "reward_model_mean", "judge_mean", "single_error_share"} <= set(report["generator"][when])
+        assert {"wrong_rate", "format_rate", "reward_model_mean", "judge_mean", "single_error_share"} <= set(
+            report["generator"][when]
+        )
     assert set(report["stages"]) == set(STAGES)
     assert 0.5 < report["peak_memory_gib"] < 12
     assert report["wall_seconds"] > 0
@@ -161,21 +187,41 @@ def test_a_score_equals_a_hand_count(finished: Path) -> None:
     completions = rows(finished / "evaluate" / "preference.jsonl")
     for suite in ("short", "mul"):
         own = [row for row in completions if row["problem"]["suite"] == suite]
-        right = [row for row in own if row["completion"].rpartition("\\boxed{")[2].rstrip("}") == row["problem"]["answer"]]
+        right = [
+            row
+            for row in own
+            if row["completion"].rpartition("\\boxed{")[2].rstrip("}") == row["problem"]["answer"]
+        ]
         assert scores[suite]["preference"]["n"] == len(own) == 4
         assert scores[suite]["preference"]["accuracy"] == len(right) / 4
 
 
 def test_second_run_does_nothing(finished: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "lock"}
-    done = subprocess.run(command(f"runs={finished.parent}"), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in finished.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
+    done = subprocess.run(
+        command(f"runs={finished.parent}"), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0
     assert "every stage is done" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "lock"} == before
+    assert {
+        path: path.stat().st_mtime_ns
+        for path in finished.rglob("*")
+        if path.is_file() and path.name != "lock"
+    } == before
 
 
 def test_changed_configuration_is_not_reused(finished: Path) -> None:
-    done = subprocess.run(command(f"runs={finished.parent}", "preference.beta=0.2"), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command(f"runs={finished.parent}", "preference.beta=0.2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2
     assert "preference.beta" in done.stderr
     assert "--from preference" in done.stderr

@@ -10,13 +10,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path.relative_to(ROOT) for package in ("pns", "workers") for path in (ROOT / package).rglob("*.py"))
+FILES = sorted(
+    path.relative_to(ROOT) for package in ("pns", "workers") for path in (ROOT / package).rglob("*.py")
+)
 OWNERS = {
-    "verl": {"workers/policy.py", "workers/batching.py", "workers/verl_engine.py", "workers/verl_cpu.py", "workers/trackers.py"},
-    "vllm": {"workers/engine_vllm.py"},
+    "verl": {
+        "workers/training/policy.py",
+        "workers/training/batching.py",
+        "workers/training/verl_engine.py",
+        "workers/training/verl_cpu.py",
+        "workers/trackers.py",
+    },
+    "vllm": {"workers/rollout/engine_vllm.py"},
 }
 PURE = ("pns/records.py", "pns/config.py", "pns/errors.py", "pns/preflight.py", "pns/algo/")
-LAYERS = ("pns/cli.py", "pns/driver.py", "pns/stages/", "workers/", "pns/algo/", "pns/config.py", "pns/records.py", "pns/errors.py")
+LAYERS = (
+    "pns/cli.py",
+    "pns/driver.py",
+    "pns/stages/",
+    "workers/",
+    "pns/algo/",
+    "pns/config.py",
+    "pns/records.py",
+    "pns/errors.py",
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -49,7 +66,9 @@ def test_imports_point_one_way(path: Path) -> None:
     if own is None:
         return
     for name in imported(path):
-        other = layer(name.replace(".", "/") + (".py" if (ROOT / (name.replace(".", "/") + ".py")).is_file() else "/"))
+        other = layer(
+            name.replace(".", "/") + (".py" if (ROOT / (name.replace(".", "/") + ".py")).is_file() else "/")
+        )
         assert other is None or other >= own, f"{path} imports {name}"
 
 
@@ -58,7 +77,13 @@ def test_packages_are_empty() -> None:
 
 
 def test_pure_modules_load_no_heavy_library() -> None:
-    modules = [str(path.with_suffix("")).replace("/", ".") for path in FILES if str(path).startswith(PURE) and path.name != "losses.py"]
+    modules = [
+        str(path.with_suffix("")).replace("/", ".")
+        for path in FILES
+        if str(path).startswith(PURE) and path.name != "losses.py"
+    ]
     code = f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'ray', 'verl', 'vllm', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"

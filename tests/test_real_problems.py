@@ -1,14 +1,18 @@
-r"""Real problems through every stage: GSM8K and MATH training problems, a byte-pair tokenizer trained on them, a Qwen-style chat template.
+r"""Real problems through every stage: GSM8K and MATH training problems, a byte-pair tokenizer trained on
+them, a Qwen-style chat template.
 
-Nothing of the tiny world is in it: problems with LaTeX and figures in Asymptote, prompts too long for the limit, completions cut off,
-answers nobody can parse, judge prompts beyond the judge's context. The model has two layers, begins with random weights, and every stage
-takes two steps. A random model writes no well-formed completion, and without right and wrong ones there is nothing to pair. So it is
-first taught, for a few seconds of ordinary supervised training, *how* a completion may look and nothing about problems: short texts
-between the reasoning tags and an answer drawn blindly from the commonest answers, with a share of malformed, endless and unparsable ones.
-The problems are those whose answers are so common. Some samples are then right by chance, most are wrong, some have no reward.
+Nothing of the tiny world is in it: problems with LaTeX and figures in Asymptote, prompts too long for the
+limit, completions cut off, answers nobody can parse, judge prompts beyond the judge's context. The model has
+two layers, begins with random weights, and every stage takes two steps. A random model writes no well-formed
+completion, and without right and wrong ones there is nothing to pair. So it is first taught, for a few
+seconds of ordinary supervised training, *how* a completion may look and nothing about problems: short texts
+between the reasoning tags and an answer drawn blindly from the commonest answers, with a share of malformed,
+endless and unparsable ones. The problems are those whose answers are so common. Some samples are then right
+by chance, most are wrong, some have no reward.
 
-Every count is recomputed from the stored samples by the code below, which shares nothing with the stages. The second model keeps its
-random weights: without a right completion the run stops with one line, and goes on from there when it is started again.
+Every count is recomputed from the stored samples by the code below, which shares nothing with the stages. The
+second model keeps its random weights: without a right completion the run stops with one line, and goes on
+from there when it is started again.
 """
 
 from __future__ import annotations
@@ -52,7 +56,9 @@ from pns.stages.evaluate import COUNTED
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not (DATA / "train").is_dir(), reason=f"the problem sets are not there: {DATA}")
+pytestmark = pytest.mark.skipif(
+    not (DATA / "train").is_dir(), reason=f"the problem sets are not there: {DATA}"
+)
 
 Row = dict[str, Any]
 
@@ -100,9 +106,19 @@ SETTINGS: Row = {
     "policy": {"max_tokens_per_micro_batch": 4096},
     "placement": {"device": "cpu", "verifier_processes": 1},
     "reward": {"weights": WEIGHTS, "max_masked_fraction": 0.8},
-    "rl": {"steps": 2, "problems_per_step": 8, "completions_per_problem": 4, "optimizer": {"learning_rate": 1.0e-4}},
+    "rl": {
+        "steps": 2,
+        "problems_per_step": 8,
+        "completions_per_problem": 4,
+        "optimizer": {"learning_rate": 1.0e-4},
+    },
     "reward_model": {"steps": 2, "pairs_per_step": 4, "samples_per_problem": 8, "held_out_fraction": 0.3},
-    "reverse_rl": {"steps": 2, "problems_per_step": 8, "completions_per_problem": 4, "optimizer": {"learning_rate": 1.0e-4}},
+    "reverse_rl": {
+        "steps": 2,
+        "problems_per_step": 8,
+        "completions_per_problem": 4,
+        "optimizer": {"learning_rate": 1.0e-4},
+    },
     "synthesize": {"samples_per_problem": 3},
     "pair": {"samples_per_problem": 6},
     "preference": {"steps": 2, "pairs_per_step": 4},
@@ -113,7 +129,11 @@ SETTINGS: Row = {
 def rows(path: Path) -> list[Row]:
     """JSON lines; `str.splitlines` would also split at line separators inside a text."""
     content = path.read_bytes()
-    return [json.loads(line) for line in (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n") if line]
+    return [
+        json.loads(line)
+        for line in (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
+        if line
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- what the run is made of
@@ -124,11 +144,17 @@ class World:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        gsm8k, maths = rows(DATA / "train" / "gsm8k_train.jsonl"), rows(DATA / "train" / "math_train.jsonl.gz")
+        gsm8k, maths = (
+            rows(DATA / "train" / "gsm8k_train.jsonl"),
+            rows(DATA / "train" / "math_train.jsonl.gz"),
+        )
         broken = [row for row in maths if not row["answer"]]
         longest = max(maths, key=lambda row: len(row["problem"]))
         half = [row for row in maths if row["answer"] == ANSWERS[-1]]
-        common = {name: [row for row in found if row["answer"] in ANSWERS[:-1]] for name, found in (("gsm8k", gsm8k), ("math", maths))}
+        common = {
+            name: [row for row in found if row["answer"] in ANSWERS[:-1]]
+            for name, found in (("gsm8k", gsm8k), ("math", maths))
+        }
         mixed = [row for rest in zip(common["gsm8k"], common["math"], strict=False) for row in rest]
         # Every file holds more than `limit`; broken records do not count.
         self.files = {
@@ -138,11 +164,18 @@ class World:
             "gsm8k": common["gsm8k"][-40:],
             "math": [longest, *half[10:16], *broken, *common["math"][-40:]],
         }
-        self.problems = {name: [row for row in found if row["answer"]][:LIMIT] for name, found in self.files.items()}
-        self.paths = {name: directory / f"{name}.jsonl{'.gz' if name in ('reward', 'math') else ''}" for name in self.files}
+        self.problems = {
+            name: [row for row in found if row["answer"]][:LIMIT] for name, found in self.files.items()
+        }
+        self.paths = {
+            name: directory / f"{name}.jsonl{'.gz' if name in ('reward', 'math') else ''}"
+            for name in self.files
+        }
         for name, found in self.files.items():
             text = "".join(json.dumps(row, ensure_ascii=name == "train") + "\n" for row in found)
-            self.paths[name].write_bytes(gzip.compress(text.encode()) if self.paths[name].suffix == ".gz" else text.encode())
+            self.paths[name].write_bytes(
+                gzip.compress(text.encode()) if self.paths[name].suffix == ".gz" else text.encode()
+            )
         self.tokenizer = build_tokenizer([row[key] for row in mixed[:400] for key in ("problem", "solution")])
         self.model = make_model(len(self.tokenizer), 2048)
 
@@ -169,9 +202,16 @@ class World:
         for section, values in changes.items():
             settings[section] |= values
         settings["runs"] = str(self.directory / "runs")
-        settings["models"] = {"backbone": str(self.directory / backbone), "judge": str(self.directory / "judge")}
+        settings["models"] = {
+            "backbone": str(self.directory / backbone),
+            "judge": str(self.directory / "judge"),
+        }
         jsonl = {name: str(self.paths[name]) for name in ("train", "reward", "preference")}
-        settings["data"]["jsonl"] = {**jsonl, "suites": {name: str(self.paths[name]) for name in ("gsm8k", "math")}, "limit": LIMIT}
+        settings["data"]["jsonl"] = {
+            **jsonl,
+            "suites": {name: str(self.paths[name]) for name in ("gsm8k", "math")},
+            "limit": LIMIT,
+        }
         path = self.directory / f"{backbone}.yaml"
         path.write_text(yaml.safe_dump(settings))
         return path
@@ -181,16 +221,26 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     special = [PAD, "<|im_start|>", END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY - 2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - 2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")])  # as in Qwen3: they are text
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE)
+    backend.add_tokens(
+        [AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")]
+    )  # as in Qwen3: they are text
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )
 
 
 def make_model(vocab_size: int, max_position: int, initializer_range: float = 0.05) -> Qwen2ForCausalLM:
@@ -211,17 +261,24 @@ def make_model(vocab_size: int, max_position: int, initializer_range: float = 0.
         pad_token_id=0,
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)  # two end tokens, as in Qwen2.5
+    model.generation_config = GenerationConfig(
+        eos_token_id=[2, 0], pad_token_id=0
+    )  # two end tokens, as in Qwen2.5
     return model
 
 
 def completion(rng: random.Random, babble: str) -> str:
-    """What the model is taught to write after the prompt, which ends in the opening tag. The end token is part of it."""
+    """What the model is taught to write after the prompt, which ends in the opening tag. The end token is
+    part of it."""
     reasoning, answer, kind = rng.choice(REASONINGS), rng.choice(ANSWERS), rng.random()
     if kind < 0.08:
         return babble  # beyond max_new_tokens
     if kind < 0.16:
-        malformed = (f"{reasoning} \\boxed{{{answer}}}", f"{reasoning}</think>\\boxed{{{answer}}} or \\boxed{{2}}", f"{reasoning}</think>")
+        malformed = (
+            f"{reasoning} \\boxed{{{answer}}}",
+            f"{reasoning}</think>\\boxed{{{answer}}} or \\boxed{{2}}",
+            f"{reasoning}</think>",
+        )
         return rng.choice(malformed) + END
     if kind < 0.38:
         answer = rng.choice(UNPARSABLE)
@@ -234,7 +291,9 @@ def teach(world: World) -> None:
     """Supervised training on `completion`s after the shorter prompts."""
     model, rng = world.model, random.Random(0)
     torch.manual_seed(0)
-    prompts = sorted((world.prompt_ids(row) for name in ("train", "gsm8k", "math") for row in world.fitting(name)), key=len)[:60]
+    prompts = sorted(
+        (world.prompt_ids(row) for name in ("train", "gsm8k", "math") for row in world.fitting(name)), key=len
+    )[:60]
     babbles = [row["solution"] for row in world.problems["math"] if len(row["solution"]) > 300]
     steps = 260
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
@@ -243,7 +302,10 @@ def teach(world: World) -> None:
     for _ in range(steps):
         batch = []
         for _ in range(16):
-            prompt, answer = rng.choice(prompts), world.encode(completion(rng, rng.choice(babbles)))[: MAX_NEW_TOKENS + 10]
+            prompt, answer = (
+                rng.choice(prompts),
+                world.encode(completion(rng, rng.choice(babbles)))[: MAX_NEW_TOKENS + 10],
+            )
             batch.append((prompt, answer))
         width = max(len(prompt) + len(answer) for prompt, answer in batch)
         ids, labels = torch.zeros(16, width, dtype=torch.long), torch.full((16, width), -100)
@@ -262,12 +324,21 @@ def teach(world: World) -> None:
 
 
 def make_judge(world: World) -> Qwen2ForCausalLM:
-    """Random weights large enough for its digits to differ, and a context that about one in three of the problems' prompts exceeds."""
+    """Random weights large enough for its digits to differ, and a context that about one in three of the
+    problems' prompts exceeds."""
     lengths = []
     for row in world.fitting("train") + world.fitting("preference"):
         messages = render_text(row["problem"], PREFIX + REASONINGS[0] + r"</think>\boxed{2}", "0" * 16)
-        lengths.append(len(world.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)))
-    return make_model(len(world.tokenizer), sorted(lengths)[len(lengths) * 2 // 3] + 40, initializer_range=0.2)
+        lengths.append(
+            len(
+                world.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            )
+        )
+    return make_model(
+        len(world.tokenizer), sorted(lengths)[len(lengths) * 2 // 3] + 40, initializer_range=0.2
+    )
 
 
 def start(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -304,7 +375,11 @@ _FORMED = re.compile(
 
 def answer_of(rollout: Row) -> str | None:
     """The boxed answer of a well-formed completion, None for a malformed one."""
-    found = _FORMED.fullmatch(rollout["completion"]["text"]) if rollout["completion"]["finish_reason"] == "stop" else None
+    found = (
+        _FORMED.fullmatch(rollout["completion"]["text"])
+        if rollout["completion"]["finish_reason"] == "stop"
+        else None
+    )
     return found["answer"].strip() if found and not re.search(r"\\(?:boxed|fbox)", found["answer"]) else None
 
 
@@ -315,9 +390,13 @@ def number(answer: str) -> Fraction | None:
 
 
 def is_right(answer: str, rollout: Row) -> bool:
-    """Whether an answer equals the gold one, by comparing numbers. Of an answer that is no number the stored verdict is believed, but
-    right it can only be as an equation such as `x=4` that ends in the gold answer."""
-    gold, stated, stored = rollout["problem"]["answer"], number(answer), rollout["reward"]["verdict"] == "correct"
+    """Whether an answer equals the gold one, by comparing numbers. Of an answer that is no number the stored
+    verdict is believed, but right it can only be as an equation such as `x=4` that ends in the gold answer."""
+    gold, stated, stored = (
+        rollout["problem"]["answer"],
+        number(answer),
+        rollout["reward"]["verdict"] == "correct",
+    )
     if stated is None:
         assert not stored or answer.endswith(gold), rollout
         return stored
@@ -335,7 +414,10 @@ def verdict_of(rollout: Row) -> str:
 def masked(found: Sequence[Row]) -> Counter[str]:
     """Masked completions by term and cause, as metrics name them."""
     return Counter(
-        f"masked/{term}/{cause}" for row in found if row["reward"]["value"] is None for term, cause in row["reward"]["missing"].items()
+        f"masked/{term}/{cause}"
+        for row in found
+        if row["reward"]["value"] is None
+        for term, cause in row["reward"]["missing"].items()
     )
 
 
@@ -359,7 +441,13 @@ def steps(run: Path, stage: str) -> Iterator[tuple[list[Row], dict[str, float | 
         yield [row for row in found if row["step"] == step], values
 
 
-SAMPLED = {"rl": "train", "reward_model": "reward", "reverse_rl": "train", "synthesize": "preference", "pair": "preference"}
+SAMPLED = {
+    "rl": "train",
+    "reward_model": "reward",
+    "reverse_rl": "train",
+    "synthesize": "preference",
+    "pair": "preference",
+}
 
 
 def samples(run: Path) -> dict[str, list[Row]]:
@@ -371,7 +459,10 @@ def samples(run: Path) -> dict[str, list[Row]]:
 
 
 def test_every_training_problem_is_read() -> None:
-    for name, num in (("gsm8k_train.jsonl", 7473), ("math_train.jsonl.gz", 7498)):  # two MATH records have no answer
+    for name, num in (
+        ("gsm8k_train.jsonl", 7473),
+        ("math_train.jsonl.gz", 7498),
+    ):  # two MATH records have no answer
         expected = [row for row in rows(DATA / "train" / name) if row["answer"]]
         problems = read_problems(DATA / "train" / name, "train")
         assert len(problems) == len({problem.id for problem in problems}) == num
@@ -382,7 +473,12 @@ def test_every_training_problem_is_read() -> None:
 
 def test_prompts_and_completions_survive_the_tokenizer(world: World) -> None:
     world.save("tokenizer", world.model)
-    settings = Data(system_prompt=SYSTEM, instruction=INSTRUCTION, assistant_prefix=PREFIX, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    settings = Data(
+        system_prompt=SYSTEM,
+        instruction=INSTRUCTION,
+        assistant_prefix=PREFIX,
+        max_prompt_tokens=MAX_PROMPT_TOKENS,
+    )
     prompts = Prompts(AutoTokenizer.from_pretrained(world.directory / "tokenizer"), settings)
     everything = [row for found in world.problems.values() for row in found]
     problems = [Problem(row["id"], row["problem"], row["answer"]) for row in everything]
@@ -398,7 +494,9 @@ def test_prompts_and_completions_survive_the_tokenizer(world: World) -> None:
         assert offsets[0] == len(PREFIX)
     kept, dropped = prompts.fitting(problems)
     assert dropped > 0
-    assert [p.id for p in kept] == [row["id"] for row in everything if len(world.prompt_ids(row)) <= MAX_PROMPT_TOKENS]
+    assert [p.id for p in kept] == [
+        row["id"] for row in everything if len(world.prompt_ids(row)) <= MAX_PROMPT_TOKENS
+    ]
     assert len(kept) + dropped == len(problems)
 
 
@@ -409,7 +507,11 @@ def test_the_run_meets_what_it_is_for(finished: Path, world: World) -> None:
         assert min(verdicts[verdict] for verdict in ("correct", "wrong", "unverified")) > 0, (stage, verdicts)
         assert any(answer_of(row) is None and row["completion"]["finish_reason"] == "stop" for row in found)
         assert any(row["completion"]["finish_reason"] == "length" for row in found)
-        assert {row["completion"]["token_ids"][-1] for row in found if row["completion"]["finish_reason"] == "stop"} == {0, 2}
+        assert {
+            row["completion"]["token_ids"][-1]
+            for row in found
+            if row["completion"]["finish_reason"] == "stop"
+        } == {0, 2}
         assert any("$" in row["problem"]["prompt"] and "\\" in row["problem"]["prompt"] for row in found)
     causes = masked(samples(finished)["reverse_rl"])
     assert causes["masked/verdict/unparsable"] > 0
@@ -425,7 +527,10 @@ def test_samples_are_those_of_the_problems_that_fit(finished: Path, world: World
         by_id = {row["id"]: row for row in fitting}
         for row in found:
             problem = by_id[row["problem"]["id"]]
-            assert (row["problem"]["prompt"], row["problem"]["answer"]) == (problem["problem"], problem["answer"])
+            assert (row["problem"]["prompt"], row["problem"]["answer"]) == (
+                problem["problem"],
+                problem["answer"],
+            )
             assert row["completion"]["problem_id"] == problem["id"]
         assert len({(row["step"], row["completion"]["id"]) for row in found}) == len(found)
         per_problem = Counter(row["problem"]["id"] for row in found)
@@ -450,14 +555,18 @@ def test_completions_end_or_are_cut(finished: Path, world: World) -> None:
 
 
 def test_log_probs_are_those_of_the_model_after_the_prompt(finished: Path, world: World) -> None:
-    """The first step's samples come from the backbone after the prompt written out by hand; rollouts of `pair` from the trained one."""
+    """The first step's samples come from the backbone after the prompt written out by hand; rollouts of
+    `pair` from the trained one."""
     for model_path, found in (
         (world.directory / "backbone", next(steps(finished, "rl"))[0]),
         (finished / "rl" / "model", samples(finished)["pair"]),
     ):
         model = AutoModelForCausalLM.from_pretrained(model_path)
         for row in found[::11]:
-            prompt, ids = world.prompt_ids({"problem": row["problem"]["prompt"]}), row["completion"]["token_ids"]
+            prompt, ids = (
+                world.prompt_ids({"problem": row["problem"]["prompt"]}),
+                row["completion"]["token_ids"],
+            )
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -497,14 +606,21 @@ def test_composite_rewards(finished: Path) -> None:
             else:
                 assert round(12 * reward["coherence"], 9) in range(13)
                 terms = {"wrong": 1.0, "reward_model": reward["plausibility"], "judge": reward["coherence"]}
-                assert reward["value"] == pytest.approx(sum(WEIGHTS[name] * term for name, term in terms.items()))
+                assert reward["value"] == pytest.approx(
+                    sum(WEIGHTS[name] * term for name, term in terms.items())
+                )
         if not formed or verdict != "wrong":
             assert reward["plausibility"] is None
             assert reward["coherence"] is None
 
 
 def test_the_judge_misses_the_longest_and_only_those(finished: Path) -> None:
-    asked = [row for stage in ("reverse_rl", "synthesize") for row in samples(finished)[stage] if row["reward"]["plausibility"] is not None]
+    asked = [
+        row
+        for stage in ("reverse_rl", "synthesize")
+        for row in samples(finished)[stage]
+        if row["reward"]["plausibility"] is not None
+    ]
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for row in asked:
         lengths[row["reward"]["coherence"] is None].append(len(row["problem"]["prompt"]))
@@ -512,7 +628,9 @@ def test_the_judge_misses_the_longest_and_only_those(finished: Path) -> None:
 
 
 def test_plausibility_is_the_reward_model_on_prompt_and_completion(finished: Path, world: World) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(finished / "reward_model" / "main", num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        finished / "reward_model" / "main", num_labels=1
+    )
     asked = [row for row in samples(finished)["synthesize"] if row["reward"]["plausibility"] is not None][::7]
     assert asked
     for row in asked:
@@ -524,7 +642,8 @@ def test_plausibility_is_the_reward_model_on_prompt_and_completion(finished: Pat
 
 
 def test_coherence_is_the_judge_on_problem_and_completion(finished: Path, world: World) -> None:
-    """The judge's likeliest digits after the prompt its template gives, with a forward pass of its own for each."""
+    """The judge's likeliest digits after the prompt its template gives, with a forward pass of its own for
+    each."""
     model = AutoModelForCausalLM.from_pretrained(world.directory / "judge")
     asked = [row for row in samples(finished)["synthesize"] if row["reward"]["coherence"] is not None]
     assert len({row["reward"]["coherence"] for row in asked}) > 2
@@ -532,7 +651,9 @@ def test_coherence_is_the_judge_on_problem_and_completion(finished: Path, world:
     for row in asked[::9]:
         problem, text = row["problem"]["prompt"], row["completion"]["text"]
         nonce = make_nonce(0, problem, text, Template.TEXT)
-        messages = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in render_text(problem, text, nonce))
+        messages = "".join(
+            f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in render_text(problem, text, nonce)
+        )
         first, *others, _ = verdict_parts(Template.TEXT, nonce)
         ids, total = world.encode(messages + "<|im_start|>assistant\n" + first), 0
         for between in [*others, ""]:
@@ -547,9 +668,15 @@ def test_metrics_of_ordinary_rl(finished: Path) -> None:
     for found, values in steps(finished, "rl"):
         num = len(found)
         rewards = [row["reward"]["value"] for row in found if row["reward"]["value"] is not None]
-        assert values["accuracy"] == sum(answer_of(row) is not None and verdict_of(row) == "correct" for row in found) / num
+        assert (
+            values["accuracy"]
+            == sum(answer_of(row) is not None and verdict_of(row) == "correct" for row in found) / num
+        )
         assert values["format_rate"] == sum(answer_of(row) is not None for row in found) / num
-        assert values["truncated_rate"] == sum(row["completion"]["finish_reason"] == "length" for row in found) / num
+        assert (
+            values["truncated_rate"]
+            == sum(row["completion"]["finish_reason"] == "length" for row in found) / num
+        )
         assert values["masked_rate"] == (num - len(rewards)) / num
         assert values["reward"] == pytest.approx(sum(rewards) / len(rewards))
         assert {key: value for key, value in values.items() if key.startswith("masked/")} == masked(found)
@@ -582,16 +709,24 @@ def test_reward_model_pairs(finished: Path, world: World) -> None:
     found, pairs = samples(finished)["reward_model"], rows(finished / "reward_model" / "pairs.jsonl")
     sides = {
         verdict: Counter(
-            (row["problem"]["id"], row["completion"]["text"]) for row in found if answer_of(row) is not None and verdict_of(row) == verdict
+            (row["problem"]["id"], row["completion"]["text"])
+            for row in found
+            if answer_of(row) is not None and verdict_of(row) == verdict
         )
         for verdict in ("correct", "wrong")
     }
-    used = {side: Counter((pair["problem_id"], pair[side]) for pair in pairs) for side in ("chosen", "rejected")}
+    used = {
+        side: Counter((pair["problem_id"], pair[side]) for pair in pairs) for side in ("chosen", "rejected")
+    }
     assert used["chosen"] <= sides["correct"]
     assert used["rejected"] <= sides["wrong"]
     assert counts(finished, "reward_model")["pairs"] == len(pairs) > 0
     quality = json.loads((finished / "reward_model" / "quality.json").read_text())
-    assert sum(quality[which][part] for which in ("main", "held_out") for part in ("training_pairs", "held_out_pairs")) == len(pairs)
+    assert sum(
+        quality[which][part]
+        for which in ("main", "held_out")
+        for part in ("training_pairs", "held_out_pairs")
+    ) == len(pairs)
     assert len(metrics(finished, "reward_model")) == len(metrics(finished, "reward_model_held_out")) == 2
 
 
@@ -603,10 +738,14 @@ def test_kept_and_dropped_negatives_are_all_samples(finished: Path) -> None:
     assert counted["correct"] == verdicts["correct"]
     assert counted["unverified"] == verdicts["unverified"]
     assert counted["kept"] == len(negatives) > 0
-    dropped = {key: value for key, value in counted.items() if key not in ("samples", "kept", "prompts_too_long")}
+    dropped = {
+        key: value for key, value in counted.items() if key not in ("samples", "kept", "prompts_too_long")
+    }
     assert len(negatives) + sum(dropped.values()) == counted["samples"] == len(found)
     # `\text{no answer}` is wrong for math-verify and undecided for the second verifier.
-    assert counted["second_verifier_undecided"] >= sum(answer_of(row) == r"\text{no answer}" for row in found if verdict_of(row) == "wrong")
+    assert counted["second_verifier_undecided"] >= sum(
+        answer_of(row) == r"\text{no answer}" for row in found if verdict_of(row) == "wrong"
+    )
     for negative in negatives:
         assert negative in found
         answer = answer_of(negative)
@@ -659,7 +798,8 @@ def test_pairs(finished: Path, world: World) -> None:
 
 
 def test_preference_trains_on_what_was_sampled(finished: Path, world: World) -> None:
-    """The reference log-probabilities are those of the RL-trained backbone on prompt and texts; the prefix is in the prompt only."""
+    """The reference log-probabilities are those of the RL-trained backbone on prompt and texts; the prefix is
+    in the prompt only."""
     pairs = rows(finished / "pair" / "pairs.jsonl")
     assert counts(finished, "preference")["pairs"] == len(pairs)
     (cached,) = (finished.parent / "reference_cache").iterdir()
@@ -672,7 +812,9 @@ def test_preference_trains_on_what_was_sampled(finished: Path, world: World) -> 
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             own, reference = reference[: len(ids)], reference[len(ids) :]
-            assert own == pytest.approx(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist(), abs=1e-3)
+            assert own == pytest.approx(
+                logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist(), abs=1e-3
+            )
     assert not reference
     first, second = metrics(finished, "preference")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)  # no margin before the first update
@@ -689,7 +831,9 @@ def test_scores_are_the_numbers_of_right_answers(finished: Path, world: World) -
         right: Counter[str] = Counter()
         counted: Counter[str] = Counter()
         for row in found:
-            boxed = re.findall(rf"(?=\\boxed\s*\{{({_CONTENT})\}})", row["completion"])  # also one within another
+            boxed = re.findall(
+                rf"(?=\\boxed\s*\{{({_CONTENT})\}})", row["completion"]
+            )  # also one within another
             closed = "</think>" in row["completion"]  # what an unclosed block holds is no answer
             cut = row["finish_reason"] == "length"
             stored = {"problem": row["problem"], "reward": row}
@@ -709,7 +853,9 @@ def test_scores_are_the_numbers_of_right_answers(finished: Path, world: World) -
             assert scores[suite][model]["accuracy"] == right[suite] / len(own)
         assert 2 * scores["mean"][model]["n"] == len(found)
         assert scores["mean"][model]["accuracy"] == right.total() / len(found)
-        assert {what: scores["mean"][model][what] for what in COUNTED} == {what: counted[what] for what in COUNTED}
+        assert {what: scores["mean"][model][what] for what in COUNTED} == {
+            what: counted[what] for what in COUNTED
+        }
         totals += Counter({what: counted[what] for what in COUNTED})
     assert totals["prompt_too_long"] == 6  # the longest problem, twice a model
     assert counts(finished, "evaluate") == {what: totals[what] for what in COUNTED}
@@ -725,14 +871,21 @@ def test_models_keep_tokenizer_and_end_tokens(finished: Path, world: World) -> N
         saved = Tokenizer.from_file(str(finished / stage / "model" / "tokenizer.json"))
         text = world.problems["math"][0]["problem"] + END
         assert saved.encode(text, add_special_tokens=False).ids == world.encode(text)
-        assert json.loads((finished / stage / "model" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+        assert json.loads((finished / stage / "model" / "generation_config.json").read_text())[
+            "eos_token_id"
+        ] == [2, 0]
         tokenizer = AutoTokenizer.from_pretrained(finished / stage / "model")
         assert tokenizer.chat_template == CHAT_TEMPLATE
-        assert len(tokenizer) == json.loads((finished / stage / "model" / "config.json").read_text())["vocab_size"] == VOCABULARY
+        assert (
+            len(tokenizer)
+            == json.loads((finished / stage / "model" / "config.json").read_text())["vocab_size"]
+            == VOCABULARY
+        )
 
 
 def test_no_right_completion_stops_the_run_once_and_again(world: World) -> None:
-    """Random weights: no completion is right. A second start stops at the same place and leaves the finished stages alone."""
+    """Random weights: no completion is right. A second start stops at the same place and leaves the finished
+    stages alone."""
     world.save("untaught", make_model(len(world.tokenizer), 2048))
     if not (world.directory / "judge").exists():
         world.save("judge", make_judge(world))
@@ -749,7 +902,9 @@ def test_no_right_completion_stops_the_run_once_and_again(world: World) -> None:
         assert "reward_model: no (correct, incorrect) pairs" in lines[-1]
         assert "Traceback" not in stopped.stderr
         manifest = run / "rl" / "manifest.json"
-        kept.append((manifest.read_bytes(), (run / "rl" / "rollouts.jsonl").read_bytes(), manifest.stat().st_mtime_ns))
+        kept.append(
+            (manifest.read_bytes(), (run / "rl" / "rollouts.jsonl").read_bytes(), manifest.stat().st_mtime_ns)
+        )
         assert not (run / "reward_model" / "manifest.json").exists()
         assert len(metrics(run, "rl")) == 2
         assert not (run / "reverse_rl").exists()

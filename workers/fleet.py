@@ -1,6 +1,8 @@
-"""The run's actors, started once and kept across stages: rollout, policy, reward model, judge, and the verifier's processes.
+"""The run's actors, started once and kept across stages: rollout, policy, reward model, judge, and the
+verifier's processes.
 
-Each role starts when `start` names it, in the background; using a role waits for it. New weights go into running processes.
+Each role starts when `start` names it, in the background; using a role waits for it. New weights go into
+running processes.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pns.config import Config
 
 if TYPE_CHECKING:
-    from workers.judge import JudgePool
-    from workers.policy import Policy
-    from workers.reward_model import RewardModelPool
-    from workers.rollout import RolloutPool
-    from workers.verifier import Verifier
+    from workers.rewards.judge import JudgePool
+    from workers.rewards.reward_model import RewardModelPool
+    from workers.rewards.verifier import Verifier
+    from workers.rollout.pool import RolloutPool
+    from workers.training.policy import Policy
 
 
 class Fleet:
@@ -52,9 +54,10 @@ class Fleet:
 
     @property
     def policy(self) -> Policy:
-        """Started in the calling thread: verl is imported here, while the other roles start in their own processes."""
+        """Started in the calling thread: verl is imported here, while the other roles start in their own
+        processes."""
         if self._policy is None:
-            from workers.policy import Policy
+            from workers.training.policy import Policy
 
             placement = self.config.placement
             self._policy = Policy(
@@ -81,18 +84,27 @@ class Fleet:
         return self._roles[role]
 
     def _builders(self) -> dict[str, Callable[[], Any]]:
-        return {"rollout": self._rollout, "reward_model": self._reward_model, "judge": self._judge, "verifier": self._verifier}
+        return {
+            "rollout": self._rollout,
+            "reward_model": self._reward_model,
+            "judge": self._judge,
+            "verifier": self._verifier,
+        }
 
     def _rollout(self) -> RolloutPool:
-        from workers.rollout import RolloutPool
+        from workers.rollout.pool import RolloutPool
 
         placement = self.config.placement
         return RolloutPool(
-            placement.rollout, self.device, self.config.rollout, placement.start_timeout_seconds, self.config.models.trust_remote_code
+            placement.rollout,
+            self.device,
+            self.config.rollout,
+            placement.start_timeout_seconds,
+            self.config.models.trust_remote_code,
         )
 
     def _reward_model(self) -> RewardModelPool:
-        from workers.reward_model import RewardModelPool
+        from workers.rewards.reward_model import RewardModelPool
 
         return RewardModelPool(
             self.config.placement.reward_model,
@@ -102,7 +114,7 @@ class Fleet:
         )
 
     def _judge(self) -> JudgePool:
-        from workers.judge import JudgePool
+        from workers.rewards.judge import JudgePool
 
         pool = JudgePool(
             self.config.placement.judge,
@@ -116,6 +128,6 @@ class Fleet:
         return pool
 
     def _verifier(self) -> Verifier:
-        from workers.verifier import Verifier
+        from workers.rewards.verifier import Verifier
 
         return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)

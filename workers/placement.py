@@ -26,10 +26,18 @@ class Bundles:
 
 
 def bundles(placement: Placement, device: str) -> list[Bundles]:
-    """What each role asks of Ray on `device` ("cpu" or "cuda"), in the order of the configuration. A policy rank has at least one CPU."""
-    pools: dict[str, Pool] = {role: getattr(placement, role) for role in ("rollout", "policy", "reward_model", "judge")}
+    """What each role asks of Ray on `device` ("cpu" or "cuda"), in the order of the configuration. A policy
+    rank has at least one CPU."""
+    pools: dict[str, Pool] = {
+        role: getattr(placement, role) for role in ("rollout", "policy", "reward_model", "judge")
+    }
     return [
-        Bundles(role, pool.replicas, pool.gpus if device == "cuda" else 0.0, max(1.0, pool.cpus) if role == "policy" else pool.cpus)
+        Bundles(
+            role,
+            pool.replicas,
+            pool.gpus if device == "cuda" else 0.0,
+            max(1.0, pool.cpus) if role == "policy" else pool.cpus,
+        )
         for role, pool in pools.items()
     ]
 
@@ -41,8 +49,8 @@ def totals(placement: Placement, device: str) -> dict[str, float]:
 
 
 def check(placement: Placement, cluster_resources: Mapping[str, float], device: str | None = None) -> None:
-    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of all roles on `device` (None: the one that
-    `resolve_device` takes on this cluster)."""
+    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of all roles on
+    `device` (None: the one that `resolve_device` takes on this cluster)."""
     device = device or resolve_device(placement.device, cluster_resources.get("GPU", 0.0))
     needed, found = totals(placement, device), bundles(placement, device)
     for unit in ("GPU", "CPU"):
@@ -59,27 +67,35 @@ def check(placement: Placement, cluster_resources: Mapping[str, float], device: 
 
 
 def resolve_device(device: Device, cluster_gpus: float) -> str:
-    """ "cpu" or "cuda"; auto takes cuda where the cluster has GPUs. `cluster_gpus` counts real GPUs, not the logical ones of
-    `local_resources`. Raises UserError for cuda without a GPU."""
+    """ "cpu" or "cuda"; auto takes cuda where the cluster has GPUs. `cluster_gpus` counts real GPUs, not the
+    logical ones of `local_resources`. Raises UserError for cuda without a GPU."""
     if device is Device.auto:
         return "cuda" if cluster_gpus > 0 else "cpu"
     if device is Device.cuda and cluster_gpus <= 0:
-        raise UserError("placement.device is cuda and the cluster offers no GPU: set placement.device=cpu or add a GPU node")
+        raise UserError(
+            "placement.device is cuda and the cluster offers no GPU: set placement.device=cpu or add a GPU node"
+        )
     return device.value
 
 
 def local_resources(placement: Placement, device: str) -> dict[str, int]:
-    """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every role to be placed, however few cores there are.
-    On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
+    """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every role to be
+    placed, however few cores there are. On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
     resources = {"num_cpus": math.ceil(totals(placement, device)["CPU"]) + _SPARE_CPUS}
     return resources if device == "cuda" else resources | {"num_gpus": 0}
 
 
 def table(placement: Placement, device: str | None = None) -> str:
-    """The placement as text, one role a line, for `pns plan`. `device` None: the configured one; auto shows what is asked for on GPUs."""
+    """The placement as text, one role a line, for `pns plan`. `device` None: the configured one; auto shows
+    what is asked for on GPUs."""
     device = device or placement.device.value
     counted = "cpu" if device == "cpu" else "cuda"
     needed = totals(placement, counted)
     lines = [f"{'role':<14}{'replicas':>9}{'GPUs each':>11}{'CPUs each':>11}   device: {device}"]
     lines += [f"{b.role:<14}{b.replicas:>9}{b.gpus:>11g}{b.cpus:>11g}" for b in bundles(placement, counted)]
-    return "\n".join([*lines, f"total: {needed['GPU']:g} GPUs, {needed['CPU']:g} CPUs; {placement.verifier_processes} verifier processes"])
+    return "\n".join(
+        [
+            *lines,
+            f"total: {needed['GPU']:g} GPUs, {needed['CPU']:g} CPUs; {placement.verifier_processes} verifier processes",
+        ]
+    )

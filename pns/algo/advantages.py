@@ -10,15 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_MIN_SPREAD = 1e-6  # of a group's rewards, which are of order 1: dividing by less would make a signal of rounding
+_MIN_SPREAD = (
+    1e-6  # of a group's rewards, which are of order 1: dividing by less would make a signal of rounding
+)
 
 
-def group_advantages(rewards_PG: ArrayLike | Sequence[Sequence[float | None]], normalise_by_std: bool = True) -> NDArray[np.float64]:
+def group_advantages(
+    rewards_PG: ArrayLike | Sequence[Sequence[float | None]], normalise_by_std: bool = True
+) -> NDArray[np.float64]:
     """(P, G) rewards, None or NaN where masked -> (P, G) advantages.
 
-    GRPO (arXiv 2402.03300, section 4.1.2): (R - mean) / std with the group's population standard deviation; without
-    `normalise_by_std` Dr. GRPO (arXiv 2503.20783): R - mean. Mean and deviation are of the unmasked members. A masked member gets 0; a
-    group with fewer than two unmasked members, or whose rewards differ by no more than rounding (1e-6), gets 0 throughout.
+    GRPO (arXiv 2402.03300, section 4.1.2): (R - mean) / std with the group's population standard deviation;
+    without `normalise_by_std` Dr. GRPO (arXiv 2503.20783): R - mean. Mean and deviation are of the unmasked
+    members. A masked member gets 0; a group with fewer than two unmasked members, or whose rewards differ by
+    no more than rounding (1e-6), gets 0 throughout.
 
     Raises ValueError for infinite rewards or an array that is not two-dimensional.
     """

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pns.algo.answers import boxed_span
+from pns.answers.compare import boxed_span
 
 
 @dataclass(frozen=True)
 class FormatCheck:
-    """`reason` is "" when `ok`, else the first rule broken: not_ended, no_reasoning_block, several_reasoning_blocks,
-    text_before_reasoning, unclosed_reasoning_block, several_answers, no_answer, unclosed_answer or text_after_answer."""
+    """`reason` is "" when `ok`, else the first rule broken: not_ended, no_reasoning_block,
+    several_reasoning_blocks, text_before_reasoning, unclosed_reasoning_block, several_answers, no_answer,
+    unclosed_answer or text_after_answer."""
 
     ok: bool
     reason: str = ""
 
 
-def check_format(text: str, finish_reason: str, think_tags: tuple[str, str] = ("<think>", "</think>")) -> FormatCheck:
-    r"""Exactly one reasoning block at the start, exactly one non-empty `\boxed{...}` after it, nothing behind the box, ended by EOS.
+def check_format(
+    text: str, finish_reason: str, think_tags: tuple[str, str] = ("<think>", "</think>")
+) -> FormatCheck:
+    r"""Exactly one reasoning block at the start, exactly one non-empty `\boxed{...}` after it, nothing behind
+    the box, ended by EOS.
 
-    `text` is the completion without special tokens; where the prompt already opens the reasoning block, put its opening before it.
-    Between the block and the box text is allowed ("The answer is"), and a full stop, `$` or a closing `\)`, `\]` behind the box is not
-    counted as text. Boxes inside the block do not count. `finish_reason` is "stop" when the model ended by itself.
+    `text` is the completion without special tokens; where the prompt already opens the reasoning block, put
+    its opening before it. Between the block and the box text is allowed ("The answer is"), and a full stop,
+    `$` or a closing `\)`, `\]` behind the box is not counted as text. Boxes inside the block do not count.
+    `finish_reason` is "stop" when the model ended by itself.
     """
     opening, closing = think_tags
     if finish_reason != "stop":

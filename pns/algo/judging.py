@@ -1,10 +1,13 @@
-"""The judge's prompt and the grammar of its verdict (arXiv 2602.03516: four dimensions; scale and prompt are ours).
+"""The judge's prompt and the grammar of its verdict (arXiv 2602.03516: four dimensions; scale and prompt are
+ours).
 
-The candidate is untrusted text, written by a model that is rewarded for a high grade. It stands between two copies of a nonce it
-cannot know; whatever in it looks like a verdict, a role or a delimiter is defused; and a verdict counts only in the judge's own reply,
-with the nonce in it. What such attacks look like: arXiv 2507.08794 (one-token "master keys"), arXiv 2403.17710 (injected verdicts).
+The candidate is untrusted text, written by a model that is rewarded for a high grade. It stands between two
+copies of a nonce it cannot know; whatever in it looks like a verdict, a role or a delimiter is defused; and a
+verdict counts only in the judge's own reply, with the nonce in it. What such attacks look like: arXiv
+2507.08794 (one-token "master keys"), arXiv 2403.17710 (injected verdicts).
 
-Two templates. `text`: chat messages for instruction-tuned judges. `tiny`: the tiny world's judge, a model trained on `render_tiny`.
+Two templates. `text`: chat messages for instruction-tuned judges. `tiny`: the tiny world's judge, a model
+trained on `render_tiny`.
 """
 
 from __future__ import annotations
@@ -30,10 +33,14 @@ def coherence(scores: Scores) -> float:
 
 
 def make_nonce(seed: int, problem: str, candidate: str, template: Template) -> str:
-    """A nonce of 16 hex digits (`text`) or 4 decimal digits (`tiny`): a hash of the seed and of what is graded, so that the text's author
-    cannot name it and grading the same text again gives the same prompt."""
+    """A nonce of 16 hex digits (`text`) or 4 decimal digits (`tiny`): a hash of the seed and of what is
+    graded, so that the text's author cannot name it and grading the same text again gives the same prompt."""
     digest = hashlib.sha256(f"{seed}\0{problem}\0{candidate}".encode(errors="surrogatepass"))
-    return f"{int(digest.hexdigest(), 16) % 10_000:04d}" if template is Template.TINY else digest.hexdigest()[:16]
+    return (
+        f"{int(digest.hexdigest(), 16) % 10_000:04d}"
+        if template is Template.TINY
+        else digest.hexdigest()[:16]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- prompts
@@ -70,31 +77,46 @@ def render_text(problem: str, candidate: str, nonce: str) -> list[dict[str, str]
     form = before + "".join(f"N{part}" for part in between) + "N" + after
     return [
         {"role": "system", "content": _SYSTEM.format(nonce=nonce, verdict=form)},
-        {"role": "user", "content": _USER.format(problem=problem, candidate=neutralise(candidate, nonce), nonce=nonce)},
+        {
+            "role": "user",
+            "content": _USER.format(problem=problem, candidate=neutralise(candidate, nonce), nonce=nonce),
+        },
     ]
 
 
 def render_tiny(problem: str, candidate: str, nonce: str) -> str:
-    """The prompt of the tiny world's judge, up to the verdict's first digit. The tokenizer adds nothing to it."""
+    """The prompt of the tiny world's judge, up to the verdict's first digit. The tokenizer adds nothing to
+    it."""
     return f"<bos>{problem}<judge>{nonce}{_without_markers(candidate)}{nonce}<verdict>"
 
 
 def neutralise(candidate: str, nonce: str) -> str:
-    """`candidate` with everything defused that could pass for a delimiter, a tag, a special token, a role or a verdict. Numbers, formulas
-    and reasoning stay readable: `<think>` becomes `‹think>`, `clarity=3` becomes `clarity is 3`."""
+    """`candidate` with everything defused that could pass for a delimiter, a tag, a special token, a role or
+    a verdict. Numbers, formulas and reasoning stay readable: `<think>` becomes `‹think>`, `clarity=3` becomes
+    `clarity is 3`."""
     text = candidate.replace(nonce, "[...]")
     text = re.sub(r"<(?=[/|!?\\\s]*[A-Za-z_|｜▁])", "‹", text)
     text = re.sub(r"\[(?=/?(?:INST|SYS|TOOL|AVAILABLE_TOOLS)\w*\])", "(", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?m)^(\W*)(system|user|assistant|human|judge|grader|developer|tool)(\W*?):", r"\1\2\3 -", text, flags=re.IGNORECASE)
+    text = re.sub(
+        r"(?m)^(\W*)(system|user|assistant|human|judge|grader|developer|tool)(\W*?):",
+        r"\1\2\3 -",
+        text,
+        flags=re.IGNORECASE,
+    )
     return _ASSIGNED.sub(r"\1\2 is \3", text)
 
 
-_ASSIGNED = re.compile(rf"\b(verdict|scores?|grades?|{'|'.join(DIMENSIONS)})([\"'*_` ]*)[=:]+([\"'*_` ]*)(?=[\d{{(\[])", re.IGNORECASE)
+_ASSIGNED = re.compile(
+    rf"\b(verdict|scores?|grades?|{'|'.join(DIMENSIONS)})([\"'*_` ]*)[=:]+([\"'*_` ]*)(?=[\d{{(\[])",
+    re.IGNORECASE,
+)
 _MARKERS = re.compile(r"<(?:bos|eos|pad|solve|judge|verdict)>")
 
 
 def _without_markers(candidate: str) -> str:
-    while (shorter := _MARKERS.sub("", candidate)) != candidate:  # removing one may join the halves of another
+    while (
+        shorter := _MARKERS.sub("", candidate)
+    ) != candidate:  # removing one may join the halves of another
         candidate = shorter
     return candidate
 
@@ -117,13 +139,15 @@ def render_verdict(scores: Scores, template: Template, nonce: str) -> str:
 
 
 def verdict_regex(template: Template, nonce: str) -> str:
-    """The verdict's grammar as a regular expression with one group a score, for guided decoding and for parsing."""
+    """The verdict's grammar as a regular expression with one group a score, for guided decoding and for
+    parsing."""
     *before, after = map(re.escape, verdict_parts(template, nonce))
     return "".join(f"{part}([0-{MAX_SCORE}])" for part in before) + after
 
 
 def parse_verdict(reply: str, template: Template, nonce: str) -> Scores | None:
-    """The four scores of a judge's reply; None unless the reply is one well-formed verdict with the nonce and nothing else.
+    """The four scores of a judge's reply; None unless the reply is one well-formed verdict with the nonce and
+    nothing else.
 
     `reply` is only what the judge wrote after the prompt."""
     match = re.fullmatch(verdict_regex(template, nonce), reply.strip(), flags=re.ASCII)

@@ -1,14 +1,17 @@
 """Losses of the policy and of the reward model, as functions of tensors.
 
-Axes: `_T` completion tokens of all rows laid end to end, `_B` rows or pairs. Log-probabilities are natural logs at temperature 1.
-Global counts (over all micro-batches and ranks of one optimizer step) come in as arguments, so that the sum of what is returned over
-micro-batches and ranks is the mean over the whole batch, however the batch was split. The metrics beside a loss add up in the same way.
+Axes: `_T` completion tokens of all rows laid end to end, `_B` rows or pairs. Log-probabilities are natural
+logs at temperature 1. Global counts (over all micro-batches and ranks of one optimizer step) come in as
+arguments, so that the sum of what is returned over micro-batches and ranks is the mean over the whole batch,
+however the batch was split. The metrics beside a loss add up in the same way.
 
-Preference losses take `chosen_B`, `rejected_B`: sums of log-probabilities over the tokens that take part in the margin; `ref_chosen_B`,
-`ref_rejected_B`: the same under the reference policy; `chosen_tokens_B`, `rejected_tokens_B`: how many tokens those are (with none, sum
-and average are 0); `chosen_nll_B`: `length_normalised_nll` of the whole chosen completion, whatever the margin. They return the losses
-(B,) and, (B,) each and without gradient, `chosen_reward` and `rejected_reward` (the implicit rewards of the loss's paper), `margin`
-(their difference, before any target or offset) and `accuracy` (1 where margin > 0). A "log-ratio" is log pi - log pi_ref.
+Preference losses take `chosen_B`, `rejected_B`: sums of log-probabilities over the tokens that take part in
+the margin; `ref_chosen_B`, `ref_rejected_B`: the same under the reference policy; `chosen_tokens_B`,
+`rejected_tokens_B`: how many tokens those are (with none, sum and average are 0); `chosen_nll_B`:
+`length_normalised_nll` of the whole chosen completion, whatever the margin. They return the losses (B,) and,
+(B,) each and without gradient, `chosen_reward` and `rejected_reward` (the implicit rewards of the loss's
+paper), `margin` (their difference, before any target or offset) and `accuracy` (1 where margin > 0). A
+"log-ratio" is log pi - log pi_ref.
 """
 
 from __future__ import annotations
@@ -35,14 +38,15 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Group-relative policy optimisation with clip-higher and token-level aggregation.
 
-    With rho = exp(log pi - log pi_old) and d = log pi_ref - log pi,
-    `L = sum_t m_t [ -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_coefficient (exp(d) - d - 1) ] / num_tokens`:
-    the clipped surrogate of arXiv 1707.06347, the group-relative objective and k3 KL penalty of arXiv 2402.03300 (equations 3 and 4), the
-    separate upper bound and the mean over tokens of arXiv 2503.14476 (section 3).
+    With rho = exp(log pi - log pi_old) and d = log pi_ref - log pi, `L = sum_t m_t [ -min(rho A, clip(rho, 1
+    - clip_low, 1 + clip_high) A) + kl_coefficient (exp(d) - d - 1) ] / num_tokens`: the clipped surrogate of
+    arXiv 1707.06347, the group-relative objective and k3 KL penalty of arXiv 2402.03300 (equations 3 and 4),
+    the separate upper bound and the mean over tokens of arXiv 2503.14476 (section 3).
 
-    `mask_T` is 1 for tokens that count and 0 for the others; `num_tokens` is its sum over the whole batch. Without `ref_log_probs_T`
-    there is no KL term. Returns the loss (a scalar) and `policy_loss`, `kl` (k3, if there is a reference), `clip_fraction` (share of
-    tokens whose gradient the clip removed), `ratio` (mean rho), `old_kl` (mean log pi_old - log pi) and `nll` (mean -log pi).
+    `mask_T` is 1 for tokens that count and 0 for the others; `num_tokens` is its sum over the whole batch.
+    Without `ref_log_probs_T` there is no KL term. Returns the loss (a scalar) and `policy_loss`, `kl` (k3, if
+    there is a reference), `clip_fraction` (share of tokens whose gradient the clip removed), `ratio` (mean
+    rho), `old_kl` (mean log pi_old - log pi) and `nll` (mean -log pi).
     """
     ratio_T = torch.exp(log_probs_T - old_log_probs_T)
     clipped_T = torch.clamp(ratio_T, 1 - clip_low, 1 + clip_high)
@@ -69,28 +73,41 @@ def grpo_loss(
 
 
 def dpo_loss(
-    chosen_B: Tensor, rejected_B: Tensor, ref_chosen_B: Tensor, ref_rejected_B: Tensor, beta: float, label_smoothing: float = 0.0
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    ref_chosen_B: Tensor,
+    ref_rejected_B: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Direct preference optimisation.
 
-    With the margin h = beta [(log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected)],
-    `L = -(1 - e) log sigmoid(h) - e log sigmoid(-h)`: arXiv 2305.18290 (equation 7), and for e = `label_smoothing` in [0, 0.5) its
-    conservative form, cDPO (arXiv 2403.00409 compares both).
+    With the margin h = beta [(log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected)], `L = -(1 - e)
+    log sigmoid(h) - e log sigmoid(-h)`: arXiv 2305.18290 (equation 7), and for e = `label_smoothing` in [0,
+    0.5) its conservative form, cDPO (arXiv 2403.00409 compares both).
     """
     chosen_reward_B = beta * (chosen_B - ref_chosen_B)
     rejected_reward_B = beta * (rejected_B - ref_rejected_B)
     margin_B = chosen_reward_B - rejected_reward_B
-    loss_B = -(1 - label_smoothing) * functional.logsigmoid(margin_B) - label_smoothing * functional.logsigmoid(-margin_B)
+    loss_B = -(1 - label_smoothing) * functional.logsigmoid(
+        margin_B
+    ) - label_smoothing * functional.logsigmoid(-margin_B)
     return loss_B, _rewards(chosen_reward_B, rejected_reward_B)
 
 
 def robust_dpo_loss(
-    chosen_B: Tensor, rejected_B: Tensor, ref_chosen_B: Tensor, ref_rejected_B: Tensor, beta: float, label_smoothing: float
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    ref_chosen_B: Tensor,
+    ref_rejected_B: Tensor,
+    beta: float,
+    label_smoothing: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Robust DPO: unbiased when the share e = `label_smoothing` in [0, 0.5) of the pairs has its sides swapped.
+    """Robust DPO: unbiased when the share e = `label_smoothing` in [0, 0.5) of the pairs has its sides
+    swapped.
 
-    With the margin h of `dpo_loss`, `L = [-(1 - e) log sigmoid(h) + e log sigmoid(-h)] / (1 - 2 e)`: arXiv 2403.00409 (section 3.1). It is
-    negative for large margins and not bounded from below.
+    With the margin h of `dpo_loss`, `L = [-(1 - e) log sigmoid(h) + e log sigmoid(-h)] / (1 - 2 e)`: arXiv
+    2403.00409 (section 3.1). It is negative for large margins and not bounded from below.
     """
     chosen_reward_B = beta * (chosen_B - ref_chosen_B)
     rejected_reward_B = beta * (rejected_B - ref_rejected_B)
@@ -105,11 +122,14 @@ def hinge_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Hinge loss of sequence likelihood calibration (SLiC, arXiv 2305.10425, section 2.2) on log-ratios.
 
-    With the margin h of `dpo_loss`, `L = max(0, 1 - h)`: arXiv 2309.06657 (section 3.2, hinge-norm). No gradient from h = 1 on.
+    With the margin h of `dpo_loss`, `L = max(0, 1 - h)`: arXiv 2309.06657 (section 3.2, hinge-norm). No
+    gradient from h = 1 on.
     """
     chosen_reward_B = beta * (chosen_B - ref_chosen_B)
     rejected_reward_B = beta * (rejected_B - ref_rejected_B)
-    return functional.relu(1 - (chosen_reward_B - rejected_reward_B)), _rewards(chosen_reward_B, rejected_reward_B)
+    return functional.relu(1 - (chosen_reward_B - rejected_reward_B)), _rewards(
+        chosen_reward_B, rejected_reward_B
+    )
 
 
 def offset_dpo_loss(
@@ -123,15 +143,18 @@ def offset_dpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO with an offset: the margin has to exceed what the reward model says the pair is apart.
 
-    With the margin h of `dpo_loss` and the reward model's score difference g = r_w - r_l (`score_gap_B`, in log-odds),
-    `L = -log sigmoid(h - offset_scale max(g, 0))`: arXiv 2402.10571 (section 4), with the identity as the increasing function of the gap
-    instead of its logarithm, so that a gap of 0 gives DPO. The paper orders a pair by its scores; here a verifier did, so a reward model
-    that prefers the rejected side (g < 0) is overruled and the pair has no offset. The `margin` metric is h.
+    With the margin h of `dpo_loss` and the reward model's score difference g = r_w - r_l (`score_gap_B`, in
+    log-odds), `L = -log sigmoid(h - offset_scale max(g, 0))`: arXiv 2402.10571 (section 4), with the identity
+    as the increasing function of the gap instead of its logarithm, so that a gap of 0 gives DPO. The paper
+    orders a pair by its scores; here a verifier did, so a reward model that prefers the rejected side (g < 0)
+    is overruled and the pair has no offset. The `margin` metric is h.
     """
     chosen_reward_B = beta * (chosen_B - ref_chosen_B)
     rejected_reward_B = beta * (rejected_B - ref_rejected_B)
     offset_B = offset_scale * score_gap_B.clamp(min=0)
-    return -functional.logsigmoid(chosen_reward_B - rejected_reward_B - offset_B), _rewards(chosen_reward_B, rejected_reward_B)
+    return -functional.logsigmoid(chosen_reward_B - rejected_reward_B - offset_B), _rewards(
+        chosen_reward_B, rejected_reward_B
+    )
 
 
 def rpo_loss(
@@ -143,7 +166,8 @@ def rpo_loss(
     beta: float,
     nll_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`dpo_loss` plus `nll_weight` times the length-normalised NLL of the chosen completion: arXiv 2404.19733 (equation 1)."""
+    """`dpo_loss` plus `nll_weight` times the length-normalised NLL of the chosen completion: arXiv 2404.19733
+    (equation 1)."""
     loss_B, metrics = dpo_loss(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta)
     return loss_B + nll_weight * chosen_nll_B, metrics
 
@@ -157,11 +181,13 @@ def length_normalised_dpo_loss(
     rejected_tokens_B: Tensor,
     beta: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """DPO on log-ratios per token: `L = -log sigmoid(h)`, h = beta [log-ratio(chosen) / |chosen| - log-ratio(rejected) / |rejected|]:
-    arXiv 2411.15124 (section 5.1)."""
+    """DPO on log-ratios per token: `L = -log sigmoid(h)`, h = beta [log-ratio(chosen) / |chosen| -
+    log-ratio(rejected) / |rejected|]: arXiv 2411.15124 (section 5.1)."""
     chosen_reward_B = beta * _average(chosen_B - ref_chosen_B, chosen_tokens_B)
     rejected_reward_B = beta * _average(rejected_B - ref_rejected_B, rejected_tokens_B)
-    return -functional.logsigmoid(chosen_reward_B - rejected_reward_B), _rewards(chosen_reward_B, rejected_reward_B)
+    return -functional.logsigmoid(chosen_reward_B - rejected_reward_B), _rewards(
+        chosen_reward_B, rejected_reward_B
+    )
 
 
 def ipo_loss(
@@ -173,10 +199,12 @@ def ipo_loss(
     rejected_tokens_B: Tensor,
     beta: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Identity preference optimisation: a margin is regressed on 1 / (2 beta) instead of being pushed up for ever.
+    """Identity preference optimisation: a margin is regressed on 1 / (2 beta) instead of being pushed up for
+    ever.
 
-    `L = (log-ratio(chosen) / |chosen| - log-ratio(rejected) / |rejected| - 1 / (2 beta))^2`: arXiv 2310.12036 (equation 17, tau = `beta`).
-    The paper's log-ratios are of whole sequences; per token, as here and in TRL, the target does not depend on the length.
+    `L = (log-ratio(chosen) / |chosen| - log-ratio(rejected) / |rejected| - 1 / (2 beta))^2`: arXiv 2310.12036
+    (equation 17, tau = `beta`). The paper's log-ratios are of whole sequences; per token, as here and in TRL,
+    the target does not depend on the length.
     """
     chosen_average_B = _average(chosen_B - ref_chosen_B, chosen_tokens_B)
     rejected_average_B = _average(rejected_B - ref_rejected_B, rejected_tokens_B)
@@ -185,16 +213,23 @@ def ipo_loss(
 
 
 def simpo_loss(
-    chosen_B: Tensor, rejected_B: Tensor, chosen_tokens_B: Tensor, rejected_tokens_B: Tensor, beta: float, target_margin: float
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    chosen_tokens_B: Tensor,
+    rejected_tokens_B: Tensor,
+    beta: float,
+    target_margin: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Simple preference optimisation, without a reference.
 
-    `L = -log sigmoid(beta log pi(chosen) / |chosen| - beta log pi(rejected) / |rejected| - target_margin)`: arXiv 2405.14734 (equation 6,
-    gamma = `target_margin`).
+    `L = -log sigmoid(beta log pi(chosen) / |chosen| - beta log pi(rejected) / |rejected| - target_margin)`:
+    arXiv 2405.14734 (equation 6, gamma = `target_margin`).
     """
     chosen_reward_B = beta * _average(chosen_B, chosen_tokens_B)
     rejected_reward_B = beta * _average(rejected_B, rejected_tokens_B)
-    return -functional.logsigmoid(chosen_reward_B - rejected_reward_B - target_margin), _rewards(chosen_reward_B, rejected_reward_B)
+    return -functional.logsigmoid(chosen_reward_B - rejected_reward_B - target_margin), _rewards(
+        chosen_reward_B, rejected_reward_B
+    )
 
 
 def orpo_loss(
@@ -205,12 +240,13 @@ def orpo_loss(
     chosen_nll_B: Tensor,
     odds_ratio_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Odds ratio preference optimisation, without a reference: supervised learning of the chosen side plus a preference for it.
+    """Odds ratio preference optimisation, without a reference: supervised learning of the chosen side plus a
+    preference for it.
 
-    With p = exp(log pi(y) / |y|) and odds(y) = p / (1 - p),
-    `L = chosen_nll - odds_ratio_weight log sigmoid(log odds(chosen) - log odds(rejected))`: arXiv 2403.07691 (equations 4, 6 and 7,
-    lambda = `odds_ratio_weight`). The paper defines no reward; as in TRL it is lambda log p. p stays below 1 by the dtype's epsilon, which
-    keeps the odds and their gradient finite.
+    With p = exp(log pi(y) / |y|) and odds(y) = p / (1 - p), `L = chosen_nll - odds_ratio_weight log
+    sigmoid(log odds(chosen) - log odds(rejected))`: arXiv 2403.07691 (equations 4, 6 and 7, lambda =
+    `odds_ratio_weight`). The paper defines no reward; as in TRL it is lambda log p. p stays below 1 by the
+    dtype's epsilon, which keeps the odds and their gradient finite.
     """
     chosen_average_B = _average(chosen_B, chosen_tokens_B)
     rejected_average_B = _average(rejected_B, rejected_tokens_B)
@@ -229,10 +265,12 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Kahneman-Tversky optimisation of a pair split into a desirable and an undesirable example; their losses are averaged.
+    """Kahneman-Tversky optimisation of a pair split into a desirable and an undesirable example; their losses
+    are averaged.
 
-    With the log-ratios d and the reference point z = `kl` (`kto_kl`, in nats, before beta), `L_w = lambda_D (1 - sigmoid(beta (d_w - z)))`,
-    `L_l = lambda_U (1 - sigmoid(beta (z - d_l)))`, `L = (L_w + L_l) / 2`: arXiv 2402.01306 (section 4.1, equation 7).
+    With the log-ratios d and the reference point z = `kl` (`kto_kl`, in nats, before beta), `L_w = lambda_D
+    (1 - sigmoid(beta (d_w - z)))`, `L_l = lambda_U (1 - sigmoid(beta (z - d_l)))`, `L = (L_w + L_l) / 2`:
+    arXiv 2402.01306 (section 4.1, equation 7).
     """
     chosen_ratio_B, rejected_ratio_B = chosen_B - ref_chosen_B, rejected_B - ref_rejected_B
     desirable_B = desirable_weight * torch.sigmoid(beta * (kl - chosen_ratio_B))
@@ -241,8 +279,9 @@ def kto_loss(
 
 
 def kto_kl(log_ratios_B: Tensor) -> Tensor:
-    """KTO's reference point, an estimate of KL(pi || pi_ref) as a scalar without gradient: `max(0, mean)` of the log-ratios of prompts
-    with another prompt's completion, (x_i, y_j), over the whole batch, at least one row (arXiv 2402.01306, section 4.1)."""
+    """KTO's reference point, an estimate of KL(pi || pi_ref) as a scalar without gradient: `max(0, mean)` of
+    the log-ratios of prompts with another prompt's completion, (x_i, y_j), over the whole batch, at least one
+    row (arXiv 2402.01306, section 4.1)."""
     return log_ratios_B.detach().mean().clamp(min=0)
 
 
@@ -260,8 +299,9 @@ def preference_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that `settings.loss` names, with its hyper-parameters.
 
-    Only the losses that are not `config.reference_free` read the reference, only `offset` reads `score_gap_B` (the reward model's
-    r_w - r_l) and only `kto` reads `kl` (`kto_kl` of the whole batch). Raises ValueError when one that is read is missing.
+    Only the losses that are not `config.reference_free` read the reference, only `offset` reads `score_gap_B`
+    (the reward model's r_w - r_l) and only `kto` reads `kl` (`kto_kl` of the whole batch). Raises ValueError
+    when one that is read is missing.
     """
     loss, values = settings.loss, config.hyper_parameters(settings)
     policy = (chosen_B, rejected_B)
@@ -301,7 +341,9 @@ def _average(sums_B: Tensor, tokens_B: Tensor) -> Tensor:
 def _log_odds(log_p_B: Tensor) -> Tensor:
     """`log p - log(1 - p)`, exact on both sides of p = 1/2."""
     log_p_B = log_p_B.clamp(max=-torch.finfo(log_p_B.dtype).eps)
-    complement_B = torch.where(log_p_B < -math.log(2), torch.log1p(-torch.exp(log_p_B)), torch.log(-torch.expm1(log_p_B)))
+    complement_B = torch.where(
+        log_p_B < -math.log(2), torch.log1p(-torch.exp(log_p_B)), torch.log(-torch.expm1(log_p_B))
+    )
     return log_p_B - complement_B
 
 
@@ -315,13 +357,17 @@ def _rewards(chosen_reward_B: Tensor, rejected_reward_B: Tensor) -> dict[str, Te
     }
 
 
-def bradley_terry_loss(chosen_B: Tensor, rejected_B: Tensor, centre: float) -> tuple[Tensor, dict[str, Tensor]]:
+def bradley_terry_loss(
+    chosen_B: Tensor, rejected_B: Tensor, centre: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Centre-regularised Bradley-Terry loss of a reward model, one per pair.
 
-    `L = -log sigmoid(r_w - r_l) + centre (r_w + r_l)^2`: arXiv 2203.02155 (equation 1) with the centring term of arXiv 2312.09244, which
-    keeps scores symmetric around 0, so that sigmoid(r) can be read as a score in (0, 1).
+    `L = -log sigmoid(r_w - r_l) + centre (r_w + r_l)^2`: arXiv 2203.02155 (equation 1) with the centring term
+    of arXiv 2312.09244, which keeps scores symmetric around 0, so that sigmoid(r) can be read as a score in
+    (0, 1).
 
-    Returns the losses (B,) and, (B,) each, `margin` (r_w - r_l), `accuracy` (margin > 0), `chosen_score` and `rejected_score`.
+    Returns the losses (B,) and, (B,) each, `margin` (r_w - r_l), `accuracy` (margin > 0), `chosen_score` and
+    `rejected_score`.
     """
     margin_B = chosen_B - rejected_B
     loss_B = -functional.logsigmoid(margin_B) + centre * (chosen_B + rejected_B) ** 2
@@ -340,7 +386,8 @@ def row_sums(values_T: Tensor, lengths_B: Tensor) -> Tensor:
 
 
 def length_normalised_nll(log_probs_T: Tensor, lengths_B: Tensor) -> Tensor:
-    """`-log pi(y) / |y|` of each row (B,): the term that RPO adds for the chosen side (arXiv 2404.19733, equation 1)."""
+    """`-log pi(y) / |y|` of each row (B,): the term that RPO adds for the chosen side (arXiv 2404.19733,
+    equation 1)."""
     return -row_sums(log_probs_T, lengths_B) / lengths_B
 
 

@@ -16,8 +16,8 @@ _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share in [0, 1]. `num_correct` may be fractional (means over samples). Raises ValueError for an
-    empty sample or a count outside [0, n]."""
+    """95 % Wilson score interval of a share in [0, 1]. `num_correct` may be fractional (means over samples).
+    Raises ValueError for an empty sample or a count outside [0, n]."""
     if n <= 0 or not 0 <= num_correct <= n:
         raise ValueError(f"{num_correct} of {n} is not a share")
     share, z2 = num_correct / n, _Z95**2
@@ -35,17 +35,17 @@ def score(num_correct: float, n: int) -> Score:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct (arXiv 2107.03374, equation 1): 1 - C(n-c, k) / C(n, k).
-    Raises ValueError unless 1 <= k <= n and 0 <= c <= n."""
+    """Unbiased estimate of the chance that one of k samples is correct (arXiv 2107.03374, equation 1): 1 -
+    C(n-c, k) / C(n, k). Raises ValueError unless 1 <= k <= n and 0 <= c <= n."""
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError(f"pass@{k} of {num_correct} correct among {num_samples} is not defined")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The unweighted mean of independent accuracies; `n` is the sum. Its 95 % interval comes from theirs: the squared distances of their
-    limits from their estimates add up (MOVER; Zou and Donner, Statistics in Medicine 27, 2008, equation 1 with weights 1/S).
-    Raises ValueError for no score."""
+    """The unweighted mean of independent accuracies; `n` is the sum. Its 95 % interval comes from theirs: the
+    squared distances of their limits from their estimates add up (MOVER; Zou and Donner, Statistics in
+    Medicine 27, 2008, equation 1 with weights 1/S). Raises ValueError for no score."""
     if not scores:
         raise ValueError("the mean of no scores")
     mean = math.fsum(s.accuracy for s in scores) / len(scores)
@@ -56,7 +56,8 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """after - before in [-1, 1], its 95 % bootstrap interval, and the p-value of the permutation test that both are the same."""
+    """after - before in [-1, 1], its 95 % bootstrap interval, and the p-value of the permutation test that
+    both are the same."""
 
     difference: float
     low: float
@@ -65,20 +66,25 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the interval excludes 0 and p < 0.05, else "not distinguishable". The interval alone says too much on
-        few problems: from four problems that all turn right it is [1, 1], and p is 1/8."""
+        """ "better" or "worse" where the interval excludes 0 and p < 0.05, else "not distinguishable". The
+        interval alone says too much on few problems: from four problems that all turn right it is [1, 1], and
+        p is 1/8."""
         if self.p_value >= 0.05 or self.low <= 0 <= self.high:
             return "not distinguishable"
         return "better" if self.difference > 0 else "worse"
 
 
-def paired_difference(before: Sequence[ArrayLike], after: Sequence[ArrayLike], num_resamples: int = 10_000, seed: int = 0) -> Difference:
-    """The difference after - before of the mean over suites of the mean over problems (one suite: its mean over problems).
+def paired_difference(
+    before: Sequence[ArrayLike], after: Sequence[ArrayLike], num_resamples: int = 10_000, seed: int = 0
+) -> Difference:
+    """The difference after - before of the mean over suites of the mean over problems (one suite: its mean
+    over problems).
 
-    `before` and `after` hold per suite one accuracy in [0, 1] per problem (a mean over samples), of the same problems in the same order.
-    Problems are resampled with replacement within their suite (percentile interval); the permutation test flips the sign of each
-    problem's difference at random (two-sided; exact for the smallest p as (1 + hits) / (1 + resamples) allows).
-    Raises ValueError for empty or unequal lengths.
+    `before` and `after` hold per suite one accuracy in [0, 1] per problem (a mean over samples), of the same
+    problems in the same order. Problems are resampled with replacement within their suite (percentile
+    interval); the permutation test flips the sign of each problem's difference at random (two-sided; exact
+    for the smallest p as (1 + hits) / (1 + resamples) allows). Raises ValueError for empty or unequal
+    lengths.
     """
     differences = [_paired(a, b) for a, b in zip(before, after, strict=True)]
     if not differences:
@@ -90,7 +96,9 @@ def paired_difference(before: Sequence[ArrayLike], after: Sequence[ArrayLike], n
             stop = min(start + 256, num_resamples)
             shape = (stop - start, d.size)
             resampled[start:stop] += d[random.integers(0, d.size, shape)].mean(axis=1) / len(differences)
-            flipped[start:stop] += (random.integers(0, 2, shape, dtype=np.int8) * 2 - 1) @ d / d.size / len(differences)
+            flipped[start:stop] += (
+                (random.integers(0, 2, shape, dtype=np.int8) * 2 - 1) @ d / d.size / len(differences)
+            )
     observed = float(np.mean([d.mean() for d in differences]))
     low, high = np.quantile(resampled, [0.025, 0.975])
     hits = int((np.abs(flipped) >= abs(observed) - 1e-12).sum())
@@ -105,34 +113,50 @@ def _paired(before: ArrayLike, after: ArrayLike) -> NDArray[np.float64]:
 
 
 def majority(classes: Sequence[int | None], right: Sequence[bool]) -> float:
-    """Chance in [0, 1] that the most frequent answer of a problem's samples is right, ties broken at random (maj@k, arXiv 2203.11171).
+    """Chance in [0, 1] that the most frequent answer of a problem's samples is right, ties broken at random
+    (maj@k, arXiv 2203.11171).
 
-    `classes` gives the answer of each sample as a number, the same for equal answers (None: no answer, no vote); `right` says whether it is
-    correct, the same throughout a class. 0 without any vote.
+    `classes` gives the answer of each sample as a number, the same for equal answers (None: no answer, no
+    vote); `right` says whether it is correct, the same throughout a class. 0 without any vote.
     """
     votes = Counter(c for c in classes if c is not None)
     if not votes:
         return 0.0
     most = max(votes.values())
     tied = [c for c, count in votes.items() if count == most]
-    return sum(any(r for c, r in zip(classes, right, strict=True) if c == winner) for winner in tied) / len(tied)
+    return sum(any(r for c, r in zip(classes, right, strict=True) if c == winner) for winner in tied) / len(
+        tied
+    )
 
 
 def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
-    """Chance that a positive's score is above a negative's, ties counting one half; 0.5: indistinguishable. Raises ValueError if either
-    is empty or a score is NaN."""
-    high, low = np.asarray(positive, dtype=np.float64).ravel(), np.sort(np.asarray(negative, dtype=np.float64).ravel())
+    """Chance that a positive's score is above a negative's, ties counting one half; 0.5: indistinguishable.
+    Raises ValueError if either is empty or a score is NaN."""
+    high, low = (
+        np.asarray(positive, dtype=np.float64).ravel(),
+        np.sort(np.asarray(negative, dtype=np.float64).ravel()),
+    )
     if not high.size or not low.size or np.isnan(high).any() or np.isnan(low).any():
         raise ValueError("AUROC needs scores of both classes and no NaN")
     below, up_to = np.searchsorted(low, high, side="left"), np.searchsorted(low, high, side="right")
     return float((below + up_to).sum() / (2 * high.size * low.size))
 
 
-def expected_calibration_error(probabilities_B: ArrayLike, outcomes_B: ArrayLike, num_bins: int = 10) -> float:
-    """Mean over rows of |mean probability - share of positive outcomes| of the row's bin; bins are (0, 0.1], (0.1, 0.2], ... with 0 in the
-    first (arXiv 1706.04599, equation 3). Raises ValueError for empty or unequal input or probabilities outside [0, 1]."""
-    probability, outcome = np.asarray(probabilities_B, dtype=np.float64), np.asarray(outcomes_B, dtype=np.float64)
-    if probability.shape != outcome.shape or not probability.size or not ((probability >= 0) & (probability <= 1)).all():
+def expected_calibration_error(
+    probabilities_B: ArrayLike, outcomes_B: ArrayLike, num_bins: int = 10
+) -> float:
+    """Mean over rows of |mean probability - share of positive outcomes| of the row's bin; bins are (0, 0.1],
+    (0.1, 0.2], ... with 0 in the first (arXiv 1706.04599, equation 3). Raises ValueError for empty or unequal
+    input or probabilities outside [0, 1]."""
+    probability, outcome = (
+        np.asarray(probabilities_B, dtype=np.float64),
+        np.asarray(outcomes_B, dtype=np.float64),
+    )
+    if (
+        probability.shape != outcome.shape
+        or not probability.size
+        or not ((probability >= 0) & (probability <= 1)).all()
+    ):
         raise ValueError("calibration needs as many outcomes as probabilities in [0, 1]")
     bins = np.clip(np.ceil(probability * num_bins).astype(int) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, probability - outcome, num_bins)

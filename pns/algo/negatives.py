@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pns.algo.answers import boxed_span, exact_value, extract_boxed, normalise_answer, same_answer
+from pns.answers.compare import boxed_span, exact_value, extract_boxed, normalise_answer, same_answer
 from pns.records import Rollout, Verdict
 
 REASONS = (
@@ -22,16 +22,20 @@ REASONS = (
     "no_plausibility",
     "implausible",
 )
-_NUMBER = re.compile(r"(?:(?<![\w)}\]])-)?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?|-?\\[dt]?frac\s*\{[^{}]+\}\s*\{[^{}]+\}")
+_NUMBER = re.compile(
+    r"(?:(?<![\w)}\]])-)?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?|-?\\[dt]?frac\s*\{[^{}]+\}\s*\{[^{}]+\}"
+)
 _MAX_CHARACTERS = 300  # of the right side of an equation that is read as an answer
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 
 def box_only_flip(text: str, gold: str, think_tags: tuple[str, str] = ("<think>", "</think>")) -> bool:
-    """Whether the reasoning ends in the gold answer while the box states another: a negative whose reasoning is right.
+    """Whether the reasoning ends in the gold answer while the box states another: a negative whose reasoning
+    is right.
 
-    A heuristic on text: the reasoning is what stands before the closing tag (without one, before the box); it ends in the gold answer
-    if its last number, the right side of its last equation, its last box or, for a gold answer in words, its last word equals it.
+    A heuristic on text: the reasoning is what stands before the closing tag (without one, before the box); it
+    ends in the gold answer if its last number, the right side of its last equation, its last box or, for a
+    gold answer in words, its last word equals it.
     """
     span = boxed_span(text)
     if span is None or same_answer(gold, text[slice(*span)]) is True:
@@ -42,7 +46,10 @@ def box_only_flip(text: str, gold: str, think_tags: tuple[str, str] = ("<think>"
     stated = [extract_boxed(reasoning, think_tags) or ""]
     if "=" in reasoning:
         stated.append(
-            re.split(r"[.,;!?]?(?:\s*\$|\s*\\[\])]|\n|\.\s|\.$)", reasoning.rpartition("=")[2][:_MAX_CHARACTERS].strip().lstrip("$ "))[0]
+            re.split(
+                r"[.,;!?]?(?:\s*\$|\s*\\[\])]|\n|\.\s|\.$)",
+                reasoning.rpartition("=")[2][:_MAX_CHARACTERS].strip().lstrip("$ "),
+            )[0]
         )
     if numbers := _NUMBER.findall(reasoning):
         stated.append(numbers[-1])
@@ -57,12 +64,14 @@ def filter_negatives(
     drop_box_only_flips: bool = True,
     think_tags: tuple[str, str] = ("<think>", "</think>"),
 ) -> tuple[list[Rollout], dict[str, int]]:
-    """The completions that are safe to use as negatives, in order, and how many were dropped for each of `REASONS`.
+    """The completions that are safe to use as negatives, in order, and how many were dropped for each of
+    `REASONS`.
 
-    Kept are well-formed completions that the first verifier (`reward.verdict`) calls wrong and the second (`same_answer`) calls
-    different: a doubtful one is dropped. Then box-only flips, repeated texts of a problem (up to white space) and, where
-    `min_plausibility_quantile` in [0, 1] is above 0, those whose plausibility is unknown or below that quantile of the rest's.
-    The counts and the number kept add up to the number of rollouts.
+    Kept are well-formed completions that the first verifier (`reward.verdict`) calls wrong and the second
+    (`same_answer`) calls different: a doubtful one is dropped. Then box-only flips, repeated texts of a
+    problem (up to white space) and, where `min_plausibility_quantile` in [0, 1] is above 0, those whose
+    plausibility is unknown or below that quantile of the rest's. The counts and the number kept add up to the
+    number of rollouts.
     """
     counts = dict.fromkeys(REASONS, 0)
     kept: list[Rollout] = []
@@ -85,7 +94,11 @@ def filter_negatives(
         counts["no_plausibility"] = len(kept) - len(known)
         plausibilities = np.array([rollout.reward.plausibility for rollout in known], dtype=np.float64)
         threshold = np.quantile(plausibilities, min_plausibility_quantile) if known else 0.0
-        kept = [rollout for rollout, plausibility in zip(known, plausibilities, strict=True) if plausibility >= threshold]
+        kept = [
+            rollout
+            for rollout, plausibility in zip(known, plausibilities, strict=True)
+            if plausibility >= threshold
+        ]
         counts["implausible"] = len(known) - len(kept)
     return kept, counts
 
@@ -105,14 +118,16 @@ def _verdict_reason(rollout: Rollout, think_tags: tuple[str, str]) -> str:
 def degeneration(
     rollouts: Sequence[Rollout], think_tags: tuple[str, str] = ("<think>", "</think>"), distinct_n: int = 4
 ) -> dict[str, float]:
-    """What a generator turns into, over one step's completions. A figure with nothing to average is left out; no completions: {}.
+    """What a generator turns into, over one step's completions. A figure with nothing to average is left out;
+    no completions: {}.
 
-    Over all completions, in [0, 1]: `format_rate` (well-formed), `wrong_rate` (well-formed and verified wrong), `correct_rate`
-    (well-formed and verified correct), `masked_rate`; `length_mean` and `length_max` in tokens; `distinct_<n>` (different token n-grams
-    over all n-grams, arXiv 1510.03055; low: the completions repeat each other).
-    Over wrong well-formed completions, in [0, 1]: `box_only_flip_rate`; `top_offset_share` (share of the most frequent difference between
-    stated and gold number, or of the most frequent answer where either is not a number; near 1: mode collapse);
-    `reward_model_mean` (plausibility) and `judge_mean` (coherence), each over those that have the term.
+    Over all completions, in [0, 1]: `format_rate` (well-formed), `wrong_rate` (well-formed and verified
+    wrong), `correct_rate` (well-formed and verified correct), `masked_rate`; `length_mean` and `length_max`
+    in tokens; `distinct_<n>` (different token n-grams over all n-grams, arXiv 1510.03055; low: the
+    completions repeat each other). Over wrong well-formed completions, in [0, 1]: `box_only_flip_rate`;
+    `top_offset_share` (share of the most frequent difference between stated and gold number, or of the most
+    frequent answer where either is not a number; near 1: mode collapse); `reward_model_mean` (plausibility)
+    and `judge_mean` (coherence), each over those that have the term.
     """
     if not rollouts:
         return {}
@@ -132,7 +147,9 @@ def degeneration(
     if distinct is not None:
         figures[f"distinct_{distinct_n}"] = distinct
     if wrong:
-        flips = sum(box_only_flip(rollout.completion.text, rollout.problem.answer, think_tags) for rollout in wrong)
+        flips = sum(
+            box_only_flip(rollout.completion.text, rollout.problem.answer, think_tags) for rollout in wrong
+        )
         offsets = Counter(_offset(rollout, think_tags) for rollout in wrong)
         figures["box_only_flip_rate"] = flips / len(wrong)
         figures["top_offset_share"] = offsets.most_common(1)[0][1] / len(wrong)
@@ -147,8 +164,11 @@ def degeneration(
 
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float | None:
-    """Different n-grams over all n-grams of `sequences`, in (0, 1]; None where every sequence is shorter than n."""
-    ngrams = Counter(tuple(sequence[start : start + n]) for sequence in sequences for start in range(len(sequence) - n + 1))
+    """Different n-grams over all n-grams of `sequences`, in (0, 1]; None where every sequence is shorter than
+    n."""
+    ngrams = Counter(
+        tuple(sequence[start : start + n]) for sequence in sequences for start in range(len(sequence) - n + 1)
+    )
     return len(ngrams) / ngrams.total() if ngrams else None
 
 

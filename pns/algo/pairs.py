@@ -1,4 +1,5 @@
-"""Preference pairs: matching sides by length, where the sides diverge, what the margin covers, and the standard export."""
+"""Preference pairs: matching sides by length, where the sides diverge, what the margin covers, and the
+standard export."""
 
 from __future__ import annotations
 
@@ -15,13 +16,17 @@ ENDED = -1  # stands for the token of a sequence that has ended before it diverg
 
 
 def lengths_match(length_a: int, length_b: int, max_ratio: float) -> bool:
-    """Whether |log(length_a / length_b)| <= log(max_ratio), for lengths in tokens; an empty side never matches."""
+    """Whether |log(length_a / length_b)| <= log(max_ratio), for lengths in tokens; an empty side never
+    matches."""
     shorter, longer = sorted((length_a, length_b))
     return shorter > 0 and longer <= max_ratio * shorter
 
 
-def match_by_length(lengths_a: Sequence[int], lengths_b: Sequence[int], max_ratio: float) -> list[tuple[int, int]]:
-    """As many index pairs (a, b) as possible with `lengths_match`, each index used at most once; in order of length."""
+def match_by_length(
+    lengths_a: Sequence[int], lengths_b: Sequence[int], max_ratio: float
+) -> list[tuple[int, int]]:
+    """As many index pairs (a, b) as possible with `lengths_match`, each index used at most once; in order of
+    length."""
     order_a = sorted(range(len(lengths_a)), key=lengths_a.__getitem__)
     order_b = sorted(range(len(lengths_b)), key=lengths_b.__getitem__)
     matched: list[tuple[int, int]] = []
@@ -46,11 +51,13 @@ def build_pairs(
     pairs_per_problem: int = 1,
     source: str = "pns",
 ) -> tuple[list[PreferencePair], dict[str, int]]:
-    """Pair verified-correct (`chosen`) with negative (`rejected`) completions of the same problem, both by problem id.
+    """Pair verified-correct (`chosen`) with negative (`rejected`) completions of the same problem, both by
+    problem id.
 
-    Each chosen completion, in order, takes the first negative not yet taken that is within `max_length_ratio` of its length in tokens,
-    until the problem has `pairs_per_problem`; arms that share `chosen` thus prefer the same chosen texts. Returns the pairs in the
-    order of `problems`, and counts: `pairs`, and problems dropped for `no_chosen`, `no_rejected` (with a chosen one) and `length_ratio`.
+    Each chosen completion, in order, takes the first negative not yet taken that is within `max_length_ratio`
+    of its length in tokens, until the problem has `pairs_per_problem`; arms that share `chosen` thus prefer
+    the same chosen texts. Returns the pairs in the order of `problems`, and counts: `pairs`, and problems
+    dropped for `no_chosen`, `no_rejected` (with a chosen one) and `length_ratio`.
     """
     pairs: list[PreferencePair] = []
     counts = {"pairs": 0, "no_chosen": 0, "no_rejected": 0, "length_ratio": 0}
@@ -64,7 +71,9 @@ def build_pairs(
             if len(found) == pairs_per_problem:
                 break
             length = len(candidate.token_ids)
-            match = next((n for n in negatives if lengths_match(length, len(n.token_ids), max_length_ratio)), None)
+            match = next(
+                (n for n in negatives if lengths_match(length, len(n.token_ids), max_length_ratio)), None
+            )
             if match:
                 negatives.remove(match)
                 found.append(PreferencePair(problem.id, problem.prompt, candidate.text, match.text, source))
@@ -75,7 +84,8 @@ def build_pairs(
 
 
 def first_divergence(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> int | None:
-    """Index of the first token that differs (the shorter length where one side is a prefix of the other); None for equal sequences."""
+    """Index of the first token that differs (the shorter length where one side is a prefix of the other);
+    None for equal sequences."""
     for index, (right, wrong) in enumerate(zip(chosen_T, rejected_T, strict=False)):
         if right != wrong:
             return index
@@ -83,7 +93,8 @@ def first_divergence(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> int 
 
 
 def divergent_tokens(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> tuple[int, int] | None:
-    """The (right, wrong) tokens at the first divergence, `ENDED` for a side that has ended; None for equal sequences."""
+    """The (right, wrong) tokens at the first divergence, `ENDED` for a side that has ended; None for equal
+    sequences."""
     index = first_divergence(chosen_T, rejected_T)
     if index is None:
         return None
@@ -94,23 +105,29 @@ def divergent_tokens(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> tupl
 
 
 def token_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Counter[tuple[int, int]]:
-    """How many (chosen, rejected) pairs of token ids replace a right by a wrong token at the first divergence: {(right, wrong): count}."""
+    """How many (chosen, rejected) pairs of token ids replace a right by a wrong token at the first
+    divergence: {(right, wrong): count}."""
     tokens = (divergent_tokens(chosen, rejected) for chosen, rejected in pairs)
     return Counter(flow for flow in tokens if flow is not None)
 
 
 def one_sidedness(flow: Mapping[tuple[int, int], int]) -> float | None:
-    """How far a flow is from balance: sum of |n(a, b) - n(b, a)| over unordered token pairs, over all counts. 0: for every right -> wrong
-    as many wrong -> right; 1: no replacement ever occurs the other way round. None for an empty flow."""
+    """How far a flow is from balance: sum of |n(a, b) - n(b, a)| over unordered token pairs, over all counts.
+    0: for every right -> wrong as many wrong -> right; 1: no replacement ever occurs the other way round.
+    None for an empty flow."""
     total = sum(flow.values())
     if not total:
         return None
-    return sum(abs(flow.get((a, b), 0) - flow.get((b, a), 0)) for a, b in {(min(key), max(key)) for key in flow}) / total
+    return (
+        sum(abs(flow.get((a, b), 0) - flow.get((b, a), 0)) for a, b in {(min(key), max(key)) for key in flow})
+        / total
+    )
 
 
 def balance_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
-    """Indices, ascending, of a largest subset of (chosen, rejected) token-id pairs whose flow is balanced (`one_sidedness` 0): of every
-    (right, wrong) as many as of (wrong, right), the earliest first. Equal sequences are left out."""
+    """Indices, ascending, of a largest subset of (chosen, rejected) token-id pairs whose flow is balanced
+    (`one_sidedness` 0): of every (right, wrong) as many as of (wrong, right), the earliest first. Equal
+    sequences are left out."""
     flow = token_flow(pairs)
     taken: Counter[tuple[int, int]] = Counter()
     kept: list[int] = []
@@ -123,21 +140,25 @@ def balance_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[i
 
 
 def num_margin_tokens(token_starts_T: Sequence[int], margin_end: int | None) -> int:
-    """Number of leading tokens that begin within the first `margin_end` characters, given each token's first character (ascending, as a
-    tokenizer's offsets give them); all of them for None."""
+    """Number of leading tokens that begin within the first `margin_end` characters, given each token's first
+    character (ascending, as a tokenizer's offsets give them); all of them for None."""
     if margin_end is None:
         return len(token_starts_T)
     return sum(start < margin_end for start in token_starts_T)
 
 
 def margin_masks(
-    chosen_T: Sequence[int], rejected_T: Sequence[int], margin: MarginMask, rejected_margin_tokens: int | None = None
+    chosen_T: Sequence[int],
+    rejected_T: Sequence[int],
+    margin: MarginMask,
+    rejected_margin_tokens: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which tokens of each side take part in the preference margin: two 0/1 arrays as long as `chosen_T` and `rejected_T`.
+    """Which tokens of each side take part in the preference margin: two 0/1 arrays as long as `chosen_T` and
+    `rejected_T`.
 
-    completion: all. first_wrong_step: all of chosen, and the first `rejected_margin_tokens` of rejected (None: all), which reach up to
-    and include the first wrong step. first_divergent_token: on either side only the token at the first divergence (none for equal
-    sequences, nor on a side that has ended before it).
+    completion: all. first_wrong_step: all of chosen, and the first `rejected_margin_tokens` of rejected
+    (None: all), which reach up to and include the first wrong step. first_divergent_token: on either side
+    only the token at the first divergence (none for equal sequences, nor on a side that has ended before it).
     """
     chosen, rejected = np.ones(len(chosen_T), dtype=np.int64), np.ones(len(rejected_T), dtype=np.int64)
     if margin is MarginMask.first_wrong_step and rejected_margin_tokens is not None:
@@ -153,8 +174,8 @@ def margin_masks(
 def preference_rows(
     pairs: Sequence[PreferencePair], system_prompt: str = "", assistant_prefix: str = ""
 ) -> list[dict[str, list[dict[str, str]]]]:
-    """The conversational preference format other trainers read: `prompt` (system turn if there is one, user turn), `chosen` and
-    `rejected` (one assistant turn each, beginning with `assistant_prefix`)."""
+    """The conversational preference format other trainers read: `prompt` (system turn if there is one, user
+    turn), `chosen` and `rejected` (one assistant turn each, beginning with `assistant_prefix`)."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [
         {

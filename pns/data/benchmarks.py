@@ -1,10 +1,12 @@
-r"""The benchmarks and training sets known by name: where they come from, how many records they have, and a hash of their content.
+r"""The benchmarks and training sets known by name: where they come from, how many records they have, and a
+hash of their content.
 
-A local file must have exactly the counted records with exactly the hashed content. A Hub data set is fetched at a pinned commit, whose
-hash stands for its content; there the count is checked, and the content's hash too where another commit is asked for.
+A local file must have exactly the counted records with exactly the hashed content. A Hub data set is fetched
+at a pinned commit, whose hash stands for its content; there the count is checked, and the content's hash too
+where another commit is asked for.
 
-OlympiadBench (text-only, mathematics, English) has 674 records on the Hub and 675 in the copies of the Qwen2.5-Math evaluation, which
-the local count follows.
+OlympiadBench (text-only, mathematics, English) has 674 records on the Hub and 675 in the copies of the
+Qwen2.5-Math evaluation, which the local count follows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pns.algo.answers import boxed_span
+from pns.answers.compare import boxed_span
 from pns.config import Config, Decoding
 from pns.errors import UserError
 
@@ -40,7 +42,9 @@ def _boxed(value: Any) -> str:
 def _only(value: Any) -> str:
     """OlympiadBench: a list of one."""
     if len(value) != 1:
-        raise UserError(f"olympiadbench: a record has {len(value)} final answers, one is expected; use a local copy with data.root=DIR")
+        raise UserError(
+            f"olympiadbench: a record has {len(value)} final answers, one is expected; use a local copy with data.root=DIR"
+        )
     return str(value[0])
 
 
@@ -50,8 +54,9 @@ _SAMPLED = Decoding(32, 0.6, 0.95)
 
 @dataclass(frozen=True)
 class Hub:
-    """A Hub data set at a commit: `configs` (one after the other), `split`, the `fields` of a record here by their names there, and how
-    the answer is taken from its field. `count` is the Hub copy's where it differs from the local one (0: the same)."""
+    """A Hub data set at a commit: `configs` (one after the other), `split`, the `fields` of a record here by
+    their names there, and how the answer is taken from its field. `count` is the Hub copy's where it differs
+    from the local one (0: the same)."""
 
     repository: str
     revision: str
@@ -64,7 +69,8 @@ class Hub:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """`count` records whose `content_hash` is `sha256`; `hub` None: local files only. `decoding` is complete but for max_new_tokens."""
+    """`count` records whose `content_hash` is `sha256`; `hub` None: local files only. `decoding` is complete
+    but for max_new_tokens."""
 
     count: int
     sha256: str
@@ -74,7 +80,15 @@ class ProblemSet:
 
 _QUESTION = {"problem": "question", "answer": "answer"}
 _PROBLEM = {"problem": "problem", "answer": "answer"}
-_MATH = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
+_MATH = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 
 BENCHMARKS: dict[str, ProblemSet] = {
     "gsm8k": ProblemSet(
@@ -108,7 +122,12 @@ BENCHMARKS: dict[str, ProblemSet] = {
         Hub(
             "math-ai/olympiadbench",
             "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84",
-            {"problem": "question", "answer": "final_answer", "subject": "subfield", "multiple": "is_multiple_answer"}
+            {
+                "problem": "question",
+                "answer": "final_answer",
+                "subject": "subfield",
+                "multiple": "is_multiple_answer",
+            }
             | {"unit": "unit", "error": "error"},
             _only,
             count=674,
@@ -117,7 +136,12 @@ BENCHMARKS: dict[str, ProblemSet] = {
     "aime24": ProblemSet(
         30,
         "8c928377e52063470ebc55435ec0c55a05a3bb020d5bb31fb3c77dd98d2e6cae",
-        Hub("math-ai/aime24", "83a7f387baaa524a8bda0022eac0541582297103", {"problem": "problem", "answer": "solution"}, _boxed),
+        Hub(
+            "math-ai/aime24",
+            "83a7f387baaa524a8bda0022eac0541582297103",
+            {"problem": "problem", "answer": "solution"},
+            _boxed,
+        ),
         _SAMPLED,
     ),
     "aime25": ProblemSet(
@@ -149,7 +173,13 @@ TRAINING_SETS: dict[str, ProblemSet] = {
         Hub(
             "EleutherAI/hendrycks_math",
             "21a5633873b6a120296cce3e2df9d5550074f4a3",
-            {"problem": "problem", "answer": "solution", "solution": "solution", "subject": "type", "level": "level"},
+            {
+                "problem": "problem",
+                "answer": "solution",
+                "solution": "solution",
+                "subject": "type",
+                "level": "level",
+            },
             _boxed,
             _MATH,
             "train",
@@ -160,9 +190,11 @@ TRAINING_SETS: dict[str, ProblemSet] = {
 
 
 def content_hash(pairs: Iterable[tuple[str, str]]) -> str:
-    """sha256 over the (problem, answer) pairs of a set, in any order: their JSON, one a line, sorted; spaces at the ends and the form of
-    newlines do not count."""
-    lines = sorted(json.dumps([_canonical(problem), _canonical(answer)], ensure_ascii=False) for problem, answer in pairs)
+    """sha256 over the (problem, answer) pairs of a set, in any order: their JSON, one a line, sorted; spaces
+    at the ends and the form of newlines do not count."""
+    lines = sorted(
+        json.dumps([_canonical(problem), _canonical(answer)], ensure_ascii=False) for problem, answer in pairs
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -180,8 +212,9 @@ def decodings(config: Config, suites: Iterable[str]) -> dict[str, Decoding]:
 
 
 def decoding(config: Config, suite: str) -> Decoding:
-    """How `suite` is decoded, complete: evaluate.per_suite.<suite> before evaluate.* before the benchmark's own (greedy, once, for suites
-    that are no named benchmark) before rollout.max_new_tokens. Raises UserError for several greedy samples, which would be the same."""
+    """How `suite` is decoded, complete: evaluate.per_suite.<suite> before evaluate.* before the benchmark's
+    own (greedy, once, for suites that are no named benchmark) before rollout.max_new_tokens. Raises UserError
+    for several greedy samples, which would be the same."""
     named = suite in config.data.benchmarks
     own = config.evaluate.per_suite.get(suite, Decoding())
     chain = (own, config.evaluate, BENCHMARKS[suite].decoding if named else _GREEDY)

@@ -1,9 +1,10 @@
 """Training problems that are also benchmark problems, or nearly so.
 
-Three tests, the first that holds names the match: `exact`, the same text but for spaces and dollar signs; `alnum`, the same letters and
-digits (signs may differ); `13gram`, at least half of the benchmark problem's different sequences of 13 words are in the training problem.
-A word is a run of letters or a run of digits, in lower case, so that `2x-3` and `2x - 3` are the same. The last test also finds templates
-filled with other numbers: for training a removal too many costs little, a leaked benchmark problem costs the benchmark.
+Three tests, the first that holds names the match: `exact`, the same text but for spaces and dollar signs;
+`alnum`, the same letters and digits (signs may differ); `13gram`, at least half of the benchmark problem's
+different sequences of 13 words are in the training problem. A word is a run of letters or a run of digits, in
+lower case, so that `2x-3` and `2x - 3` are the same. The last test also finds templates filled with other
+numbers: for training a removal too many costs little, a leaked benchmark problem costs the benchmark.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _SPACES_AND_DOLLARS = re.compile(r"[\s$]+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """`share` of the benchmark problem's word sequences that the training problem has, in [0, 1]; 1 for `exact` and `alnum`."""
+    """`share` of the benchmark problem's word sequences that the training problem has, in [0, 1]; 1 for
+    `exact` and `alnum`."""
 
     suite: str
     benchmark_id: str

@@ -1,9 +1,9 @@
 """Preference pairs as token ids, from the standard format (files, the Hub) or from the run's own pair stage.
 
-A row of the standard format has `prompt`, `chosen` and `rejected`: three strings (plain), or three lists of {"role", "content"} messages
-(conversational), where `prompt` may be left out if `chosen` and `rejected` hold the whole conversation. Optional columns: `problem_id`,
-`source`, `score_chosen` and `score_rejected` (raw reward-model scores), `margin_end` (leading characters of the rejected text that take
-part in the margin).
+A row of the standard format has `prompt`, `chosen` and `rejected`: three strings (plain), or three lists of
+{"role", "content"} messages (conversational), where `prompt` may be left out if `chosen` and `rejected` hold
+the whole conversation. Optional columns: `problem_id`, `source`, `score_chosen` and `score_rejected` (raw
+reward-model scores), `margin_end` (leading characters of the rejected text that take part in the margin).
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from pns.errors import UserError
 from pns.records import PreferencePair, Problem, from_json
 from pns.run.directory import read_jsonl
 
-COLUMNS = ("prompt", "chosen", "rejected", "problem_id", "source", "margin_end", "score_chosen", "score_rejected")
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "problem_id",
+    "source",
+    "margin_end",
+    "score_chosen",
+    "score_rejected",
+)
 SIDES = ("chosen", "rejected")
 CAUSES = ("empty_side", "end_token_inside", "identical_sides", "prompt_too_long", "pair_too_long")
 _UNSUPPORTED = ("tools", "images")  # columns that change what a chat template renders
@@ -39,10 +48,12 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A pair as token ids (T,). The completions end with the end token; a blank side, or a blank prompt, is an empty tuple.
+    """A pair as token ids (T,). The completions end with the end token; a blank side, or a blank prompt, is
+    an empty tuple.
 
-    `margin_tokens`: leading tokens of `rejected_ids`, up to and including the first wrong step, that take part in the margin; None: all.
-    `score_gap`: reward-model score of chosen minus that of rejected. `where`: "FILE, line N" or "HUB@REVISION, row N", from 1.
+    `margin_tokens`: leading tokens of `rejected_ids`, up to and including the first wrong step, that take
+    part in the margin; None: all. `score_gap`: reward-model score of chosen minus that of rejected. `where`:
+    "FILE, line N" or "HUB@REVISION, row N", from 1.
     """
 
     prompt_ids: tuple[int, ...]
@@ -55,7 +66,8 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class LoadedPairs:
-    """The pairs to train on, in order; how many of `num_rows` rows were dropped per cause; where they come from and their `data_hash`."""
+    """The pairs to train on, in order; how many of `num_rows` rows were dropped per cause; where they come
+    from and their `data_hash`."""
 
     pairs: list[TokenPair]
     dropped: dict[str, int]
@@ -75,14 +87,20 @@ class LoadedPairs:
 
 
 def load_pairs(
-    config: Config, prompts: Prompts, problems: Mapping[str, Problem], own_pairs: Path, overlaps: Overlaps | None = None
+    config: Config,
+    prompts: Prompts,
+    problems: Mapping[str, Problem],
+    own_pairs: Path,
+    overlaps: Overlaps | None = None,
 ) -> LoadedPairs:
-    """The pairs of `preference.data`, or where that is empty those of the run: `own_pairs`, of the problems in `problems` by id.
+    """The pairs of `preference.data`, or where that is empty those of the run: `own_pairs`, of the problems
+    in `problems` by id.
 
-    Rows from outside whose prompt is a problem in `overlaps` are dropped and counted as `in_a_suite`; the run's own problems have been
-    decontaminated before. `data.system_prompt` and `data.instruction` are put around the run's own problems only: other rows are taken as
-    they are. Raises UserError, naming file and line, for what cannot be read, for a bad pair (see `filter_pairs`), and for a pair without
-    scores where the loss reads them.
+    Rows from outside whose prompt is a problem in `overlaps` are dropped and counted as `in_a_suite`; the
+    run's own problems have been decontaminated before. `data.system_prompt` and `data.instruction` are put
+    around the run's own problems only: other rows are taken as they are. Raises UserError, naming file and
+    line, for what cannot be read, for a bad pair (see `filter_pairs`), and for a pair without scores where
+    the loss reads them.
     """
     data = config.preference.data
     if data.path or data.hub:
@@ -90,14 +108,21 @@ def load_pairs(
         found = list(read_rows(data))
         rows = [row for _, row in found]
         if overlaps is not None:
-            found = [(where, row) for where, row in found if not overlaps.of(Problem(where, question(row), ""))]
-        encoded = [encode_row(prompts.tokenizer, row, where, config.data.assistant_prefix) for where, row in found]
+            found = [
+                (where, row) for where, row in found if not overlaps.of(Problem(where, question(row), ""))
+            ]
+        encoded = [
+            encode_row(prompts.tokenizer, row, where, config.data.assistant_prefix) for where, row in found
+        ]
     else:
         source = "the run's pair stage"
         pairs = read_pairs(own_pairs)
         rows = pair_rows(pairs, config.data)
         lines = enumerate(pairs, start=1)
-        encoded = [encode_pair(prompts, problems[pair.problem_id], pair, f"{own_pairs}, line {number}") for number, pair in lines]
+        encoded = [
+            encode_pair(prompts, problems[pair.problem_id], pair, f"{own_pairs}, line {number}")
+            for number, pair in lines
+        ]
     in_a_suite = len(rows) - len(encoded)
     budget, layout = config.policy.max_tokens_per_micro_batch, config.policy.layout
     kept, dropped = filter_pairs(encoded, config.data.max_prompt_tokens, budget, data.bad_pairs, layout)
@@ -114,7 +139,11 @@ def question(row: Mapping[str, Any]) -> str:
     """What the user asks in a row, as text; empty where the row is malformed."""
     asked = row.get("prompt") or row.get("chosen")
     if isinstance(asked, list):
-        return "\n".join(str(message.get("content")) for message in asked if isinstance(message, dict) and message.get("role") == "user")
+        return "\n".join(
+            str(message.get("content"))
+            for message in asked
+            if isinstance(message, dict) and message.get("role") == "user"
+        )
     return asked if isinstance(asked, str) else ""
 
 
@@ -122,7 +151,9 @@ def read_pairs(path: Path) -> list[PreferencePair]:
     """The run's own pairs. Raises UserError if there are none."""
     pairs = [from_json(PreferencePair, row) for row in read_jsonl(path)]
     if not pairs:
-        raise UserError(f"preference: {path} has no pairs; raise synthesize.samples_per_problem or pair.samples_per_problem")
+        raise UserError(
+            f"preference: {path} has no pairs; raise synthesize.samples_per_problem or pair.samples_per_problem"
+        )
     return pairs
 
 
@@ -137,8 +168,8 @@ def pair_rows(pairs: Sequence[PreferencePair], data: Data) -> list[dict[str, Any
 
 
 def read_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of `settings.path` or `settings.hub`, at most `settings.limit` (0: all). Raises UserError for a file or a data set that
-    cannot be read or holds no row, and for a line that is not a JSON object."""
+    """(where, row) of `settings.path` or `settings.hub`, at most `settings.limit` (0: all). Raises UserError
+    for a file or a data set that cannot be read or holds no row, and for a line that is not a JSON object."""
     if settings.hub:
         rows = _hub_rows(settings)
     elif settings.path.endswith(".parquet"):
@@ -155,14 +186,20 @@ def read_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else open(path, encoding="utf-8") as file
+        ):
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not a JSON object ({error.msg}); mend or remove the line") from error
+                    raise UserError(
+                        f"{path}, line {number}: not a JSON object ({error.msg}); mend or remove the line"
+                    ) from error
                 if not isinstance(row, dict):
                     raise UserError(
                         f'{path}, line {number}: not a JSON object; a line is {{"prompt": ..., "chosen": ..., "rejected": ...}}'
@@ -195,7 +232,9 @@ def _hub_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
         found = datasets.load_dataset(settings.hub, revision=settings.revision, split=settings.split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         message = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"preference.data.hub: split {settings.split!r} of {name} cannot be loaded: {message}") from error
+        raise UserError(
+            f"preference.data.hub: split {settings.split!r} of {name} cannot be loaded: {message}"
+        ) from error
     for number, row in enumerate(found.select_columns(_known(found.column_names)), start=1):
         yield f"{name}, row {number}", row
 
@@ -207,18 +246,21 @@ def _known(names: Iterable[str]) -> list[str]:
 def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_prefix: str = "") -> TokenPair:
     """A row of the standard format as token ids.
 
-    Plain: the prompt as the tokenizer encodes a text (with its own begin token, once), and the completions with the end token.
-    Conversational: the prompt as the chat template renders it with its generation prompt, and what the template adds for the assistant's
-    turn up to its end token; where a template ends the turn otherwise, the end token (what a rollout stops at) takes the place of what
-    follows the turn's text. A completion has exactly one assistant message. An `assistant_prefix` that both sides begin with counts as
+    Plain: the prompt as the tokenizer encodes a text (with its own begin token, once), and the completions
+    with the end token. Conversational: the prompt as the chat template renders it with its generation prompt,
+    and what the template adds for the assistant's turn up to its end token; where a template ends the turn
+    otherwise, the end token (what a rollout stops at) takes the place of what follows the turn's text. A
+    completion has exactly one assistant message. An `assistant_prefix` that both sides begin with counts as
     prompt, as in rollouts.
 
-    Raises UserError, naming `where`, for a missing or mistyped field, a template that refuses the messages, and one that does not render
-    the prompt as the beginning of the conversation.
+    Raises UserError, naming `where`, for a missing or mistyped field, a template that refuses the messages,
+    and one that does not render the prompt as the beginning of the conversation.
     """
     for column in _UNSUPPORTED:
         if row.get(column):
-            raise UserError(f"{where}: a pair with {column!r} cannot be rendered; remove the column or the row")
+            raise UserError(
+                f"{where}: a pair with {column!r} cannot be rendered; remove the column or the row"
+            )
     values: dict[str, Any] = {key: row.get(key) for key in ("prompt", *SIDES)}
     plain = all(isinstance(value, str) for value in values.values())
     if plain:
@@ -227,8 +269,13 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
     elif all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
         prompt, sides = _render(tokenizer, values, where)
     else:
-        kinds = ", ".join(f"{key!r} is {'missing' if value is None else type(value).__name__}" for key, value in values.items())
-        raise UserError(f"{where}: {kinds}; a pair is three strings or three lists of messages ('prompt' may then be left out)")
+        kinds = ", ".join(
+            f"{key!r} is {'missing' if value is None else type(value).__name__}"
+            for key, value in values.items()
+        )
+        raise UserError(
+            f"{where}: {kinds}; a pair is three strings or three lists of messages ('prompt' may then be left out)"
+        )
     prefix = assistant_prefix if all(side.text.startswith(assistant_prefix) for side in sides) else ""
     texts = [side.text.removeprefix(prefix) for side in sides]
     chosen_ids, rejected_ids = (_completion_ids(tokenizer, text) for text in texts)
@@ -240,22 +287,30 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
                 f"{where}: the chat template changes the rejected text, so that margin_end has no place in it; remove margin_end"
             )
         offsets = tokenizer(texts[1], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        margin_tokens = num_margin_tokens([start + len(prefix) for start, _ in offsets], sides[1].start + margin_end)
+        margin_tokens = num_margin_tokens(
+            [start + len(prefix) for start, _ in offsets], sides[1].start + margin_end
+        )
     prompt_ids = _prompt_ids(tokenizer, prompt + prefix, plain) if prompt else ()
     return TokenPair(prompt_ids, chosen_ids, rejected_ids, margin_tokens, _score_gap(row, where), where)
 
 
 def encode_pair(prompts: Prompts, problem: Problem, pair: PreferencePair, where: str) -> TokenPair:
     """A pair of the run as token ids, the prompt as in its rollouts."""
-    chosen_ids, rejected_ids = (prompts.encode_completion(text) if text.strip() else () for text in (pair.chosen, pair.rejected))
-    margin_tokens = None if pair.margin_end is None else num_margin_tokens(prompts.token_starts(pair.rejected), pair.margin_end)
+    chosen_ids, rejected_ids = (
+        prompts.encode_completion(text) if text.strip() else () for text in (pair.chosen, pair.rejected)
+    )
+    margin_tokens = (
+        None
+        if pair.margin_end is None
+        else num_margin_tokens(prompts.token_starts(pair.rejected), pair.margin_end)
+    )
     return TokenPair(prompts.encode(problem), chosen_ids, rejected_ids, margin_tokens, pair.score_gap, where)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """What follows the prompt, without the end token ("": blank), and where in it the row's own text starts (None: the template has changed
-    that text)."""
+    """What follows the prompt, without the end token ("": blank), and where in it the row's own text starts
+    (None: the template has changed that text)."""
 
     text: str
     start: int | None
@@ -264,35 +319,49 @@ class _Side:
 def _render(tokenizer: Any, values: Mapping[str, Any], where: str) -> tuple[str, list[_Side]]:
     """The prompt's text ("": blank) and both sides of a conversational row."""
     if not tokenizer.chat_template:
-        raise UserError(f"{where}: the pair is conversational and the model's tokenizer has no chat template; give plain strings")
+        raise UserError(
+            f"{where}: the pair is conversational and the model's tokenizer has no chat template; give plain strings"
+        )
     turns = [_messages(values[side], side, where) for side in SIDES]
     if values["prompt"] is None:
         longest = min(map(len, turns)) - 1  # a completion stays on either side
         common = next((i for i in range(longest) if turns[0][i] != turns[1][i]), longest)
         prompt, turns = turns[0][:common], [side[common:] for side in turns]
         if not prompt:
-            raise UserError(f"{where}: 'prompt' is missing, and 'chosen' and 'rejected' do not begin with the same messages")
+            raise UserError(
+                f"{where}: 'prompt' is missing, and 'chosen' and 'rejected' do not begin with the same messages"
+            )
     else:
         prompt = _messages(values["prompt"], "prompt", where)
     if prompt[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the prompt ends with an assistant message; the assistant's turn belongs to 'chosen' and 'rejected'")
+        raise UserError(
+            f"{where}: the prompt ends with an assistant message; the assistant's turn belongs to 'chosen' and 'rejected'"
+        )
     for side, messages in zip(SIDES, turns, strict=True):
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"{where}: {side!r} must be one assistant message after the prompt; it is {len(messages)} ({roles})")
+            raise UserError(
+                f"{where}: {side!r} must be one assistant message after the prompt; it is {len(messages)} ({roles})"
+            )
     try:
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         wholes = [tokenizer.apply_chat_template([*prompt, *messages], tokenize=False) for messages in turns]
     except TemplateError as error:
         raise UserError(f"{where}: the model's chat template refuses the messages: {error}") from error
-    sides = [_side(tokenizer, before, whole, turn[0]["content"], where) for whole, turn in zip(wholes, turns, strict=True)]
+    sides = [
+        _side(tokenizer, before, whole, turn[0]["content"], where)
+        for whole, turn in zip(wholes, turns, strict=True)
+    ]
     return before if prompt[-1]["content"].strip() else "", sides
 
 
 def _side(tokenizer: Any, before: str, whole: str, content: str, where: str) -> _Side:
     """What a template adds to the prompt `before` in the conversation `whole`, up to the end token."""
     if not whole.startswith(before):
-        place = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
+        place = next(
+            (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
+            min(len(before), len(whole)),
+        )
         raise UserError(
             f"{where}: the chat template renders the prompt otherwise once the assistant's turn follows (from character {place}: "
             f"{before[place : place + 20]!r} becomes {whole[place : place + 20]!r}); give the pair as plain strings"
@@ -314,7 +383,10 @@ def _side(tokenizer: Any, before: str, whole: str, content: str, where: str) -> 
 
 def _messages(value: Any, key: str, where: str) -> Messages:
     """The messages without keys that are null (a Parquet file has every key in every message)."""
-    if not value or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value):
+    if not value or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
+    ):
         raise UserError(f'{where}: {key!r} must be a list of messages {{"role": TEXT, "content": TEXT}}')
     return [{name: item for name, item in message.items() if item is not None} for message in value]
 
@@ -336,7 +408,9 @@ def _margin_end(row: Mapping[str, Any], rejected: Any, where: str) -> int | None
     value = row.get("margin_end")
     length = len(rejected if isinstance(rejected, str) else rejected[-1]["content"])
     if value is not None and (type(value) is not int or not 0 < value <= length):
-        raise UserError(f"{where}: margin_end is {value!r}; it counts characters of the rejected text, from 1 to {length}")
+        raise UserError(
+            f"{where}: margin_end is {value!r}; it counts characters of the rejected text, from 1 to {length}"
+        )
     return value
 
 
@@ -346,12 +420,15 @@ def _score_gap(row: Mapping[str, Any], where: str) -> float | None:
         return None
     chosen, rejected = scores
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
-        raise UserError(f"{where}: score_chosen is {chosen!r} and score_rejected {rejected!r}; give two finite numbers or neither")
+        raise UserError(
+            f"{where}: score_chosen is {chosen!r} and score_rejected {rejected!r}; give two finite numbers or neither"
+        )
     return float(chosen) - float(rejected)
 
 
 def pair_tokens(pair: TokenPair, layout: Layout) -> int:
-    """Tokens that a pair's two rows take in a micro-batch; in the shared layout at most, as completions may begin alike, too."""
+    """Tokens that a pair's two rows take in a micro-batch; in the shared layout at most, as completions may
+    begin alike, too."""
     prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
     if layout is Layout.padded:
         return 2 * (prompt + max(chosen, rejected))
@@ -365,10 +442,11 @@ def filter_pairs(
     bad: BadPairs,
     layout: Layout = Layout.shared,
 ) -> tuple[list[TokenPair], dict[str, int]]:
-    """The pairs that can be trained on, and how many were dropped for each of `CAUSES` (the first that applies).
+    """The pairs that can be trained on, and how many were dropped for each of `CAUSES` (the first that
+    applies).
 
-    `max_pair_tokens` is counted as `layout` holds a pair. Raises UserError at the first bad pair where `bad` is error, and
-    where no pair remains.
+    `max_pair_tokens` is counted as `layout` holds a pair. Raises UserError at the first bad pair where `bad`
+    is error, and where no pair remains.
     """
     kept: list[TokenPair] = []
     dropped = dict.fromkeys(CAUSES, 0)
@@ -379,14 +457,22 @@ def filter_pairs(
         elif bad is BadPairs.drop:
             dropped[fault[0]] += 1
         else:
-            raise UserError(f"{pair.where}: {fault[1]}, or drop and count such pairs with preference.data.bad_pairs=drop")
+            raise UserError(
+                f"{pair.where}: {fault[1]}, or drop and count such pairs with preference.data.bad_pairs=drop"
+            )
     if not kept:
-        counts = ", ".join(f"{cause} {count}" for cause, count in dropped.items() if count) or "there were none"
-        raise UserError(f"preference: no pair is left to train on ({counts}); mend the data, or raise the limits that were exceeded")
+        counts = (
+            ", ".join(f"{cause} {count}" for cause, count in dropped.items() if count) or "there were none"
+        )
+        raise UserError(
+            f"preference: no pair is left to train on ({counts}); mend the data, or raise the limits that were exceeded"
+        )
     return kept, dropped
 
 
-def _fault(pair: TokenPair, max_prompt_tokens: int, max_pair_tokens: int, num_tokens: int) -> tuple[str, str] | None:
+def _fault(
+    pair: TokenPair, max_prompt_tokens: int, max_pair_tokens: int, num_tokens: int
+) -> tuple[str, str] | None:
     """(cause, message) of a bad pair."""
     parts = {"prompt": pair.prompt_ids, "chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
     for name, ids in parts.items():
@@ -400,20 +486,32 @@ def _fault(pair: TokenPair, max_prompt_tokens: int, max_pair_tokens: int, num_to
                 f"token {inner.index(end) + 1} of {len(inner) + 1} of {name!r} is the end token: mend or remove the pair",
             )
     if pair.chosen_ids == pair.rejected_ids:
-        return "identical_sides", f"'chosen' and 'rejected' are the same {len(pair.chosen_ids)} tokens: mend or remove the pair"
+        return (
+            "identical_sides",
+            f"'chosen' and 'rejected' are the same {len(pair.chosen_ids)} tokens: mend or remove the pair",
+        )
     if len(pair.prompt_ids) > max_prompt_tokens:
-        return "prompt_too_long", f"the prompt has {len(pair.prompt_ids)} tokens, data.max_prompt_tokens is {max_prompt_tokens}: raise it"
+        return (
+            "prompt_too_long",
+            f"the prompt has {len(pair.prompt_ids)} tokens, data.max_prompt_tokens is {max_prompt_tokens}: raise it",
+        )
     if num_tokens > max_pair_tokens:
-        return "pair_too_long", f"the pair takes {num_tokens} tokens, policy.max_tokens_per_micro_batch is {max_pair_tokens}: raise it"
+        return (
+            "pair_too_long",
+            f"the pair takes {num_tokens} tokens, policy.max_tokens_per_micro_batch is {max_pair_tokens}: raise it",
+        )
     return None
 
 
 def canonical_line(row: Mapping[str, Any]) -> str:
-    """One line of JSON, the same for the same pair read from JSONL, from Parquet or from the Hub: the known columns that have a value, keys
-    sorted, scores as floats."""
+    """One line of JSON, the same for the same pair read from JSONL, from Parquet or from the Hub: the known
+    columns that have a value, keys sorted, scores as floats."""
     known = {key: row[key] for key in COLUMNS if row.get(key) is not None}
     known |= {key: float(known[key]) for key in ("score_chosen", "score_rejected") if key in known}
-    return json.dumps(_without_nulls(known), sort_keys=True, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    return (
+        json.dumps(_without_nulls(known), sort_keys=True, ensure_ascii=False, allow_nan=False, default=str)
+        + "\n"
+    )
 
 
 def data_hash(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -1,4 +1,5 @@
-"""Problems of a run: the tiny world, named sets (pns.data.benchmarks) or local files, checked before anything starts."""
+"""Problems of a run: the tiny world, named sets (pns.data.benchmarks) or local files, checked before anything
+starts."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from pns.config import Config, Data, DataSource, external_pairs
-from pns.data import tiny_world
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, Hub, ProblemSet, content_hash, decodings
 from pns.data.decontamination import Overlap, Overlaps, decontaminate
 from pns.errors import UserError
 from pns.records import AnswerRule, Problem
+from pns.tiny import world as tiny_world
 
 TRAINING = ("train", "reward", "preference")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which problems a suite has: where they are from, the number of records, their `content_hash`, and the ids of records that the source
-    marks as broken and that have no answer: they are not asked."""
+    """Which problems a suite has: where they are from, the number of records, their `content_hash`, and the
+    ids of records that the source marks as broken and that have no answer: they are not asked."""
 
     source: str
     count: int
@@ -33,7 +34,8 @@ class Identity:
 
 @dataclass(frozen=True)
 class ProblemSets:
-    """The run's problems: `train` for RL, `reward` for the reward models, `preference` for synthesis and pairs, `suites` for evaluation.
+    """The run's problems: `train` for RL, `reward` for the reward models, `preference` for synthesis and
+    pairs, `suites` for evaluation.
 
     `removed` are the overlaps with benchmarks for which problems of each training part were left out."""
 
@@ -46,7 +48,8 @@ class ProblemSets:
 
 
 def load_problem_sets(config: Config) -> ProblemSets:
-    """All problems of the run. Raises UserError for a missing, empty, malformed, short or changed file (file and line number)."""
+    """All problems of the run. Raises UserError for a missing, empty, malformed, short or changed file (file
+    and line number)."""
     data = config.data
     suites, identities = load_suites(config)
     if data.source is DataSource.tiny:
@@ -61,7 +64,11 @@ def load_problem_sets(config: Config) -> ProblemSets:
     if external_pairs(config):
         return ProblemSets([], [], [], suites, identities)
     files = data.jsonl
-    names = {"train": files.train, "reward": files.reward or files.train, "preference": files.preference or files.train}
+    names = {
+        "train": files.train,
+        "reward": files.reward or files.train,
+        "preference": files.preference or files.train,
+    }
     parts = {part: _training_problems(name, part, data) for part, name in names.items()}
     removed: dict[str, list[Overlap]] = {}
     if data.decontaminate:
@@ -69,13 +76,16 @@ def load_problem_sets(config: Config) -> ProblemSets:
         for part in TRAINING:
             kept, removed[part] = decontaminate(parts[part], overlaps)
             if not kept:
-                raise UserError(f"data.jsonl.{part}: every problem of {names[part]} is also in a suite; name another file")
+                raise UserError(
+                    f"data.jsonl.{part}: every problem of {names[part]} is also in a suite; name another file"
+                )
             parts[part] = kept
     return ProblemSets(**parts, suites=suites, identities=identities, removed=removed)
 
 
 def load_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Identity]]:
-    """The suites of an evaluation, and what they are. Raises UserError as `load_problem_sets`, and for a wrong decoding."""
+    """The suites of an evaluation, and what they are. Raises UserError as `load_problem_sets`, and for a
+    wrong decoding."""
     suites, identities = _read_suites(config)
     decodings(config, suites)
     return suites, identities
@@ -87,22 +97,29 @@ def _read_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Id
     identities: dict[str, Identity] = {}
     if data.source is DataSource.tiny:
         # The test problems are the same whatever the run's seed: scores of different runs compare.
-        suites = {suite: tiny_world.problems("test", suite, data.tiny.num_test_per_suite, 0) for suite in tiny_world.SUITES}
+        suites = {
+            suite: tiny_world.problems("test", suite, data.tiny.num_test_per_suite, 0)
+            for suite in tiny_world.SUITES
+        }
         return suites, {suite: _identity("tiny world", problems) for suite, problems in suites.items()}
     for name in data.benchmarks:
         suites[name], identities[name] = load_named(name, data)
         if data.jsonl.limit:
             suites[name] = suites[name][: data.jsonl.limit]
-            identities[name] = _identity(f"the first {data.jsonl.limit} of {identities[name].source}", suites[name])
+            identities[name] = _identity(
+                f"the first {data.jsonl.limit} of {identities[name].source}", suites[name]
+            )
     for name, path in data.jsonl.suites.items():
         suites[name] = read_problems(Path(path), name, data.jsonl.limit)
         identities[name] = _identity(path, suites[name])
     return suites, identities
 
 
-def load_named(name: str, data: Data, table: Mapping[str, ProblemSet] = BENCHMARKS) -> tuple[list[Problem], Identity]:
-    """A set of `table` (BENCHMARKS or TRAINING_SETS), from `data.root` or the Hub, checked. Raises UserError for an unknown name, a missing
-    file, and a count or content that differs."""
+def load_named(
+    name: str, data: Data, table: Mapping[str, ProblemSet] = BENCHMARKS
+) -> tuple[list[Problem], Identity]:
+    """A set of `table` (BENCHMARKS or TRAINING_SETS), from `data.root` or the Hub, checked. Raises UserError
+    for an unknown name, a missing file, and a count or content that differs."""
     if name not in table:
         raise UserError(f"{name}: no set of that name; there are {', '.join(table)} (own files: data.jsonl)")
     expected = table[name]
@@ -111,13 +128,17 @@ def load_named(name: str, data: Data, table: Mapping[str, ProblemSet] = BENCHMAR
         source, records, pinned, count = str(path), list(read_records(path)), False, expected.count
     else:
         if expected.hub is None:
-            raise UserError(f"{name}: no Hub copy of it is known; name a directory that has {name}.jsonl with data.root=DIR")
+            raise UserError(
+                f"{name}: no Hub copy of it is known; name a directory that has {name}.jsonl with data.root=DIR"
+            )
         revision = data.revisions.get(name, expected.hub.revision)
         source = f"hf://{expected.hub.repository}@{revision}"
         records = list(read_hub(name, expected.hub, revision))
         pinned, count = revision == expected.hub.revision, expected.hub.count or expected.count
     if len(records) != count:
-        raise UserError(f"{name}: {source} has {len(records)} records, {count} are expected; fetch the whole set again")
+        raise UserError(
+            f"{name}: {source} has {len(records)} records, {count} are expected; fetch the whole set again"
+        )
     digest = content_hash((record["problem"], record["answer"]) for record in records)
     if not pinned and digest != expected.sha256:
         raise UserError(
@@ -126,14 +147,17 @@ def load_named(name: str, data: Data, table: Mapping[str, ProblemSet] = BENCHMAR
         )
     problems = [problem for record in records if (problem := to_problem(record, name))]
     asked = {problem.id for problem in problems}
-    return problems, Identity(source, count, digest, tuple(record["id"] for record in records if record["id"] not in asked))
+    return problems, Identity(
+        source, count, digest, tuple(record["id"] for record in records if record["id"] not in asked)
+    )
 
 
 def read_problems(path: Path, suite: str, limit: int = 0) -> list[Problem]:
     """The problems of a `.jsonl` or `.jsonl.gz` file, at most `limit` (0: all).
 
-    Records marked with a `note` (known to be broken) and no answer are left out; any other record without a problem or an answer is an
-    error, as is a malformed line, a duplicate id or a file without problems. Raises UserError.
+    Records marked with a `note` (known to be broken) and no answer are left out; any other record without a
+    problem or an answer is an error, as is a malformed line, a duplicate id or a file without problems.
+    Raises UserError.
     """
     found: list[Problem] = []
     for record in read_records(path):
@@ -158,12 +182,17 @@ def to_problem(record: Mapping[str, Any], suite: str) -> Problem | None:
         record.get("solution"),
         str(record.get("subject") or ""),
         str(record.get("level") or "").removeprefix("Level "),
-        AnswerRule(bool(record.get("multiple")), float(record.get("error") or 0), str(record.get("unit") or "").strip("$")),
+        AnswerRule(
+            bool(record.get("multiple")),
+            float(record.get("error") or 0),
+            str(record.get("unit") or "").strip("$"),
+        ),
     )
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file, each with an `id` of its own. Raises UserError with file and line number."""
+    """The records of a JSON-lines file, each with an `id` of its own. Raises UserError with file and line
+    number."""
     seen: set[str] = set()
     for number, line in _lines(path):
         if not line.strip():
@@ -179,8 +208,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_hub(name: str, hub: Hub, revision: str) -> Iterator[dict[str, Any]]:
-    """The records of a Hub data set at a commit, with the names of fields and the form of answers that local files have. Raises UserError
-    where it cannot be fetched or lacks a field."""
+    """The records of a Hub data set at a commit, with the names of fields and the form of answers that local
+    files have. Raises UserError where it cannot be fetched or lacks a field."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -195,7 +224,9 @@ def read_hub(name: str, hub: Hub, revision: str) -> Iterator[dict[str, Any]]:
                 f"{name}.jsonl with data.root=DIR"
             ) from error
         if missing := set(hub.fields.values()) - set(rows.column_names):
-            raise UserError(f"{name}: {hub.repository} at {revision} has no field {sorted(missing)[0]!r}; use the pinned revision")
+            raise UserError(
+                f"{name}: {hub.repository} at {revision} has no field {sorted(missing)[0]!r}; use the pinned revision"
+            )
         for row in rows:
             record = {key: row[field] for key, field in hub.fields.items()}
             record["answer"] = hub.answer(record["answer"])
@@ -211,7 +242,9 @@ def _checked(record: dict[str, Any], where: str, identity: str, seen: set[str]) 
         if not isinstance(record.get(key), str):
             raise UserError(f"{where}: field {key!r} is missing or not a string")
     record["id"] = str(record.get("id", identity))
-    if not (record.get("note") and not record["answer"]) and not (record["problem"].strip() and record["answer"].strip()):
+    if not (record.get("note") and not record["answer"]) and not (
+        record["problem"].strip() and record["answer"].strip()
+    ):
         raise UserError(f"{where}: empty problem or answer; remove the line")
     if record["id"] in seen:
         raise UserError(f"{where}: id {record['id']!r} occurs twice; ids must be unique")
@@ -220,8 +253,8 @@ def _checked(record: dict[str, Any], where: str, identity: str, seen: set[str]) 
 
 
 def removals(removed: Mapping[str, Iterable[Overlap]]) -> dict[str, Any]:
-    """What decontamination left out, for decontamination.json: per part the number of problems, how many of them each suite accounts for,
-    and the overlaps."""
+    """What decontamination left out, for decontamination.json: per part the number of problems, how many of
+    them each suite accounts for, and the overlaps."""
     report = {}
     for part, overlaps in removed.items():
         found = list(overlaps)
@@ -247,7 +280,8 @@ def benchmark_overlaps(suites: Mapping[str, list[Problem]], data: Data) -> Overl
 
 
 def _benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iterator[Problem]:
-    """The suites' problems whole (whatever `limit` says), and those of every other benchmark that lies in `data.root`."""
+    """The suites' problems whole (whatever `limit` says), and those of every other benchmark that lies in
+    `data.root`."""
     for name, problems in suites.items():
         if name in data.benchmarks and data.jsonl.limit:
             problems = load_named(name, data)[0]
@@ -259,12 +293,16 @@ def _benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iter
 
 
 def _identity(source: str, problems: list[Problem]) -> Identity:
-    return Identity(source, len(problems), content_hash((problem.prompt, problem.answer) for problem in problems))
+    return Identity(
+        source, len(problems), content_hash((problem.prompt, problem.answer) for problem in problems)
+    )
 
 
 def _local_file(name: str, root: Path) -> Path:
     if not (found := _candidates(name, root, only_present=True)):
-        raise UserError(f"{name}: {_candidates(name, root)[0]} does not exist; data.root names a directory that has the file")
+        raise UserError(
+            f"{name}: {_candidates(name, root)[0]} does not exist; data.root names a directory that has the file"
+        )
     return found[0]
 
 
@@ -276,7 +314,11 @@ def _candidates(name: str, root: Path, only_present: bool = False) -> list[Path]
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else open(path, encoding="utf-8") as file
+        ):
             yield from enumerate(file, start=1)
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error

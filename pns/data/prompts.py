@@ -1,4 +1,5 @@
-"""Problems to token ids through the model's own chat template, and token ids back to text; how each family of backbones is asked."""
+"""Problems to token ids through the model's own chat template, and token ids back to text; how each family of
+backbones is asked."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 FAMILIES: dict[str, dict[str, str | bool]] = {
     "qwen": {"system_prompt": BOXED},  # Qwen2.5, Qwen2.5-Math, Qwen3
     "llama": {"instruction": f"\n{BOXED}"},  # Llama 3 instruct
-    "deepseek": {"instruction": f"\n{BOXED}"},  # DeepSeek-R1 and its distillations, which are to be asked without a system turn
+    "deepseek": {
+        "instruction": f"\n{BOXED}"
+    },  # DeepSeek-R1 and its distillations, which are to be asked without a system turn
     "base": {  # no instruction tuning: a text to be continued
         "chat_template": False,
         "problem_prefix": "Question: ",
@@ -23,24 +26,41 @@ FAMILIES: dict[str, dict[str, str | bool]] = {
         "stop": "\nQuestion:",
     },
 }
-_MARKS = {"<|im_start|>": "qwen", "<|start_header_id|>": "llama", "<\uff5cUser\uff5c>": "deepseek"}  # in chat templates
-_KEYS = {"chat_template": True, "system_prompt": "", "problem_prefix": "", "instruction": "", "assistant_prefix": "", "stop": ""}
+_MARKS = {
+    "<|im_start|>": "qwen",
+    "<|start_header_id|>": "llama",
+    "<\uff5cUser\uff5c>": "deepseek",
+}  # in chat templates
+_KEYS = {
+    "chat_template": True,
+    "system_prompt": "",
+    "problem_prefix": "",
+    "instruction": "",
+    "assistant_prefix": "",
+    "stop": "",
+}
 
-# Llama 3 templates put the day into the system turn: without a fixed one (the templates' own default) scores would depend on it.
+# Llama 3 templates put the day into the system turn: without a fixed one (the templates' own default) scores
+# would depend on it.
 _TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
 
 
 def apply_family(data: Data, chat_template: str | None) -> str:
-    """Fill the prompt keys of `data` as `data.prompt` says, and return the family's name (none: the keys stand as they are).
+    """Fill the prompt keys of `data` as `data.prompt` says, and return the family's name (none: the keys
+    stand as they are).
 
-    `auto` reads it off the tokenizer's `chat_template` (None: base). Raises UserError for an unknown family or template, and where a key
-    is set beside a family.
+    `auto` reads it off the tokenizer's `chat_template` (None: base). Raises UserError for an unknown family
+    or template, and where a key is set beside a family.
     """
     name = data.prompt
     if name == "none":
         return name
     if name == "auto":
-        found = "base" if chat_template is None else next((family for mark, family in _MARKS.items() if mark in chat_template), "")
+        found = (
+            "base"
+            if chat_template is None
+            else next((family for mark, family in _MARKS.items() if mark in chat_template), "")
+        )
         if not found:
             raise UserError(
                 f"data.prompt: the model's chat template is of no known family: name one with data.prompt=NAME ({', '.join(FAMILIES)}), or "
@@ -52,18 +72,23 @@ def apply_family(data: Data, chat_template: str | None) -> str:
     filled = _KEYS | FAMILIES[name]
     for key, empty in _KEYS.items():
         if getattr(data, key) not in (empty, filled[key]):
-            raise UserError(f"data.{key} is set and data.prompt is {data.prompt}: set data.prompt=none, or leave the key to the family")
+            raise UserError(
+                f"data.{key} is set and data.prompt is {data.prompt}: set data.prompt=none, or leave the key to the family"
+            )
         setattr(data, key, filled[key])
     if data.chat_template and chat_template is None:
-        raise UserError(f"data.prompt: {name} needs a chat template and the model's tokenizer has none; use data.prompt=base")
+        raise UserError(
+            f"data.prompt: {name} needs a chat template and the model's tokenizer has none; use data.prompt=base"
+        )
     return name
 
 
 class Prompts:
     """Renders problems with a tokenizer's chat template.
 
-    The prompt is [system turn] + user turn (`data.problem_prefix`, problem, `data.instruction`) + generation prompt +
-    `data.assistant_prefix`; without `data.chat_template` it is the text of the user turn alone, with the tokenizer's own first token.
+    The prompt is [system turn] + user turn (`data.problem_prefix`, problem, `data.instruction`) + generation
+    prompt + `data.assistant_prefix`; without `data.chat_template` it is the text of the user turn alone, with
+    the tokenizer's own first token.
     """
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
@@ -73,19 +98,30 @@ class Prompts:
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """The conversation before the assistant's turn."""
         system = [{"role": "system", "content": self._data.system_prompt}] if self._data.system_prompt else []
-        return [*system, {"role": "user", "content": self._data.problem_prefix + problem.prompt + self._data.instruction}]
+        return [
+            *system,
+            {"role": "user", "content": self._data.problem_prefix + problem.prompt + self._data.instruction},
+        ]
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
         messages = self.messages(problem)
         if not self._data.chat_template:
-            return tuple(self.tokenizer.encode(messages[-1]["content"] + self._data.assistant_prefix, add_special_tokens=True))
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS)
+            return tuple(
+                self.tokenizer.encode(
+                    messages[-1]["content"] + self._data.assistant_prefix, add_special_tokens=True
+                )
+            )
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
+        )
         return tuple(self.tokenizer.encode(text + self._data.assistant_prefix, add_special_tokens=False))
 
     def render(self, problem: Problem) -> str:
         """The prompt's text as the model reads it, special tokens included."""
-        return self.tokenizer.decode(list(self.encode(problem)), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            list(self.encode(problem)), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def until_stop(self, text: str) -> tuple[str, bool]:
         """`text` up to `data.stop`, and whether that was in it."""
@@ -93,22 +129,28 @@ class Prompts:
         return head, bool(stop)
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
-        """Completion ids (T,) with the end token, of a text as `decode` gives it: `data.assistant_prefix` is part of the prompt."""
+        """Completion ids (T,) with the end token, of a text as `decode` gives it: `data.assistant_prefix` is
+        part of the prompt."""
         completion = text.removeprefix(self._data.assistant_prefix)
         return (*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id)
 
     def token_starts(self, text: str) -> list[int]:
-        """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the end token."""
+        """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
+        end token."""
         completion = text.removeprefix(self._data.assistant_prefix)
-        offsets = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         return [start + len(text) - len(completion) for start, _ in offsets]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of completion ids, without the end token and other special tokens, with `data.assistant_prefix` before it."""
+        """Text of completion ids, without the end token and other special tokens, with
+        `data.assistant_prefix` before it."""
         return self._data.assistant_prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def fitting(self, problems: list[Problem]) -> tuple[list[Problem], int]:
-        """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not. Raises UserError if none has."""
+        """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
+        Raises UserError if none has."""
         kept = [problem for problem in problems if len(self.encode(problem)) <= self._data.max_prompt_tokens]
         if not kept:
             shortest = min(len(self.encode(problem)) for problem in problems)
@@ -122,7 +164,11 @@ def context_tokens(path: str, trust_remote_code: bool = False) -> int:
     """The most tokens, prompt and completion together, that the model of a directory or Hub id takes."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config().max_position_embeddings)
+    return int(
+        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        .get_text_config()
+        .max_position_embeddings
+    )
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:

@@ -1,7 +1,9 @@
-"""Pages to read an evaluation's completions, by verdict, with rendered formulas: `index.html` and one page per model and suite.
+"""Pages to read an evaluation's completions, by verdict, with rendered formulas: `index.html` and one page
+per model and suite.
 
-They work offline from the file system and run no script: completions are untrusted text, so all of it is escaped, formulas become MathML
-of a few allowed elements, and the pages' policy forbids scripts and loading anything.
+They work offline from the file system and run no script: completions are untrusted text, so all of it is
+escaped, formulas become MathML of a few allowed elements, and the pages' policy forbids scripts and loading
+anything.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ _ATTRIBUTES = frozenset(
     "display mathvariant stretchy fence separator lspace rspace width height depth linethickness columnalign rowspacing columnspacing "  # noqa: SIM905
     "columnlines rowlines displaystyle scriptlevel accent accentunder movablelimits largeop form minsize maxsize notation symmetric".split()
 )
-# A formula between single dollars begins and ends with no space and has no digit after it: amounts of money stay text.
+# A formula between single dollars begins and ends with no space and has no digit after it: amounts of money
+# stay text.
 _FORMULA = re.compile(
-    r"\$\$(?P<a>.+?)\$\$|\\\[(?P<b>.+?)\\\]|\\\((?P<c>.+?)\\\)|(?<!\\)\$(?P<d>(?!\s)(?:[^$\\\n]|\\.|\n(?!\n))+?)(?<!\s)\$(?!\d)", re.DOTALL
+    r"\$\$(?P<a>.+?)\$\$|\\\[(?P<b>.+?)\\\]|\\\((?P<c>.+?)\\\)|(?<!\\)\$(?P<d>(?!\s)(?:[^$\\\n]|\\.|\n(?!\n))+?)(?<!\s)\$(?!\d)",
+    re.DOTALL,
 )
 _STYLE = """
 :root{color-scheme:light dark;font:16px/1.5 system-ui,sans-serif}body{max-width:60rem;margin:1rem auto;padding:0 1rem}
@@ -56,7 +60,8 @@ Row = Mapping[str, Any]
 
 
 def write_pages(directory: Path, answered: Mapping[str, Sequence[Row]]) -> None:
-    """Write the pages of every model's rows (`pns.stages.evaluate.Answered` as JSON), in place of those that are there."""
+    """Write the pages of every model's rows (`pns.stages.evaluate.Answered` as JSON), in place of those that
+    are there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     lines = []
@@ -70,10 +75,14 @@ def write_pages(directory: Path, answered: Mapping[str, Sequence[Row]]) -> None:
                 out.writelines(page(f"{name}: {suite}", own))
             counts = Counter(kind(row) for row in own)
             cells = "".join(f"<td>{counts[k]}</td>" for k in KINDS)
-            lines.append(f'<tr><td><a href="{html.escape(quote(file))}">{html.escape(name)}: {html.escape(suite)}</a></td>{cells}</tr>')
+            lines.append(
+                f'<tr><td><a href="{html.escape(quote(file))}">{html.escape(name)}: {html.escape(suite)}</a></td>{cells}</tr>'
+            )
     header = "".join(f"<th>{k}</th>" for k in KINDS)
     table = f"<h1>Completions by verdict</h1><table><tr><th></th>{header}</tr>{''.join(lines)}</table></body></html>"
-    (directory / "index.html").write_text(_HEAD.format(title="Evaluation", style=_STYLE) + table, encoding="utf-8")
+    (directory / "index.html").write_text(
+        _HEAD.format(title="Evaluation", style=_STYLE) + table, encoding="utf-8"
+    )
 
 
 def page(title: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -89,8 +98,12 @@ def page(title: str, rows: Sequence[Row]) -> Iterator[str]:
     yield "</p>"
     for problem_id, own in by_problem.items():
         problem, kinds = own[0]["problem"], [kind(row) for row in own]
-        head = " ".join(text for text in (problem["subject"], problem["level"] and f"level {problem['level']}") if text)
-        marks = "".join(f' <span class="{name}">{kinds.count(name)} {name}</span>' for name in KINDS if name in kinds)
+        head = " ".join(
+            text for text in (problem["subject"], problem["level"] and f"level {problem['level']}") if text
+        )
+        marks = "".join(
+            f' <span class="{name}">{kinds.count(name)} {name}</span>' for name in KINDS if name in kinds
+        )
         yield (
             f'<details class="problem {" ".join(f"has-{name}" for name in dict.fromkeys(kinds))}"><summary>{html.escape(problem_id)} '
             f'{html.escape(head)}{marks}</summary><div class="text">{render(problem["prompt"])}</div>'
@@ -98,7 +111,11 @@ def page(title: str, rows: Sequence[Row]) -> Iterator[str]:
         )
         for row, name in zip(own, kinds, strict=True):
             extracted = render_answer(row["extracted"]) if row["extracted"] is not None else "none"
-            shown = render(row["completion"]) if row["sample"] < RENDERED_SAMPLES else html.escape(row["completion"])
+            shown = (
+                render(row["completion"])
+                if row["sample"] < RENDERED_SAMPLES
+                else html.escape(row["completion"])
+            )
             yield (
                 f'<details class="sample is-{name}"{" open" if len(own) == 1 else ""}><summary><span class="tag {name}">{name}</span> '
                 f"sample {row['sample']}, {row['num_tokens']} tokens, {html.escape(row['reason'])}; answer: {extracted} "
@@ -120,7 +137,10 @@ def render(text: str) -> str:
     for found in _FORMULA.finditer(text):
         block = found["a"] or found["b"]
         latex = block or found["c"] or found["d"]
-        parts += [html.escape(text[end : found.start()]), formula(latex, block is not None) or html.escape(found[0])]
+        parts += [
+            html.escape(text[end : found.start()]),
+            formula(latex, block is not None) or html.escape(found[0]),
+        ]
         end = found.end()
     return "".join([*parts, html.escape(text[end:])])
 
@@ -139,7 +159,9 @@ def formula(latex: str, block: bool) -> str | None:
         return None
     try:
         root = ElementTree.fromstring(convert(latex, display="block" if block else "inline"))
-    except Exception:  # the converter raises whatever its parser runs into; sampled text is not LaTeX at all times
+    except (
+        Exception
+    ):  # the converter raises whatever its parser runs into; sampled text is not LaTeX at all times
         return None
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

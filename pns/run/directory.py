@@ -1,4 +1,5 @@
-"""The run directory: what each stage wrote, from what, with which configuration; checkpoints; and files that are complete or absent.
+"""The run directory: what each stage wrote, from what, with which configuration; checkpoints; and files that
+are complete or absent.
 
 <runs>/<name>/
   config.yaml  run.json  metrics.jsonl  report.json  plots/  lock
@@ -62,9 +63,11 @@ class RunDirectory:
     @classmethod
     @contextmanager
     def open(cls, path: str | Path, config: dict[str, Any]) -> Iterator[RunDirectory]:
-        """Create the directory if need be and hold its lock; `config` is the whole configuration as plain values.
+        """Create the directory if need be and hold its lock; `config` is the whole configuration as plain
+        values.
 
-        Raises UserError while another process holds the lock (one that has died holds none). Writes nothing but the lock.
+        Raises UserError while another process holds the lock (one that has died holds none). Writes nothing
+        but the lock.
         """
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,9 @@ class RunDirectory:
             except BlockingIOError:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
-                raise UserError(f"{directory} is in use by {holder}: wait for it to end, or choose another run with name=NAME") from None
+                raise UserError(
+                    f"{directory} is in use by {holder}: wait for it to end, or choose another run with name=NAME"
+                ) from None
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
@@ -91,8 +96,9 @@ class RunDirectory:
     def is_done(self, stage: str, sections: Sequence[str], reads: Sequence[str]) -> bool:
         """Whether `stage` is finished, made with this configuration and these inputs.
 
-        `sections` are the keys of the configuration it depends on (`reward`, `rollout.max_new_tokens`; `seed` always is one), `reads` the
-        stages it reads. Raises UserError, naming what has changed, for a finished or begun stage that was made otherwise.
+        `sections` are the keys of the configuration it depends on (`reward`, `rollout.max_new_tokens`; `seed`
+        always is one), `reads` the stages it reads. Raises UserError, naming what has changed, for a finished
+        or begun stage that was made otherwise.
         """
         manifest = self.manifest(stage)
         progress = self.stage_dir(stage) / "progress.json"
@@ -103,18 +109,28 @@ class RunDirectory:
         past, now = made["config"], self._values(sections)
         for key in sorted(past.keys() | now.keys()):
             if past.get(key) != now.get(key):
-                raise UserError(f"{key} was {past.get(key)} when stage {stage} of {self.path} ran and is {now.get(key)} now: {way_out}")
+                raise UserError(
+                    f"{key} was {past.get(key)} when stage {stage} of {self.path} ran and is {now.get(key)} now: {way_out}"
+                )
         for read in reads:
             if made["inputs"].get(read) != self._digest(read):
-                raise UserError(f"stage {stage} of {self.path} was made from another output of stage {read}: {way_out}")
+                raise UserError(
+                    f"stage {stage} of {self.path} was made from another output of stage {read}: {way_out}"
+                )
         for key, entry in made["files"].items():
-            if _stat(Path(entry["path"])) != entry["stat"] and _fingerprint(Path(entry["path"]))["sha256"] != entry["sha256"]:
-                raise UserError(f"{key}: {entry['path']} has changed since stage {stage} of {self.path} ran: {way_out}")
+            if (
+                _stat(Path(entry["path"])) != entry["stat"]
+                and _fingerprint(Path(entry["path"]))["sha256"] != entry["sha256"]
+            ):
+                raise UserError(
+                    f"{key}: {entry['path']} has changed since stage {stage} of {self.path} ran: {way_out}"
+                )
         return manifest is not None
 
     @contextmanager
     def stage(self, stage: str, sections: Sequence[str], reads: Sequence[str]) -> Iterator[Path]:
-        """Run a stage in its directory: continues what an interruption left, and writes the manifest when the block ends without error."""
+        """Run a stage in its directory: continues what an interruption left, and writes the manifest when the
+        block ends without error."""
         directory = self.stage_dir(stage)
         directory.mkdir(exist_ok=True)
         for leftover in [*directory.rglob(f"{_TEMPORARY}*")]:
@@ -130,7 +146,11 @@ class RunDirectory:
                 "stage": stage,
                 "config": values,
                 "inputs": {read: self._digest(read) for read in reads},
-                "files": {key: _fingerprint(Path(value)) for key, value in values.items() if _names_files(key, value)},
+                "files": {
+                    key: _fingerprint(Path(value))
+                    for key, value in values.items()
+                    if _names_files(key, value)
+                },
                 "seed": self._config.get("seed"),
                 "started": _now(),
                 "seconds": 0.0,
@@ -150,7 +170,8 @@ class RunDirectory:
         _remove(directory / "checkpoints")
 
     def set_aside(self, stages: Sequence[str]) -> Path | None:
-        """Move the directories of `stages`, and their rows of metrics.jsonl, to previous/<time>; None where there is nothing to move."""
+        """Move the directories of `stages`, and their rows of metrics.jsonl, to previous/<time>; None where
+        there is nothing to move."""
         found = [stage for stage in stages if self.stage_dir(stage).exists()]
         if not found:
             return None
@@ -162,7 +183,11 @@ class RunDirectory:
             kept: list[Any] = []
             moved: list[Any] = []
             for row in read_jsonl(metrics):
-                (moved if any(row["stage"] == stage or row["stage"].startswith(f"{stage}_") for stage in found) else kept).append(row)
+                (
+                    moved
+                    if any(row["stage"] == stage or row["stage"].startswith(f"{stage}_") for stage in found)
+                    else kept
+                ).append(row)
             write_jsonl(previous / "metrics.jsonl", moved)
             write_jsonl(metrics, kept)
         for stage in reversed(found):  # a later stage never stays behind without the one it reads
@@ -177,8 +202,8 @@ class RunDirectory:
 
     @contextmanager
     def checkpoint(self, stage: str, step: int) -> Iterator[Path]:
-        """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the block ends without error;
-        the last two are kept."""
+        """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the
+        block ends without error; the last two are kept."""
         parent = self.stage_dir(stage) / "checkpoints"
         target, partial = parent / f"step-{step:08d}", parent / f"{_TEMPORARY}step-{step:08d}"
         _remove(partial)
@@ -201,7 +226,8 @@ class RunDirectory:
         return Checkpoint(found[-1], int(found[-1].name.removeprefix("step-"))) if found else None
 
     def append_rows(self, stage: str, name: str, keep_below_step: int) -> RowFile:
-        """`<stage>/<name>`, a JSON-lines file of rows with a `step` in ascending order, cut back to the steps below `keep_below_step`."""
+        """`<stage>/<name>`, a JSON-lines file of rows with a `step` in ascending order, cut back to the steps
+        below `keep_below_step`."""
         path = self.stage_dir(stage) / name
         if path.is_file():
             cut_rows(path, keep_below_step)
@@ -214,7 +240,9 @@ class RunDirectory:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; the stage that writes it has not run") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON (line {error.lineno}): set it aside with --from") from error
+            raise UserError(
+                f"{path} is not valid JSON (line {error.lineno}): set it aside with --from"
+            ) from error
 
     def record_peak_memory(self, gib: float) -> None:
         """Keep the highest of this and earlier processes of the run."""
@@ -223,7 +251,9 @@ class RunDirectory:
 
     def _save_run(self) -> None:
         wall_seconds = self._seconds_before + time.monotonic() - self._opened
-        write_json(self.path / "run.json", {"wall_seconds": wall_seconds, "peak_memory_gib": self._peak_memory_gib})
+        write_json(
+            self.path / "run.json", {"wall_seconds": wall_seconds, "peak_memory_gib": self._peak_memory_gib}
+        )
 
     def _values(self, sections: Sequence[str]) -> dict[str, Any]:
         """The configuration under `sections` and the seed, as dotted keys."""
@@ -238,12 +268,17 @@ class RunDirectory:
     def _digest(self, stage: str) -> str | None:
         """One hash over everything a finished stage wrote."""
         manifest = self.manifest(stage)
-        return hashlib.sha256(json.dumps(manifest["outputs"], sort_keys=True).encode()).hexdigest() if manifest else None
+        return (
+            hashlib.sha256(json.dumps(manifest["outputs"], sort_keys=True).encode()).hexdigest()
+            if manifest
+            else None
+        )
 
 
 @dataclass
 class _Running:
-    """The stage that runs: its record so far, and when (monotonic seconds) it would have begun without interruptions."""
+    """The stage that runs: its record so far, and when (monotonic seconds) it would have begun without
+    interruptions."""
 
     path: Path
     record: dict[str, Any]
@@ -269,13 +304,15 @@ class RowFile:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a record or plain value, atomically. A figure that is not finite is written as null: JSON has no other word for it."""
+    """Write a record or plain value, atomically. A figure that is not finite is written as null: JSON has no
+    other word for it."""
     with _replacing(Path(path)) as file:
         file.write(json.dumps(_finite(to_json(value)), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line from records or plain values, atomically. Raises ValueError for a number that is not finite."""
+    """Write one JSON object a line from records or plain values, atomically. Raises ValueError for a number
+    that is not finite."""
     with _replacing(Path(path)) as file:
         file.writelines(_line(row) for row in rows)
 
@@ -290,13 +327,17 @@ def read_jsonl(path: str | Path) -> list[Any]:
 
 
 def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
-    """Cut a JSON-lines file at a last line that was not written out, and at the first row whose `step` is not below `keep_below_step`."""
+    """Cut a JSON-lines file at a last line that was not written out, and at the first row whose `step` is not
+    below `keep_below_step`."""
     end = 0
     with open(path, "r+b") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
-            if keep_below_step is not None and _parse(line.decode(), Path(path), number)["step"] >= keep_below_step:
+            if (
+                keep_below_step is not None
+                and _parse(line.decode(), Path(path), number)["step"] >= keep_below_step
+            ):
                 break
             end += len(line)
         file.truncate(end)
@@ -304,7 +345,8 @@ def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a git checkout."""
+    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a
+    git checkout."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONS_OF:
         try:
@@ -313,7 +355,9 @@ def versions() -> dict[str, str | None]:
             continue
     root = Path(__file__).parents[2]
     if (root / ".git").exists() and (git := shutil.which("git")):
-        asked = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
         found["commit"] = asked.stdout.strip() if asked.returncode == 0 else None
     return found
 
@@ -326,7 +370,9 @@ def _parse(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); run the stage that writes it again") from error
+        raise UserError(
+            f"{path}, line {number}: not valid JSON ({error.msg}); run the stage that writes it again"
+        ) from error
 
 
 def _finite(value: Any) -> Any:
@@ -339,13 +385,19 @@ def _finite(value: Any) -> Any:
 
 def _flat(key: str, value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
-        return {name: leaf for part, item in value.items() for name, leaf in _flat(f"{key}.{part}", item).items()}
+        return {
+            name: leaf for part, item in value.items() for name, leaf in _flat(f"{key}.{part}", item).items()
+        }
     return {key: value}
 
 
 def _names_files(key: str, value: Any) -> bool:
     """Whether a key of the configuration names an input on this machine (a model may also be a Hub id)."""
-    named = key.startswith(("models.", "data.jsonl.")) or key.endswith(".samples_from") or key == "preference.data.path"
+    named = (
+        key.startswith(("models.", "data.jsonl."))
+        or key.endswith(".samples_from")
+        or key == "preference.data.path"
+    )
     return named and isinstance(value, str) and bool(value) and Path(value).exists()
 
 
@@ -369,7 +421,9 @@ def _files(path: Path) -> list[tuple[str, Path]]:
 
 
 def _outputs(directory: Path) -> dict[str, str]:
-    return {name: _sha256(file) for name, file in _files(directory) if name.split(os.sep)[0] not in _NOT_OUTPUTS}
+    return {
+        name: _sha256(file) for name, file in _files(directory) if name.split(os.sep)[0] not in _NOT_OUTPUTS
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -379,8 +433,8 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of `path` when the block ends without error: readers see the old content or all of the new one, also
-    after a crash."""
+    """A file that takes the place of `path` when the block ends without error: readers see the old content or
+    all of the new one, also after a crash."""
     partial = path.with_name(f"{_TEMPORARY}{path.name}")
     with open(partial, "w", encoding="utf-8") as file:
         yield file

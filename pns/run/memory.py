@@ -11,7 +11,8 @@ INTERVAL_SECONDS = 3.0
 
 
 class PeakMemory:
-    """Samples the sum of the proportional set sizes (shared pages are counted once) while the block runs; `gib` is its maximum."""
+    """Samples the sum of the proportional set sizes (shared pages are counted once) while the block runs;
+    `gib` is its maximum."""
 
     def __init__(self) -> None:
         self.gib = 0.0
@@ -34,7 +35,8 @@ class PeakMemory:
 
 
 def total_gib() -> float:
-    """Proportional set size of this process and its descendants in GiB. A process that ends meanwhile counts nothing."""
+    """Proportional set size of this process and its descendants in GiB. A process that ends meanwhile counts
+    nothing."""
     me = psutil.Process()
     total_kib = 0
     for process in [me, *me.children(recursive=True)]:

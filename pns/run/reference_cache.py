@@ -1,7 +1,9 @@
-"""Log-probabilities under a reference policy, computed once and kept for every later run with the same model, tokenizer and rows.
+"""Log-probabilities under a reference policy, computed once and kept for every later run with the same model,
+tokenizer and rows.
 
-`<directory>/<digest of the key>.logprobs` is one line of JSON, the header, and the values of all rows end to end, little-endian float32.
-A file is used only if it is exactly what the key and the rows ask for; `load` answers None for any other, and `save` replaces it.
+`<directory>/<digest of the key>.logprobs` is one line of JSON, the header, and the values of all rows end to
+end, little-endian float32. A file is used only if it is exactly what the key and the rows ask for; `load`
+answers None for any other, and `save` replaces it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ from pns.errors import UserError
 _FORMAT = 1
 _WEIGHTS = ("*.safetensors", "*.bin")
 _MODEL_FILES = (*_WEIGHTS, "*.index.json", "config.json", "adapter_config.json", "*.py")
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "*.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -41,25 +52,38 @@ class ReferenceKey:
 
 
 def reference_key(
-    model: Path, tokenizer: Path, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], dtype: str
+    model: Path,
+    tokenizer: Path,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    dtype: str,
 ) -> ReferenceKey:
-    """The key for rows of `prompt_ids` and `completion_ids` under the checkpoint in directory `model` (adapters included), with the
-    tokenizer and chat template in directory `tokenizer`. Contents are read, in pieces; names and times of directories do not matter.
+    """The key for rows of `prompt_ids` and `completion_ids` under the checkpoint in directory `model`
+    (adapters included), with the tokenizer and chat template in directory `tokenizer`. Contents are read, in
+    pieces; names and times of directories do not matter.
 
-    Raises UserError where there are no weights or no tokenizer (a Hub id has to be resolved to its snapshot's directory first).
+    Raises UserError where there are no weights or no tokenizer (a Hub id has to be resolved to its snapshot's
+    directory first).
     """
     if not any(path for pattern in _WEIGHTS for path in model.glob(pattern)):
-        raise UserError(f"{model} holds no weights ({' or '.join(_WEIGHTS)}): name the directory of a checkpoint")
+        raise UserError(
+            f"{model} holds no weights ({' or '.join(_WEIGHTS)}): name the directory of a checkpoint"
+        )
     if not any(tokenizer.glob("tokenizer*")):
-        raise UserError(f"{tokenizer} holds no tokenizer files (tokenizer*): name the directory of a checkpoint with its tokenizer")
+        raise UserError(
+            f"{tokenizer} holds no tokenizer files (tokenizer*): name the directory of a checkpoint with its tokenizer"
+        )
     rows = hashlib.sha256()
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         rows.update(np.asarray([len(prompt), len(completion), *prompt, *completion], dtype="<i8").tobytes())
-    return ReferenceKey(_hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES), rows.hexdigest(), dtype)
+    return ReferenceKey(
+        _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES), rows.hexdigest(), dtype
+    )
 
 
 def load(directory: Path, key: ReferenceKey, lengths: Sequence[int]) -> list[NDArray[np.float32]] | None:
-    """The rows kept for `key`, of `lengths` values each; None where there is no file, or one that is damaged or was made otherwise."""
+    """The rows kept for `key`, of `lengths` values each; None where there is no file, or one that is damaged
+    or was made otherwise."""
     try:
         with open(_path(directory, key), "rb") as file:
             header, values = file.readline(), file.read()
@@ -75,8 +99,8 @@ def load(directory: Path, key: ReferenceKey, lengths: Sequence[int]) -> list[NDA
 
 
 def save(directory: Path, key: ReferenceKey, rows: Iterable[Sequence[float] | NDArray[Any]]) -> Path:
-    """Keep `rows` of log-probabilities for `key`, and return the file. Readers and other writers of the same key see an old file or a
-    whole new one. Raises ValueError for a value that is not finite."""
+    """Keep `rows` of log-probabilities for `key`, and return the file. Readers and other writers of the same
+    key see an old file or a whole new one. Raises ValueError for a value that is not finite."""
     arrays = [np.asarray(row, dtype="<f4") for row in rows]
     for number, array in enumerate(arrays):
         if not np.isfinite(array).all():

@@ -1,4 +1,5 @@
-"""The report of a run: report.json, tables on the terminal and plots, from whatever its finished stages have written."""
+"""The report of a run: report.json, tables on the terminal and plots, from whatever its finished stages have
+written."""
 
 from __future__ import annotations
 
@@ -21,31 +22,43 @@ _COLUMNS = 3  # of plots side by side
 def write_report(run: RunDirectory, console: Console | None = None) -> dict[str, Any]:
     """Write report.json and plots/*.png, print the tables, and return the report.
 
-    Keys: `suites.<suite>.{start,rl,preference}.{accuracy,low,high,n}` (with "mean"), `generator.{before,after}.<figure>`,
-    `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the negatives), `stages.<stage>.seconds`, `wall_seconds`,
-    `peak_memory_gib`, `versions`. What no finished stage has written is left out.
+    Keys: `suites.<suite>.{start,rl,preference}.{accuracy,low,high,n}` (with "mean"),
+    `generator.{before,after}.<figure>`, `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the
+    negatives), `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `versions`. What no finished
+    stage has written is left out.
     """
     report = build(run)
     write_json(run.path / "report.json", report)
     plots = plot(run)
-    (console or Console()).print(*tables(report), f"{run.path / 'report.json'}, {len(plots)} plots in {run.path / 'plots'}", sep="\n")
+    (console or Console()).print(
+        *tables(report), f"{run.path / 'report.json'}, {len(plots)} plots in {run.path / 'plots'}", sep="\n"
+    )
     return report
 
 
 def build(run: RunDirectory) -> dict[str, Any]:
     """The report's values."""
     report: dict[str, Any] = {}
-    parts = {"suites": "evaluate/scores.json", "generator": "reverse_rl/generator.json", "reward_model": "reward_model/quality.json"}
+    parts = {
+        "suites": "evaluate/scores.json",
+        "generator": "reverse_rl/generator.json",
+        "reward_model": "reward_model/quality.json",
+    }
     for key, name in {**parts, "pairs": "pair/quality.json"}.items():
         if (run.path / name).is_file():
             report[key] = run.read_json(run.path / name)
     manifests = [run.read_json(path) for path in run.path.glob("*/manifest.json")]
     manifests.sort(key=lambda manifest: manifest["ended"])
-    report["stages"] = {manifest["stage"]: {"seconds": manifest["seconds"], "counts": manifest["counts"]} for manifest in manifests}
+    report["stages"] = {
+        manifest["stage"]: {"seconds": manifest["seconds"], "counts": manifest["counts"]}
+        for manifest in manifests
+    }
     if manifests:
         report["versions"] = manifests[-1]["versions"]
     if (run.path / "run.json").is_file():
-        report |= {key: value for key, value in run.read_json(run.path / "run.json").items() if value is not None}
+        report |= {
+            key: value for key, value in run.read_json(run.path / "run.json").items() if value is not None
+        }
     return report
 
 
@@ -56,7 +69,12 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         table = Table("suite", *MODELS, "n", title="Accuracy in % [95 % Wilson interval]")
         for suite, scores in suites.items():
             n = next(iter(scores.values()))["n"] if scores else ""
-            table.add_row(suite, *(_accuracy(scores.get(model)) for model in MODELS), str(n), end_section=suite == list(suites)[-2:][0])
+            table.add_row(
+                suite,
+                *(_accuracy(scores.get(model)) for model in MODELS),
+                str(n),
+                end_section=suite == list(suites)[-2:][0],
+            )
         found.append(table)
     if generator := report.get("generator"):
         table = Table("generator", *generator, title="Generator of negatives")
@@ -72,7 +90,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def plot(run: RunDirectory) -> list[Path]:
-    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png; needs no display."""
+    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png; needs no
+    display."""
     directory = run.path / "plots"
     directory.mkdir(exist_ok=True)
     for old in directory.glob("*.png"):
@@ -112,7 +131,9 @@ def _distributions(scores: Mapping[str, Sequence[float]]) -> Figure:
     for source, values in scores.items():
         if values:
             label = f"{SOURCES.get(source, source)} (n = {len(values)}, mean {sum(values) / len(values):.2f})"
-            axes.hist(values, bins=30, range=(min(pooled), max(pooled)), density=True, histtype="step", label=label)
+            axes.hist(
+                values, bins=30, range=(min(pooled), max(pooled)), density=True, histtype="step", label=label
+            )
     axes.set_xlabel("reward-model score")
     axes.set_ylabel("density")
     axes.legend(fontsize=7)
@@ -120,7 +141,11 @@ def _distributions(scores: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def _accuracy(score: Mapping[str, float] | None) -> str:
-    return f"{100 * score['accuracy']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" if score else "-"
+    return (
+        f"{100 * score['accuracy']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+        if score
+        else "-"
+    )
 
 
 def _figure(value: float | None) -> str:

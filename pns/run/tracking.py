@@ -14,7 +14,17 @@ from pns.config import Tracking
 from pns.run.directory import RowFile, RunDirectory, cut_rows, read_jsonl, write_jsonl
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
-SHOWN = ("reward", "loss", "accuracy", "wrong_rate", "format_rate", "reward_model_mean", "judge_mean", "masked_rate", "tokens_per_second")
+SHOWN = (
+    "reward",
+    "loss",
+    "accuracy",
+    "wrong_rate",
+    "format_rate",
+    "reward_model_mean",
+    "judge_mean",
+    "masked_rate",
+    "tokens_per_second",
+)
 
 
 class Backends(Protocol):
@@ -32,11 +42,18 @@ OpenBackends = Callable[[str, str, list[str]], Backends]
 class Tracker:
     """`begin` a stage, `log` its steps, `end` it.
 
-    A row of metrics.jsonl is {"stage", "step", "time" (seconds since 1970), "values"}; a value that is not finite is null there. Backends
-    get `<stage>/<metric>` at the running number of the row, which never falls from one stage to the next.
+    A row of metrics.jsonl is {"stage", "step", "time" (seconds since 1970), "values"}; a value that is not
+    finite is null there. Backends get `<stage>/<metric>` at the running number of the row, which never falls
+    from one stage to the next.
     """
 
-    def __init__(self, run: RunDirectory, settings: Tracking, open_backends: OpenBackends | None = None, out: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        settings: Tracking,
+        open_backends: OpenBackends | None = None,
+        out: TextIO | None = None,
+    ) -> None:
         """Raises ValueError where `settings.backends` asks for backends and `open_backends` is missing."""
         self._path = run.path / "metrics.jsonl"
         self._out = out or sys.stdout
@@ -50,8 +67,8 @@ class Tracker:
         self._began = self._shown = 0.0
 
     def begin(self, stage: str, total: int, first_step: int) -> list[Mapping[str, float | None]]:
-        """Start (or resume at `first_step`) a stage of `total` steps: rows from `first_step` on are dropped, they come again. Returns the
-        values of the steps before."""
+        """Start (or resume at `first_step`) a stage of `total` steps: rows from `first_step` on are dropped,
+        they come again. Returns the values of the steps before."""
         rows = []
         if self._path.is_file():
             cut_rows(self._path)
@@ -65,9 +82,14 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record step `step` (from 0) of the stage."""
         values = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
-        RowFile(self._path).append([{"stage": self._stage, "step": step, "time": time.time(), "values": values}])
+        RowFile(self._path).append(
+            [{"stage": self._stage, "step": step, "time": time.time(), "values": values}]
+        )
         if self._backends:
-            self._backends.log({f"{self._stage}/{key}": value for key, value in values.items() if value is not None}, self._num_rows)
+            self._backends.log(
+                {f"{self._stage}/{key}": value for key, value in values.items() if value is not None},
+                self._num_rows,
+            )
         self._num_rows += 1
         self._show(step + 1, values)
 
@@ -96,7 +118,11 @@ class Tracker:
         self._shown = now
         remaining = (now - self._began) / max(done - self._first_step, 1) * (self._total - done)
         shown = {key: values[key] for key in SHOWN if key in values} or dict(list(values.items())[:4])
-        figures = "  ".join(f"{key} {'-' if value is None else format(value, '.3g')}" for key, value in shown.items())
+        figures = "  ".join(
+            f"{key} {'-' if value is None else format(value, '.3g')}" for key, value in shown.items()
+        )
         line = f"{self._stage}  {done}/{self._total}  ETA {remaining // 60:.0f}:{remaining % 60:02.0f}  {figures}"
-        self._out.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
+        self._out.write(
+            f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n"
+        )
         self._out.flush()

@@ -32,8 +32,8 @@ Item = TypeVar("Item")
 
 
 def draw(items: Sequence[Item], num: int, step: int, seed: int) -> list[Item]:
-    """The items (problems, pairs) of one training step: consecutive slices of a fresh shuffle per epoch, a function of (seed, step) alone,
-    so that a resumed stage neither skips nor repeats one."""
+    """The items (problems, pairs) of one training step: consecutive slices of a fresh shuffle per epoch, a
+    function of (seed, step) alone, so that a resumed stage neither skips nor repeats one."""
     picked: list[Item] = []
     orders: dict[int, np.ndarray] = {}
     for index in range(step * num, (step + 1) * num):

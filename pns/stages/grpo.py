@@ -1,4 +1,5 @@
-"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights to rollout."""
+"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights
+to rollout."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from pns.config import Grpo
 from pns.records import Problem, Reward, Rollout, Verdict
 from pns.stages.context import Context, draw
 from pns.stages.scoring import RewardKind, roll_out
-from workers.batching import Batch
-from workers.policy import Grpo as GrpoLoss
+from workers.training.batching import Batch
+from workers.training.policy import Grpo as GrpoLoss
 
 StopRule = Callable[[int, Mapping[str, float | None]], bool]
 
@@ -32,9 +33,9 @@ def train(
 ) -> Path:
     """Train `start_model` for `settings.steps` and return the directory of the trained model.
 
-    Every step's rollouts are kept with all reward terms in `<stage>/rollouts.jsonl`; `describe` gives the step's metrics from them, and
-    `stop(step, metrics)` ends the stage early; it is told every step once, in order, also after a resume. Continues after the stage's last
-    complete checkpoint.
+    Every step's rollouts are kept with all reward terms in `<stage>/rollouts.jsonl`; `describe` gives the
+    step's metrics from them, and `stop(step, metrics)` ends the stage early; it is told every step once, in
+    order, also after a resume. Continues after the stage's last complete checkpoint.
     """
     policy, rollout, run = ctx.fleet.policy, ctx.fleet.rollout, ctx.run
     rollout.load(start_model)
@@ -53,7 +54,14 @@ def train(
         began = time.monotonic()
         problems_P = draw(problems, settings.problems_per_step, step, ctx.config.seed)
         rollouts = roll_out(
-            ctx, problems_P, settings.completions_per_problem, settings.temperature, reward_kind, stage, step, settings.top_p
+            ctx,
+            problems_P,
+            settings.completions_per_problem,
+            settings.temperature,
+            reward_kind,
+            stage,
+            step,
+            settings.top_p,
         )
         sampled = time.monotonic()
         rollouts_file.append(rollouts)
@@ -92,11 +100,14 @@ def sync_weights(ctx: Context) -> None:
 def update(ctx: Context, settings: Grpo, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """`settings.updates_per_step` optimizer steps on one batch of rollouts.
 
-    The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also corrects what differs between the
-    engines. Masked rows take no part; rows without advantage take part only where a KL term pulls on them.
+    The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also
+    corrects what differs between the engines. Masked rows take no part; rows without advantage take part only
+    where a KL term pulls on them.
     """
     rewards_PG = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
-    advantages_PG = group_advantages(rewards_PG.reshape(-1, settings.completions_per_problem), settings.normalise_by_std)
+    advantages_PG = group_advantages(
+        rewards_PG.reshape(-1, settings.completions_per_problem), settings.normalise_by_std
+    )
     rows = [
         (rollout, advantage)
         for rollout, advantage in zip(rollouts, advantages_PG.reshape(-1).tolist(), strict=True)
@@ -125,7 +136,11 @@ def update(ctx: Context, settings: Grpo, rollouts: Sequence[Rollout]) -> dict[st
 
 def masked_counts(rewards: Sequence[Reward]) -> dict[str, float]:
     """Masked completions by term and cause, as flat metrics."""
-    return {f"masked/{term}/{cause}": float(num) for term, causes in mask_report(rewards).items() for cause, num in causes.items()}
+    return {
+        f"masked/{term}/{cause}": float(num)
+        for term, causes in mask_report(rewards).items()
+        for cause, num in causes.items()
+    }
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -14,7 +14,8 @@ def backbone(ctx: Context) -> str:
 
 
 def target(ctx: Context) -> str:
-    """What preference optimisation starts from: the RL-trained backbone; with pairs given from outside, the backbone itself."""
+    """What preference optimisation starts from: the RL-trained backbone; with pairs given from outside, the
+    backbone itself."""
     if external_pairs(ctx.config):
         return backbone(ctx)
     return str(ctx.run.stage_dir("rl") / "model")

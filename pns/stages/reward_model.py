@@ -1,4 +1,5 @@
-"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of the RL-trained backbone."""
+"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of
+the RL-trained backbone."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from pns.stages.context import Context, draw
 from pns.stages.models import target
 from pns.stages.pair import by_problem
 from pns.stages.scoring import RewardKind, by_verdict, roll_out, sigmoid, stable_seed
-from workers.batching import Batch
-from workers.policy import BradleyTerry
+from workers.training.batching import Batch
+from workers.training.policy import BradleyTerry
 
 
 def run(ctx: Context) -> None:
-    """Writes `reward_model/{main,held_out}` (models), `rollouts.jsonl`, `pairs.jsonl` and `quality.json` (accuracy, calibration)."""
+    """Writes `reward_model/{main,held_out}` (models), `rollouts.jsonl`, `pairs.jsonl` and `quality.json`
+    (accuracy, calibration)."""
     settings, directory = ctx.config.reward_model, ctx.run.stage_dir("reward_model")
     problems, too_long = ctx.prompts.fitting(ctx.problems.reward)
     pairs = sample_pairs(ctx, problems)
@@ -37,19 +39,34 @@ def run(ctx: Context) -> None:
         quality[which] = train_one(ctx, which, index, [pair for pair in pairs if pair.problem_id in own])
         write_json(directory / f"{which}.json", quality[which])
     write_json(directory / "quality.json", quality)
-    ctx.run.count("reward_model", pairs=len(pairs), prompts_too_long=too_long, samples=len(problems) * settings.samples_per_problem)
+    ctx.run.count(
+        "reward_model",
+        pairs=len(pairs),
+        prompts_too_long=too_long,
+        samples=len(problems) * settings.samples_per_problem,
+    )
 
 
 def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
-    """(correct, incorrect) completions of the RL-trained backbone, and of its last `rl_steps` training steps, matched in length, each used
-    once."""
+    """(correct, incorrect) completions of the RL-trained backbone, and of its last `rl_steps` training steps,
+    matched in length, each used once."""
     settings = ctx.config.reward_model
     ctx.fleet.rollout.load(target(ctx))
-    rollouts = roll_out(ctx, problems, settings.samples_per_problem, settings.temperature, RewardKind.CORRECTNESS, "reward_model")
+    rollouts = roll_out(
+        ctx,
+        problems,
+        settings.samples_per_problem,
+        settings.temperature,
+        RewardKind.CORRECTNESS,
+        "reward_model",
+    )
     write_jsonl(ctx.run.stage_dir("reward_model") / "rollouts.jsonl", rollouts)
     rollouts += rl_rollouts(ctx, settings.rl_steps)
     prompts = {rollout.problem.id: rollout.problem.prompt for rollout in rollouts}
-    correct, wrong = by_problem(by_verdict(rollouts, Verdict.CORRECT)), by_problem(by_verdict(rollouts, Verdict.WRONG))
+    correct, wrong = (
+        by_problem(by_verdict(rollouts, Verdict.CORRECT)),
+        by_problem(by_verdict(rollouts, Verdict.WRONG)),
+    )
     pairs = []
     for identity, rights in correct.items():
         wrongs = wrong.get(identity, [])
@@ -76,10 +93,14 @@ def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair])
     held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
     training = [pair for pair in pairs if pair.problem_id not in held_out_ids]
     if not training:
-        raise UserError(f"reward_model: no (correct, incorrect) pairs for the {which} model; raise reward_model.samples_per_problem")
+        raise UserError(
+            f"reward_model: no (correct, incorrect) pairs for the {which} model; raise reward_model.samples_per_problem"
+        )
     by_id = {problem.id: problem for problem in ctx.problems.train + ctx.problems.reward}
     policy = ctx.fleet.policy
-    policy.load(ctx.config.models.reward_model or target(ctx), "score", settings.optimizer, settings.steps, seed)
+    policy.load(
+        ctx.config.models.reward_model or target(ctx), "score", settings.optimizer, settings.steps, seed
+    )
     stage = "reward_model" if index == 0 else "reward_model_held_out"
     ctx.track.begin(stage, settings.steps, 0)
     for step in range(settings.steps):
@@ -105,5 +126,7 @@ def pair_batch(ctx: Context, by_id: dict[str, Problem], pairs: Sequence[Preferen
     prompts = [ctx.prompts.encode(by_id[pair.problem_id]) for pair in pairs]
     return Batch(
         prompt_ids=[prompt for prompt in prompts for _ in range(2)],
-        completion_ids=[ctx.prompts.encode_completion(text) for pair in pairs for text in (pair.chosen, pair.rejected)],
+        completion_ids=[
+            ctx.prompts.encode_completion(text) for pair in pairs for text in (pair.chosen, pair.rejected)
+        ],
     )

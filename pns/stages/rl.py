@@ -1,4 +1,5 @@
-"""RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it starts from."""
+"""RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it
+starts from."""
 
 from __future__ import annotations
 
@@ -11,5 +12,14 @@ from pns.stages.scoring import RewardKind
 def run(ctx: Context) -> None:
     """Writes `rl/model`, `rl/rollouts.jsonl`."""
     problems, too_long = ctx.prompts.fitting(ctx.problems.train)
-    grpo.train(ctx, "rl", ctx.config.rl, backbone(ctx), problems, RewardKind.CORRECTNESS, grpo.accuracy, stop=lambda step, metrics: False)
+    grpo.train(
+        ctx,
+        "rl",
+        ctx.config.rl,
+        backbone(ctx),
+        problems,
+        RewardKind.CORRECTNESS,
+        grpo.accuracy,
+        stop=lambda step, metrics: False,
+    )
     ctx.run.count("rl", prompts_too_long=too_long)

@@ -1,4 +1,5 @@
-"""Sampling and scoring of completions: rollout streams into the verifier, the reward model and the judge while others still decode."""
+"""Sampling and scoring of completions: rollout streams into the verifier, the reward model and the judge
+while others still decode."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pns.algo import reward
 from pns.algo.formatting import check_format
 from pns.records import Completion, Problem, Rollout, Verdict
 from pns.stages.context import Context
-from workers.rollout import Request, Sampling
+from workers.rollout.pool import Request, Sampling
 
 
 class RewardKind(Enum):
@@ -28,9 +29,15 @@ def stable_seed(*parts: object) -> int:
 
 
 def sample(
-    ctx: Context, problems_P: Sequence[Problem], num_completions: int, temperature: float, seed_parts: Sequence[object], top_p: float = 1.0
+    ctx: Context,
+    problems_P: Sequence[Problem],
+    num_completions: int,
+    temperature: float,
+    seed_parts: Sequence[object],
+    top_p: float = 1.0,
 ) -> Iterator[list[tuple[int, Problem, Completion]]]:
-    """Yield chunks of (row, problem, completion) as they finish; row = index of the problem * num_completions + index of the completion.
+    """Yield chunks of (row, problem, completion) as they finish; row = index of the problem * num_completions
+    + index of the completion.
 
     Every completion has its own seed, from the run's seed, `seed_parts`, the problem and the row."""
     sampling = Sampling(temperature, top_p, ctx.config.rollout.max_new_tokens)
@@ -38,7 +45,13 @@ def sample(
     for p, problem in enumerate(problems_P):
         prompt_ids = ctx.prompts.encode(problem)
         for g in range(num_completions):
-            requests.append(Request(str(p * num_completions + g), prompt_ids, stable_seed(ctx.config.seed, *seed_parts, problem.id, p, g)))
+            requests.append(
+                Request(
+                    str(p * num_completions + g),
+                    prompt_ids,
+                    stable_seed(ctx.config.seed, *seed_parts, problem.id, p, g),
+                )
+            )
     for chunk in ctx.fleet.rollout.stream(requests, sampling):
         found = []
         for item in chunk:
@@ -46,7 +59,13 @@ def sample(
             problem = problems_P[row // num_completions]
             text = ctx.prompts.decode(item.token_ids)
             completion = Completion(
-                f"{problem.id}#{row}", problem.id, text, item.token_ids, item.log_probs, item.finish_reason, item.weights_version
+                f"{problem.id}#{row}",
+                problem.id,
+                text,
+                item.token_ids,
+                item.log_probs,
+                item.finish_reason,
+                item.weights_version,
             )
             found.append((row, problem, completion))
         yield found
@@ -68,8 +87,9 @@ class Scored:
 class Scorer:
     """Takes finished completions while others decode, and gives every one its terms.
 
-    The kind of reward decides what is asked for. "composite" (reverse RL): the verdict of well-formed completions, reward model and judge
-    for the wrong ones (for correct ones too unless `config.gated`). "correctness" (ordinary RL): the verdict of well-formed completions.
+    The kind of reward decides what is asked for. "composite" (reverse RL): the verdict of well-formed
+    completions, reward model and judge for the wrong ones (for correct ones too unless `config.gated`).
+    "correctness" (ordinary RL): the verdict of well-formed completions.
     """
 
     def __init__(self, ctx: Context, kind: RewardKind) -> None:
@@ -122,7 +142,9 @@ class Scorer:
                 scored.verdict = result.verdict
                 if result.verdict is Verdict.UNVERIFIED:
                     scored.missing[reward.VERDICT] = result.cause or "unknown"
-                if result.verdict is Verdict.WRONG or (result.verdict is Verdict.CORRECT and not self._config.gated):
+                if result.verdict is Verdict.WRONG or (
+                    result.verdict is Verdict.CORRECT and not self._config.gated
+                ):
                     asked.append(row)
             if self._kind is RewardKind.COMPOSITE and asked:
                 self._ask_models(asked)
@@ -132,7 +154,9 @@ class Scorer:
         scored = [self._scored[row] for row in rows]
         sequences = [self._prompts.encode(s.problem) + s.completion.token_ids for s in scored]
         graded = [(s.problem.prompt, s.completion.text) for s in scored]
-        self._modelling.append((rows, self._fleet.reward_model.submit(sequences), self._fleet.judge.submit(graded)))
+        self._modelling.append(
+            (rows, self._fleet.reward_model.submit(sequences), self._fleet.judge.submit(graded))
+        )
 
 
 def sigmoid(value: float) -> float:
@@ -152,7 +176,8 @@ def roll_out(
 ) -> list[Rollout]:
     """Sample and score `num_completions` completions of every problem; rows in order, problem by problem.
 
-    The seeds depend on `name` and `step`. A completion that lacks a term it needs is masked (`reward.value` None) with the cause.
+    The seeds depend on `name` and `step`. A completion that lacks a term it needs is masked (`reward.value`
+    None) with the cause.
     """
     scorer = Scorer(ctx, kind)
     for chunk in sample(ctx, problems_P, num_completions, temperature, (name, step), top_p):
@@ -162,7 +187,9 @@ def roll_out(
     for row in range(len(problems_P) * num_completions):
         s = scored[row]
         if kind is RewardKind.COMPOSITE:
-            value = reward.compose(s.format_ok, s.verdict, s.plausibility, s.coherence, s.missing, ctx.config.reward)
+            value = reward.compose(
+                s.format_ok, s.verdict, s.plausibility, s.coherence, s.missing, ctx.config.reward
+            )
         else:
             value = reward.correctness(s.format_ok, s.verdict, s.missing)
         rollouts.append(Rollout(step, s.problem, s.completion, value))

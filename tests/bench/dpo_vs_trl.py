@@ -1,29 +1,35 @@
-"""Optimizer steps of DPO by PNS and by TRL's DPOTrainer: tokens a second, peak memory, and what packing and prefix sharing give.
+"""Optimizer steps of DPO by PNS and by TRL's DPOTrainer: tokens a second, peak memory, and what packing and
+prefix sharing give.
 
     pip install '.[bench]'
     python tests/bench/dpo_vs_trl.py
     python tests/bench/dpo_vs_trl.py --device cuda --shape 0.5b
     python tests/bench/dpo_vs_trl.py --device cuda --shape 1.5b --sides trl-by-length-compiled shared
 
-Every side is a process of its own, on the CPU with one thread, and has the same random weights, pairs, precision (float32 on the CPU;
-bf16 with float32 master weights on a GPU) and optimizer (AdamW, clipping at 1). A step is everything from rows of token ids to new
-weights: laying out, forward, backward, clipping, AdamW and the loss on the Python side. Reference log-probabilities are computed before
-the first step. The sides take turns, one step each, in the same order every round; `--warm-up` rounds are not timed. A side's figure is
-the median over rounds; tokens are 2P + C + R of every pair (prompt, chosen, rejected), whatever a side computes.
+Every side is a process of its own, on the CPU with one thread, and has the same random weights, pairs,
+precision (float32 on the CPU; bf16 with float32 master weights on a GPU) and optimizer (AdamW, clipping at
+1). A step is everything from rows of token ids to new weights: laying out, forward, backward, clipping, AdamW
+and the loss on the Python side. Reference log-probabilities are computed before the first step. The sides
+take turns, one step each, in the same order every round; `--warm-up` rounds are not timed. A side's figure is
+the median over rounds; tokens are 2P + C + R of every pair (prompt, chosen, rejected), whatever a side
+computes.
 
-Sides: `padded`, `packed` and `shared` are our layouts, all with the rows of TRL's micro-batches (consecutive pairs in the order of the
-data); `trl` is TRL on the same micro-batches, `trl-by-length` has the pairs of the step sorted by length, as TRL's `group_by_length` does,
-and `trl-single` one pair per micro-batch; `-compiled` adds TRL's `torch_compile`, or our `policy.compile`. All make the same optimizer
-step. The speed-up is that of our fastest side over the fastest TRL side: on the CPU both are compiled, which needs a C++ compiler, and
+Sides: `padded`, `packed` and `shared` are our layouts, all with the rows of TRL's micro-batches (consecutive
+pairs in the order of the data); `trl` is TRL on the same micro-batches, `trl-by-length` has the pairs of the
+step sorted by length, as TRL's `group_by_length` does, and `trl-single` one pair per micro-batch; `-compiled`
+adds TRL's `torch_compile`, or our `policy.compile`. All make the same optimizer step. The speed-up is that of
+our fastest side over the fastest TRL side: on the CPU both are compiled, which needs a C++ compiler, and
 TRL's has one pair per micro-batch, which pads least.
 
-TRL's other settings: no gradient checkpointing (its default recomputes every layer), precomputed reference log-probabilities, fused AdamW,
-its chunked language-model head (always on), flash-attention 2 where it is installed and the device is cuda, else sdpa. `padding_free` is
-ignored by this version, which warns and pads, and the Liger kernels are left out as deprecated. Its preprocessing is skipped: it gets our
-token ids. Both sides have the memory-allocator settings of our policy processes.
+TRL's other settings: no gradient checkpointing (its default recomputes every layer), precomputed reference
+log-probabilities, fused AdamW, its chunked language-model head (always on), flash-attention 2 where it is
+installed and the device is cuda, else sdpa. `padding_free` is ignored by this version, which warns and pads,
+and the Liger kernels are left out as deprecated. Its preprocessing is skipped: it gets our token ids. Both
+sides have the memory-allocator settings of our policy processes.
 
-A speed-up of a wrong computation is no figure: the losses of all sides have to agree at every step, the first has to be ln 2, and the
-first gradient norms have to agree, else the script fails. The last line printed is one JSON object.
+A speed-up of a wrong computation is no figure: the losses of all sides have to agree at every step, the first
+has to be ln 2, and the first gradient norms have to agree, else the script fails. The last line printed is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -50,8 +56,13 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 OURS = ("padded", "packed", "shared", "shared-compiled")
-TRL = tuple(name + compiled for compiled in ("", "-compiled") for name in ("trl", "trl-by-length", "trl-single"))
-DEFAULT_SIDES = {"cpu": ("trl", "trl-single", "trl-single-compiled", *OURS), "cuda": ("trl-by-length", "trl-by-length-compiled", *OURS)}
+TRL = tuple(
+    name + compiled for compiled in ("", "-compiled") for name in ("trl", "trl-by-length", "trl-single")
+)
+DEFAULT_SIDES = {
+    "cpu": ("trl", "trl-single", "trl-single-compiled", *OURS),
+    "cuda": ("trl-by-length", "trl-by-length-compiled", *OURS),
+}
 BETA, CLIP = 0.1, 1.0
 
 
@@ -73,7 +84,9 @@ class Shape:
 
 SHAPES = {
     "small": Shape(11008, 256, 6, 4, 1, 1392, True, 3e-6, 8, 4),  # in the proportions of Qwen2.5-0.5B
-    "narrow": Shape(4096, 256, 6, 4, 2, 768, True, 3e-6, 16, 4),  # more of the time elementwise and in attention, less in the head
+    "narrow": Shape(
+        4096, 256, 6, 4, 2, 768, True, 3e-6, 16, 4
+    ),  # more of the time elementwise and in attention, less in the head
     "0.5b": Shape(151936, 896, 24, 14, 2, 4864, True, 1e-6, 64, 16),  # Qwen2.5-0.5B
     "1.5b": Shape(151936, 1536, 28, 12, 2, 8960, True, 1e-6, 64, 8),  # Qwen2.5-1.5B
 }
@@ -95,8 +108,8 @@ class Work:
 
 
 def draw_pairs(shape: Shape, seed: int) -> list[Pair]:
-    """Random tokens with the lengths of mathematical reasoning: prompts of about 100 tokens, completions of about 260 with a long tail, the
-    longer at most twice the shorter (PNS drops other pairs)."""
+    """Random tokens with the lengths of mathematical reasoning: prompts of about 100 tokens, completions of
+    about 260 with a long tail, the longer at most twice the shorter (PNS drops other pairs)."""
     noise = np.random.default_rng(seed)
 
     def length(median: float, sigma: float, high: int) -> int:
@@ -110,13 +123,22 @@ def draw_pairs(shape: Shape, seed: int) -> list[Pair]:
         chosen = rejected = 0
         while not 0 < chosen <= 2 * rejected <= 4 * chosen:
             chosen, rejected = (length(220, 0.6, 1536) for _ in range(2))
-        pairs.append({"prompt_ids": tokens(length(90, 0.45, 512)), "chosen_ids": tokens(chosen), "rejected_ids": tokens(rejected)})
-        pairs[-1]["rejected_ids"][0] = (pairs[-1]["chosen_ids"][0] + 1) % shape.vocab_size  # what is shared is the prompt
+        pairs.append(
+            {
+                "prompt_ids": tokens(length(90, 0.45, 512)),
+                "chosen_ids": tokens(chosen),
+                "rejected_ids": tokens(rejected),
+            }
+        )
+        pairs[-1]["rejected_ids"][0] = (
+            pairs[-1]["chosen_ids"][0] + 1
+        ) % shape.vocab_size  # what is shared is the prompt
     return pairs
 
 
 def save_model(shape: Shape, device: str, directory: str) -> int:
-    """Write random weights and a tokenizer that TRL can find a padding token in. Returns the number of parameters without embeddings."""
+    """Write random weights and a tokenizer that TRL can find a padding token in. Returns the number of
+    parameters without embeddings."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -124,14 +146,23 @@ def save_model(shape: Shape, device: str, directory: str) -> int:
     keys = ("pairs", "pairs_per_micro_batch", "learning_rate")
     sizes = {name: value for name, value in asdict(shape).items() if name not in keys}
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, max_position_embeddings=4096, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(**sizes, max_position_embeddings=4096, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    )
     model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(directory)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
-    return sum(weight.numel() for name, weight in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        directory
+    )
+    return sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if "embed_tokens" not in name and "lm_head" not in name
+    )
 
 
-# The sides. Each calls `turn` before its first step and after every step, with the step's loss and gradient norm; False ends it.
+# The sides. Each calls `turn` before its first step and after every step, with the step's loss and gradient
+# norm; False ends it.
 
 Turn = Callable[[dict[str, float] | None], bool]
 
@@ -162,7 +193,12 @@ def train_trl(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
     cuda = work.device == "cuda"
     pairs = work.pairs
     if work.side.startswith("trl-by-length"):
-        pairs = sorted(pairs, key=lambda pair: max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) + len(pair["prompt_ids"]))
+        pairs = sorted(
+            pairs,
+            key=lambda pair: (
+                max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) + len(pair["prompt_ids"])
+            ),
+        )
     settings = DPOConfig(
         output_dir=tempfile.mkdtemp(dir=work.model),
         use_cpu=not cuda,
@@ -186,18 +222,26 @@ def train_trl(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
         disable_tqdm=True,
     )
     attention = "flash_attention_2" if cuda and importlib.util.find_spec("flash_attn") else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        work.model, dtype=torch.float32, attn_implementation=attention
+    )
     tokenizer = AutoTokenizer.from_pretrained(work.model)
-    TokenIdTrainer(model, args=settings, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, callbacks=[Turns()]).train()
+    TokenIdTrainer(
+        model,
+        args=settings,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        callbacks=[Turns()],
+    ).train()
 
 
 def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
     import verl.workers.engine_workers  # noqa: F401  its import belongs to the memory before the model
 
     from pns import config
-    from workers import verl_engine  # noqa: F401
-    from workers.batching import Batch, MicroBatch, micro_batch, plan
-    from workers.policy import Model, Preference, Rank
+    from workers.training import verl_engine  # noqa: F401
+    from workers.training.batching import Batch, MicroBatch, micro_batch, plan
+    from workers.training.policy import Model, Preference, Rank
 
     layout = config.Layout[work.side.removesuffix("-compiled")]
     loss = Preference(config.Preference(beta=BETA))
@@ -210,16 +254,23 @@ def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
         parts = []
         for start in range(0, len(prompts), size):
             rows = slice(start, start + size)
-            batch = Batch(prompts[rows], completions[rows], {"ref_log_probs": reference[rows]} if reference else {})
+            batch = Batch(
+                prompts[rows], completions[rows], {"ref_log_probs": reference[rows]} if reference else {}
+            )
             [[families]] = plan(batch, group_size=2, ranks=1, max_tokens=sys.maxsize, layout=layout)
             parts.append(micro_batch(batch, families, layout))
         return parts
 
     ready()
     rank = Rank()
-    settings = config.Policy(gradient_checkpointing=False, layout=layout, compile=work.side.endswith("-compiled"))
+    settings = config.Policy(
+        gradient_checkpointing=False, layout=layout, compile=work.side.endswith("-compiled")
+    )
     optimizer = config.Optimizer(learning_rate=work.shape.learning_rate, clip_grad=CLIP)
-    rank.load(Model(work.model, "language_model", work.device, settings, optimizer, work.steps, 0, False), timeout_seconds=600)
+    rank.load(
+        Model(work.model, "language_model", work.device, settings, optimizer, work.steps, 0, False),
+        timeout_seconds=600,
+    )
     parts = lay_out()
     reference: list[np.ndarray] = [np.empty(0)] * len(prompts)
     for index, (part, values) in enumerate(zip(parts, rank.infer(parts), strict=True)):
@@ -229,7 +280,9 @@ def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
     constants = {
         "num_tokens": 0.0,
         "num_groups": len(work.pairs),
-        "global_token_num": [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)],
+        "global_token_num": [
+            len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)
+        ],
     }
     metrics: dict[str, float] | None = None
     while turn(metrics):
@@ -285,26 +338,43 @@ class Side:
     """A worker seen from the parent."""
 
     def __init__(self, work: Work, log: IO[str]) -> None:
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
+        environment = dict(
+            os.environ,
+            PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        )
         environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if work.device == "cpu":
-            from workers.policy import _MALLOC
+            from workers.training.policy import _MALLOC
 
             environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **_MALLOC}
         if work.side in OURS:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+            environment |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "LOCAL_RANK": "0",
+            }
             if work.device == "cpu":
-                environment |= {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "workers.verl_cpu"}
+                environment |= {
+                    "VERL_PLATFORM": "cpu",
+                    "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu",
+                }
         self.name = work.side
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            [sys.executable, __file__, "--worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
         )
         self._tell(json.dumps(asdict(work)))
         self._hear()
@@ -350,22 +420,33 @@ class Side:
 def model_flops(shape: Shape, pairs: Sequence[Pair], num_parameters: int) -> float:
     """Floating-point operations that a step needs, forward and backward, with a shared prompt computed once.
 
-    6 (non-embedding parameters) (P + C + R), 6 (vocabulary) (hidden) (C + R) for the head, and 12 (heads) (head dimension) (layers) for
-    every pair of a query and a key at or before it. Nothing for recomputation, padding or the optimizer.
+    6 (non-embedding parameters) (P + C + R), 6 (vocabulary) (hidden) (C + R) for the head, and 12 (heads)
+    (head dimension) (layers) for every pair of a query and a key at or before it. Nothing for recomputation,
+    padding or the optimizer.
     """
     width = shape.num_hidden_layers * shape.hidden_size
     total = 0.0
     for pair in pairs:
-        prompt, *completions = (len(ids) for ids in (pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]))
-        attended = prompt * (prompt + 1) / 2 + sum(length * prompt + length * (length + 1) / 2 for length in completions)
-        total += 6 * num_parameters * (prompt + sum(completions)) + 6 * shape.vocab_size * shape.hidden_size * sum(completions)
+        prompt, *completions = (
+            len(ids) for ids in (pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"])
+        )
+        attended = prompt * (prompt + 1) / 2 + sum(
+            length * prompt + length * (length + 1) / 2 for length in completions
+        )
+        total += 6 * num_parameters * (
+            prompt + sum(completions)
+        ) + 6 * shape.vocab_size * shape.hidden_size * sum(completions)
         total += 12 * width * attended
     return total
 
 
 def ceilings(pairs: Sequence[Pair], per_micro_batch: int) -> tuple[float, float]:
-    """What packing and sharing would give if time were proportional to tokens: B max / sum of lengths, and (2P+C+R) / (P+C+R)."""
-    rows = [[len(pair["prompt_ids"]) + len(pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in pairs]
+    """What packing and sharing would give if time were proportional to tokens: B max / sum of lengths, and
+    (2P+C+R) / (P+C+R)."""
+    rows = [
+        [len(pair["prompt_ids"]) + len(pair[side]) for side in ("chosen_ids", "rejected_ids")]
+        for pair in pairs
+    ]
     packed = sum(map(sum, rows))
     padded = 0
     for start in range(0, len(rows), per_micro_batch):
@@ -389,14 +470,23 @@ def disagreement(sides: Sequence[Side], tolerance: float) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
-    parser.add_argument("--sides", nargs="+", choices=TRL + OURS, help="default: those that matter on the device")
+    parser.add_argument(
+        "--sides", nargs="+", choices=TRL + OURS, help="default: those that matter on the device"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of every side")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not timed")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs")
-    parser.add_argument("--peak-tflops", type=float, default=989.5, help="of the GPU, for MFU; an H200's dense bf16 by default")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=989.5,
+        help="of the GPU, for MFU; an H200's dense bf16 by default",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -431,18 +521,26 @@ def report(
     wrong = disagreement(sides, 1e-3 if arguments.device == "cpu" else 5e-2)
     if wrong:
         sys.exit(wrong)
-    tokens = sum(2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    tokens = sum(
+        2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs
+    )
     seconds = {side.name: statistics.median(side.seconds[arguments.warm_up :]) for side in sides}
     flops = model_flops(shape, pairs, num_parameters)
     for side in sides:
         timed, found = side.seconds[arguments.warm_up :], memory[side.name]
-        mfu = f"  MFU {flops / seconds[side.name] / arguments.peak_tflops / 1e12:6.1%}" if arguments.device == "cuda" else ""
+        mfu = (
+            f"  MFU {flops / seconds[side.name] / arguments.peak_tflops / 1e12:6.1%}"
+            if arguments.device == "cuda"
+            else ""
+        )
         print(
             f"{side.name:22} {tokens / seconds[side.name]:10,.0f} tokens/s  {seconds[side.name]:7.3f} s a step ({min(timed):.3f} to "
             f"{max(timed):.3f})  peak {found['peak']:7,.0f} MiB, {found['peak'] - found['before']:7,.0f} without libraries{mfu}"
         )
     packing, sharing = ceilings(pairs, shape.pairs_per_micro_batch)
-    print(f"ceilings: packing {packing:.3f}, prefix sharing {sharing:.3f}; last losses: {', '.join(f'{s.losses[-1]:.6f}' for s in sides)}")
+    print(
+        f"ceilings: packing {packing:.3f}, prefix sharing {sharing:.3f}; last losses: {', '.join(f'{s.losses[-1]:.6f}' for s in sides)}"
+    )
 
     def ratio(slower: str | None, faster: str | None) -> float | None:
         return seconds[slower] / seconds[faster] if slower in seconds and faster in seconds else None
@@ -462,7 +560,12 @@ def report(
         "mfu": {name: flops / of_side / arguments.peak_tflops / 1e12 for name, of_side in seconds.items()}
         if arguments.device == "cuda"
         else None,
-        "model": {"shape": arguments.shape, "device": arguments.device, **asdict(shape), "non_embedding_parameters": num_parameters},
+        "model": {
+            "shape": arguments.shape,
+            "device": arguments.device,
+            **asdict(shape),
+            "non_embedding_parameters": num_parameters,
+        },
         "tokens": tokens,
         "versions": {name: version(name) for name in ("trl", "transformers", "torch", "verl")},
     }

@@ -2,12 +2,13 @@
 
     python tests/bench/verifier.py [--processes 2] [--items 2000] [--poison 2.0] [--limit 5]
 
-`single_per_second` is the rate of `workers.verifier.decide` in this process on ordinary answers (a mixture of numbers, fractions, roots,
-tuples, intervals, expressions and words, a third of them right), `pool_per_second` that of the pool, start-up left out;
-`efficiency` = pool / (processes * single). `independent_per_second` is the rate of as many processes that share nothing and run
-`decide` on their part: what the machine can give at that moment; `share_of_independent` = pool / independent. `poisoned_per_second` is
-the rate of the same ordinary answers when every so many items one that never ends is mixed in, `poisoned_share` its ratio to the clean
-pool; `poison_killed_seconds` how long one such item takes alone.
+`single_per_second` is the rate of `workers.rewards.verifier.decide` in this process on ordinary answers (a
+mixture of numbers, fractions, roots, tuples, intervals, expressions and words, a third of them right),
+`pool_per_second` that of the pool, start-up left out; `efficiency` = pool / (processes * single).
+`independent_per_second` is the rate of as many processes that share nothing and run `decide` on their part:
+what the machine can give at that moment; `share_of_independent` = pool / independent. `poisoned_per_second`
+is the rate of the same ordinary answers when every so many items one that never ends is mixed in,
+`poisoned_share` its ratio to the clean pool; `poison_killed_seconds` how long one such item takes alone.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import statistics
 import time
 from typing import Any
 
-from workers.verifier import _WARMING, Verifier, decide
+from workers.rewards.verifier import _WARMING, Verifier, decide
 
 POISON = r"\boxed{9^{9^{9^{9}}}}"
 
 
 def ordinary(num: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Gold answers and boxed predictions, the same for every run; no two alike, so that no cache helps more than in a real run."""
+    """Gold answers and boxed predictions, the same for every run; no two alike, so that no cache helps more
+    than in a real run."""
     generator = random.Random(seed)
     items = []
     for index in range(num):
@@ -77,7 +79,9 @@ def decide_all(items: list[tuple[str, str]]) -> float:
 def independent(items: list[tuple[str, str]], processes: int) -> float:
     context = multiprocessing.get_context("spawn")
     ready, go = context.Semaphore(0), context.Event()
-    parts = [context.Process(target=plain, args=(items[part::processes], ready, go)) for part in range(processes)]
+    parts = [
+        context.Process(target=plain, args=(items[part::processes], ready, go)) for part in range(processes)
+    ]
     for part in parts:
         part.start()
     for _ in parts:

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from pns import config
-from workers.batching import Batch
-from workers.policy import BradleyTerry, Grpo, Policy, Preference, Sft
+from workers.training.batching import Batch
+from workers.training.policy import BradleyTerry, Grpo, Policy, Preference, Sft
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 VOCABULARY = 64
 OPTIMIZER = config.Optimizer(learning_rate=1e-3)
 
@@ -44,11 +47,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         )
     ).save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w2").save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w2"
+    ).save_pretrained(path)
     return str(path)
 
 
-@pytest.fixture(scope="module", params=["bfloat16-shared", "bfloat16-packed", "bfloat16-padded", "float32-shared"])
+@pytest.fixture(
+    scope="module", params=["bfloat16-shared", "bfloat16-packed", "bfloat16-padded", "float32-shared"]
+)
 def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
     """One rank on one GPU, in a Ray of its own that sees the real devices."""
     import ray
@@ -92,7 +99,9 @@ def reference_log_probs(path: str, batch: Batch) -> list[np.ndarray]:
 def test_log_probs_are_those_of_transformers(policy: Policy, checkpoint: str) -> None:
     policy.load(checkpoint, "language_model", None, total_steps=1, seed=0)
     batch = rows(24)
-    difference = np.abs(np.concatenate(policy.log_probs(batch)) - np.concatenate(reference_log_probs(checkpoint, batch)))
+    difference = np.abs(
+        np.concatenate(policy.log_probs(batch)) - np.concatenate(reference_log_probs(checkpoint, batch))
+    )
     assert difference.mean() < 0.01  # bfloat16 keeps about three digits
     assert difference.max() < 0.1
 
@@ -115,7 +124,9 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
     whole = policy.settings
     try:
         policy.settings = replace(whole, lora=config.Lora(rank=8, alpha=16))
-        policy.load(checkpoint, "language_model", config.Optimizer(learning_rate=1e-2), total_steps=10, seed=0)
+        policy.load(
+            checkpoint, "language_model", config.Optimizer(learning_rate=1e-2), total_steps=10, seed=0
+        )
         policy.load_reference(checkpoint)
         batch = rows(16)
         before = policy.reference_log_probs(batch)
@@ -123,7 +134,9 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
         first, *_, last = [policy.train_step(given, Preference(config.Preference())) for _ in range(5)]
         assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
         assert last["loss"] < first["loss"]
-        np.testing.assert_array_equal(np.concatenate(policy.reference_log_probs(batch)), np.concatenate(before))
+        np.testing.assert_array_equal(
+            np.concatenate(policy.reference_log_probs(batch)), np.concatenate(before)
+        )
     finally:
         policy.settings = whole
 
@@ -131,7 +144,7 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
 @pytest.mark.parametrize("trunk", [5, 200])
 def test_variable_length_kernel_is_torch_attention_row_by_row(trunk: int) -> None:
     """Outputs and gradients of the two kernel calls, against one call of torch's attention a row in float32."""
-    from workers.attention import packed_attention, segments_of
+    from workers.training.attention import packed_attention, segments_of
 
     torch.manual_seed(0)
     segments = segments_of([(trunk, [70, 33, 1]), (0, [130]), (17, [64, 64])])
@@ -139,7 +152,9 @@ def test_variable_length_kernel_is_torch_attention_row_by_row(trunk: int) -> Non
     shapes = ((1, 8, count, 64), (1, 2, count, 64), (1, 2, count, 64))
     exact = [torch.randn(shape, device="cuda").bfloat16().float().requires_grad_() for shape in shapes]
     fast = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
-    expected, found = (packed_attention(torch.nn.Module(), *tensors, None, segments)[0] for tensors in (exact, fast))
+    expected, found = (
+        packed_attention(torch.nn.Module(), *tensors, None, segments)[0] for tensors in (exact, fast)
+    )
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
@@ -161,7 +176,9 @@ def test_restore_and_export(policy: Policy, checkpoint: str, tmp_path: Path) -> 
     weights = ray.get(policy.weights()[1])
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     policy.export(tmp_path / "model")
-    difference = np.concatenate(policy.log_probs(batch)) - np.concatenate(reference_log_probs(str(tmp_path / "model"), batch))
+    difference = np.concatenate(policy.log_probs(batch)) - np.concatenate(
+        reference_log_probs(str(tmp_path / "model"), batch)
+    )
     assert np.abs(difference).mean() < 0.01
 
 

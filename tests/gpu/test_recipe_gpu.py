@@ -1,4 +1,5 @@
-"""A cut-down tiny recipe through every stage on CUDA: NCCL, bf16, flash-attention where it is installed, all roles on one device."""
+"""A cut-down tiny recipe through every stage on CUDA: NCCL, bf16, flash-attention where it is installed, all
+roles on one device."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,8 +30,19 @@ def test_every_stage(tmp_path: Path, engine: str) -> None:
         "placement.device=cuda",
         *(f"placement.{role}.replicas=1" for role in ("rollout", "policy")),
         *(f"placement.{role}.gpus=0.25" for role in ("rollout", "policy", "reward_model", "judge")),
-        *("data.tiny.num_train=40", "data.tiny.num_reward=60", "data.tiny.num_preference=40", "data.tiny.num_test_per_suite=4"),
-        *("rl.steps=2", "reward_model.steps=3", "reverse_rl.steps=2", "preference.steps=2", "evaluate.generator_samples=40"),
+        *(
+            "data.tiny.num_train=40",
+            "data.tiny.num_reward=60",
+            "data.tiny.num_preference=40",
+            "data.tiny.num_test_per_suite=4",
+        ),
+        *(
+            "rl.steps=2",
+            "reward_model.steps=3",
+            "reverse_rl.steps=2",
+            "preference.steps=2",
+            "evaluate.generator_samples=40",
+        ),
     ]
     command = [sys.executable, "-m", "pns.cli", "run", "recipes/tiny-qwen2.yaml", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)

@@ -1,4 +1,5 @@
-"""The engines on a GPU against a plain transformers forward: the transformers engine in float32, vLLM (if it is installed) in bfloat16."""
+"""The engines on a GPU against a plain transformers forward: the transformers engine in float32, vLLM (if it
+is installed) in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,9 +14,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from workers.engine import Engine, Request, Sample, Sampling, perturb
+from workers.rollout.engine import Engine, Request, Sample, Sampling, perturb
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 VOCAB, END = 50, 1
 
 
@@ -40,14 +44,14 @@ def build_model(tied: bool, seed: int) -> Qwen2ForCausalLM:
 
 
 def transformers_engine() -> Engine:
-    from workers.engine_transformers import TransformersEngine
+    from workers.rollout.pool.engine_transformers import TransformersEngine
 
     return TransformersEngine("cuda", "float32", max_batch=32)
 
 
 def vllm_engine() -> Engine:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    from workers.engine_vllm import VllmEngine
+    from workers.rollout.pool.engine_vllm import VllmEngine
 
     return VllmEngine("cuda", max_batch=32, memory_fraction=0.2)
 
@@ -56,7 +60,9 @@ NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="v
 
 
 @pytest.fixture(
-    scope="module", params=[(transformers_engine, 1e-4), pytest.param((vllm_engine, 0.1), marks=NO_VLLM)], ids=["transformers", "vllm"]
+    scope="module",
+    params=[(transformers_engine, 1e-4), pytest.param((vllm_engine, 0.1), marks=NO_VLLM)],
+    ids=["transformers", "vllm"],
 )
 def engine(request: pytest.FixtureRequest) -> tuple[Engine, float]:
     """An engine, and how far its log-probabilities may lie from a float32 forward."""
@@ -67,7 +73,10 @@ def engine(request: pytest.FixtureRequest) -> tuple[Engine, float]:
 
 def make_requests(count: int) -> list[Request]:
     draw = random.Random(0)
-    return [Request(f"r{i}", tuple(draw.randrange(2, VOCAB) for _ in range(draw.randrange(5, 30))), i) for i in range(count)]
+    return [
+        Request(f"r{i}", tuple(draw.randrange(2, VOCAB) for _ in range(draw.randrange(5, 30))), i)
+        for i in range(count)
+    ]
 
 
 def forward_log_probs(model: Qwen2ForCausalLM, request: Request, sample: Sample) -> np.ndarray:
@@ -82,16 +91,23 @@ def worst_error(engine: Engine, model: Qwen2ForCausalLM) -> float:
     requests = make_requests(16)
     samples = {sample.id: sample for sample in engine.generate(requests, Sampling(1.0, max_new_tokens=32))}
     assert len(samples) == 16
-    scored = engine.log_probs([request.prompt_ids for request in requests], [samples[request.id].token_ids for request in requests])
+    scored = engine.log_probs(
+        [request.prompt_ids for request in requests], [samples[request.id].token_ids for request in requests]
+    )
     errors = []
     for request, log_probs in zip(requests, scored, strict=True):
         expected = forward_log_probs(model, request, samples[request.id])
-        errors += [np.abs(log_probs - expected).max(), np.abs(np.array(samples[request.id].log_probs) - expected).max()]
+        errors += [
+            np.abs(log_probs - expected).max(),
+            np.abs(np.array(samples[request.id].log_probs) - expected).max(),
+        ]
     return float(max(errors))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_log_probs_are_those_of_the_present_weights(engine: tuple[Engine, float], tied: bool, tmp_path: Path) -> None:
+def test_log_probs_are_those_of_the_present_weights(
+    engine: tuple[Engine, float], tied: bool, tmp_path: Path
+) -> None:
     runner, tolerance = engine
     first, second = build_model(tied, 0), build_model(tied, 1)
     first.save_pretrained(tmp_path)

@@ -1,11 +1,14 @@
 """Record what TRL computes for the preference losses that both have, in `trl_losses.json` beside this file.
 
-Needs trl==1.16.0 (with transformers, accelerate and datasets), which the tests do not: they read the recorded values. To record again:
+Needs trl==1.16.0 (with transformers, accelerate and datasets), which the tests do not: they read the recorded
+values. To record again:
 
-    python -m venv .trl && .trl/bin/pip install trl==1.16.0 numpy && .trl/bin/python tests/parity/record_trl_losses.py
+    python -m venv .trl && .trl/bin/pip install trl==1.16.0 numpy && .trl/bin/python
+    tests/parity/record_trl_losses.py
 
-TRL's own trainers compute every number: the methods that turn a batch into a loss run on trainers that carry the attributes those methods
-read, with a model that answers with prescribed log-probabilities. Batches hold one pair, so that a batch's loss is the pair's.
+TRL's own trainers compute every number: the methods that turn a batch into a loss run on trainers that carry
+the attributes those methods read, with a model that answers with prescribed log-probabilities. Batches hold
+one pair, so that a batch's loss is the pair's.
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ from trl.trainer.kto_trainer import KTOTrainer
 TRL = "1.16.0"
 SEED = 20240601
 NUM_PAIRS = 16
-COMPLETION, PADDING = 0, 1  # token ids; a sequence is one prompt token, the number of its row, and completion tokens
+COMPLETION, PADDING = (
+    0,
+    1,
+)  # token ids; a sequence is one prompt token, the number of its row, and completion tokens
 CASES: list[tuple[str, dict[str, float]]] = [
     ("sigmoid", {"beta": 0.1}),
     ("sigmoid", {"beta": 2.0}),
@@ -58,7 +64,8 @@ CASES: list[tuple[str, dict[str, float]]] = [
 
 
 class Prescribed(torch.nn.Module):
-    """A language model whose completion tokens have given log-probabilities: those of `rows[k]` after prompt token k."""
+    """A language model whose completion tokens have given log-probabilities: those of `rows[k]` after prompt
+    token k."""
 
     is_gradient_checkpointing = False
 
@@ -69,19 +76,27 @@ class Prescribed(torch.nn.Module):
     def forward(self, input_ids: Tensor, fused_lm_head: bool = False, **_: Any) -> SimpleNamespace:
         width = input_ids.shape[1]
         log_probs = torch.stack(
-            [torch.nn.functional.pad(self.rows[k], (0, width - 1 - len(self.rows[k]))) for k in input_ids[:, 0].tolist()]
+            [
+                torch.nn.functional.pad(self.rows[k], (0, width - 1 - len(self.rows[k])))
+                for k in input_ids[:, 0].tolist()
+            ]
         )
         if fused_lm_head:
             zeros = torch.zeros_like(log_probs)
-            return SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+            return SimpleNamespace(
+                log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+            )
         real = log_probs < 0
         safe = torch.where(real, log_probs, -1.0)
-        logits = torch.stack([safe, torch.log(-torch.expm1(safe))], dim=-1)  # of the tokens COMPLETION and PADDING
+        logits = torch.stack(
+            [safe, torch.log(-torch.expm1(safe))], dim=-1
+        )  # of the tokens COMPLETION and PADDING
         return SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 0, 0, 1)))
 
 
 def sequences(numbers: list[int], lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and completion mask (B, S) of rows with a prompt token and so many completion tokens."""
+    """Token ids, attention mask and completion mask (B, S) of rows with a prompt token and so many completion
+    tokens."""
     width = 1 + max(lengths)
     positions = torch.arange(width).expand(len(lengths), width)
     attention = (positions <= torch.tensor(lengths).unsqueeze(1)).long()
@@ -106,7 +121,12 @@ def trainer(kind: type, model: torch.nn.Module, **attributes: Any) -> Any:
 
 
 def dpo(
-    chosen: Tensor, rejected: Tensor, pair: dict[str, Any], loss_types: list[str], weights: list[float], values: dict[str, float]
+    chosen: Tensor,
+    rejected: Tensor,
+    pair: dict[str, Any],
+    loss_types: list[str],
+    weights: list[float],
+    values: dict[str, float],
 ) -> Tensor:
     model = Prescribed([chosen, rejected])
     ids, attention, completion = sequences([0, 1], [len(chosen), len(rejected)])
@@ -157,16 +177,25 @@ def concatenated(kind: type, chosen: Tensor, rejected: Tensor, **attributes: Any
     batch = {}
     for side, number, row in (("chosen", 0, chosen), ("rejected", 1, rejected)):
         ids, attention, completion = sequences([number], [len(row)])
-        batch |= {f"{side}_input_ids": ids, f"{side}_attention_mask": attention, f"{side}_labels": ids.masked_fill(completion == 0, -100)}
-    return trainer(kind, model, pad_token_id=PADDING, padding_value=PADDING, **attributes).get_batch_loss_metrics(model, batch)[0]
+        batch |= {
+            f"{side}_input_ids": ids,
+            f"{side}_attention_mask": attention,
+            f"{side}_labels": ids.masked_fill(completion == 0, -100),
+        }
+    return trainer(
+        kind, model, pad_token_id=PADDING, padding_value=PADDING, **attributes
+    ).get_batch_loss_metrics(model, batch)[0]
 
 
-def trl_loss(loss: str, chosen: Tensor, rejected: Tensor, pair: dict[str, Any], values: dict[str, float]) -> Tensor:
+def trl_loss(
+    loss: str, chosen: Tensor, rejected: Tensor, pair: dict[str, Any], values: dict[str, float]
+) -> Tensor:
     match loss:
         case "sigmoid" | "ipo" | "hinge" | "robust":
             return dpo(chosen, rejected, pair, [loss], [1.0], values)
         case "cdpo":
-            # DPOTrainer smooths labels in `aot` alone, which sorts margins over the batch: with one pair that is cDPO.
+            # DPOTrainer smooths labels in `aot` alone, which sorts margins over the batch: with one pair that
+            # is cDPO.
             return dpo(chosen, rejected, pair, ["aot"], [1.0], values)
         case "length_normalised":
             return dpo(chosen, rejected, pair, ["sigmoid_norm"], [1.0], values)
@@ -174,7 +203,13 @@ def trl_loss(loss: str, chosen: Tensor, rejected: Tensor, pair: dict[str, Any], 
             return dpo(chosen, rejected, pair, ["sigmoid", "sft"], [1.0, values["nll_weight"]], values)
         case "simpo":
             gamma = values["target_margin"]
-            attributes = {"beta": values["beta"], "simpo_gamma": gamma, "cpo_alpha": 0.0, "alpha": 0.0, "label_smoothing": 0.0}
+            attributes = {
+                "beta": values["beta"],
+                "simpo_gamma": gamma,
+                "cpo_alpha": 0.0,
+                "alpha": 0.0,
+                "label_smoothing": 0.0,
+            }
             return concatenated(CPOTrainer, chosen, rejected, loss_type="simpo", **attributes)
         case "orpo":
             return concatenated(ORPOTrainer, chosen, rejected, beta=values["odds_ratio_weight"])
@@ -188,7 +223,8 @@ def tensor(values: list[float]) -> Tensor:
 
 
 def draw() -> list[dict[str, Any]]:
-    """Token log-probabilities of pairs, and of two mismatched completions (`kl`) beside each; lengths from 1 to 12 tokens."""
+    """Token log-probabilities of pairs, and of two mismatched completions (`kl`) beside each; lengths from 1
+    to 12 tokens."""
     random = np.random.default_rng(SEED)
     pairs = []
     for _ in range(NUM_PAIRS):
@@ -209,12 +245,23 @@ def draw() -> list[dict[str, Any]]:
 def main() -> None:
     if trl.__version__ != TRL:
         raise SystemExit(f"trl is {trl.__version__}, and this script drives {TRL}: pip install trl=={TRL}")
-    torch.Tensor.float = torch.Tensor.double  # ORPOTrainer casts to float32, which is coarser than the comparison
+    torch.Tensor.float = (
+        torch.Tensor.double
+    )  # ORPOTrainer casts to float32, which is coarser than the comparison
     pairs, cases = draw(), []
     for loss, values in CASES:
-        case: dict[str, Any] = {"loss": loss, "hyper_parameters": values, "losses": [], "chosen_gradients": [], "rejected_gradients": []}
+        case: dict[str, Any] = {
+            "loss": loss,
+            "hyper_parameters": values,
+            "losses": [],
+            "chosen_gradients": [],
+            "rejected_gradients": [],
+        }
         for pair in pairs:
-            chosen, rejected = tensor(pair["chosen"]).requires_grad_(), tensor(pair["rejected"]).requires_grad_()
+            chosen, rejected = (
+                tensor(pair["chosen"]).requires_grad_(),
+                tensor(pair["rejected"]).requires_grad_(),
+            )
             value = trl_loss(loss, chosen, rejected, pair, values)
             value.backward()
             assert value.dtype == torch.float64
@@ -224,7 +271,12 @@ def main() -> None:
             case["chosen_gradients"].append(chosen.grad[0].item())
             case["rejected_gradients"].append(rejected.grad[0].item())
         cases.append(case)
-    versions = {"trl": TRL, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {
+        "trl": TRL,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     recorded = {"versions": versions, "seed": SEED, "pairs": pairs, "cases": cases}
     text = json.dumps(recorded).replace("}, {", "},\n{") + "\n"
     Path(__file__).with_name("trl_losses.json").write_text(text, encoding="utf-8")

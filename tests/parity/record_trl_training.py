@@ -1,8 +1,10 @@
-"""Records what TRL's DPOTrainer computes on the tiny model, for `tests/test_training_parity.py`: `trl_training.json` beside this file.
+"""Records what TRL's DPOTrainer computes on the tiny model, for
+`tests/workers/training/test_training_parity.py`: `trl_training.json` beside this file.
 
-Ten optimizer steps in float32 on the CPU for each loss, from the same weights, on the same pairs in the same order. A recorded loss is
-that of the step's pairs before the step's update. TRL gets one pair at a time and accumulates: its "sft" term is a mean over the tokens
-of a micro-batch, and the length-normalised likelihood of RPO only when that is one row.
+Ten optimizer steps in float32 on the CPU for each loss, from the same weights, on the same pairs in the same
+order. A recorded loss is that of the step's pairs before the step's update. TRL gets one pair at a time and
+accumulates: its "sft" term is a mean over the tokens of a micro-batch, and the length-normalised likelihood
+of RPO only when that is one row.
 
     pip install '.[bench]'
     python tests/parity/record_trl_training.py
@@ -27,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import DPOConfig, DPOTrainer
 
 from pns.config import Data
-from pns.data import tiny_world
 from pns.data.prompts import Prompts
+from pns.tiny import world as tiny_world
 
 ROOT = Path(__file__).parents[2]
 MODEL = "recipes/tiny/qwen2"
@@ -69,13 +71,19 @@ def draw_pairs(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]
         {
             "prompt_ids": list(prompts.encode(problem)),
             "chosen_ids": list(prompts.encode_completion(tiny_world.random_solution(problem, rng))),
-            "rejected_ids": list(prompts.encode_completion(tiny_world.corrupt(problem, rng, rng.choice(tiny_world.ERROR_KINDS)))),
+            "rejected_ids": list(
+                prompts.encode_completion(
+                    tiny_world.corrupt(problem, rng, rng.choice(tiny_world.ERROR_KINDS))
+                )
+            ),
         }
         for problem in tiny_world.problems("preference", None, STEPS * PAIRS_PER_STEP, seed=SEED)
     ]
 
 
-def train(pairs: list[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase, **loss: Any) -> list[dict[str, float]]:
+def train(
+    pairs: list[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase, **loss: Any
+) -> list[dict[str, float]]:
     losses = Losses()
     with tempfile.TemporaryDirectory() as directory:
         settings = DPOConfig(
@@ -100,15 +108,25 @@ def train(pairs: list[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase,
             disable_tqdm=True,
             **loss,
         )
-        model = AutoModelForCausalLM.from_pretrained(ROOT / MODEL, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            ROOT / MODEL, dtype=torch.float32, attn_implementation="sdpa"
+        )
         assert model.config.attention_dropout == 0.0
-        TokenIdTrainer(model, args=settings, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, callbacks=[losses]).train()
+        TokenIdTrainer(
+            model,
+            args=settings,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            callbacks=[losses],
+        ).train()
     assert len(losses.logged) == STEPS
     return losses.logged
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("trl_training.json"))
     output = parser.parse_args().output
     tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)

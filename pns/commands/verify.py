@@ -1,0 +1,122 @@
+"""`pns verify`: verdicts on a file of gold answers and predictions, streamed in order."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from pns.answers.compare import extract_answer
+from pns.errors import UserError
+from pns.records import AnswerRule
+
+_IN_FLIGHT = 4096  # cases read ahead of the verdicts
+
+
+def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, force: bool) -> dict[str, int]:
+    r"""Verify every line of `cases` and write one line each to `out`, in order; returns the number of lines
+    per verdict.
+
+    A case is a JSON object with the strings `gold` and `prediction`, and may have `unordered` (true: a list
+    whose order does not count), `tolerance` (a number, absolute) and `unit` (of numbers that state none). The
+    prediction is a whole completion, whose last box is the answer, or a bare answer
+    (`pns.answers.compare.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
+    `verdict` (correct, wrong, unverified), `extracted` (null: no final answer, which is unverified), `reason`
+    and `seconds` (a worker's time). Raises UserError with the line's number for input of another form; `out`
+    then holds verdicts of lines before it.
+    """
+    if processes < 1 or limit_seconds <= 0:
+        raise UserError(f"--processes {processes} and --seconds {limit_seconds:g} must be positive")
+    if not cases.is_file():
+        raise UserError(f"{cases} does not exist; name a JSONL file with the fields gold and prediction")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; add --force to replace it")
+    if out.exists() and out.samefile(cases):
+        raise UserError(f"--out {out} is the file of cases itself; name another")
+    from workers.rewards.verifier import Verifier
+
+    begin = time.monotonic()
+    counts: Counter[str] = Counter(correct=0, wrong=0, unverified=0)
+    verifier = Verifier(processes, limit_seconds)
+    try:
+        with cases.open(encoding="utf-8") as lines, _opened(out) as file:
+            waiting: deque[Any] = deque()
+            for gold, prediction, rule in _cases(lines, cases):
+                answer = extract_answer(gold) if "\\boxed" in gold else gold
+                waiting.append(
+                    verifier.submit_extracted([(answer or gold, extract_answer(prediction), rule)])
+                )
+                while waiting and (len(waiting) >= _IN_FLIGHT or verifier.done(waiting[0])):
+                    _write(file, verifier.collect(waiting.popleft())[0], counts)
+            while waiting:
+                _write(file, verifier.collect(waiting.popleft())[0], counts)
+    finally:
+        verifier.shutdown()
+    total, seconds = counts.total(), time.monotonic() - begin
+    shares = ", ".join(
+        f"{count} {verdict} ({count / max(1, total):.1%})" for verdict, count in counts.items()
+    )
+    print(
+        f"{total} cases: {shares}; {seconds:.1f} s, {total / seconds:.0f} a second -> {out}", file=sys.stderr
+    )
+    return dict(counts)
+
+
+def _opened(out: Path) -> TextIO:
+    try:
+        return out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def _cases(lines: TextIO, path: Path) -> Iterator[tuple[str, str, AnswerRule]]:
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _case(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _case(line: str, where: str) -> tuple[str, str, AnswerRule]:
+    try:
+        case = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(case, dict):
+        raise UserError(f"{where} is not a JSON object; it needs the strings gold and prediction")
+    for field in ("gold", "prediction"):
+        if not isinstance(case.get(field), str):
+            found = f"a {type(case[field]).__name__}" if field in case else "missing"
+            raise UserError(f"{where}: {field} is {found}; it must be a string")
+    unordered, tolerance, unit = (
+        case.get("unordered", False),
+        case.get("tolerance", 0),
+        case.get("unit") or "",
+    )
+    if not isinstance(unordered, bool):
+        raise UserError(f"{where}: unordered is {unordered!r}; it must be true or false")
+    if (
+        isinstance(tolerance, bool)
+        or not isinstance(tolerance, int | float)
+        or not 0 <= tolerance < float("inf")
+    ):
+        raise UserError(f"{where}: tolerance is {tolerance!r}; it must be a number of at least 0")
+    if not isinstance(unit, str):
+        raise UserError(f"{where}: unit is {unit!r}; it must be a string")
+    return case["gold"], case["prediction"], AnswerRule(unordered, float(tolerance), unit)
+
+
+def _write(file: TextIO, result: Any, counts: Counter[str]) -> None:
+    counts[result.verdict.value] += 1
+    row = {
+        "verdict": result.verdict.value,
+        "extracted": result.extracted,
+        "reason": f"{result.cause}: {result.reason}" if result.cause else result.reason,
+        "seconds": round(result.seconds, 6),
+    }
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")

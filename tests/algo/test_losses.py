@@ -1,0 +1,388 @@
+"""Losses against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pns.algo.losses import (
+    bradley_terry_loss,
+    dpo_loss,
+    grpo_loss,
+    kto_kl,
+    length_normalised_nll,
+    preference_loss,
+    row_sums,
+    sft_loss,
+)
+from pns.config import Preference, PreferenceLoss, reference_free
+
+
+def grpo(
+    log_probs: torch.Tensor | list[float],
+    old: list[float],
+    advantages: list[float],
+    ref: list[float] | None = None,
+    mask: list[float] | None = None,
+    num_tokens: int | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return grpo_loss(
+        log_probs_T=torch.as_tensor(log_probs),
+        old_log_probs_T=torch.tensor(old),
+        ref_log_probs_T=None if ref is None else torch.tensor(ref),
+        advantages_T=torch.tensor(advantages),
+        mask_T=torch.tensor(mask or [1.0] * len(old)),
+        clip_low=0.2,
+        clip_high=0.28,
+        kl_coefficient=0.1,
+        num_tokens=num_tokens or len(old),
+    )
+
+
+def test_grpo_on_policy_is_minus_the_mean_advantage() -> None:
+    loss, metrics = grpo([-1.0, -2.0, -0.5], [-1.0, -2.0, -0.5], [1.0, -2.0, 4.0])
+    assert loss.item() == pytest.approx(-1.0)
+    assert metrics["clip_fraction"].item() == 0
+    assert metrics["ratio"].item() == pytest.approx(1.0)
+    assert metrics["nll"].item() == pytest.approx(3.5 / 3)
+    assert "kl" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "clipped"),
+    [
+        (1.5, 2.0, -2.56, True),  # good and already much likelier: 1.28 * 2, no gradient
+        (1.25, 2.0, -2.5, False),  # inside the raised upper bound
+        (1.5, -2.0, 3.0, False),  # bad and likelier: the full ratio, never clipped
+        (0.5, -2.0, 1.6, True),  # bad and already much less likely: 0.8 * -2
+        (0.5, 2.0, -1.0, False),  # good and less likely: the full ratio
+    ],
+)
+def test_grpo_clips_on_both_sides(ratio: float, advantage: float, expected: float, clipped: bool) -> None:
+    log_prob = torch.tensor([-1.0 + math.log(ratio)], requires_grad=True)
+    loss, metrics = grpo(log_prob, [-1.0], [advantage])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert metrics["clip_fraction"].item() == clipped
+    assert log_prob.grad is not None
+    assert log_prob.grad.item() == pytest.approx(0.0 if clipped else -advantage * ratio, rel=1e-6)
+
+
+def test_grpo_kl_is_k3_against_the_reference() -> None:
+    log_prob = torch.tensor([-1.0, -1.0], requires_grad=True)
+    loss, metrics = grpo(log_prob, [-1.0, -1.0], [0.0, 0.0], ref=[-1.0, -1.0 + math.log(2)])
+    loss.backward()
+    k3 = 2 - math.log(2) - 1  # of the second token; 0 for the first
+    assert metrics["kl"].item() == pytest.approx(k3 / 2)
+    assert loss.item() == pytest.approx(0.1 * k3 / 2)
+    assert log_prob.grad is not None
+    assert log_prob.grad.tolist() == pytest.approx(
+        [0.0, 0.1 * (1 - 2) / 2]
+    )  # pulls the token's probability up
+
+
+def test_grpo_counts_tokens_of_the_whole_batch() -> None:
+    """Two micro-batches of unequal size add up to the loss of both, and masked tokens do not count."""
+    whole, _ = grpo(
+        [-1.0, -1.5, -2.0, -9.0],
+        [-1.1, -1.4, -2.0, -1.0],
+        [1.0, 1.0, -3.0, 7.0],
+        mask=[1.0, 1.0, 1.0, 0.0],
+        num_tokens=3,
+    )
+    first, _ = grpo([-1.0], [-1.1], [1.0], num_tokens=3)
+    second, _ = grpo([-1.5, -2.0], [-1.4, -2.0], [1.0, -3.0], num_tokens=3)
+    assert whole.item() == pytest.approx(first.item() + second.item())
+
+
+def test_dpo_is_ln_2_at_the_reference() -> None:
+    sums = torch.tensor([-10.0, -3.0])
+    loss, metrics = dpo_loss(sums, sums - 4, sums, sums - 4, beta=0.1)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2)
+    assert metrics["margin"].tolist() == [0.0, 0.0]
+    assert metrics["accuracy"].tolist() == [0.0, 0.0]
+
+
+def test_dpo_by_hand_with_and_without_label_smoothing() -> None:
+    chosen, rejected = torch.tensor([-8.0], requires_grad=True), torch.tensor([-15.0], requires_grad=True)
+    plain, metrics = dpo_loss(chosen, rejected, torch.tensor([-10.0]), torch.tensor([-12.0]), beta=0.5)
+    smoothed, _ = dpo_loss(
+        chosen, rejected, torch.tensor([-10.0]), torch.tensor([-12.0]), beta=0.5, label_smoothing=0.1
+    )
+    # margin = 0.5 (2 + 3) = 2.5
+    assert metrics["margin"].item() == 2.5
+    assert (
+        metrics["chosen_reward"].item(),
+        metrics["rejected_reward"].item(),
+        metrics["accuracy"].item(),
+    ) == (1.0, -1.5, 1.0)
+    assert plain.item() == pytest.approx(math.log1p(math.exp(-2.5)))
+    assert smoothed.item() == pytest.approx(
+        0.9 * math.log1p(math.exp(-2.5)) + 0.1 * math.log1p(math.exp(2.5))
+    )
+    plain.sum().backward()
+    slope = 0.5 / (1 + math.exp(2.5))  # beta sigmoid(-margin)
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert (chosen.grad.item(), rejected.grad.item()) == pytest.approx((-slope, slope))
+
+
+def preference(
+    settings: Preference,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor | None,
+    ref_rejected: torch.Tensor | None,
+    tokens: tuple[int, int] = (4, 5),
+    nll: float = 2.0,
+    gap: float = 3.0,
+    kl: float = 1.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return preference_loss(
+        settings,
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        torch.full(chosen.shape, tokens[0]),
+        torch.full(chosen.shape, tokens[1]),
+        torch.full_like(chosen, nll),
+        torch.full_like(chosen, gap),
+        kl,
+    )
+
+
+def log1pexp(x: float) -> float:
+    """-log sigmoid(-x)"""
+    return math.log1p(math.exp(x))
+
+
+# Sums -8 and -15 under the policy, -10 and -12 under the reference: log-ratios 2 and -3. With 4 and 5 tokens:
+# averages -2, -3, log-ratios per token 0.5 and -0.6.
+@pytest.mark.parametrize(
+    ("settings", "loss", "chosen_reward", "rejected_reward"),
+    [
+        (Preference(PreferenceLoss.sigmoid, beta=0.5), log1pexp(-2.5), 1.0, -1.5),
+        (Preference(PreferenceLoss.sigmoid), log1pexp(-0.5), 0.2, -0.3),
+        (
+            Preference(PreferenceLoss.cdpo, beta=0.5, label_smoothing=0.2),
+            0.8 * log1pexp(-2.5) + 0.2 * log1pexp(2.5),
+            1.0,
+            -1.5,
+        ),
+        (
+            Preference(PreferenceLoss.robust, beta=0.5),
+            (0.9 * log1pexp(-2.5) - 0.1 * log1pexp(2.5)) / 0.8,
+            1.0,
+            -1.5,
+        ),
+        (Preference(PreferenceLoss.hinge), 1 - 0.5, 0.2, -0.3),
+        (Preference(PreferenceLoss.hinge, beta=0.5), 0.0, 1.0, -1.5),  # 1 - 2.5 < 0
+        (Preference(PreferenceLoss.ipo), (0.5 + 0.6 - 5) ** 2, 0.05, -0.06),  # 1 / (2 * 0.1) = 5
+        (Preference(PreferenceLoss.length_normalised), log1pexp(-5 * 1.1), 2.5, -3.0),
+        (Preference(PreferenceLoss.simpo), log1pexp(-(2 * (-2 + 3) - 1)), -4.0, -6.0),
+        # odds p / (1 - p) = 1 / (e^2 - 1) and 1 / (e^3 - 1); -log sigmoid(log R) = log(1 + 1 / R)
+        (
+            Preference(PreferenceLoss.orpo),
+            2 + 0.1 * math.log(1 + (math.e**2 - 1) / (math.e**3 - 1)),
+            -0.2,
+            -0.3,
+        ),
+        (Preference(PreferenceLoss.rpo, beta=0.5, nll_weight=3.0), log1pexp(-2.5) + 3 * 2, 1.0, -1.5),
+        (
+            Preference(PreferenceLoss.offset, beta=0.5, offset_scale=0.5),
+            log1pexp(-(2.5 - 0.5 * 3)),
+            1.0,
+            -1.5,
+        ),
+        # 1 - sigmoid(0.5 (2 - 1)) and 2 (1 - sigmoid(0.5 (1 + 3))), halved
+        (
+            Preference(PreferenceLoss.kto, beta=0.5, undesirable_weight=2.0),
+            (1 / (1 + math.exp(0.5)) + 2 / (1 + math.exp(2))) / 2,
+            1.0,
+            -1.5,
+        ),
+    ],
+    ids=lambda value: value.loss.value if isinstance(value, Preference) else "",
+)
+def test_preference_losses_by_hand(
+    settings: Preference, loss: float, chosen_reward: float, rejected_reward: float
+) -> None:
+    found, metrics = preference(
+        settings, *torch.tensor([[-8.0], [-15.0], [-10.0], [-12.0]], dtype=torch.float64)
+    )
+    assert found.item() == pytest.approx(loss, rel=1e-12)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {
+            "chosen_reward": chosen_reward,
+            "rejected_reward": rejected_reward,
+            "margin": chosen_reward - rejected_reward,
+            "accuracy": 1.0,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "weight", "nll"),
+    [
+        (Preference(PreferenceLoss.sigmoid), 1.0, 0.0),
+        (Preference(PreferenceLoss.cdpo), 1.0, 0.0),
+        (Preference(PreferenceLoss.robust), 1.0, 0.0),
+        (Preference(PreferenceLoss.offset), 1.0, 0.0),
+        (Preference(PreferenceLoss.length_normalised), 1.0, 0.0),
+        (Preference(PreferenceLoss.simpo, target_margin=0.0), 1.0, 0.0),
+        (Preference(PreferenceLoss.rpo, nll_weight=3.0), 1.0, 6.0),
+        (Preference(PreferenceLoss.orpo, odds_ratio_weight=0.3), 0.3, 2.0),
+    ],
+    ids=lambda value: value.loss.value if isinstance(value, Preference) else "",
+)
+def test_sigmoid_losses_are_ln_2_at_zero_margin(settings: Preference, weight: float, nll: float) -> None:
+    sums = torch.tensor([-20.0, -1e-3, -400.0, 0.0])
+    refs = (None, None) if reference_free(settings.loss) else (sums - 4, sums - 4)
+    loss, metrics = preference(settings, sums, sums, *refs, tokens=(7, 7), gap=0.0)
+    assert loss.tolist() == pytest.approx([weight * math.log(2) + nll] * 4)
+    assert metrics["margin"].tolist() == metrics["accuracy"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "gap"),
+    [
+        (Preference(PreferenceLoss.cdpo, beta=0.3, label_smoothing=0.0), 3.0),
+        (Preference(PreferenceLoss.robust, beta=0.3, label_smoothing=0.0), 3.0),
+        (Preference(PreferenceLoss.rpo, beta=0.3, nll_weight=0.0), 3.0),
+        (Preference(PreferenceLoss.offset, beta=0.3, offset_scale=0.0), 3.0),
+        (Preference(PreferenceLoss.offset, beta=0.3), 0.0),
+        (
+            Preference(PreferenceLoss.offset, beta=0.3),
+            -3.0,
+        ),  # the reward model contradicts the verifier, and is overruled
+        (Preference(PreferenceLoss.length_normalised, beta=0.3), 3.0),  # one token
+    ],
+    ids=lambda value: value.loss.value if isinstance(value, Preference) else str(value),
+)
+def test_variants_become_dpo(settings: Preference, gap: float) -> None:
+    sums = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 20 - 40
+    plain, plain_metrics = preference(Preference(PreferenceLoss.sigmoid, beta=0.3), *sums)
+    loss, metrics = preference(settings, *sums, tokens=(1, 1), gap=gap)
+    torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)
+    assert {name: value.tolist() for name, value in metrics.items()} == {
+        name: value.tolist() for name, value in plain_metrics.items()
+    }
+
+
+@pytest.mark.parametrize("loss", PreferenceLoss, ids=lambda loss: loss.value)
+def test_preference_gradients(loss: PreferenceLoss) -> None:
+    """Against finite differences; and every loss pulls chosen up and pushes rejected down."""
+    sums = [
+        -torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 10
+        for seed in range(4)
+    ]
+    chosen, rejected = sums[0].requires_grad_(), sums[1].requires_grad_()
+    settings = Preference(loss)
+    assert torch.autograd.gradcheck(
+        lambda c, r: preference(settings, c, r, sums[2], sums[3])[0], (chosen, rejected)
+    )
+    preference(settings, chosen, rejected, sums[2], sums[3])[0].sum().backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert (chosen.grad < 0).all()
+    assert (rejected.grad > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss", PreferenceLoss, ids=lambda loss: loss.value)
+def test_extreme_log_probs_and_empty_margins(loss: PreferenceLoss, dtype: torch.dtype) -> None:
+    values = torch.tensor([0.0, -1e-30, -1e-8, -0.6931471805599453, -1.0, -1e3, -1e6], dtype=dtype)
+    sums = torch.cartesian_prod(values, values, values)
+    for tokens in ((4, 5), (0, 5), (4, 0), (0, 0), (1, 1)):
+        chosen, rejected, ref = (
+            column.clone() * (count > 0) for column, count in zip(sums.T, (*tokens, 1), strict=True)
+        )
+        chosen.requires_grad_()
+        rejected.requires_grad_()
+        found, metrics = preference(
+            Preference(loss), chosen, rejected, ref * (tokens[0] > 0), ref * (tokens[1] > 0), tokens
+        )
+        found.sum().backward()
+        assert chosen.grad is not None
+        assert rejected.grad is not None
+        for value in (found, chosen.grad, rejected.grad, *metrics.values()):
+            assert value.shape == found.shape
+            assert value.dtype == dtype
+            assert value.isfinite().all()
+
+
+def test_orpo_odds_are_exact_on_both_sides_of_one_half() -> None:
+    averages = [-1e-6, -0.3, -0.69, -0.7, -5.0, -40.0]
+    expected = [a - math.log(-math.expm1(a)) for a in averages]  # log p - log(1 - p)
+    for first, second in zip(range(5), range(1, 6), strict=True):
+        chosen, rejected = (torch.tensor([averages[i]], dtype=torch.float64) for i in (first, second))
+        loss, _ = preference(
+            Preference(PreferenceLoss.orpo, odds_ratio_weight=1.0),
+            chosen,
+            rejected,
+            None,
+            None,
+            (1, 1),
+            nll=0.0,
+        )
+        assert loss.item() == pytest.approx(log1pexp(expected[second] - expected[first]), rel=1e-10)
+
+
+def test_a_missing_score_is_not_a_number() -> None:
+    sums = torch.zeros(4, 1)
+    assert preference(Preference(PreferenceLoss.offset), *sums, gap=math.nan)[0].isnan().all()
+    with pytest.raises(ValueError, match="offset needs the reward model's"):
+        preference_loss(Preference(PreferenceLoss.offset), *sums, sums[0], sums[0], sums[0], None, 0.0)
+    with pytest.raises(ValueError, match="ipo needs the reference's"):
+        preference(Preference(PreferenceLoss.ipo), sums[0], sums[1], None, None)
+
+
+def test_kto_reference_point_is_the_mean_above_zero_and_a_constant() -> None:
+    ratios = torch.tensor([3.0, -1.0, 1.0], requires_grad=True)
+    assert kto_kl(ratios).item() == 1.0
+    assert kto_kl(-ratios).item() == 0.0
+    assert not kto_kl(ratios).requires_grad
+
+
+def test_bradley_terry_by_hand() -> None:
+    chosen, rejected = (
+        torch.tensor([1.0, 0.0], requires_grad=True),
+        torch.tensor([-0.5, 2.0], requires_grad=True),
+    )
+    loss, metrics = bradley_terry_loss(chosen, rejected, centre=0.01)
+    assert loss.tolist() == pytest.approx(
+        [math.log1p(math.exp(-1.5)) + 0.01 * 0.25, math.log1p(math.exp(2.0)) + 0.01 * 4.0]
+    )
+    assert metrics["margin"].tolist() == [1.5, -2.0]
+    assert metrics["accuracy"].tolist() == [1.0, 0.0]
+    loss.sum().backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert chosen.grad[0].item() == pytest.approx(-1 / (1 + math.exp(1.5)) + 2 * 0.01 * 0.5)
+    assert rejected.grad[1].item() == pytest.approx(1 / (1 + math.exp(-2.0)) + 2 * 0.01 * 2.0)
+
+
+def test_centring_moves_both_scores_of_a_pair_to_zero() -> None:
+    scores = torch.tensor([[30.0, 10.0]], requires_grad=True)
+    loss, _ = bradley_terry_loss(scores[:, 0], scores[:, 1], centre=0.01)
+    loss.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad[0].tolist() == pytest.approx([0.8, 0.8], abs=1e-6)
+
+
+def test_row_sums_and_length_normalised_nll() -> None:
+    log_probs, lengths = torch.tensor([-1.0, -2.0, -3.0, -6.0]), torch.tensor([3, 1])
+    assert row_sums(log_probs, lengths).tolist() == [-6.0, -6.0]
+    assert length_normalised_nll(log_probs, lengths).tolist() == [2.0, 6.0]
+
+
+def test_sft_is_the_mean_over_the_counted_tokens() -> None:
+    log_probs = torch.tensor([-1.0, -5.0, -3.0], requires_grad=True)
+    loss = sft_loss(log_probs, torch.tensor([1.0, 0.0, 1.0]), num_tokens=4)
+    loss.backward()
+    assert loss.item() == 1.0
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == [-0.25, 0.0, -0.25]

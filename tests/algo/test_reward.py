@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pns.algo.advantages import group_advantages
+from pns.algo.formatting import check_format
+from pns.algo.reward import (
+    TooManyMaskedError,
+    check_masked,
+    compose,
+    correctness,
+    mask_report,
+    masked_fraction,
+)
+from pns.config import RewardConfig, RewardWeights
+from pns.records import Reward, Verdict
+
+GATED = RewardConfig()
+ADDITIVE = RewardConfig(gated=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "reason"),
+    [
+        (r"<think>a</think>\boxed{5}", "stop", ""),
+        ("  <think>a</think>\nThe answer is $\\boxed{5}$.\n", "stop", ""),
+        (r"<think>\boxed{4}</think>\[\boxed{5}\]", "stop", ""),  # a box inside the reasoning does not count
+        (r"<think>a</think>\boxed{5}", "length", "not_ended"),
+        (r"\boxed{5}", "stop", "no_reasoning_block"),
+        (r"a</think>\boxed{5}", "stop", "no_reasoning_block"),
+        (r"<think>a \boxed{5}", "stop", "unclosed_reasoning_block"),
+        (r"</think><think>\boxed{5}", "stop", "text_before_reasoning"),
+        (r"Hm <think>a</think>\boxed{5}", "stop", "text_before_reasoning"),
+        (r"<think>a</think><think>b</think>\boxed{5}", "stop", "several_reasoning_blocks"),
+        (r"<think>a</think></think>\boxed{5}", "stop", "several_reasoning_blocks"),
+        (r"<think>a</think>\boxed{5}\boxed{5}", "stop", "several_answers"),
+        (r"<think>a</think>\boxed{4} or \fbox{5}", "stop", "several_answers"),
+        (r"<think>a</think>5", "stop", "no_answer"),
+        (r"<think>\boxed{5}</think>", "stop", "no_answer"),
+        (r"<think>a</think>\boxed{ }", "stop", "no_answer"),
+        (r"<think>a</think>\boxed{5", "stop", "unclosed_answer"),
+        (r"<think>a</think>\boxed{5} 5", "stop", "text_after_answer"),
+    ],
+)
+def test_format_rules(text: str, finish: str, reason: str) -> None:
+    check = check_format(text, finish)
+    assert (check.ok, check.reason) == (not reason, reason)
+
+
+def test_format_with_other_tags() -> None:
+    assert check_format(r"<r>a</r>\boxed{5}", "stop", ("<r>", "</r>")).ok
+
+
+def test_gates_come_in_order() -> None:
+    # malformed first, whatever else is known or missing
+    assert compose(False, Verdict.CORRECT, None, None, {}, GATED).value == -1.0
+    assert compose(False, Verdict.UNVERIFIED, None, None, {"verdict": "timeout"}, GATED).value == -1.0
+    # then correct: no term is needed
+    correct = compose(True, Verdict.CORRECT, None, None, {"plausibility": "actor died"}, GATED)
+    assert correct.value == 0.0
+    assert correct.missing == {}
+    # then unverified: masked, never "wrong"
+    unverified = compose(True, Verdict.UNVERIFIED, 0.9, 1.0, {"verdict": "timeout"}, GATED)
+    assert unverified.masked
+    assert unverified.missing == {"verdict": "timeout"}
+    # wrong: 0.5 + 0.25 * 0.8 + 0.25 * 0.5 = 0.825
+    wrong = compose(True, Verdict.WRONG, 0.8, 0.5, {}, GATED)
+    assert wrong.value == pytest.approx(0.825)
+    assert (wrong.plausibility, wrong.coherence) == (0.8, 0.5)
+
+
+def test_a_missing_term_masks_unless_its_weight_is_zero() -> None:
+    one = compose(True, Verdict.WRONG, 0.8, None, {"coherence": "unparsable"}, GATED)
+    assert one.masked
+    assert one.missing == {"coherence": "unparsable"}
+    assert one.plausibility == 0.8
+    assert compose(True, Verdict.WRONG, None, None, {}, GATED).missing == {
+        "plausibility": "not computed",
+        "coherence": "not computed",
+    }
+    no_judge = RewardConfig(weights=RewardWeights(wrong=0.6, reward_model=0.4, judge=0.0))
+    # 0.6 + 0.4 * 0.5 = 0.8
+    assert compose(True, Verdict.WRONG, 0.5, None, {}, no_judge).value == pytest.approx(0.8)
+
+
+def test_additive_form_drops_the_gate_on_correct() -> None:
+    # correct: 0.5 * 0 + 0.25 * 0.8 + 0.25 * 0.4 = 0.3; wrong: 0.5 more
+    assert compose(True, Verdict.CORRECT, 0.8, 0.4, {}, ADDITIVE).value == pytest.approx(0.3)
+    assert compose(True, Verdict.WRONG, 0.8, 0.4, {}, ADDITIVE).value == pytest.approx(0.8)
+    assert compose(True, Verdict.CORRECT, None, 0.4, {"plausibility": "deadline"}, ADDITIVE).missing == {
+        "plausibility": "deadline"
+    }
+    assert compose(True, Verdict.UNVERIFIED, 0.8, 0.4, {}, ADDITIVE).masked
+    assert compose(False, Verdict.WRONG, 0.8, 0.4, {}, ADDITIVE).value == -1.0
+
+
+@pytest.mark.parametrize("term", [math.nan, -0.1, 1.1, math.inf])
+def test_a_term_outside_its_range_is_an_error(term: float) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        compose(True, Verdict.WRONG, term, 0.5, {}, GATED)
+    with pytest.raises(ValueError, match="also reported missing"):
+        compose(True, Verdict.WRONG, 0.5, 0.5, {"coherence": "deadline"}, GATED)
+
+
+@given(
+    st.booleans(),
+    st.sampled_from(Verdict),
+    st.none() | st.floats(0, 1),
+    st.none() | st.floats(0, 1),
+    st.booleans(),
+)
+def test_no_value_exactly_when_a_cause_is_named(
+    format_ok: bool, verdict: Verdict, plausibility: float | None, coherence: float | None, gated: bool
+) -> None:
+    reward = compose(format_ok, verdict, plausibility, coherence, {}, RewardConfig(gated=gated))
+    assert reward.masked == bool(reward.missing)
+    if reward.value is not None:
+        assert -1 <= reward.value <= 1
+        # nothing but a verified-wrong, well-formed completion earns the wrong share
+        if reward.value >= 0.5 and gated:
+            assert format_ok
+            assert verdict is Verdict.WRONG
+
+
+def test_ordinary_reward() -> None:
+    assert correctness(True, Verdict.CORRECT).value == 1.0
+    assert correctness(True, Verdict.WRONG).value == 0.0
+    assert correctness(False, Verdict.CORRECT).value == 0.0
+    assert correctness(False, Verdict.UNVERIFIED).value == 0.0
+    masked = correctness(True, Verdict.UNVERIFIED, {"verdict": "timeout"})
+    assert masked.masked
+    assert masked.missing == {"verdict": "timeout"}
+
+
+def test_masked_completions_are_counted_by_term_and_cause() -> None:
+    rewards = [
+        Reward(None, True, Verdict.UNVERIFIED, missing={"verdict": "timeout"}),
+        Reward(None, True, Verdict.UNVERIFIED, missing={"verdict": "timeout"}),
+        Reward(None, True, Verdict.WRONG, missing={"plausibility": "deadline", "coherence": "unparsable"}),
+        Reward(0.0, True, Verdict.CORRECT),
+        Reward(-1.0, False, Verdict.WRONG),
+    ]
+    report = mask_report(rewards)
+    assert report == {
+        "coherence": {"unparsable": 1},
+        "plausibility": {"deadline": 1},
+        "verdict": {"timeout": 2},
+    }
+    assert masked_fraction(rewards) == 0.6  # 3 of 5
+    assert masked_fraction([]) == 0.0
+    check_masked(rewards, 0.6, "reverse_rl step 3")  # the bound itself is allowed
+    with pytest.raises(TooManyMaskedError, match=r"reverse_rl step 3: 3 of 5 .*60%.*50%.*2 x timeout"):
+        check_masked(rewards, 0.5, "reverse_rl step 3")
+
+
+def test_grpo_advantages_by_hand() -> None:
+    # rewards 1, 0, 0, 1: mean 1/2, population std 1/2 -> +-1. Dr. GRPO: +-1/2
+    assert group_advantages([[1, 0, 0, 1]]).tolist() == [[1, -1, -1, 1]]
+    assert group_advantages([[1, 0, 0, 1]], normalise_by_std=False).tolist() == [[0.5, -0.5, -0.5, 0.5]]
+    # 0, 3, 6: mean 3, variance (9 + 0 + 9) / 3 = 6
+    np.testing.assert_allclose(group_advantages([[0, 3, 6]]), [[-3 / math.sqrt(6), 0, 3 / math.sqrt(6)]])
+
+
+def test_masked_members_are_left_out_of_mean_and_deviation() -> None:
+    # without the masked member: 1, 0, 0, 1 as above; a masked member read as 0 or -1 would shift the mean
+    assert group_advantages([[1, None, 0, 0, 1]]).tolist() == [[1, 0, -1, -1, 1]]
+    assert group_advantages([[1, math.nan, 0, 0, 1]]).tolist() == [[1, 0, -1, -1, 1]]
+
+
+def test_groups_that_teach_nothing_contribute_nothing() -> None:
+    groups = [[0.1, 0.1, 0.1], [None, None, 5.0], [None, None, None], [0.7, None, 0.7 + 1e-9]]
+    for normalise in (True, False):
+        assert group_advantages(groups, normalise).tolist() == [[0.0] * 3] * 4
+
+
+def test_bad_rewards_are_errors() -> None:
+    with pytest.raises(ValueError, match="infinite"):
+        group_advantages([[1.0, math.inf]])
+    with pytest.raises(ValueError, match="shape"):
+        group_advantages([1.0, 2.0])
+
+
+@given(st.lists(st.lists(st.none() | st.floats(-1, 1), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_advantages_are_centred_and_scale_free(rewards: list[list[float | None]]) -> None:
+    advantages = group_advantages(rewards)
+    assert np.isfinite(advantages).all()
+    np.testing.assert_allclose(advantages.sum(axis=1), 0, atol=1e-6)
+    for row, group in zip(advantages, rewards, strict=True):
+        assert all(row[g] == 0 for g in range(4) if group[g] is None)
+        if row.any():
+            members = [row[g] for g in range(4) if group[g] is not None]
+            np.testing.assert_allclose(np.square(members).mean(), 1, rtol=1e-6)

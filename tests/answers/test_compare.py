@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pns.answers.compare import (
+    boxed_span,
+    compare_answers,
+    exact_value,
+    extract_answer,
+    extract_boxed,
+    normalise_answer,
+    same_answer,
+)
+from pns.records import AnswerRule
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{57}", "57"),
+        (r"\boxed {5} then \fbox{ 6 }", "6"),
+        (r"\boxed{1}, \boxed{2}", "1, 2"),  # one answer in two boxes
+        (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}\]", "-2, 1"),
+        (r"\boxed{5} or $\boxed{6}$", "5, 6"),
+        (r"\boxed{5} \boxed{6}", "6"),
+        (r"\boxed{5}, so \boxed{6}", "6"),
+        (r"<think>a</think>\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),  # escaped braces do not count
+        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{5} or \boxed{6", "5"),  # the last one that balances
+        (r"} stray { \boxed{7}", "7"),
+        (r"<think>\boxed{5}", None),  # the reasoning is never closed
+        (r"<think>a</think><think>\boxed{5}", None),
+        (r"<think>a</think>\boxed{5}<think>\boxed{6}", "5"),
+        (r"<think>\boxed{5}</think>", "5"),
+        (r"a</think>\boxed{5}", "5"),  # the prompt opened the block
+        (r"\boxed{ }", None),
+        (r"\boxed 5", None),
+        ("57", None),
+    ],
+)
+def test_the_last_balanced_box_is_the_answer(text: str, answer: str | None) -> None:
+    assert extract_boxed(text) == answer
+
+
+def test_box_span_points_at_the_content() -> None:
+    text = r"x \boxed{ 5 } y"
+    assert boxed_span(text) == (9, 12)
+    assert text[9:12] == " 5 "
+    assert boxed_span("none") is None
+
+
+def test_other_reasoning_tags() -> None:
+    assert extract_boxed(r"<r>\boxed{5}", ("<r>", "</r>")) is None
+    assert extract_boxed(r"<think>\boxed{5}", ("<r>", "</r>")) == "5"
+
+
+SAME = [
+    ("1,234", "1234"),
+    ("1{,}234", "1234.0"),
+    (r"1\,234", "1234"),
+    ("057", "57"),
+    ("5.", "5"),
+    ("-5", "−5"),
+    ("+5", "5"),
+    (r"\frac12", "0.5"),
+    (r"\dfrac{1}{2}", "1/2"),
+    (r"-\frac{2}{4}", "-0.5"),
+    (r"3\frac{1}{2}", "3.5"),
+    ("3 1/2", "7/2"),
+    (r"-1\frac12", "-1.5"),  # mixed numbers
+    ("50%", "0.5"),
+    ("50", r"50\%"),
+    ("50 percent", "50%"),
+    (r"\$18", "18"),
+    ("$18$", "18"),
+    ("18 dollars", r"\$18"),
+    ("1 million dollars", "1000000"),
+    (r"5\text{ cm}", "5"),
+    ("18", "18 apples"),
+    (r"12\text{ cm}^2", "12"),
+    (r"90^\circ", "90"),
+    ("90", "90 degrees"),
+    (r"1.5\times10^5", "150000"),
+    (r"10^{-3}", "0.001"),
+    ("1.5e2", "150"),
+    ("2^{10}", "1024"),
+    ("2+3", "5"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"\sqrt{\frac{9}{4}}", "1.5"),
+    (r"\sqrt[3]{27}", "3"),
+    (r"\frac{\pi}{2}", r"0.5\pi"),
+    ("x=5", "5"),
+    ("three", "3"),
+    ("x^{2}+1", "x^2 + 1"),
+    ("Evelyn", r"\text{evelyn}"),
+    ("A", "(A)"),
+    ("No Solution", r"\text{no solution}"),
+    ("(1,2)", r"\left( 1, 2 \right)"),
+    (r"(\frac12,3)", "(0.5, 3)"),
+    ("1, 2", "2,1"),
+    (r"\{1,2\}", "1 and 2"),
+    ("5 or 6", "6, 5"),
+    ("[0,1)", "[0, 1)"),
+    ("2x+1", "1+2x"),
+    ("5!", "120"),
+    (r"5\text{ m}", r"500\text{ cm}"),
+    ("2^{1000000}", "4^{500000}"),
+    ("3.83e35", r"3.83 \times 10^{35}"),
+    (r"e^{i\pi/3}", r"\frac12+\frac{\sqrt3}{2}i"),
+]
+DIFFERENT = [
+    ("12", "13"),
+    ("0.5", "0.25"),
+    ("1,000", "1"),
+    ("5 cm", "6 cm"),
+    ("50%", "5"),
+    (r"2\sqrt{3}", r"3\sqrt{2}"),
+    ("1/2", "1/3"),
+    ("-5", "5"),
+    ("three", "4"),
+    ("Evelyn", "Briana"),
+    ("yes", "no"),
+    ("A", "B"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "(1,2,3)"),
+    ("1,2", "1,3"),
+    (r"\pi", "22/7"),
+    ("5x", "5"),
+    ("5 pi", "5"),
+    ("1/2^{99}", "1/2^{98}"),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
+    ("2^{1000000}", "2^{1000000}+1"),
+    ("9^{9^{9}}", "3"),
+    ("12:00", "1:00"),
+    ("(3,100)", "3100"),
+    (r"\frac{a1}{2}", r"\frac{a}{12}"),
+    (r"\frac{dM}{dt}", r"\frac{M}{t}"),
+]
+UNDECIDED = [
+    ("5", "500 cm"),
+    ("1/3", "0.33"),
+    ("2.54", "2.5"),
+    ("x=5", "y=5"),
+    ("5m", "5"),
+    ("5 m", "5"),
+    ("52_8", "52"),
+    ("x", "X"),
+    ("2n", "2k"),
+    (r"\sqrt{x^2}", "x"),
+    ("(-1)^n", r"\cos(n\pi)"),
+    ("none", "impossible"),
+    ("cube", "cubes"),
+    ("yes", "true"),
+    ("A", "600"),
+    ("100,200", "200,100"),
+    ("(1,3)", r"\{1,3\}"),
+    ("3 4", "34"),
+    ("1/0", "1/0+1"),
+    ("5", ""),
+    ("1e999999999", "1"),
+    ("9^{9^{9^{9}}}", "3"),
+    ("(" * 100 + "5" + ")" * 100, "5"),
+    ("9" * 2500, "8"),
+    ("1/2x", r"\frac{x}{2}+1"),
+    ("2^{1000}+\\sqrt{2}", "2^{1000}+\\sqrt{3}"),  # equal in every digit that is compared
+]
+FOUND = [  # gold, prediction, verdict, reason
+    ("[0,1)", "[0,1]", False, "an end that belongs to one set only"),
+    ("5 m", "5 m^2", False, "different units: m and m^2"),
+    ("52_8", "52_9", False, "different bases"),
+    ("0.3333333", "1/3", None, "one number may be a rounding of the other"),
+    (r"90^\circ", r"\frac{\pi}{2}", True, "equal as angles"),
+    ("y=2x+3", "2x-y+3=0", True, "proportional equations"),
+]
+
+
+@pytest.mark.parametrize(("gold", "prediction", "same", "reason"), FOUND)
+def test_findings_state_their_reason(gold: str, prediction: str, same: bool | None, reason: str) -> None:
+    finding = compare_answers(gold, prediction)
+    assert (finding.same, finding.reason) == (same, reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("57", "57"),
+        ("The answer is 57.", "57"),
+        ("It is 5 + 2.\n#### 7", "7"),
+        ("So the final answer is $57$. I hope it is correct.", "57"),
+        ("Answer $9$", "9"),
+        (r"Hence \boxed{5}.", "5"),
+        (r"\boxed{5", None),  # a box that is not closed is not replaced by the text around it
+        ("<think>57", None),
+        ("word " * 200, None),
+        ("", None),
+    ],
+)
+def test_a_bare_answer_needs_no_box(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def test_rules_of_a_benchmark() -> None:
+    assert same_answer("4.2", "4.3", AnswerRule(tolerance=0.1)) is True
+    assert same_answer("4.2", "4.31", AnswerRule(tolerance=0.1)) is False
+    assert (
+        same_answer("4.2", "0.1", AnswerRule(tolerance=0.1, unit="%")) is False
+    )  # the tolerance is in the unit
+    assert same_answer("45", "0.75 hours", AnswerRule(unit="minute")) is True
+    assert same_answer("45", "45 hours", AnswerRule(unit="minute")) is False
+    assert same_answer("90", "90 degrees", AnswerRule(unit="^{\\circ}")) is True
+    assert same_answer("(1, 2)", "2, 1") is None
+    assert same_answer("(1, 2)", "2, 1", AnswerRule(unordered=True)) is True
+    assert same_answer("(1, 2)", "(2, 1)", AnswerRule(unordered=True)) is False  # a point
+
+
+@pytest.mark.parametrize(("gold", "prediction"), SAME)
+def test_same(gold: str, prediction: str) -> None:
+    assert same_answer(gold, prediction) is True
+    assert same_answer(prediction, gold) is True
+
+
+@pytest.mark.parametrize(("gold", "prediction"), DIFFERENT)
+def test_different(gold: str, prediction: str) -> None:
+    assert same_answer(gold, prediction) is False
+    assert same_answer(prediction, gold) is False
+
+
+@pytest.mark.parametrize(("gold", "prediction"), UNDECIDED)
+def test_not_decided(gold: str, prediction: str) -> None:
+    assert same_answer(gold, prediction) is None
+    assert same_answer(prediction, gold) is None
+
+
+def test_normal_form_and_value() -> None:
+    assert normalise_answer(r"\$1,234.50") == "2469/2"
+    assert normalise_answer(r"\dfrac{2}{4}") == "1/2"
+    assert normalise_answer(r"50\,\%") == "50%"
+    assert normalise_answer(r"\text{Evelyn}") == "evelyn"
+    assert normalise_answer("x^{2} + 1") == "x^2+1"
+    assert exact_value("18 apples") == 18
+    assert exact_value(r"-\frac{1}{3}") == Fraction(-1, 3)
+    assert exact_value(r"\sqrt{2}") is None
+
+
+@given(st.text(alphabet="0123456789.,%/-+^(){}[]\\ $xabfrcsqtpi=", max_size=40))
+def test_any_text_is_read_without_an_error_and_equals_itself(text: str) -> None:
+    once = normalise_answer(text)
+    assert normalise_answer(once) == once
+    assert same_answer(text, text) is not False
+
+
+@given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
+def test_fractions_are_compared_exactly(a: Fraction, b: Fraction) -> None:
+    assert same_answer(f"{a.numerator}/{a.denominator}", rf"\frac{{{b.numerator}}}{{{b.denominator}}}") is (
+        a == b
+    )
+
+
+@given(st.integers(min_value=-(10**12), max_value=10**12))
+def test_separators_do_not_matter(number: int) -> None:
+    assert same_answer(str(number), f"{number:,}") is True
+    assert same_answer(str(number), f"{number + 1:,}") is False
+
+
+PIECES = [
+    *"{}()[]_^+-*/=<!,;: |%&$'012.9xnie",
+    *(
+        r"\frac",
+        r"\sqrt",
+        r"\pi",
+        r"\sin",
+        r"\log",
+        r"\binom",
+        r"\sum_{k=1}^{100}",
+        r"\cup",
+        r"\infty",
+        r"\{",
+        r"\}",
+        r"\pm",
+        r"\\",
+        r"\%",
+    ),
+    *(
+        r"\text{cm}",
+        r"\text{or}",
+        r"\lfloor",
+        r"\rfloor",
+        r"\begin{pmatrix}",
+        r"\end{pmatrix}",
+        "^{9^9}",
+        "e99",
+        "20000!",
+        "cm",
+        "apples",
+        "f(x)",
+    ),
+]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=60).map("".join),
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_formula_is_compared_alike_in_both_directions_and_in_bounded_time(a: str, b: str) -> None:
+    started = time.process_time()
+    forth, back = same_answer(a, b), same_answer(b, a)
+    assert time.process_time() - started < 1
+    assert forth is back
+    assert same_answer(a, a) is not False
+
+
+def test_hostile_texts_cost_little() -> None:
+    started = time.process_time()
+    assert extract_boxed(r"\boxed{" * 50_000) is None
+    extract_answer("answer is " * 50_000)
+    for text in (
+        "9^" * 100 + "9",
+        "(" * 50_000,
+        r"\frac" * 50,
+        "5" + " million" * 30,
+        "+".join(["20000!"] * 250),
+        ",".join(map(str, range(400))),
+        r"\sum_{k=1}^{20000}" * 20 + "k",
+        "|" * 1000,
+        r"\{" * 900,
+        "1," * 900,
+        "9" * 1999,
+        r"\sin" * 400 + "x",
+        "3.5^{" * 25 + "9" + "}" * 25,
+    ):
+        same_answer("3", text)
+        same_answer(text + " ", "x" + text)
+    assert time.process_time() - started < 6

@@ -1,0 +1,279 @@
+"""`pns export`: what it writes loads as it is, says what the run's files say, and appears whole or not at
+all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pns import cli
+from pns.config import BadPairs, Config, Data, Evaluate, Models, Preference, PreferenceData, to_dict
+from pns.data.preference import encode_pair, encode_row, load_pairs, read_rows
+from pns.data.prompts import Prompts, load_tokenizer
+from pns.records import PreferencePair, Problem
+from pns.run.directory import RunDirectory, write_json, write_jsonl
+
+MODEL = Path(__file__).parents[2] / "recipes" / "tiny" / "qwen2"
+PAIRS = [
+    PreferencePair("tiny/1", "n3+n4", "n3+n4=n7", "n3+n4=n8;n8", "pns", 8, 1.5, 1.25),
+    PreferencePair("tiny/2", "n1+n1", "n1+n1=n2", "n1+n1=n3"),
+]
+SCORES = {
+    suite: {
+        model: {"accuracy": accuracy, "low": 0.4, "high": 0.8, "n": 40}
+        for model, accuracy in (("start", 0.5), ("preference", 0.625))
+    }
+    for suite in ("chains", "mean")
+}
+QUALITY = {"counts": {"kept": 2}, "auroc_held_out": {"pns": 0.5125}, "one_sidedness": None}
+
+
+def make_run(path: Path, config: Config, evaluated: bool = True) -> RunDirectory:
+    """A finished run: the real directory and records, and a small trained model in the place of the result."""
+    with RunDirectory.open(path, to_dict(config)) as run:
+        with run.stage("rl", ("data", "models", "rl"), ()):
+            run.count("rl", samples=9)
+        if not (config.preference.data.path or config.preference.data.hub):
+            with run.stage("pair", ("data", "pair"), ("rl",)) as directory:
+                write_jsonl(directory / "pairs.jsonl", PAIRS)
+                write_json(directory / "quality.json", QUALITY)
+                run.count("pair", samples=16, no_chosen=3)
+        with run.stage("preference", ("data", "preference"), ("rl", "pair")) as directory:
+            shutil.copytree(MODEL, directory / "model")
+            (directory / "model" / "README.md").write_text("the run's own")
+            problems = {pair.problem_id: Problem(pair.problem_id, pair.prompt, "") for pair in PAIRS}
+            prompts = Prompts(load_tokenizer(str(MODEL)), config.data)
+            write_json(
+                directory / "data.json",
+                load_pairs(config, prompts, problems, run.stage_dir("pair") / "pairs.jsonl").summary(),
+            )
+        if evaluated:
+            with run.stage("evaluate", ("data", "evaluate"), ("preference",)) as directory:
+                write_json(directory / "scores.json", SCORES)
+    rows = [
+        {"stage": "preference", "step": step, "time": 0.0, "values": {"loss": 0.6931 - step / 10}}
+        for step in range(3)
+    ]
+    write_jsonl(
+        path / "metrics.jsonl", [{"stage": "rl", "step": 0, "time": 0.0, "values": {"reward": 0.123}}, *rows]
+    )
+    return run
+
+
+def settings(**keys: Any) -> Config:
+    return Config(
+        name="demo",
+        models=Models(backbone="owner/base"),
+        preference=Preference(steps=3),
+        evaluate=Evaluate(temperature=0.6),
+        **keys,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return make_run(tmp_path / "demo", settings(data=Data(instruction=";")))
+
+
+def export(*arguments: object) -> int:
+    return cli.main(["export", *map(str, arguments)])
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert export(*arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_pairs_load_as_they_are_and_train_the_same(run: RunDirectory, tmp_path: Path) -> None:
+    import datasets
+    from huggingface_hub import DatasetCard
+
+    assert export(run.path, tmp_path / "out", "--pairs-only") == 0
+    out = tmp_path / "out" / "pairs"
+    assert sorted(path.name for path in tmp_path.joinpath("out").rglob("*")) == [
+        "README.md",
+        "pairs",
+        "train.jsonl",
+        "train.parquet",
+    ]
+
+    loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.column_names == [
+        *(
+            "prompt",
+            "chosen",
+            "rejected",
+            "problem_id",
+            "source",
+            "margin_end",
+            "score_chosen",
+            "score_rejected",
+        )
+    ]
+    assert loaded[0]["prompt"] == [{"content": "n3+n4;", "role": "user"}]
+    assert loaded[1]["rejected"] == [{"content": "n1+n1=n3", "role": "assistant"}]
+    assert (loaded[0]["margin_end"], loaded[1]["margin_end"]) == (8, None)
+
+    prompts = Prompts(load_tokenizer(str(MODEL)), Data(instruction=";"))
+    own = [encode_pair(prompts, Problem(pair.problem_id, pair.prompt, ""), pair, "") for pair in PAIRS]
+    for name in ("train.jsonl", "train.parquet"):
+        rows = [row for _, row in read_rows(PreferenceData(path=str(out / name)))]
+        assert [encode_row(prompts.tokenizer, row, "") for row in rows] == own
+
+    card = DatasetCard.load(out / "README.md")
+    assert card.data.task_categories == ["text-generation"]
+    assert card.data.size_categories == ["n<1K"]
+    assert "arxiv:2602.03516" in card.data.tags
+    for text in (
+        hashlib.sha256((out / "train.jsonl").read_bytes()).hexdigest(),
+        "2 pairs",
+        "`owner/base`",
+        "samples 16, no_chosen 3",
+        "| auroc_held_out.pns | 0.5125 |",
+        "| one_sidedness | - |",
+        "instruction: ;",
+        "never use it as a demonstration",
+    ):
+        assert text in card.text, text
+    assert "reward 0.123" not in card.text
+    assert "transformers" in card.text  # versions
+
+
+def test_model_loads_as_it_is(run: RunDirectory, tmp_path: Path) -> None:
+    import torch
+    from huggingface_hub import ModelCard
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert export(run.path, tmp_path / "out", "--model-only") == 0
+    out = tmp_path / "out" / "model"
+    assert not (tmp_path / "out" / "pairs").exists()
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "n3+n4"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(MODEL)(ids).logits)
+
+    weights = run.path / "preference" / "model" / "model.safetensors"
+    assert (out / "model.safetensors").samefile(weights)
+    assert (weights.parent / "README.md").read_text() == "the run's own"
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "owner/base"
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    sha256 = json.loads((run.path / "preference" / "data.json").read_text())["sha256"]
+    for text in (
+        sha256,
+        "| mean | 50.0 [40.0, 80.0] | 62.5 [40.0, 80.0] | 40 |",
+        "| loss | 0.6931 | 0.4931 |",
+        "| preference.optimizer.learning_rate | 5e-07 |",
+        "| evaluate.temperature | 0.6 |",
+        "| dropped.pair_too_long | 0 |",
+        'text after the problem: `";"`',
+    ):
+        assert text in card.text, text
+    recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert recipe == {
+        "name": "demo",
+        "data": {"instruction": ";"},
+        "models": {"backbone": "owner/base"},
+        "preference": {"steps": 3},
+        "evaluate": {"temperature": 0.6},
+    }
+
+
+def test_what_no_stage_wrote_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODEL, "models/base")
+    config = settings()
+    config.models.backbone = "models/base"
+    run = make_run(tmp_path / "demo", config, evaluated=False)
+    (tmp_path / "out").mkdir()  # an empty one is taken
+    assert export(run.path, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "Scores" not in card
+    assert "base_model" not in card  # a directory, which has the form of a Hub id
+    columns = (tmp_path / "out" / "pairs" / "README.md").read_text()
+    assert "reverse_rl" not in columns
+
+
+def test_external_pairs_are_given_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "theirs.jsonl"
+    rows = [
+        {"prompt": "n3+n4", "chosen": "n3+n4=n7", "rejected": "n3+n4=n8", "licence": "x"},
+        {"prompt": "n1", "chosen": "n1", "rejected": "n1"},
+    ]
+    write_jsonl(path, rows)
+    config = settings()
+    config.preference.data = PreferenceData(path=str(path), bad_pairs=BadPairs.drop)
+    run = make_run(tmp_path / "demo", config)
+    assert export(run.path, tmp_path / "out") == 0
+    found = [
+        row for _, row in read_rows(PreferenceData(path=str(tmp_path / "out" / "pairs" / "train.parquet")))
+    ]
+    assert found == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    card = (tmp_path / "out" / "pairs" / "README.md").read_text()
+    assert f"read them from `{path}`" in card
+    assert "| dropped.identical_sides | 1 |" in card
+    assert "reverse RL" not in card
+    assert f"Pairs from `{path}`" in (tmp_path / "out" / "model" / "README.md").read_text()
+
+    write_jsonl(path, rows[:1])
+    assert "is not what stage preference" in fail(capsys, run.path, tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
+    assert export(run.path, tmp_path / "out2", "--model-only") == 0  # needs the recorded hash only
+
+
+def test_nothing_half_written_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mixed.jsonl"
+    turn = [{"role": "assistant", "content": "n7"}]
+    plain = {"prompt": "n3+n4", "chosen": "n3+n4=n7", "rejected": "n3+n4=n8"}
+    write_jsonl(
+        path,
+        [
+            plain,
+            {
+                "prompt": [{"role": "user", "content": "n3+n4"}],
+                "chosen": turn,
+                "rejected": [turn[0] | {"content": "n8"}],
+            },
+        ],
+    )
+    config = settings()
+    config.preference.data = PreferenceData(path=str(path))
+    run = make_run(tmp_path / "demo", config)
+    (tmp_path / ".partial-out").mkdir()  # of an export that was killed
+    before = sorted(tmp_path.iterdir())
+    assert "no common Parquet type" in fail(capsys, run.path, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [name for name in before if name.name != ".partial-out"]
+
+
+def test_wrong_use(run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run directory" in fail(capsys, tmp_path, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for out in (tmp_path / "full", tmp_path / "full" / "x"):
+        assert "exists and is not an empty directory" in fail(capsys, run.path, out)
+    assert "is inside the run directory" in fail(capsys, run.path, run.path / "preference" / "model" / "out")
+    with pytest.raises(SystemExit) as exited:
+        export(run.path, tmp_path / "out", "--pairs-only", "--model-only")
+    assert exited.value.code == 2
+    capsys.readouterr()
+    (run.path / "preference" / "manifest.json").unlink()
+    assert "stage preference is not finished" in fail(capsys, run.path, tmp_path / "out")
+    assert export(run.path, tmp_path / "pairs", "--pairs-only") == 0
+    (run.path / "pair" / "manifest.json").unlink()
+    capsys.readouterr()
+    assert "stage pair is not finished" in fail(capsys, run.path, tmp_path / "out", "--pairs-only")
+    (run.path / "config.yaml").write_text("unknown: 1\n")
+    assert "config.yaml: Key 'unknown'" in fail(capsys, run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,113 @@
+"""Prompts of each family of backbones, to the character."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pns.config import Data
+from pns.data.prompts import BOXED, FAMILIES, Prompts, apply_family
+from pns.errors import UserError
+from pns.records import Problem
+
+PROBLEM = Problem("p", "What is $1+1$?", "2")
+
+# As the families' own templates begin and end; Llama's states the day unless it is given one.
+QWEN = (
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+    "{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages if message.role == 'user' %}"
+    "{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+LLAMA = (
+    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '<|eot_id|>' }}"
+    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + "
+    "'<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+)
+DEEPSEEK = "{{- bos_token }}{%- for message in messages %}{{- '<｜User｜>' + message['content'] }}{%- endfor %}{{- '<｜Assistant｜><think>\\n' }}"
+
+
+def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Bytes as tokens; like Llama's, it puts a first token before plain text."""
+    alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", len(alphabet))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>", chat_template=template
+    )
+
+
+EXPECTED = {
+    "qwen": (
+        QWEN,
+        f"<|im_start|>system\n{BOXED}<|im_end|>\n<|im_start|>user\nWhat is $1+1$?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "llama": (
+        LLAMA,
+        "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>\n\nWhat is $1+1$?\n{BOXED}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "deepseek": (DEEPSEEK, f"<s><｜User｜>What is $1+1$?\n{BOXED}<｜Assistant｜><think>\n"),
+    "base": (None, f"<s>Question: What is $1+1$?\n{BOXED}\nAnswer:"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_families(family: str) -> None:
+    template, expected = EXPECTED[family]
+    for name in (family, "auto"):
+        data = Data(prompt=name)
+        own = tokenizer(template)
+        assert apply_family(data, own.chat_template) == family
+        assert Prompts(own, data).render(PROBLEM) == expected
+
+
+def test_the_instruction_is_the_known_one() -> None:
+    assert BOXED == r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+def test_a_base_model_is_read_until_it_goes_on() -> None:
+    data = Data(prompt="base")
+    apply_family(data, None)
+    prompts = Prompts(tokenizer(None), data)
+    assert prompts.until_stop(" It is \\boxed{2}.\nQuestion: What is 2+2?\nAnswer: \\boxed{4}") == (
+        " It is \\boxed{2}.",
+        True,
+    )
+    assert prompts.until_stop(" It is \\boxed{2}.") == (" It is \\boxed{2}.", False)
+    assert Prompts(tokenizer(QWEN), Data()).until_stop("a\nQuestion:") == ("a\nQuestion:", False)
+
+
+def test_a_base_prompt_may_be_asked_of_a_chat_model() -> None:
+    data = Data(prompt="base")
+    assert apply_family(data, QWEN) == "base"
+    assert Prompts(tokenizer(QWEN), data).render(PROBLEM) == EXPECTED["base"][1]
+
+
+def test_wrong_families() -> None:
+    for data, template, words in (
+        (Data(prompt="gpt"), QWEN, ("data.prompt", "'gpt'", "qwen, llama")),
+        (Data(prompt="auto"), "{{ messages[0].content }}", ("data.prompt", "no known family")),
+        (Data(prompt="qwen"), None, ("data.prompt", "has none", "base")),
+        (Data(prompt="qwen", instruction="Think."), QWEN, ("data.instruction", "data.prompt=none")),
+    ):
+        with pytest.raises(UserError) as error:
+            apply_family(data, template)
+        for word in words:
+            assert word in str(error.value)
+    data = Data(instruction="Think.", system_prompt="s")
+    assert apply_family(data, None) == "none"
+    assert (data.instruction, data.system_prompt) == ("Think.", "s")
+    filled = Data(prompt="qwen")
+    assert apply_family(filled, QWEN) == apply_family(filled, QWEN)  # a second time changes nothing

@@ -1,0 +1,298 @@
+"""The preference stage on given pairs, in one set of training processes: every loss, margins, cache, resume,
+and bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pns import config as configuration
+from pns.config import Config, PreferenceLoss, reference_free, to_dict
+from pns.data.problems import load_problem_sets
+from pns.driver import prompts
+from pns.errors import UserError
+from pns.run.directory import RunDirectory, read_jsonl
+from pns.run.tracking import Tracker
+from pns.stages import preference
+from pns.stages.context import Context
+from pns.tiny import world as tiny_world
+from workers.fleet import Fleet
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "data.tiny.num_test_per_suite=1",
+    "placement.policy.replicas=1",
+    "preference.steps=3",
+    "preference.pairs_per_step=4",
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pairs in the standard format: a right solution, and one with another number of the world in its
+    answer."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = []
+    for problem in tiny_world.problems("preference", None, 6, 0):
+        assert problem.solution
+        wrong = problem.solution.replace(f"={problem.answer}.", f"={int(problem.answer) + 1}.")
+        wrong = wrong.replace(f"{{{problem.answer}}}", f"{{{int(problem.answer) + 1}}}")
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": problem.prompt}],
+                "chosen": [{"role": "assistant", "content": problem.solution}],
+                "rejected": [{"role": "assistant", "content": wrong}],
+                "score_chosen": 1.5,
+                "score_rejected": 0.5,
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def fleet(ray_session: None) -> Iterator[Fleet]:
+    made = Fleet(load(["preference.loss=sigmoid", "preference.nll_weight=null"]), "cpu")
+    yield made
+    made.shutdown()
+
+
+def load(overrides: list[str]) -> Config:
+    return configuration.load(
+        ROOT / "recipes/tiny-qwen2.yaml",
+        [*SMALL, f"models.backbone={ROOT / 'recipes/tiny/qwen2'}", *overrides],
+    )
+
+
+Train = Callable[..., tuple[Path, list[dict[str, Any]], str]]
+
+
+@pytest.fixture
+def train(fleet: Fleet, pairs: Path, tmp_path: Path) -> Train:
+    """`train(override, ...)` runs the stage, and gives the stage's directory, the metrics of its steps and
+    what the terminal showed."""
+
+    def run(
+        *overrides: str, name: str = "run", loss: str = "sigmoid"
+    ) -> tuple[Path, list[dict[str, Any]], str]:
+        settings = [
+            f"runs={tmp_path}",
+            f"name={name}",
+            f"preference.data.path={pairs}",
+            f"preference.loss={loss}",
+            "preference.nll_weight=null",
+        ]
+        config, out = load([*settings, *overrides]), io.StringIO()
+        fleet.policy.settings = config.policy
+        with RunDirectory.open(tmp_path / name, to_dict(config)) as directory:
+            tracker = Tracker(directory, config.tracking, out=out)
+            ctx = Context(config, directory, fleet, load_problem_sets(config), prompts(config), tracker)
+            with directory.stage("preference", ("preference",), ()):
+                preference.run(ctx)
+        return (
+            tmp_path / name / "preference",
+            [row["values"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")],
+            out.getvalue(),
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("loss", PreferenceLoss)
+def test_every_loss_trains_and_only_those_with_a_reference_make_one(
+    loss: PreferenceLoss, train: Train, tmp_path: Path
+) -> None:
+    directory, steps, _ = train(
+        "preference.optimizer.learning_rate=1e-3",
+        "preference.pairs_per_step=6",
+        "preference.steps=6",
+        "preference.optimizer.warmup_steps=0",
+        loss=loss.value,
+    )
+    assert len(steps) == 6
+    assert all(math.isfinite(step["loss"]) and step["update_skipped"] == 0 for step in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["margin"] > steps[0]["margin"] or reference_free(loss)  # they weigh other things, too
+    assert (directory / "model" / "model.safetensors").is_file()
+    if loss in (PreferenceLoss.sigmoid, PreferenceLoss.length_normalised):
+        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    if loss is PreferenceLoss.kto:
+        assert steps[0]["kto_kl"] == pytest.approx(0, abs=1e-6)  # the policy is the reference
+    cached = len(list((tmp_path / "reference_cache").glob("*")))
+    assert cached == {PreferenceLoss.simpo: 0, PreferenceLoss.orpo: 0, PreferenceLoss.kto: 2}.get(loss, 1)
+
+
+def test_kto_estimates_its_kl_on_mismatched_pairs(
+    train: Train, fleet: Fleet, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts with the completions of the next pair, under the policy of the step; the reference is what
+    it was before the first."""
+    given, found = [], []
+    train_step, infer_log_probs = fleet.policy.train_step, fleet.policy.log_probs
+
+    def step(batch: Any, loss: Any) -> dict[str, float]:
+        found.append(loss.kl)
+        return train_step(batch, loss)
+
+    def infer(batch: Any) -> Any:
+        values = infer_log_probs(batch)
+        given.append((batch, values))
+        return values
+
+    monkeypatch.setattr(fleet.policy, "train_step", step)
+    monkeypatch.setattr(fleet.policy, "log_probs", infer)
+    train(
+        "preference.pairs_per_step=6",
+        "preference.optimizer.learning_rate=1e-2",
+        "preference.margin=completion",
+        loss="kto",
+    )
+    (own, _), (mismatched, reference), *steps = given
+    assert mismatched.prompt_ids == own.prompt_ids
+    assert mismatched.completion_ids == [*own.completion_ids[2:], *own.completion_ids[:2]]
+    before = {
+        (prompt, ids): row.sum()
+        for prompt, ids, row in zip(mismatched.prompt_ids, mismatched.completion_ids, reference, strict=True)
+    }
+    assert len(steps) == len(found) == 3
+    for (batch, values), kl in zip(steps, found, strict=True):
+        ratios = [
+            row.sum() - before[prompt, ids]
+            for prompt, ids, row in zip(batch.prompt_ids, batch.completion_ids, values, strict=True)
+        ]
+        assert kl == pytest.approx(max(0.0, float(np.mean(ratios))), abs=1e-4)
+
+
+def test_the_reference_is_computed_once_for_a_sweep_and_again_for_other_data(
+    train: Train, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    log_probs = fleet.policy.log_probs
+    monkeypatch.setattr(
+        fleet.policy, "log_probs", lambda batch: computed.append(len(batch)) or log_probs(batch)
+    )
+    _, first, _ = train(name="a")
+    train("preference.beta=0.5", "preference.margin=first_divergent_token", name="b")
+    assert computed == [12]
+    train("preference.data.limit=5", name="c")
+    assert computed == [12, 10]
+    for file in (tmp_path / "reference_cache").glob("*"):
+        damaged = bytearray(file.read_bytes())
+        damaged[-2] ^= 1
+        file.write_bytes(damaged)
+    _, again, _ = train(name="d")
+    assert computed == [12, 10, 12]
+    assert [step["loss"] for step in again] == [step["loss"] for step in first]
+
+
+def test_a_resumed_stage_takes_the_steps_that_were_left(
+    train: Train, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole, _ = train("preference.checkpoint_every=2", "preference.steps=5", name="whole")
+    train_step = fleet.policy.train_step
+
+    def interrupted(batch: Any, loss: Any) -> dict[str, float]:
+        if len(read_jsonl(tmp_path / "cut" / "metrics.jsonl")) == 3:
+            raise KeyboardInterrupt
+        return train_step(batch, loss)
+
+    monkeypatch.setattr(fleet.policy, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train("preference.checkpoint_every=2", "preference.steps=5", name="cut")
+    monkeypatch.setattr(fleet.policy, "train_step", train_step)
+    _, resumed, _ = train("preference.checkpoint_every=2", "preference.steps=5", name="cut")
+    assert [step["loss"] for step in resumed] == [step["loss"] for step in whole]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_it_resumable(
+    train: Train, pairs: Path, tmp_path: Path
+) -> None:
+    diverging = [
+        "preference.optimizer.learning_rate=1e30",
+        "preference.optimizer.clip_grad=1e30",
+        "preference.optimizer.warmup_steps=0",
+    ]
+    with pytest.raises(
+        UserError,
+        match=rf"not finite at step 1 \({pairs}, line \d and 3 more\): .*learning_rate.*max_skipped_updates",
+    ):
+        train(*diverging)
+    _, steps, _ = train(*diverging, "preference.max_skipped_updates=2", name="skips")
+    assert [step["update_skipped"] for step in steps] == [0, 1, 1]
+    directory, steps, _ = train()
+    assert len(steps) == 3
+    assert all(step["loss"] is not None for step in steps)
+    assert (directory / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"rejected": [{"role": "assistant", "content": " "}]}, "empty_side"),
+        ({"rejected": "as chosen"}, "identical_sides"),
+        ({"prompt": [{"role": "user", "content": "Ann has 3. " * 40}]}, "prompt_too_long"),
+    ],
+)
+def test_bad_pairs_stop_before_training_or_are_dropped_and_counted(
+    change: dict[str, Any], cause: str, train: Train, pairs: Path, tmp_path: Path
+) -> None:
+    rows = read_jsonl(pairs)
+    rows[3] |= {key: rows[3]["chosen"] if value == "as chosen" else value for key, value in change.items()}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{mixed}, line 4: .*preference.data.bad_pairs=drop"):
+        train(f"preference.data.path={mixed}")
+    directory, steps, _ = train(f"preference.data.path={mixed}", "preference.data.bad_pairs=drop")
+    assert len(steps) == 3
+    assert json.loads((directory / "manifest.json").read_text())["counts"] == {"pairs": 5} | {
+        key: int(key == cause) for key in json.loads((directory / "data.json").read_text())["dropped"]
+    }
+
+
+def test_a_pair_larger_than_the_token_budget_names_its_line(train: Train, pairs: Path) -> None:
+    with pytest.raises(UserError, match=rf"{pairs}, line \d: .*policy.max_tokens_per_micro_batch"):
+        train("policy.max_tokens_per_micro_batch=60")
+
+
+def test_falling_chosen_completions_are_warned_about_once(train: Train) -> None:
+    # A hinge on the last token alone, with a large step: both sides fall.
+    _, steps, shown = train(
+        "preference.steps=14", "preference.beta=5.0", "preference.optimizer.learning_rate=1e-2"
+    )
+    falling = float(np.mean([step["chosen_log_ratio"] for step in steps[-10:]])) < -1
+    assert falling
+    assert shown.count("chosen completions are") == 1
+    assert preference.chosen_falls([{"chosen_log_ratio": 0.5}] * 12) == ""
+    assert preference.chosen_falls([{"chosen_log_ratio": -9.0}] * 9) == ""
+    assert "from 1 to 2 a token" in preference.chosen_falls(
+        [{"chosen_nll": 1.0}] * 10 + [{"chosen_nll": 2.0}] * 10
+    )
+
+
+def test_given_pairs_leave_out_the_stages_that_make_them(pairs: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "pns.cli",
+            *arguments,
+            "recipes/tiny-qwen2.yaml",
+            f"preference.data.path={pairs}",
+        ]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert "stages warm_start -> preference -> evaluate" in run("plan").stdout
+    refused = run("run", "--from", "pair")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(
+        "pns: --from pair: with pairs from preference.data the stages are warm_start, preference, evaluate"
+    )

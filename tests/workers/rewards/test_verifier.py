@@ -1,0 +1,235 @@
+"""The verifier: poison costs only itself, nothing undecided becomes a verdict, no process is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pns.records import AnswerRule, Verdict
+from workers.rewards.verifier import Verifier, decide_without_process
+
+POISON = r"9^{9^{9^{9}}}"
+CORRECT, WRONG, UNVERIFIED = Verdict.CORRECT, Verdict.WRONG, Verdict.UNVERIFIED
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    verifier = Verifier(processes=2, limit_seconds=5)
+    yield verifier
+    verifier.shutdown()
+
+
+def box(answer: str) -> str:
+    return rf"<think>It is so.</think>\boxed{{{answer}}}"
+
+
+def verifier_processes(of: int | None = None) -> set[psutil.Process]:
+    """The template and the workers below process `of`, by default this one."""
+    found = set()
+    for process in psutil.Process(of).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "workers.rewards.verifier" in process.cmdline():
+                found.add(process)
+    return found
+
+
+@pytest.fixture
+def others() -> set[psutil.Process]:
+    """The processes of other verifiers."""
+    return verifier_processes()
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict", "cause"),
+    [
+        ("57", "57", CORRECT, None),
+        ("57", "+57", CORRECT, None),
+        ("57", "58", WRONG, None),
+        ("1/2", "0.5", CORRECT, None),
+        (r"\frac{1}{2}", r"\frac{2}{4}", CORRECT, None),
+        ("x^2+2x+1", "(x+1)^2", CORRECT, None),
+        ("(3,4)", "(3,5)", WRONG, None),
+        ("(1,2)", "(2,1)", WRONG, None),
+        (r"5\sqrt{2}", r"\sqrt{50}", CORRECT, None),
+        (r"\text{Evelyn}", "Evelyn", CORRECT, None),
+        ("10,000", "10000", CORRECT, None),
+        (r"50\%", "50%", CORRECT, None),
+        ("50%", "0.5", CORRECT, None),
+        ("50%", "51%", WRONG, None),
+        ("3", "???", UNVERIFIED, "unparsable"),
+        ("???", "3", UNVERIFIED, "gold"),
+        ("", "3", UNVERIFIED, "gold"),
+        ("3.5", "3 1/2", CORRECT, None),  # math-verify reads a product
+        ("120000", "1.2e5", CORRECT, None),
+        ("1/2^{99}", "1/2^{98}", WRONG, None),  # equal to six decimals
+        (r"\frac{1}{2004!}", r"\frac{1}{2006!}", WRONG, None),
+        ("52_8", "52_9", UNVERIFIED, "disagreement"),  # math-verify drops the base
+        (r"5\text{ m}", r"5\text{ cm}", UNVERIFIED, "disagreement"),  # and the unit
+        ("1/3", "0.33", UNVERIFIED, "undecided"),
+        ("3", "1+" * 1000 + "1", UNVERIFIED, "too_long"),
+    ],
+)
+def test_verdicts(verifier: Verifier, gold: str, answer: str, verdict: Verdict, cause: str | None) -> None:
+    (result,) = verifier.verify_many([(gold, box(answer))])
+    assert (result.verdict, result.cause, result.extracted) == (verdict, cause, answer)
+
+
+@pytest.mark.parametrize("text", ["", "the answer is 57", r"\boxed{}", r"\boxed{57", r"<think>so \boxed{57}"])
+def test_a_prediction_without_an_answer_is_not_wrong(verifier: Verifier, text: str) -> None:
+    (result,) = verifier.verify_many([("57", text)])
+    assert (result.verdict, result.cause, result.extracted) == (UNVERIFIED, "no_answer", None)
+
+
+def test_integers_are_decided_without_a_process() -> None:
+    decided = decide_without_process("57", "-57")
+    assert decided is not None
+    assert decided.verdict is WRONG
+    assert decide_without_process("57", "57.0") is None
+    assert decide_without_process("9" * 5000, "1") is not None  # beyond Python's limit on integer strings
+
+
+def test_poison_does_not_delay_or_fail_others_and_leaves_no_process(others: set[psutil.Process]) -> None:
+    verifier = Verifier(processes=2, limit_seconds=0.75)  # over the quick lanes' patience
+    poison = verifier.submit([("5", box(POISON))] * 8)
+    right = verifier.submit([(r"\frac{1}{2}", box(f"{n}/{2 * n}")) for n in range(2, 18)])
+    assert not verifier.done(right)
+    assert [result.verdict for result in verifier.collect(right)] == [CORRECT] * 16
+    assert {(result.verdict, result.cause) for result in verifier.collect(poison)} == {
+        (UNVERIFIED, "timeout")
+    }
+    processes = verifier_processes() - others
+    assert 3 <= len(processes) <= 4  # the template, a worker of each quick lane and perhaps of the slow one
+    verifier.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert alive == []
+
+
+def test_killed_processes_cost_one_item_at_most(others: set[psutil.Process]) -> None:
+    verifier = Verifier(processes=1, limit_seconds=20)
+    try:
+        assert verifier.verify_many([("1/2", box("0.5"))])[0].verdict is CORRECT
+        for victim in ("worker", "template"):
+            template, (worker, *_) = _template_and_workers(others)
+            busy = verifier.submit([("5", box(POISON)), ("1/2", box("0.5"))])
+            _until_busy(worker)
+            (worker if victim == "worker" else template).send_signal(signal.SIGKILL)
+            first, second = verifier.collect(busy)
+            assert (first.verdict, first.cause) == (UNVERIFIED, "crashed")
+            assert second.verdict is CORRECT
+            idle = _template_and_workers(others)[1][0]
+            idle.send_signal(signal.SIGKILL)
+            psutil.wait_procs([idle], timeout=5)
+            assert verifier.verify_many([("1/2", box("0.25"))])[0].verdict in (WRONG, UNVERIFIED)
+            assert verifier.verify_many([("1/2", box("0.25"))])[0].verdict is WRONG
+    finally:
+        verifier.shutdown()
+    assert verifier_processes() <= others
+
+
+def test_an_item_over_the_patience_gets_the_whole_limit_and_delays_no_other(
+    others: set[psutil.Process],
+) -> None:
+    verifier = Verifier(processes=1, limit_seconds=3)
+    try:
+        verifier.verify_many([("1/2", box("0.5"))])
+        begin = time.monotonic()
+        poison = verifier.submit([("5", box(POISON))])
+        right = verifier.submit([("1/2", box("0.5"))] * 100)
+        assert {result.verdict for result in verifier.collect(right)} == {CORRECT}
+        assert time.monotonic() - begin < 2.5  # the patience and a hundred items, not the limit
+        assert not verifier.done(poison)
+        (result,) = verifier.collect(poison)
+        assert (result.verdict, result.cause) == (UNVERIFIED, "timeout")
+        assert 3 <= time.monotonic() - begin < 8
+    finally:
+        verifier.shutdown()
+    assert verifier_processes() <= others
+
+
+def test_results_keep_their_order_and_say_why(verifier: Verifier) -> None:
+    items = [("1/2", box(f"{n}/16")) for n in range(1, 17)]
+    results = verifier.verify_many(items)
+    assert [result.extracted for result in results] == [f"{n}/16" for n in range(1, 17)]
+    assert [result.verdict is CORRECT for result in results] == [n == 8 for n in range(1, 17)]
+    assert {result.reason for result in results} == {"equal", "different numbers"}
+    assert all(result.seconds > 0 for result in results)
+
+
+def test_a_rule_goes_with_its_item(verifier: Verifier) -> None:
+    items = [
+        ("4.2", box("4.3")),
+        ("4.2", box("4.3"), AnswerRule(tolerance=0.1)),
+        ("(1, 2)", box("2, 1"), AnswerRule(unordered=True)),
+    ]
+    assert [result.verdict for result in verifier.verify_many(items)] == [WRONG, CORRECT, CORRECT]
+
+
+def test_processes_end_with_a_killed_caller_whose_script_has_no_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "caller.py"
+    script.write_text(
+        textwrap.dedent(
+            r"""
+            import sys, time
+            from workers.rewards.verifier import Verifier
+            verifier = Verifier(2, 60)
+            print(verifier.verify_many([("1/2", r"\boxed{0.5}")])[0].verdict.value, flush=True)
+            verifier.submit([("5", r"\boxed{9^{9^{9^{9}}}}")] * 2)
+            time.sleep(60)
+            """
+        )
+    )
+    root = str(Path(__file__).resolve().parents[3])
+    caller = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+        cwd=tmp_path,
+    )
+    try:
+        assert caller.stdout is not None
+        assert caller.stdout.readline().strip() == "correct"
+        end = time.monotonic() + 20
+        while len(processes := verifier_processes(caller.pid)) < 4 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(processes) == 4  # the template, two quick lanes' workers, one slow lane's
+    finally:
+        caller.kill()
+        caller.wait(timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_shutdown_cancels_what_waits(others: set[psutil.Process]) -> None:
+    verifier = Verifier(processes=1, limit_seconds=0.3)
+    handle = verifier.submit([("5", box(POISON))] * 50)
+    begin = time.monotonic()
+    verifier.shutdown()
+    assert time.monotonic() - begin < 10
+    assert sum(future.cancelled() for future in handle) >= 47
+    assert verifier_processes() <= others
+
+
+def _template_and_workers(others: set[psutil.Process]) -> tuple[psutil.Process, list[psutil.Process]]:
+    end = time.monotonic() + 10
+    while len(processes := verifier_processes() - others) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    template, *workers = sorted(processes, key=lambda process: process.ppid() != os.getpid())
+    return template, sorted(workers, key=lambda process: process.nice())
+
+
+def _until_busy(process: psutil.Process) -> None:
+    begin = process.cpu_times().user
+    end = time.monotonic() + 10
+    while process.cpu_times().user < begin + 0.1 and time.monotonic() < end:
+        time.sleep(0.02)

@@ -1,0 +1,184 @@
+"""The chain-of-thought judge as a service: four rubric scores 0-3 of a candidate solution, decoded within the
+verdict's grammar.
+
+One prefill reads the prompt; then four times the likeliest of the tokens 0-3 is taken, and the verdict's
+fixed text is fed in between, on the cached keys and values. Temperature 0, and no reply can leave the
+grammar.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pns.algo.judging import (
+    MAX_SCORE,
+    Scores,
+    Template,
+    make_nonce,
+    parse_verdict,
+    render_text,
+    render_tiny,
+    verdict_parts,
+)
+from pns.config import Pool
+from pns.errors import UserError
+from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
+
+_CHARACTERS_PER_TOKEN = 3  # a guess that sizes requests before they are tokenized
+
+Candidate = tuple[str, str]  # problem text, solution text
+
+
+class Judge:
+    """A language model that grades (problem, solution) pairs. A tokenizer with the token `<judge>` is the
+    tiny world's; any other model is prompted through its chat template. float32 on CPU, bfloat16 on a GPU.
+
+    Raises UserError where the model cannot be loaded, has no chat template, or does not write the digits 0-3
+    as single tokens.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        device: str,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+        forward_tokens: int = 0,
+    ) -> None:
+        self._device, self._seed, self._forward_tokens = (
+            device,
+            seed,
+            forward_tokens or FORWARD_TOKENS[device],
+        )
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                model_path, trust_remote_code=trust_remote_code
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                model_path,
+                dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+                trust_remote_code=trust_remote_code,
+            )
+        except OSError as error:
+            raise UserError(f"judge {model_path}: {str(error).splitlines()[0]}") from error
+        self._model = model.to(device).eval()
+        self._template = Template.TINY if "<judge>" in self._tokenizer.get_vocab() else Template.TEXT
+        if self._template is Template.TEXT and not self._tokenizer.chat_template:
+            raise UserError(f"judge {model_path} has no chat template: name an instruction-tuned model")
+        digits = [self._encode(str(digit)) for digit in range(MAX_SCORE + 1)]
+        if any(len(ids) != 1 for ids in digits):
+            raise UserError(
+                f"judge {model_path} does not write each of the digits 0 to {MAX_SCORE} as one token: name another model"
+            )
+        self._digits_V = torch.tensor([ids[0] for ids in digits], device=device)
+        self._between = [self._encode(part) for part in verdict_parts(self._template, "")[1:4]]
+
+    def score(self, candidates_B: Sequence[Candidate]) -> list[Outcome[Scores]]:
+        """Scores (relevance, coherence, completeness, clarity), each 0-3. Missing: "too_long" (prompt and
+        verdict exceed the model's context), "not_finite", "unparsable"."""
+        nonces = [
+            make_nonce(self._seed, problem, candidate, self._template) for problem, candidate in candidates_B
+        ]
+        prompts = [
+            self._prompt(*candidate, nonce) for candidate, nonce in zip(candidates_B, nonces, strict=True)
+        ]
+        room = self._model.config.max_position_embeddings - 4 - sum(map(len, self._between))
+        outcomes: list[Outcome[Scores]] = [
+            Outcome(None, "too_long" if len(prompt) > room else None) for prompt in prompts
+        ]
+        accepted = [index for index, outcome in enumerate(outcomes) if outcome.cause is None]
+        for batch in micro_batches([len(prompts[index]) for index in accepted], self._forward_tokens):
+            rows = [accepted[index] for index in batch]
+            for row, reply_ids in zip(rows, self._decode([prompts[row] for row in rows]), strict=True):
+                outcomes[row] = self._read(reply_ids, nonces[row])
+        return outcomes
+
+    def _prompt(self, problem: str, candidate: str, nonce: str) -> list[int]:
+        """Token ids up to the verdict's first digit."""
+        if self._template is Template.TINY:
+            return self._encode(render_tiny(problem, candidate, nonce))
+        for token in self._tokenizer.all_special_tokens:
+            candidate = candidate.replace(
+                token, token[:1] + " " + token[1:]
+            )  # the tokenizer reads them anywhere in a text
+        messages = render_text(problem, candidate, nonce)
+        text = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+        return self._encode(text + verdict_parts(self._template, nonce)[0])
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _read(self, reply_ids: list[int] | None, nonce: str) -> Outcome[Scores]:
+        if reply_ids is None:
+            return Outcome(None, "not_finite")
+        before, *_, after = verdict_parts(self._template, nonce)
+        scores = parse_verdict(before + self._tokenizer.decode(reply_ids) + after, self._template, nonce)
+        return Outcome(scores) if scores else Outcome(None, "unparsable")
+
+    @torch.inference_mode()
+    def _decode(self, prompts: list[list[int]]) -> list[list[int] | None]:
+        """Reply ids for each prompt: four digits with the fixed text between them; None where a logit was not
+        finite."""
+        num_rows, width = len(prompts), max(map(len, prompts))
+        ids_BT = torch.full((num_rows, width), int(self._digits_V[0]))
+        mask_BT = torch.zeros(num_rows, width, dtype=torch.long)
+        for row, prompt in enumerate(
+            prompts
+        ):  # padding on the left, so that every row continues at the same column
+            ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[row, width - len(prompt) :] = 1
+        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        finite_B = torch.ones(num_rows, dtype=torch.bool, device=self._device)
+        cache: Any = None
+        reply: list[torch.Tensor] = []
+        for between in [*self._between, None]:
+            output = self._model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            logits_BV = output.logits[:, -1, self._digits_V].float()
+            finite_B &= logits_BV.isfinite().all(-1)
+            ids_BT = self._digits_V[logits_BV.argmax(-1)][:, None]
+            if between:
+                ids_BT = torch.cat(
+                    [ids_BT, torch.tensor(between, device=self._device).expand(num_rows, -1)], 1
+                )
+            reply.append(ids_BT)
+            added = ids_BT.shape[1]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(num_rows, added)], 1)
+            positions_BT = positions_BT[:, -1:] + torch.arange(1, added + 1, device=self._device)
+        rows = torch.cat(reply, 1).tolist()
+        return [row if finite else None for row, finite in zip(rows, finite_B.tolist(), strict=True)]
+
+
+def _num_tokens(candidate: Candidate) -> int:
+    return sum(map(len, candidate)) // _CHARACTERS_PER_TOKEN + 1
+
+
+class JudgePool(ScoringPool[Candidate, Scores]):
+    """Judge actors: items are (problem text, solution text), values four scores 0-3;
+    `pns.algo.judging.coherence` makes them one number."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        device: str,
+        start_timeout_seconds: float,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        build = functools.partial(Judge, device=device, trust_remote_code=trust_remote_code, seed=seed)
+        super().__init__("judge", pool, device, start_timeout_seconds, build, _num_tokens)

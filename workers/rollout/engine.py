@@ -1,0 +1,170 @@
+"""What a generation engine is: its inputs, outputs and interface, and the seeded sampling that all engines
+share.
+
+A sample depends on the weights, the prompt, the sampling settings and the request's own seed, not on what
+else is in the batch: the noise of every token is a hash of (seed, position in the completion, token id), so
+engines, devices and batches agree on it up to the rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pns.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`temperature` 0 is greedy; `top_p` in (0, 1] keeps the smallest set of tokens of at least this
+    probability (after temperature)."""
+
+    temperature: float
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`token_ids` (T,) include the end token when `finish_reason` is "stop" (else "length"); `log_probs` (T,)
+    are natural logs under the unmodified distribution (temperature 1, no top-p) of the weights
+    `weights_version`."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: str
+    weights_version: int
+
+
+class Engine(Protocol):
+    """One model on one device. Not safe for concurrent calls."""
+
+    def load(self, model_path: str) -> None:
+        """Take the weights (and, if it differs, the architecture) of a checkpoint directory or Hub id; the
+        version becomes 0."""
+
+    def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        """Replace all weights in the live engine; names and shapes as in the checkpoint. Raises ValueError
+        for missing or unknown names."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
+        """Yield each sample as soon as it is finished, in no particular order."""
+
+    def log_probs(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Natural-log probabilities (T,) float32 of the tokens of each completion after its prompt, at
+        temperature 1."""
+
+
+def local_directory(model_path: str) -> Path:
+    """The directory of a checkpoint; a Hub id is downloaded (or found in the cache). Raises UserError if it
+    is neither."""
+    if Path(model_path).is_dir():
+        directory = Path(model_path)
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            directory = Path(
+                snapshot_download(
+                    model_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]
+                )
+            )
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise UserError(
+                f"model {model_path!r} is neither a directory nor a Hub id that can be fetched: {error}"
+            ) from error
+    if not (directory / "config.json").is_file():
+        raise UserError(f"model {model_path!r} has no config.json: name a Hugging Face checkpoint directory")
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises UserError if there are none."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model {str(directory)!r} has no *.safetensors: save it with save_pretrained")
+    return files
+
+
+def end_token_ids(directory: Path) -> tuple[int, ...]:
+    """The end tokens of a checkpoint: `eos_token_id` of generation_config.json, else of config.json. Raises
+    UserError if none is set."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    raise UserError(
+        f"model {str(directory)!r} sets no eos_token_id in generation_config.json or config.json: completions would never end"
+    )
+
+
+def check_names(expected: set[str], given: set[str], tied: bool) -> None:
+    """Raise ValueError unless `given` are the weights an engine expects; a head `tied` to the embedding may
+    be there or not."""
+    optional = {"lm_head.weight"} if tied else set()
+    missing, unknown = expected - given - optional, given - expected - optional
+    if missing or unknown:
+        raise ValueError(
+            f"weight update: {len(missing)} names missing {sorted(missing)[:3]}, {len(unknown)} unknown {sorted(unknown)[:3]}"
+        )
+
+
+def perturb(
+    logits_BV: torch.Tensor, seeds: Sequence[int], steps: Sequence[int], temperature: float, top_p: float
+) -> torch.Tensor:
+    """Scores (B, V) float32 whose argmax is a sample of softmax(logits / temperature), cut to `top_p`, for
+    row b drawn with (seeds[b], steps[b]): the Gumbel-max trick (arXiv 1611.01144, section 2). `temperature` >
+    0."""
+    scores_BV = logits_BV.float() / temperature
+    if top_p < 1.0:
+        sorted_BV, order_BV = scores_BV.sort(dim=-1, descending=True)
+        probs_BV = sorted_BV.softmax(dim=-1)
+        outside_BV = (probs_BV.cumsum(dim=-1) - probs_BV) >= top_p
+        scores_BV = scores_BV.masked_fill(outside_BV.scatter(-1, order_BV, outside_BV), float("-inf"))
+    # The noise is made in blocks of rows: 8-byte hashes of a whole (256, 150000) batch would take more than a
+    # GiB.
+    rows = max(1, 2**24 // scores_BV.shape[1])
+    for start in range(0, scores_BV.shape[0], rows):
+        block = slice(start, start + rows)
+        scores_BV[block] += _gumbel(seeds[block], steps[block], scores_BV.shape[1], scores_BV.device)
+    return scores_BV
+
+
+def _gumbel(
+    seeds: Sequence[int], steps: Sequence[int], vocab_size: int, device: torch.device
+) -> torch.Tensor:
+    mask = 2**63 - 1
+    seeds_B = torch.tensor([seed & mask for seed in seeds], dtype=torch.int64).to(device)
+    steps_B = torch.tensor(steps, dtype=torch.int64).to(device)
+    keys_B1 = _mix(_mix(seeds_B).add_(steps_B)).unsqueeze(1)
+    tokens_V = torch.arange(vocab_size, dtype=torch.int64, device=device) * -7046029254386353131
+    bits_BV = _mix(keys_B1 + tokens_V).bitwise_and_(2**32 - 1)
+    uniform_BV = bits_BV.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return (
+        torch.log1p(uniform_BV.neg_()).neg_().log_().neg_()
+    )  # -log(E), E exponential; exact where E is small, which is where maxima lie
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) on int64, in which products wrap around."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & (2**33 - 1))

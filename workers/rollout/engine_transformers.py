@@ -1,0 +1,194 @@
+"""The reference engine: a plain transformers model with its own sampling loop, for small machines and for
+checking the other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from pns.errors import UserError
+from workers.rollout.engine import (
+    Request,
+    Sample,
+    Sampling,
+    check_names,
+    end_token_ids,
+    local_directory,
+    perturb,
+)
+
+
+class TransformersEngine:
+    """`Engine` on one device. `max_batch` sequences are decoded together; they leave the batch as they end."""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        dtype: str = "float32",
+        max_batch: int = 256,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self.max_batch = max_batch
+        self.trust_remote_code = trust_remote_code
+        self.version = 0
+
+    def load(self, model_path: str) -> None:
+        directory = local_directory(model_path)
+        self.end_ids = end_token_ids(directory)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        self.model = model.to(self.device).eval()
+        self.max_tokens = int(model.config.max_position_embeddings)
+        self.version = 0
+
+    def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        check_names(set(self.model.state_dict()), set(tensors), bool(self.model.config.tie_word_embeddings))
+        self.model.load_state_dict(tensors, strict=False)
+        self.version = version
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
+        for request in requests:
+            if len(request.prompt_ids) >= self.max_tokens:
+                raise UserError(
+                    f"request {request.id}: a prompt of {len(request.prompt_ids)} tokens leaves no room in {self.max_tokens}"
+                )
+        ordered = sorted(requests, key=lambda request: len(request.prompt_ids))
+        for start in range(0, len(ordered), self.max_batch):
+            yield from self._generate_batch(ordered[start : start + self.max_batch], sampling)
+
+    def _generate_batch(self, rows: list[Request], sampling: Sampling) -> Iterator[Sample]:
+        tokens: dict[str, list[int]] = {row.id: [] for row in rows}
+        log_probs: dict[str, list[float]] = {row.id: [] for row in rows}
+        width = max(len(row.prompt_ids) for row in rows)
+        input_ids = torch.tensor(
+            [[0] * (width - len(row.prompt_ids)) + list(row.prompt_ids) for row in rows], device=self.device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows],
+            device=self.device,
+        )
+        room = torch.full((len(rows), sampling.max_new_tokens), 1, device=self.device)
+        mask = torch.cat([mask, room], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
+        cache = self._new_cache(width + sampling.max_new_tokens)
+        done = [False] * len(rows)  # rows stay in the batch after their end until a quarter of it has ended
+        begin = 0
+        for step in range(sampling.max_new_tokens):
+            end = width + step
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            scores = logits
+            if sampling.temperature > 0:
+                scores = perturb(
+                    logits,
+                    [row.seed for row in rows],
+                    [step] * len(rows),
+                    sampling.temperature,
+                    sampling.top_p,
+                )
+            chosen = scores.argmax(dim=-1)
+            chosen_log_probs = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
+            input_ids, begin = chosen[:, None], end
+            for i, (row, token, log_prob) in enumerate(
+                zip(rows, chosen.tolist(), chosen_log_probs.tolist(), strict=True)
+            ):
+                if done[i]:
+                    continue
+                tokens[row.id].append(token)
+                log_probs[row.id].append(log_prob)
+                length = step + 1
+                stopped = token in self.end_ids
+                if (
+                    stopped
+                    or length == sampling.max_new_tokens
+                    or len(row.prompt_ids) + length == self.max_tokens
+                ):
+                    done[i] = True
+                    reason = "stop" if stopped else "length"
+                    yield Sample(
+                        row.id, tuple(tokens.pop(row.id)), tuple(log_probs.pop(row.id)), reason, self.version
+                    )
+            if all(done):
+                return
+            if 4 * sum(done) >= len(rows):
+                kept = [i for i, ended in enumerate(done) if not ended]
+                index = torch.tensor(kept, device=self.device)
+                rows, done = [rows[i] for i in kept], [False] * len(kept)
+                cache.batch_select_indices(index)
+                input_ids, mask, positions = input_ids[index], mask[index], positions[index]
+
+    def _new_cache(self, capacity: int) -> Cache:
+        config = self.model.config
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            return DynamicCache(config=config)
+        return Cache(layers=[_BufferLayer(capacity) for _ in range(config.num_hidden_layers)])
+
+    @torch.no_grad()
+    def log_probs(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        texts = [
+            list(prompt) + list(completion)
+            for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        ]
+        results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(order), self.max_batch):
+            batch = order[start : start + self.max_batch]
+            width = max(len(texts[i]) for i in batch)
+            input_ids = torch.tensor(
+                [texts[i] + [0] * (width - len(texts[i])) for i in batch], device=self.device
+            )
+            mask = torch.tensor(
+                [[1] * len(texts[i]) + [0] * (width - len(texts[i])) for i in batch], device=self.device
+            )
+            logits = self.model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+            token_log_probs = (
+                logits.float().log_softmax(dim=-1).gather(2, input_ids[:, 1:, None])[:, :, 0].cpu().numpy()
+            )
+            for row, i in enumerate(batch):
+                first = len(prompt_ids[i]) - 1
+                results[i] = token_log_probs[row, first : first + len(completion_ids[i])].copy()
+        return results
+
+
+class _BufferLayer(DynamicLayer):
+    """Keys and values of one layer in buffers of (B, heads, capacity, D): a step writes one column instead of
+    copying everything."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [
+                x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)
+            ]
+        begin, self.length = self.length, self.length + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin : self.length] = new
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)

@@ -1,0 +1,254 @@
+"""The vLLM engine: in process, continuous batching, new weights in the live model. Runs with vLLM 0.31 on CPU
+and 0.24 on GPU.
+
+Departures from vLLM's defaults, each for a reason: - Sampling is greedy over perturbed scores
+(`SeededNoise`): vLLM's own per-request generators fail on CPU when a prompt is prefilled in
+  parts, and give other samples than the other engine.
+- `generation_config="vllm"`: a checkpoint's top-k or repetition penalty must not enter a sample silently. -
+On CPU, float32 and no compilation; on GPU, bfloat16 and CUDA graphs. Importing this module imports vLLM (many
+CPU seconds): only the actor that runs it does so, with `ENVIRONMENT` set before.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.worker.worker_base import WorkerBase
+
+from pns.errors import UserError
+from workers.rollout.engine import (
+    Request,
+    Sample,
+    Sampling,
+    check_names,
+    end_token_ids,
+    local_directory,
+    perturb,
+    weight_files,
+)
+
+_NOISE = "pns_noise"  # key of SamplingParams.extra_args: (seed, temperature, top_p)
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+class VllmEngine:
+    """`Engine` on one device, or on `tensor_parallel` GPUs of one machine. `memory_fraction` of the GPU is
+    for weights and cache; `kv_cache_gib` is the cache's size on CPU."""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        max_batch: int = 256,
+        memory_fraction: float = 0.85,
+        kv_cache_gib: float = 0.25,
+        tensor_parallel: int = 1,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.arguments: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "max_num_seqs": max_batch,
+            "max_model_len": -1,  # the model's own, or what the cache holds
+            "gpu_memory_utilization": memory_fraction,
+            "tensor_parallel_size": tensor_parallel,
+            "trust_remote_code": trust_remote_code,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logits_processors": [SeededNoise],
+            "enable_prefix_caching": True,  # the completions of a problem share its prompt
+            "async_scheduling": False,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if device == "cpu":
+            cache_bytes = int(kv_cache_gib * 2**30)
+            self.arguments |= {
+                "dtype": "float32",
+                "enforce_eager": True,
+                "enable_prefix_caching": False,
+                "kv_cache_memory_bytes": cache_bytes,
+            }
+        self.engine: LLMEngine | None = None
+        self.architecture: dict[str, Any] = {}
+        self.version = 0
+
+    def load(self, model_path: str) -> None:
+        directory = local_directory(model_path)
+        self.end_ids = end_token_ids(directory)
+        config = json.loads((directory / "config.json").read_text())
+        architecture = {
+            key: value
+            for key, value in config.items()
+            if key not in _NOT_ARCHITECTURE and not key.endswith("token_id")
+        }
+        if self.engine is not None and architecture == self.architecture:
+            tensors = {
+                name: tensor for file in weight_files(directory) for name, tensor in load_file(file).items()
+            }
+            self.update_weights(tensors, version=0)
+            return
+        self._free()
+        self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(directory), **self.arguments))
+        self.architecture, self.weight_names, self.version = architecture, _names(weight_files(directory)), 0
+
+    def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        engine = self._engine()
+        check_names(self.weight_names, set(tensors), bool(engine.model_config.hf_config.tie_word_embeddings))
+        engine.collective_rpc(_reload, args=(tensors,))
+        if not engine.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM's prefix cache could not be reset after a weight update: requests are still running"
+            )
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
+        params = {request.id: self._params(request.seed, sampling) for request in requests}
+        for output in self._run([(request.id, list(request.prompt_ids)) for request in requests], params):
+            completion = output.outputs[0]
+            token_ids = tuple(completion.token_ids)
+            log_probs = tuple(
+                at[token].logprob for token, at in zip(token_ids, completion.logprobs or [], strict=True)
+            )
+            yield Sample(output.request_id, token_ids, log_probs, str(completion.finish_reason), self.version)
+
+    def log_probs(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        texts = [
+            list(prompt) + list(completion)
+            for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        ]
+        results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
+        for output in self._run(
+            [(str(i), text) for i, text in enumerate(texts)], {str(i): params for i in range(len(texts))}
+        ):
+            i = int(output.request_id)
+            first = len(prompt_ids[i])
+            at = cast(Sequence[dict[int, Any]], output.prompt_logprobs)[first:]
+            results[i] = np.array(
+                [entry[token].logprob for token, entry in zip(texts[i][first:], at, strict=True)],
+                dtype=np.float32,
+            )
+        return results
+
+    def _params(self, seed: int, sampling: Sampling) -> SamplingParams:
+        noise = {_NOISE: (seed, sampling.temperature, sampling.top_p)} if sampling.temperature > 0 else None
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=list(self.end_ids),
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=noise,
+        )
+
+    def _run(
+        self, prompts: list[tuple[str, list[int]]], params: dict[str, SamplingParams]
+    ) -> Iterator[RequestOutput]:
+        engine = self._engine()
+        longest = engine.model_config.max_model_len
+        for name, tokens in prompts:
+            if len(tokens) >= longest:
+                raise UserError(
+                    f"request {name}: {len(tokens)} tokens leave no room in the {longest} that the model and its cache hold: "
+                    "raise rollout.kv_cache_gib (CPU) or rollout.memory_fraction (GPU), or shorten the prompt"
+                )
+        running = {name for name, _ in prompts}
+        try:
+            for name, tokens in prompts:
+                engine.add_request(name, {"prompt_token_ids": tokens}, params[name])
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        running.discard(output.request_id)
+                        yield cast(RequestOutput, output)
+        finally:
+            if running:
+                engine.abort_request(list(running))
+
+    def _engine(self) -> LLMEngine:
+        if self.engine is None:
+            raise RuntimeError("the vLLM engine has no model yet: call load() first")
+        return self.engine
+
+    def _free(self) -> None:
+        if self.engine is not None:
+            self.engine.engine_core.shutdown()
+            self.engine = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class SeededNoise(LogitsProcessor):
+    """Adds each request's own noise to its scores, so that vLLM's greedy choice is the sample of
+    `workers.rollout.engine.perturb`."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.rows: dict[
+            int, tuple[tuple[int, float, float], list[int]]
+        ] = {}  # batch row -> (seed, temperature, top_p), tokens so far
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.rows, batch_update, _noise_of)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        groups: dict[tuple[float, float], list[int]] = {}
+        for row, ((_, temperature, top_p), _) in self.rows.items():
+            groups.setdefault((temperature, top_p), []).append(row)
+        for (temperature, top_p), rows in groups.items():
+            seeds, steps = [self.rows[row][0][0] for row in rows], [len(self.rows[row][1]) for row in rows]
+            index = torch.tensor(rows, device=logits.device)
+            logits[index] = perturb(logits[index], seeds, steps, temperature, top_p)
+        return logits
+
+
+def _noise_of(
+    params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
+) -> tuple[Any, list[int]] | None:
+    noise = (params.extra_args or {}).get(_NOISE)
+    return None if noise is None else (noise, output_ids)
+
+
+def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:
+    """Runs in each worker. The reload does not process a tied head anew (it belongs to the embedding), and on
+    CPU the head multiplies with a packed copy of its weight: without the second step it keeps the old one."""
+    runner = worker.model_runner
+    runner.reload_weights(weights_iterator=iter(tensors.items()))
+    head = getattr(runner.get_model(), "lm_head", None)
+    if head is not None and runner.model_config.hf_config.tie_word_embeddings:
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _names(files: list[Path]) -> set[str]:
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names

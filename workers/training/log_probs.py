@@ -1,0 +1,85 @@
+"""Log-probabilities of chosen tokens from hidden states, without the logits of all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from pns.errors import UserError
+
+# Float32 logits held at once, in numbers: a piece that stays in a CPU's cache, and one that keeps a GPU's
+# matrix units busy.
+_MAX_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+
+
+class LogProbHead(torch.nn.Module):
+    """The head of a language model, giving log-probabilities of chosen tokens instead of logits; `ask` before
+    the forward pass. It holds the head's own weight under the same name."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        if head.bias is not None:
+            raise UserError("language-model heads with a bias are not supported")
+        self.weight = head.weight
+
+    def ask(self, predictors_C: Tensor, labels_C: Tensor) -> None:
+        """For the log-probabilities of `labels_C` as predicted at the places `predictors_C`, counted over all
+        rows of hidden states."""
+        self._asked = predictors_C, labels_C
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        """Natural-log probabilities (C,) float32."""
+        predictors_C, labels_C = self._asked
+        return _LogProbs.apply(hidden_BSH.flatten(0, 1).index_select(0, predictors_C), self.weight, labels_C)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-softmax of a linear map at one label per row, piece by piece: the logits of a piece are computed
+    again in the backward pass, so that those of all rows are never held. The gradient of log p_y with respect
+    to the logits is onehot(y) - p."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Tensor:
+        ctx.size = max(1, _MAX_LOGITS[hidden_CH.device.type] // len(weight_VH))
+        log_probs_C, normalisers_C = hidden_CH.new_empty(2, len(hidden_CH), dtype=torch.float32)
+        for rows in _pieces(len(hidden_CH), ctx.size):
+            logits = (hidden_CH[rows].to(weight_VH.dtype) @ weight_VH.T).float()
+            log_probs_C[rows] = -cross_entropy(logits, labels_C[rows], reduction="none")
+            normalisers_C[rows] = logits.gather(-1, labels_C[rows, None]).squeeze(-1) - log_probs_C[rows]
+        ctx.save_for_backward(hidden_CH, weight_VH, labels_C, normalisers_C)
+        return log_probs_C
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (gradient_C,) = gradients
+        hidden_CH, weight_VH, labels_C, normalisers_C = ctx.saved_tensors
+        hidden_gradient_CH = torch.empty_like(hidden_CH)
+        weight_gradient_VH = (
+            torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
+        for rows in _pieces(len(hidden_CH), ctx.size):
+            hidden = hidden_CH[rows].to(weight_VH.dtype)
+            logits = (hidden @ weight_VH.T).float()
+            logits.sub_(normalisers_C[rows, None]).exp_().mul_(-gradient_C[rows, None])
+            logits.scatter_add_(-1, labels_C[rows, None], gradient_C[rows, None])
+            logits = logits.to(weight_VH.dtype)
+            hidden_gradient_CH[rows] = (logits @ weight_VH).to(hidden_CH.dtype)
+            if weight_gradient_VH is None:
+                continue
+            if weight_VH.dtype == torch.float32:
+                weight_gradient_VH.addmm_(logits.T, hidden)
+            else:
+                weight_gradient_VH += logits.T @ hidden
+        return (
+            hidden_gradient_CH,
+            None if weight_gradient_VH is None else weight_gradient_VH.to(weight_VH.dtype),
+            None,
+        )
+
+
+def _pieces(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))
