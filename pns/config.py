@@ -29,7 +29,7 @@ class DataSource(Enum):
     jsonl = "jsonl"
 
 
-class Engine(Enum):
+class EngineKind(Enum):
     vllm = "vllm"
     transformers = "transformers"
 
@@ -135,7 +135,6 @@ class Models:
     backbone: str = ""  # the target to be improved
     generator: str = ""  # start of the generator when `reverse_rl.start` is `path`
     reward_model: str = ""  # initial weights of the reward models; empty: the backbone's
-    judge: str = ""
     trust_remote_code: bool = False
 
 
@@ -153,8 +152,6 @@ class Placement:
     device: Device = Device.auto  # auto: cuda where the cluster offers GPUs, else cpu
     rollout: Pool = field(default_factory=Pool)
     policy: Pool = field(default_factory=Pool)  # replicas = FSDP ranks
-    reward_model: Pool = field(default_factory=Pool)
-    judge: Pool = field(default_factory=Pool)
     verifier_processes: int = 2
     start_timeout_seconds: float = (
         600.0  # how long actors may take to come up before the run stops and says what it waits for
@@ -163,7 +160,7 @@ class Placement:
 
 @dataclass
 class RolloutEngine:
-    engine: Engine = Engine.vllm
+    engine: EngineKind = EngineKind.vllm
     max_new_tokens: int = 2048
     max_batch: int = 256  # sequences decoded at once per replica
     memory_fraction: float = 0.85  # of the GPU, for vLLM's weights and cache
@@ -183,7 +180,7 @@ class Lora:
 
 
 @dataclass
-class Policy:
+class PolicyConfig:
     max_tokens_per_micro_batch: int = 16384  # per rank; prompt and completion together
     dtype: str = "auto"  # compute dtype: bfloat16, float32, or auto (bfloat16 on cuda, float32 on cpu); master weights are float32
     gradient_checkpointing: bool = True
@@ -233,7 +230,7 @@ class WarmStart:
 
 
 @dataclass
-class Grpo:
+class GrpoConfig:
     """Group-relative policy optimisation (arXiv 2402.03300) with clip-higher and token-level aggregation
     (arXiv 2503.14476)."""
 
@@ -252,7 +249,7 @@ class Grpo:
 
 
 @dataclass
-class ReverseRl(Grpo):
+class ReverseRl(GrpoConfig):
     start: GeneratorStart = GeneratorStart.target
     stop_wrong_rate: float = 0.9  # stop early at this share of wrong completions ...
     stop_format_rate: float = 0.95  # ... with at least this share well-formed ...
@@ -262,23 +259,39 @@ class ReverseRl(Grpo):
     max_hold_wrong_rate: float = 1.0  # stop at once when the wrong rate reaches this (a KL-anchored generator near the target); 1: never
 
 
+class TermKind(Enum):
+    """How a reward term is computed; `pns.algo.reward` and `workers.rewards` know how."""
+
+    reward_model = "reward_model"  # sigmoid of a reward model's score
+    judge = "judge"  # rubric score of a language model
+
+
 @dataclass
-class RewardWeights:
-    wrong: float = 0.5
-    reward_model: float = 0.25
-    judge: float = 0.25
+class RewardTerm:
+    """One named term of the composite reward: an unweighted score in [0, 1], computed by a service of its own."""
+
+    kind: TermKind = TermKind.reward_model
+    weight: float = 0.0  # 0: the term is neither asked for, placed nor started
+    model: str = ""  # directory or Hub id; empty (reward_model only): the reward model that this run trains
+    pool: Pool = field(default_factory=Pool)  # the processes that compute it
 
 
 @dataclass
 class RewardConfig:
     """The composite reward of reverse RL (arXiv 2602.03516); the gates and the numbers are ours."""
 
-    weights: RewardWeights = field(default_factory=RewardWeights)
+    wrong: float = 0.5  # weight of being wrong
+    terms: dict[str, RewardTerm] = field(  # name -> term; a recipe changes these and adds its own
+        default_factory=lambda: {
+            "plausibility": RewardTerm(TermKind.reward_model, weight=0.25),
+            "coherence": RewardTerm(TermKind.judge, weight=0.25),
+        }
+    )
     malformed: float = -1.0
     correct: float = 0.0
     gated: bool = True  # False: additive form, for the ablation
     max_masked_fraction: float = 0.2  # of one step's completions; above it the run stops
-    deadline_seconds: float = 120.0  # after it a reward-model or judge term is missing
+    deadline_seconds: float = 120.0  # after it a term that has not been computed is missing
     verify_seconds: float = 5.0  # limit of one verification, from the start of its work
 
 
@@ -299,7 +312,8 @@ class RewardModelStage:
 class Synthesize:
     samples_per_problem: int = 4
     temperature: float = 1.0
-    min_plausibility_quantile: float = 0.0  # negatives below it are dropped
+    min_quantile: float = 0.0  # negatives below this quantile of `quantile_term` are dropped
+    quantile_term: str = "plausibility"  # the name of a reward term
     drop_box_only_flips: bool = True
 
 
@@ -351,7 +365,7 @@ class PreferenceData:
 
 
 @dataclass
-class Preference:
+class PreferenceConfig:
     """Preference optimisation; reference = the starting backbone, its log-probabilities computed once (none
     for simpo and orpo).
 
@@ -417,15 +431,18 @@ class Config:
     models: Models = field(default_factory=Models)
     placement: Placement = field(default_factory=Placement)
     rollout: RolloutEngine = field(default_factory=RolloutEngine)
-    policy: Policy = field(default_factory=Policy)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     warm_start: WarmStart = field(default_factory=WarmStart)
-    rl: Grpo = field(default_factory=Grpo)
+    rl: GrpoConfig = field(default_factory=GrpoConfig)
     reward_model: RewardModelStage = field(default_factory=RewardModelStage)
     reverse_rl: ReverseRl = field(default_factory=ReverseRl)
+    negatives: str = (
+        "pns"  # where the rejected sides come from: a name in `pns.stages.negatives.SOURCES` (pns, rs)
+    )
     synthesize: Synthesize = field(default_factory=Synthesize)
     pair: PairStage = field(default_factory=PairStage)
-    preference: Preference = field(default_factory=Preference)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -481,7 +498,7 @@ def external_pairs(config: Config) -> bool:
     return bool(config.preference.data.path or config.preference.data.hub)
 
 
-def hyper_parameters(settings: Preference) -> dict[str, float]:
+def hyper_parameters(settings: PreferenceConfig) -> dict[str, float]:
     """What the chosen loss reads: what is set, and its own defaults for the rest."""
     defaults = LOSS_DEFAULTS[settings.loss].items()
     return {
@@ -551,7 +568,7 @@ def check(config: Config) -> None:
         raise UserError("reverse_rl.start is path and models.generator is empty: name the generator's model")
     _check_pairs(config.preference.data)
     for name in ("rl", "reverse_rl"):
-        stage: Grpo = getattr(config, name)
+        stage: GrpoConfig = getattr(config, name)
         if stage.completions_per_problem < 2:
             raise UserError(
                 f"{name}.completions_per_problem: {stage.completions_per_problem}; a group needs at least 2"
@@ -624,7 +641,7 @@ _FRACTIONS = {
     "max_masked_fraction",
     "held_out_fraction",
     "top_p",
-    "min_plausibility_quantile",
+    "min_quantile",
     "stop_wrong_rate",
     "stop_format_rate",
     "max_hold_wrong_rate",
@@ -686,7 +703,7 @@ def _require_positive(config: Config) -> None:
         )
 
 
-def _check_loss(settings: Preference) -> None:
+def _check_loss(settings: PreferenceConfig) -> None:
     reads = LOSS_DEFAULTS[settings.loss]
     for name in sorted(set().union(*LOSS_DEFAULTS.values())):
         value: float | None = getattr(settings, name)

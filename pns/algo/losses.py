@@ -286,7 +286,7 @@ def kto_kl(log_ratios_B: Tensor) -> Tensor:
 
 
 def preference_loss(
-    settings: config.Preference,
+    settings: config.PreferenceConfig,
     chosen_B: Tensor,
     rejected_B: Tensor,
     ref_chosen_B: Tensor | None,

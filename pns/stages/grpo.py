@@ -11,7 +11,7 @@ import numpy as np
 
 from pns.algo.advantages import group_advantages
 from pns.algo.reward import check_masked, mask_report
-from pns.config import Grpo
+from pns.config import GrpoConfig
 from pns.records import Problem, Reward, Rollout, Verdict
 from pns.stages.context import Context, draw
 from pns.stages.scoring import RewardKind, roll_out
@@ -24,7 +24,7 @@ StopRule = Callable[[int, Mapping[str, float | None]], bool]
 def train(
     ctx: Context,
     stage: str,
-    settings: Grpo,
+    settings: GrpoConfig,
     start_model: str,
     problems: list[Problem],
     reward_kind: RewardKind,
@@ -97,7 +97,7 @@ def sync_weights(ctx: Context) -> None:
     ctx.fleet.rollout.update_weights([reference], version)
 
 
-def update(ctx: Context, settings: Grpo, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def update(ctx: Context, settings: GrpoConfig, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """`settings.updates_per_step` optimizer steps on one batch of rollouts.
 
     The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also

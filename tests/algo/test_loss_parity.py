@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pns.algo.losses import kto_kl, preference_loss
-from pns.config import Preference, PreferenceLoss, reference_free
+from pns.config import PreferenceConfig, PreferenceLoss, reference_free
 
 RECORDED = json.loads((Path(__file__).parents[1] / "parity" / "trl_losses.json").read_text(encoding="utf-8"))
 NOT_IN_TRL = {PreferenceLoss.offset}
@@ -30,7 +30,7 @@ def lengths(name: str) -> torch.Tensor:
     ids=lambda case: f"{case['loss']}-{'-'.join(map(str, case['hyper_parameters'].values()))}",
 )
 def test_loss_and_gradients_equal_those_of_trl(case: dict[str, Any]) -> None:
-    settings = Preference(loss=PreferenceLoss[case["loss"]], **case["hyper_parameters"])
+    settings = PreferenceConfig(loss=PreferenceLoss[case["loss"]], **case["hyper_parameters"])
     chosen, rejected = sums("chosen").requires_grad_(), sums("rejected").requires_grad_()
     free = reference_free(settings.loss)
     # One pair is one batch there, so its reference point for KTO is the estimate from its own two mismatched

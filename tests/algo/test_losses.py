@@ -17,7 +17,7 @@ from pns.algo.losses import (
     row_sums,
     sft_loss,
 )
-from pns.config import Preference, PreferenceLoss, reference_free
+from pns.config import PreferenceConfig, PreferenceLoss, reference_free
 
 
 def grpo(
@@ -130,7 +130,7 @@ def test_dpo_by_hand_with_and_without_label_smoothing() -> None:
 
 
 def preference(
-    settings: Preference,
+    settings: PreferenceConfig,
     chosen: torch.Tensor,
     rejected: torch.Tensor,
     ref_chosen: torch.Tensor | None,
@@ -164,51 +164,51 @@ def log1pexp(x: float) -> float:
 @pytest.mark.parametrize(
     ("settings", "loss", "chosen_reward", "rejected_reward"),
     [
-        (Preference(PreferenceLoss.sigmoid, beta=0.5), log1pexp(-2.5), 1.0, -1.5),
-        (Preference(PreferenceLoss.sigmoid), log1pexp(-0.5), 0.2, -0.3),
+        (PreferenceConfig(PreferenceLoss.sigmoid, beta=0.5), log1pexp(-2.5), 1.0, -1.5),
+        (PreferenceConfig(PreferenceLoss.sigmoid), log1pexp(-0.5), 0.2, -0.3),
         (
-            Preference(PreferenceLoss.cdpo, beta=0.5, label_smoothing=0.2),
+            PreferenceConfig(PreferenceLoss.cdpo, beta=0.5, label_smoothing=0.2),
             0.8 * log1pexp(-2.5) + 0.2 * log1pexp(2.5),
             1.0,
             -1.5,
         ),
         (
-            Preference(PreferenceLoss.robust, beta=0.5),
+            PreferenceConfig(PreferenceLoss.robust, beta=0.5),
             (0.9 * log1pexp(-2.5) - 0.1 * log1pexp(2.5)) / 0.8,
             1.0,
             -1.5,
         ),
-        (Preference(PreferenceLoss.hinge), 1 - 0.5, 0.2, -0.3),
-        (Preference(PreferenceLoss.hinge, beta=0.5), 0.0, 1.0, -1.5),  # 1 - 2.5 < 0
-        (Preference(PreferenceLoss.ipo), (0.5 + 0.6 - 5) ** 2, 0.05, -0.06),  # 1 / (2 * 0.1) = 5
-        (Preference(PreferenceLoss.length_normalised), log1pexp(-5 * 1.1), 2.5, -3.0),
-        (Preference(PreferenceLoss.simpo), log1pexp(-(2 * (-2 + 3) - 1)), -4.0, -6.0),
+        (PreferenceConfig(PreferenceLoss.hinge), 1 - 0.5, 0.2, -0.3),
+        (PreferenceConfig(PreferenceLoss.hinge, beta=0.5), 0.0, 1.0, -1.5),  # 1 - 2.5 < 0
+        (PreferenceConfig(PreferenceLoss.ipo), (0.5 + 0.6 - 5) ** 2, 0.05, -0.06),  # 1 / (2 * 0.1) = 5
+        (PreferenceConfig(PreferenceLoss.length_normalised), log1pexp(-5 * 1.1), 2.5, -3.0),
+        (PreferenceConfig(PreferenceLoss.simpo), log1pexp(-(2 * (-2 + 3) - 1)), -4.0, -6.0),
         # odds p / (1 - p) = 1 / (e^2 - 1) and 1 / (e^3 - 1); -log sigmoid(log R) = log(1 + 1 / R)
         (
-            Preference(PreferenceLoss.orpo),
+            PreferenceConfig(PreferenceLoss.orpo),
             2 + 0.1 * math.log(1 + (math.e**2 - 1) / (math.e**3 - 1)),
             -0.2,
             -0.3,
         ),
-        (Preference(PreferenceLoss.rpo, beta=0.5, nll_weight=3.0), log1pexp(-2.5) + 3 * 2, 1.0, -1.5),
+        (PreferenceConfig(PreferenceLoss.rpo, beta=0.5, nll_weight=3.0), log1pexp(-2.5) + 3 * 2, 1.0, -1.5),
         (
-            Preference(PreferenceLoss.offset, beta=0.5, offset_scale=0.5),
+            PreferenceConfig(PreferenceLoss.offset, beta=0.5, offset_scale=0.5),
             log1pexp(-(2.5 - 0.5 * 3)),
             1.0,
             -1.5,
         ),
         # 1 - sigmoid(0.5 (2 - 1)) and 2 (1 - sigmoid(0.5 (1 + 3))), halved
         (
-            Preference(PreferenceLoss.kto, beta=0.5, undesirable_weight=2.0),
+            PreferenceConfig(PreferenceLoss.kto, beta=0.5, undesirable_weight=2.0),
             (1 / (1 + math.exp(0.5)) + 2 / (1 + math.exp(2))) / 2,
             1.0,
             -1.5,
         ),
     ],
-    ids=lambda value: value.loss.value if isinstance(value, Preference) else "",
+    ids=lambda value: value.loss.value if isinstance(value, PreferenceConfig) else "",
 )
 def test_preference_losses_by_hand(
-    settings: Preference, loss: float, chosen_reward: float, rejected_reward: float
+    settings: PreferenceConfig, loss: float, chosen_reward: float, rejected_reward: float
 ) -> None:
     found, metrics = preference(
         settings, *torch.tensor([[-8.0], [-15.0], [-10.0], [-12.0]], dtype=torch.float64)
@@ -227,18 +227,20 @@ def test_preference_losses_by_hand(
 @pytest.mark.parametrize(
     ("settings", "weight", "nll"),
     [
-        (Preference(PreferenceLoss.sigmoid), 1.0, 0.0),
-        (Preference(PreferenceLoss.cdpo), 1.0, 0.0),
-        (Preference(PreferenceLoss.robust), 1.0, 0.0),
-        (Preference(PreferenceLoss.offset), 1.0, 0.0),
-        (Preference(PreferenceLoss.length_normalised), 1.0, 0.0),
-        (Preference(PreferenceLoss.simpo, target_margin=0.0), 1.0, 0.0),
-        (Preference(PreferenceLoss.rpo, nll_weight=3.0), 1.0, 6.0),
-        (Preference(PreferenceLoss.orpo, odds_ratio_weight=0.3), 0.3, 2.0),
+        (PreferenceConfig(PreferenceLoss.sigmoid), 1.0, 0.0),
+        (PreferenceConfig(PreferenceLoss.cdpo), 1.0, 0.0),
+        (PreferenceConfig(PreferenceLoss.robust), 1.0, 0.0),
+        (PreferenceConfig(PreferenceLoss.offset), 1.0, 0.0),
+        (PreferenceConfig(PreferenceLoss.length_normalised), 1.0, 0.0),
+        (PreferenceConfig(PreferenceLoss.simpo, target_margin=0.0), 1.0, 0.0),
+        (PreferenceConfig(PreferenceLoss.rpo, nll_weight=3.0), 1.0, 6.0),
+        (PreferenceConfig(PreferenceLoss.orpo, odds_ratio_weight=0.3), 0.3, 2.0),
     ],
-    ids=lambda value: value.loss.value if isinstance(value, Preference) else "",
+    ids=lambda value: value.loss.value if isinstance(value, PreferenceConfig) else "",
 )
-def test_sigmoid_losses_are_ln_2_at_zero_margin(settings: Preference, weight: float, nll: float) -> None:
+def test_sigmoid_losses_are_ln_2_at_zero_margin(
+    settings: PreferenceConfig, weight: float, nll: float
+) -> None:
     sums = torch.tensor([-20.0, -1e-3, -400.0, 0.0])
     refs = (None, None) if reference_free(settings.loss) else (sums - 4, sums - 4)
     loss, metrics = preference(settings, sums, sums, *refs, tokens=(7, 7), gap=0.0)
@@ -249,22 +251,22 @@ def test_sigmoid_losses_are_ln_2_at_zero_margin(settings: Preference, weight: fl
 @pytest.mark.parametrize(
     ("settings", "gap"),
     [
-        (Preference(PreferenceLoss.cdpo, beta=0.3, label_smoothing=0.0), 3.0),
-        (Preference(PreferenceLoss.robust, beta=0.3, label_smoothing=0.0), 3.0),
-        (Preference(PreferenceLoss.rpo, beta=0.3, nll_weight=0.0), 3.0),
-        (Preference(PreferenceLoss.offset, beta=0.3, offset_scale=0.0), 3.0),
-        (Preference(PreferenceLoss.offset, beta=0.3), 0.0),
+        (PreferenceConfig(PreferenceLoss.cdpo, beta=0.3, label_smoothing=0.0), 3.0),
+        (PreferenceConfig(PreferenceLoss.robust, beta=0.3, label_smoothing=0.0), 3.0),
+        (PreferenceConfig(PreferenceLoss.rpo, beta=0.3, nll_weight=0.0), 3.0),
+        (PreferenceConfig(PreferenceLoss.offset, beta=0.3, offset_scale=0.0), 3.0),
+        (PreferenceConfig(PreferenceLoss.offset, beta=0.3), 0.0),
         (
-            Preference(PreferenceLoss.offset, beta=0.3),
+            PreferenceConfig(PreferenceLoss.offset, beta=0.3),
             -3.0,
         ),  # the reward model contradicts the verifier, and is overruled
-        (Preference(PreferenceLoss.length_normalised, beta=0.3), 3.0),  # one token
+        (PreferenceConfig(PreferenceLoss.length_normalised, beta=0.3), 3.0),  # one token
     ],
-    ids=lambda value: value.loss.value if isinstance(value, Preference) else str(value),
+    ids=lambda value: value.loss.value if isinstance(value, PreferenceConfig) else str(value),
 )
-def test_variants_become_dpo(settings: Preference, gap: float) -> None:
+def test_variants_become_dpo(settings: PreferenceConfig, gap: float) -> None:
     sums = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 20 - 40
-    plain, plain_metrics = preference(Preference(PreferenceLoss.sigmoid, beta=0.3), *sums)
+    plain, plain_metrics = preference(PreferenceConfig(PreferenceLoss.sigmoid, beta=0.3), *sums)
     loss, metrics = preference(settings, *sums, tokens=(1, 1), gap=gap)
     torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)
     assert {name: value.tolist() for name, value in metrics.items()} == {
@@ -280,7 +282,7 @@ def test_preference_gradients(loss: PreferenceLoss) -> None:
         for seed in range(4)
     ]
     chosen, rejected = sums[0].requires_grad_(), sums[1].requires_grad_()
-    settings = Preference(loss)
+    settings = PreferenceConfig(loss)
     assert torch.autograd.gradcheck(
         lambda c, r: preference(settings, c, r, sums[2], sums[3])[0], (chosen, rejected)
     )
@@ -303,7 +305,7 @@ def test_extreme_log_probs_and_empty_margins(loss: PreferenceLoss, dtype: torch.
         chosen.requires_grad_()
         rejected.requires_grad_()
         found, metrics = preference(
-            Preference(loss), chosen, rejected, ref * (tokens[0] > 0), ref * (tokens[1] > 0), tokens
+            PreferenceConfig(loss), chosen, rejected, ref * (tokens[0] > 0), ref * (tokens[1] > 0), tokens
         )
         found.sum().backward()
         assert chosen.grad is not None
@@ -320,7 +322,7 @@ def test_orpo_odds_are_exact_on_both_sides_of_one_half() -> None:
     for first, second in zip(range(5), range(1, 6), strict=True):
         chosen, rejected = (torch.tensor([averages[i]], dtype=torch.float64) for i in (first, second))
         loss, _ = preference(
-            Preference(PreferenceLoss.orpo, odds_ratio_weight=1.0),
+            PreferenceConfig(PreferenceLoss.orpo, odds_ratio_weight=1.0),
             chosen,
             rejected,
             None,
@@ -333,11 +335,11 @@ def test_orpo_odds_are_exact_on_both_sides_of_one_half() -> None:
 
 def test_a_missing_score_is_not_a_number() -> None:
     sums = torch.zeros(4, 1)
-    assert preference(Preference(PreferenceLoss.offset), *sums, gap=math.nan)[0].isnan().all()
+    assert preference(PreferenceConfig(PreferenceLoss.offset), *sums, gap=math.nan)[0].isnan().all()
     with pytest.raises(ValueError, match="offset needs the reward model's"):
-        preference_loss(Preference(PreferenceLoss.offset), *sums, sums[0], sums[0], sums[0], None, 0.0)
+        preference_loss(PreferenceConfig(PreferenceLoss.offset), *sums, sums[0], sums[0], sums[0], None, 0.0)
     with pytest.raises(ValueError, match="ipo needs the reference's"):
-        preference(Preference(PreferenceLoss.ipo), sums[0], sums[1], None, None)
+        preference(PreferenceConfig(PreferenceLoss.ipo), sums[0], sums[1], None, None)
 
 
 def test_kto_reference_point_is_the_mean_above_zero_and_a_constant() -> None:

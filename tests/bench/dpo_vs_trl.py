@@ -244,7 +244,7 @@ def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
     from workers.training.policy import Model, Preference, Rank
 
     layout = config.Layout[work.side.removesuffix("-compiled")]
-    loss = Preference(config.Preference(beta=BETA))
+    loss = Preference(config.PreferenceConfig(beta=BETA))
     sides = ("chosen_ids", "rejected_ids")
     prompts = [pair["prompt_ids"] for pair in work.pairs for _ in sides]
     completions = [pair[side] for pair in work.pairs for side in sides]
@@ -263,7 +263,7 @@ def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
 
     ready()
     rank = Rank()
-    settings = config.Policy(
+    settings = config.PolicyConfig(
         gradient_checkpointing=False, layout=layout, compile=work.side.endswith("-compiled")
     )
     optimizer = config.Optimizer(learning_rate=work.shape.learning_rate, clip_grad=CLIP)

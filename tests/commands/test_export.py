@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pns import cli
-from pns.config import BadPairs, Config, Data, Evaluate, Models, Preference, PreferenceData, to_dict
+from pns.config import BadPairs, Config, Data, Evaluate, Models, PreferenceConfig, PreferenceData, to_dict
 from pns.data.preference import encode_pair, encode_row, load_pairs, read_rows
 from pns.data.prompts import Prompts, load_tokenizer
 from pns.records import PreferencePair, Problem
@@ -70,7 +70,7 @@ def settings(**keys: Any) -> Config:
     return Config(
         name="demo",
         models=Models(backbone="owner/base"),
-        preference=Preference(steps=3),
+        preference=PreferenceConfig(steps=3),
         evaluate=Evaluate(temperature=0.6),
         **keys,
     )

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pns import config as configuration
-from pns.config import BadPairs, Config, Data, Layout, Preference, PreferenceData, PreferenceLoss
+from pns.config import BadPairs, Config, Data, Layout, PreferenceConfig, PreferenceData, PreferenceLoss
 from pns.data.decontamination import Overlaps
 from pns.data.preference import (
     CAUSES,
@@ -419,7 +419,7 @@ def test_load_own_pairs(tmp_path: Path) -> None:
         "pairs": 2,
         "dropped": dict.fromkeys(("in_a_suite", *CAUSES), 0),
     }
-    config.preference = Preference(loss=PreferenceLoss.offset)
+    config.preference = PreferenceConfig(loss=PreferenceLoss.offset)
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2: no score_chosen and score_rejected"):
         load_pairs(config, prompts, problems, own)
     own.write_text("")
@@ -433,7 +433,7 @@ def test_load_external_pairs(tmp_path: Path) -> None:
     write_jsonl(path, rows)
     data = PreferenceData(path=str(path), bad_pairs=BadPairs.drop)
     config = Config(
-        data=Data(system_prompt="not for these", max_prompt_tokens=90), preference=Preference(data=data)
+        data=Data(system_prompt="not for these", max_prompt_tokens=90), preference=PreferenceConfig(data=data)
     )
     config.policy.max_tokens_per_micro_batch = 300
     prompts = Prompts(tokenizer(CHATML), config.data)

@@ -66,7 +66,7 @@ def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
         pytest.skip("run tests/gpu by itself: this Ray was started with logical GPUs")
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     dtype, layout = request.param.split("-")
-    settings = config.Policy(max_tokens_per_micro_batch=512, dtype=dtype, layout=config.Layout(layout))
+    settings = config.PolicyConfig(max_tokens_per_micro_batch=512, dtype=dtype, layout=config.Layout(layout))
     made = Policy(config.Pool(replicas=1, gpus=1.0), "cuda", settings, start_timeout_seconds=300)
     yield made
     made.shutdown()
@@ -112,7 +112,7 @@ def test_dpo_and_grpo_steps(policy: Policy, checkpoint: str) -> None:
     before = policy.log_probs(batch)
     values = {"ref_log_probs": before, "old_log_probs": before}
     given = Batch(batch.prompt_ids, batch.completion_ids, values, {"advantages": [1.0, -1.0] * 8})
-    first, *_, last = [policy.train_step(given, Preference(config.Preference())) for _ in range(5)]
+    first, *_, last = [policy.train_step(given, Preference(config.PreferenceConfig())) for _ in range(5)]
     assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
     assert last["loss"] < first["loss"]
     found = policy.train_step(given, Grpo(clip_low=0.2, clip_high=0.28, kl_coefficient=1e-3))
@@ -131,7 +131,7 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
         batch = rows(16)
         before = policy.reference_log_probs(batch)
         given = Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": before})
-        first, *_, last = [policy.train_step(given, Preference(config.Preference())) for _ in range(5)]
+        first, *_, last = [policy.train_step(given, Preference(config.PreferenceConfig())) for _ in range(5)]
         assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
         assert last["loss"] < first["loss"]
         np.testing.assert_array_equal(

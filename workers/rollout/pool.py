@@ -45,7 +45,7 @@ class RolloutActor:
         self, device: str, engine: config.RolloutEngine, tensor_parallel: int, trust_remote_code: bool
     ) -> None:
         self.engine: Engine
-        if engine.engine is config.Engine.vllm:
+        if engine.engine is config.EngineKind.vllm:
             from workers.rollout.pool.engine_vllm import VllmEngine
 
             self.engine = VllmEngine(
@@ -108,7 +108,7 @@ class RolloutPool:
         if (
             device == "cuda"
             and pool.gpus > 1
-            and (pool.gpus != int(pool.gpus) or engine.engine is not config.Engine.vllm)
+            and (pool.gpus != int(pool.gpus) or engine.engine is not config.EngineKind.vllm)
         ):
             raise UserError(
                 f"placement.rollout.gpus: {pool.gpus}; use at most 1, or a whole number with rollout.engine=vllm (tensor parallel)"
@@ -271,7 +271,7 @@ def _start_actor(
         "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "MALLOC_TOP_PAD_": str(2**26),
     }
-    if engine.engine is config.Engine.vllm:
+    if engine.engine is config.EngineKind.vllm:
         environment |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in the actor
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one calls logits processors in another way

@@ -64,7 +64,7 @@ class Preference:
     """`pns.algo.losses.preference_loss`; the mean is over pairs. `kl` is KTO's estimate for the whole batch,
     unused by other losses."""
 
-    settings: config.Preference
+    settings: config.PreferenceConfig
     kl: float = 0.0
     group_size = 2
     head = "language_model"
@@ -104,7 +104,7 @@ class Model:
     path: str
     head: Head
     device: str
-    settings: config.Policy
+    settings: config.PolicyConfig
     optimizer: config.Optimizer | None
     total_steps: int
     seed: int
@@ -349,7 +349,7 @@ class Policy:
         self,
         pool: config.Pool,
         device: Literal["cpu", "cuda"],
-        settings: config.Policy,
+        settings: config.PolicyConfig,
         start_timeout_seconds: float,
         step_timeout_seconds: float = 3600.0,
         trust_remote_code: bool = False,

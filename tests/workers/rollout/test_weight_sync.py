@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def policy(ray_session: None) -> Iterator[Policy]:
-    policy = Policy(config.Pool(replicas=1), "cpu", config.Policy(gradient_checkpointing=False), 120)
+    policy = Policy(config.Pool(replicas=1), "cpu", config.PolicyConfig(gradient_checkpointing=False), 120)
     yield policy
     policy.shutdown()
 
@@ -31,7 +31,7 @@ def policy(ray_session: None) -> Iterator[Policy]:
 def pools(ray_session: None) -> Iterator[list[RolloutPool]]:
     engines = [
         config.RolloutEngine(engine=engine, max_batch=32)
-        for engine in (config.Engine.vllm, config.Engine.transformers)
+        for engine in (config.EngineKind.vllm, config.EngineKind.transformers)
     ]
     pools = [RolloutPool(config.Pool(replicas=1, gpus=0), "cpu", engine, 120) for engine in engines]
     yield pools

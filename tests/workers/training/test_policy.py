@@ -76,7 +76,7 @@ def start(replicas: int, **settings: Any) -> Policy:
     return Policy(
         config.Pool(replicas=replicas),
         "cpu",
-        config.Policy(max_tokens_per_micro_batch=96, **settings),
+        config.PolicyConfig(max_tokens_per_micro_batch=96, **settings),
         start_timeout_seconds=120,
     )
 
@@ -257,7 +257,7 @@ def test_a_pool_that_does_not_fit_is_refused_with_both_numbers(ray_session: None
         UserError,
         match=r"placement.policy needs 2 x .'CPU': 1000\}, and .*free now: .*lower placement.policy",
     ):
-        Policy(config.Pool(replicas=2, cpus=1000), "cpu", config.Policy(), start_timeout_seconds=0.5)
+        Policy(config.Pool(replicas=2, cpus=1000), "cpu", config.PolicyConfig(), start_timeout_seconds=0.5)
 
 
 # Language models.
@@ -304,10 +304,10 @@ def preference_steps(
         batch.completion_ids,
         {"ref_log_probs": policy.log_probs(batch), "margin_mask": masks},
     )
-    rpo = config.Preference(loss=PreferenceLoss.rpo, nll_weight=0.5)
+    rpo = config.PreferenceConfig(loss=PreferenceLoss.rpo, nll_weight=0.5)
     return [
         policy.train_step(given, Preference(settings))
-        for settings in (config.Preference(), config.Preference(), rpo)
+        for settings in (config.PreferenceConfig(), config.PreferenceConfig(), rpo)
     ]
 
 
@@ -395,7 +395,7 @@ def test_bfloat16_computes_over_float32_master_weights(
             )
         assert 1e-4 < np.abs(difference).max() < 0.1  # computed in bfloat16, and about right
         given = Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": one_rank.log_probs(batch)})
-        assert one_rank.train_step(given, Preference(config.Preference()))["loss"] == pytest.approx(
+        assert one_rank.train_step(given, Preference(config.PreferenceConfig()))["loss"] == pytest.approx(
             math.log(2), abs=0.01
         )
         weights = ray.get(one_rank.weights()[1])
@@ -428,9 +428,11 @@ def test_lora_trains_the_adapter_and_switches_it_off_for_the_reference(
         given = Batch(
             batch.prompt_ids, batch.completion_ids, {"ref_log_probs": two_ranks.reference_log_probs(batch)}
         )
-        losses = [two_ranks.train_step(given, Preference(config.Preference()))["loss"] for _ in range(2)]
+        losses = [
+            two_ranks.train_step(given, Preference(config.PreferenceConfig()))["loss"] for _ in range(2)
+        ]
         two_ranks.save(tmp_path / "checkpoint")
-        losses.append(two_ranks.train_step(given, Preference(config.Preference()))["loss"])
+        losses.append(two_ranks.train_step(given, Preference(config.PreferenceConfig()))["loss"])
         assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
         assert losses[2] < losses[1] < losses[0]
         assert_same(two_ranks.reference_log_probs(batch), expected)
@@ -449,7 +451,7 @@ def test_lora_trains_the_adapter_and_switches_it_off_for_the_reference(
         assert all(torch.equal(value, start[key]) for key, value in trained.items() if key not in changed)
         two_ranks.load(path, "language_model", OPTIMIZER, total_steps=5, seed=1)
         two_ranks.restore(tmp_path / "checkpoint")
-        assert two_ranks.train_step(given, Preference(config.Preference()))["loss"] == losses[2]
+        assert two_ranks.train_step(given, Preference(config.PreferenceConfig()))["loss"] == losses[2]
     finally:
         two_ranks.settings = replace(two_ranks.settings, lora=config.Lora())
 
@@ -651,7 +653,7 @@ def test_wrong_use_is_named(one_rank: Policy, checkpoints: dict[str, str]) -> No
     with pytest.raises(ValueError, match="pairs of rows, the batch has 3 rows"):
         one_rank.train_step(
             Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": [[0.0]] * 3}),
-            Preference(config.Preference()),
+            Preference(config.PreferenceConfig()),
         )
     with pytest.raises(
         ValueError, match=f"token id {VOCABULARY} is outside the model's vocabulary of {VOCABULARY}"

@@ -27,7 +27,7 @@ CASES = [("shared", name) for name in RECORDED["losses"]] + [("packed", "sigmoid
 
 @pytest.fixture(scope="module")
 def policy(ray_session: None, request: pytest.FixtureRequest) -> Iterator[Policy]:
-    settings = config.Policy(
+    settings = config.PolicyConfig(
         max_tokens_per_micro_batch=512, gradient_checkpointing=False, layout=config.Layout(request.param)
     )
     started = Policy(config.Pool(), "cpu", settings, start_timeout_seconds=120)
@@ -57,7 +57,7 @@ def test_ten_steps_are_those_of_trl(policy: Policy, name: str) -> None:
     recorded = RECORDED["losses"][name]
     found = ten_steps(
         policy,
-        Preference(config.Preference(loss=config.PreferenceLoss(name), **recorded["hyper_parameters"])),
+        Preference(config.PreferenceConfig(loss=config.PreferenceLoss(name), **recorded["hyper_parameters"])),
     )
     for step, expected in zip(found, recorded["steps"], strict=True):
         assert step["loss"] == pytest.approx(expected["loss"], abs=1e-4)
