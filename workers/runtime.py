@@ -1,0 +1,15 @@
+"""What every worker process needs, whatever its role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where workers run, how models are opened, and how long waits may take."""
+
+    device: str = "cpu"  # "cpu" or "cuda"
+    trust_remote_code: bool = False  # whether code that comes with a checkpoint is run
+    start_timeout_seconds: float = 600.0  # for processes to come up and models to load
+    step_timeout_seconds: float = 3600.0  # for one training step, checkpoint or export
