@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pns import config as configuration
 from pns.config import STAGES
-from pns.errors import UserError
+from pns.errors import UserError, did_you_mean
+from pns.recipe import load
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,14 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--from",
         dest="first",
-        choices=STAGES,
+        type=stage_name,
         metavar="STAGE",
         help="run STAGE and all after it again (old output is set aside)",
     )
     run.add_argument(
         "--until",
         dest="last",
-        choices=STAGES,
+        type=stage_name,
         metavar="STAGE",
         help=f"stop after STAGE, one of: {', '.join(STAGES)}",
     )
@@ -97,6 +98,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="print one prompt as the model reads it, and how suites are decoded",
     )
     evaluate.set_defaults(handler=evaluate_model)
+
+    config = commands.add_parser(
+        "config", help="print every configuration key with default, range and meaning, or a recipe's values"
+    )
+    config.add_argument(
+        "subject",
+        nargs="?",
+        default="",
+        metavar="KEY|RECIPE",
+        help="a key or a section, e.g. rl.optimizer; or a YAML file, for its merged values (default: all keys)",
+    )
+    config.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="with a recipe: configuration keys to change"
+    )
+    config.set_defaults(handler=show_config)
 
     export = commands.add_parser(
         "export", help="write a run's pairs and trained model, each with a card, for other tools and the Hub"
@@ -147,8 +163,22 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def stage_name(word: str) -> str:
+    """The argument of --from and --until."""
+    if word not in STAGES:
+        near = did_you_mean(word, STAGES) or f"; the stages are {', '.join(STAGES)}"
+        raise argparse.ArgumentTypeError(f"unknown stage {word!r}{near}")
+    return word
+
+
+def show_config(options: argparse.Namespace) -> None:
+    from pns.commands.config import print_config
+
+    print_config(options.subject, options.overrides)
+
+
 def run_recipe(options: argparse.Namespace) -> None:
-    config = configuration.load(options.recipe, options.overrides)
+    config = load(options.recipe, options.overrides)
     if options.first and options.last and STAGES.index(options.first) > STAGES.index(options.last):
         raise UserError(f"--from {options.first} comes after --until {options.last}: exchange them")
     for option, stage in (("--from", options.first), ("--until", options.last)):
@@ -163,7 +193,7 @@ def run_recipe(options: argparse.Namespace) -> None:
 
 
 def plan_recipe(options: argparse.Namespace) -> None:
-    config = configuration.load(options.recipe, options.overrides)
+    config = load(options.recipe, options.overrides)
     check_early(config, None)
     from workers import placement
 
@@ -194,7 +224,7 @@ def report_run(options: argparse.Namespace) -> None:
 
 def evaluate_model(options: argparse.Namespace) -> None:
     out = Path("runs") / f"evaluate-{Path(options.model).name}"
-    settings = [f"models.backbone={options.model}", "warm_start.steps=0"]
+    settings = [f"models.backbone={options.model}"]
     if not options.recipe:
         settings += ["data.source=jsonl", "data.prompt=auto"]
     for word in options.overrides:
@@ -205,9 +235,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
             settings += ["data.source=jsonl", f"data.benchmarks={value}"]
         else:
             settings.append(word)
-    config = configuration.load(
-        options.recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False
-    )
+    config = load(options.recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
     from pns.preflight import check_model
 
     check_model("MODEL", options.model)

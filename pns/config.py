@@ -1,32 +1,37 @@
-"""The schema: every key, its default, its unit and its meaning. A recipe holds only what differs from it.
+"""The schema: every key, its default, its range, its unit and its meaning (`pns config` prints them).
 
-`load(path, overrides)` merges schema < the recipe that a recipe `extends` < the recipe < `key=value`
-overrides and returns a plain, checked `Config`. Everything that can be wrong without looking at the cluster
-is said here, in one line, before anything starts. No heavy import: errors answer within a second.
+A recipe holds only what differs from it; `pns.recipe.load` reads and checks one. No heavy import.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
-from pathlib import Path
+from dataclasses import dataclass
+from enum import Enum, StrEnum
 from typing import Any, cast
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import OmegaConf
 
 from pns.errors import UserError
+from pns.fields import FINITE, above, at_least, between, key, path_key, path_or_name, section
 
-STAGES = ("warm_start", "rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
+STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
 
 
 class DataSource(Enum):
     tiny = "tiny"
     jsonl = "jsonl"
+
+
+class PromptFamily(StrEnum):
+    """`pns.data.prompts` has what each fills in."""
+
+    none = "none"
+    auto = "auto"
+    qwen = "qwen"
+    llama = "llama"
+    deepseek = "deepseek"
+    base = "base"
 
 
 class EngineKind(Enum):
@@ -40,6 +45,17 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Dtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    cosine = "cosine"
+
+
 class Layout(Enum):
     padded = "padded"  # rows padded to the longest of their micro-batch
     packed = "packed"  # rows end to end, no padding
@@ -50,6 +66,13 @@ class GeneratorStart(Enum):
     backbone = "backbone"
     target = "target"
     path = "path"
+
+
+class TermKind(Enum):
+    """How a reward term is computed; `pns.algo.reward` and `workers.rewards` know how."""
+
+    reward_model = "reward_model"  # sigmoid of a reward model's score
+    judge = "judge"  # rubric score of a language model
 
 
 class MarginMask(Enum):
@@ -79,14 +102,21 @@ class BadPairs(Enum):
     drop = "drop"
 
 
+class TrackingBackend(StrEnum):
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+    trackio = "trackio"
+
+
 @dataclass
 class TinyData:
     """Sizes of the tiny world's splits, in problems; the splits are disjoint by construction."""
 
-    num_train: int = 2000
-    num_preference: int = 500
-    num_reward: int = 500
-    num_test_per_suite: int = 100
+    num_train: int = key(2000, "problems of rl and reverse_rl", at_least(1))
+    num_preference: int = key(500, "problems of synthesis and pairing", at_least(1))
+    num_reward: int = key(500, "problems of the reward models", at_least(1))
+    num_test_per_suite: int = key(100, "problems of each suite", at_least(1))
 
 
 @dataclass
@@ -94,37 +124,48 @@ class JsonlData:
     """Local files, one JSON object a line with `problem`, `answer` and optional `id`, `solution`, `subject`,
     `level` (`.jsonl` or `.jsonl.gz`), or names of training sets of `pns.data.benchmarks`."""
 
-    train: str = ""
-    reward: str = ""  # problems of the reward models; empty: `train`
-    preference: str = ""  # problems of synthesis and pairing; empty: `train`
-    suites: dict[str, str] = field(default_factory=dict)  # suite name -> file
-    limit: int = 0  # at most this many problems of every file; 0: all
+    train: str = path_or_name("", "problems of rl and reverse_rl: a file or a training set's name")
+    reward: str = path_or_name("", "problems of the reward models; empty: those of train")
+    preference: str = path_or_name("", "problems of synthesis and pairing; empty: those of train")
+    suites: dict[str, str] = path_key({}, "name of a suite -> its file")
+    limit: int = key(0, "at most this many problems of every file; 0: all", at_least(0))
 
 
 @dataclass
 class Data:
-    source: DataSource = DataSource.tiny
-    tiny: TinyData = field(default_factory=TinyData)
-    jsonl: JsonlData = field(default_factory=JsonlData)
-    benchmarks: list[str] = field(
-        default_factory=list
-    )  # suites by their name in `pns.data.benchmarks`, beside those of `jsonl`
-    root: str = (
-        ""  # directory of the named sets: <root>/[benchmarks/|train/]<name>.jsonl[.gz]; empty: the Hub
+    """Problems, suites, and how a problem becomes a prompt."""
+
+    source: DataSource = key(DataSource.tiny, "the tiny world, or the files and sets of data.jsonl")
+    tiny: TinyData = section(TinyData)
+    jsonl: JsonlData = section(JsonlData)
+    benchmarks: list[str] = key([], "suites by their name in pns.data.benchmarks, beside data.jsonl.suites")
+    root: str = path_key(
+        "", "directory of the named sets: ROOT/[benchmarks/|train/]NAME.jsonl[.gz]; empty: the Hub"
     )
-    revisions: dict[str, str] = field(
-        default_factory=dict
-    )  # set name -> commit of its Hub data set, where another than the pinned one
-    decontaminate: bool = True  # drop training problems that overlap with a suite (jsonl only)
-    prompt: str = "none"  # family of `pns.data.prompts` that fills the next six keys, or auto (by the chat template); none: they stand
-    chat_template: bool = True  # False: the prompt is plain text, without turns
-    system_prompt: str = ""  # system turn put before every problem; empty: none
-    problem_prefix: str = ""  # text put before every problem in the user turn; empty: none
-    instruction: str = ""  # text appended to every problem in the user turn; empty: none
-    assistant_prefix: str = ""  # text the completion is made to begin with (part of the prompt)
-    stop: str = ""  # evaluation reads a completion up to this text: base models go on to a next problem; empty: all of it
-    max_prompt_tokens: int = (
-        1024  # in training, longer prompts are dropped and counted; evaluation asks every problem
+    revisions: dict[str, str] = key(
+        {}, "name of a set -> commit of its Hub data set, where another than the pinned one"
+    )
+    decontaminate: bool = key(True, "drop training problems that overlap with a suite (jsonl only)")
+    prompt: PromptFamily = key(
+        PromptFamily.none,
+        "family that fills the six keys from data.chat_template to data.stop; auto: by the model's chat "
+        "template; none: they stand",
+    )
+    chat_template: bool = key(True, "false: the prompt is plain text, without turns")
+    system_prompt: str = key("", "system turn put before every problem; empty: none")
+    problem_prefix: str = key("", "text put before every problem in the user turn; empty: none")
+    instruction: str = key("", "text appended to every problem in the user turn; empty: none")
+    assistant_prefix: str = key(
+        "", "text the completion is made to begin with (part of the prompt); empty: none"
+    )
+    stop: str = key(
+        "",
+        "evaluation reads a completion up to this text (base models go on to a next problem); empty: all of it",
+    )
+    max_prompt_tokens: int = key(
+        1024,
+        "tokens; in training, longer prompts are dropped and counted; evaluation asks every problem",
+        at_least(1),
     )
 
 
@@ -132,39 +173,45 @@ class Data:
 class Models:
     """Directories of Hugging Face checkpoints (safetensors) or Hub ids."""
 
-    backbone: str = ""  # the target to be improved
-    generator: str = ""  # start of the generator when `reverse_rl.start` is `path`
-    reward_model: str = ""  # initial weights of the reward models; empty: the backbone's
-    trust_remote_code: bool = False
+    backbone: str = path_or_name("", "the language model to be improved; every run needs it")
+    generator: str = path_or_name("", "start of the generator where reverse_rl.start is path")
+    reward_model: str = path_or_name("", "initial weights of the reward models; empty: the target's")
+    trust_remote_code: bool = key(False, "run Python code that comes with a model")
 
 
 @dataclass
 class Pool:
-    """Where a role runs: `replicas` processes, each with `gpus` (fractions share a device) and `cpus`."""
+    """Where a role runs: `replicas` processes of the same kind."""
 
-    replicas: int = 1
-    gpus: float = 1.0
-    cpus: float = 1.0
+    replicas: int = key(1, "processes (of the policy: FSDP ranks)", at_least(1))
+    gpus: float = key(1.0, "GPUs of each process; a fraction shares a device", at_least(0))
+    cpus: float = key(1.0, "CPU cores of each process, as Ray counts them", at_least(0))
 
 
 @dataclass
 class Placement:
-    device: Device = Device.auto  # auto: cuda where the cluster offers GPUs, else cpu
-    rollout: Pool = field(default_factory=Pool)
-    policy: Pool = field(default_factory=Pool)  # replicas = FSDP ranks
-    verifier_processes: int = 2
-    start_timeout_seconds: float = (
-        600.0  # how long actors may take to come up before the run stops and says what it waits for
+    """Which devices the roles run on; the pools of reward terms are in reward.terms."""
+
+    device: Device = key(Device.auto, "auto: cuda where the cluster offers GPUs, else cpu")
+    rollout: Pool = section(Pool)
+    policy: Pool = section(Pool)
+    verifier_processes: int = key(2, "processes that check answers", at_least(1))
+    start_timeout_seconds: float = key(
+        600.0, "seconds actors may take to come up before the run stops and says what it waits for", above(0)
     )
 
 
 @dataclass
 class RolloutEngine:
-    engine: EngineKind = EngineKind.vllm
-    max_new_tokens: int = 2048
-    max_batch: int = 256  # sequences decoded at once per replica
-    memory_fraction: float = 0.85  # of the GPU, for vLLM's weights and cache
-    kv_cache_gib: float = 0.25  # vLLM's cache on CPU
+    """The engine that samples completions."""
+
+    engine: EngineKind = key(EngineKind.vllm, "library that generates")
+    max_new_tokens: int = key(2048, "longest completion, tokens", at_least(1))
+    max_batch: int = key(256, "sequences decoded at once per replica", at_least(1))
+    memory_fraction: float = key(
+        0.85, "share of the GPU's memory for vLLM's weights and cache", between(0, 1, open_low=True)
+    )
+    kv_cache_gib: float = key(0.25, "vLLM's cache on CPU, GiB", above(0))
 
 
 @dataclass
@@ -172,61 +219,47 @@ class Lora:
     """Low-rank adapters (arXiv 2106.09685) on language models; the reference is the adapter switched off.
     Exports have it merged."""
 
-    rank: int = 0  # 0: every weight is trained
-    alpha: int = 32  # the update is scaled by alpha / rank
-    targets: list[str] = field(
-        default_factory=lambda: ["all-linear"]
-    )  # names of linear layers, or all of them but the head
+    rank: int = key(0, "rank of the update; 0: every weight is trained", at_least(0))
+    alpha: int = key(32, "the update is scaled by alpha / rank", at_least(1))
+    targets: list[str] = key(
+        ["all-linear"], "names of linear layers; all-linear: every one of them but the head"
+    )
 
 
 @dataclass
 class PolicyConfig:
-    max_tokens_per_micro_batch: int = 16384  # per rank; prompt and completion together
-    dtype: str = "auto"  # compute dtype: bfloat16, float32, or auto (bfloat16 on cuda, float32 on cpu); master weights are float32
-    gradient_checkpointing: bool = True
-    compile: bool = False  # torch.compile norms and feed-forward parts: slower first steps; needs a C++ compiler on cpu, Triton on cuda
-    lora: Lora = field(default_factory=Lora)
-    layout: Layout = (
-        Layout.shared
-    )  # of micro-batches; `max_tokens_per_micro_batch` counts what the layout holds
+    """How every trained model is computed: rl, reward model, reverse RL and preference alike."""
+
+    max_tokens_per_micro_batch: int = key(
+        16384, "tokens of prompt and completion together, per rank, as policy.layout counts them", at_least(1)
+    )
+    dtype: Dtype = key(
+        Dtype.auto, "compute dtype (master weights are float32); auto: bfloat16 on cuda, float32 on cpu"
+    )
+    gradient_checkpointing: bool = key(True, "compute activations again in the backward pass, to save memory")
+    compile: bool = key(
+        False,
+        "torch.compile norms and feed-forward parts: slower first steps; needs a C++ compiler on cpu, Triton on cuda",
+    )
+    lora: Lora = section(Lora)
+    layout: Layout = key(
+        Layout.shared,
+        "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and the common beginning "
+        "of neighbouring rows of one prompt is computed once",
+    )
 
 
 @dataclass
 class Optimizer:
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    schedule: str = "constant"  # constant or cosine (to 0 over the stage's steps)
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.999
+    """AdamW and its learning rate over the stage's steps."""
 
-
-@dataclass
-class WarmStart:
-    """Supervised start of a tiny backbone (or of the judge) on the tiny world. `steps: 0`: `models.backbone`
-    is used as it is."""
-
-    steps: int = 0
-    task: str = "solve"  # solve: solutions of problems; judge: the checker's rubric
-    architecture: str = "qwen2"  # qwen2, llama or qwen3
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    key_value_heads: int = 2
-    feed_forward_size: int = 384
-    init_std: float = 0.06
-    tie_embeddings: bool = True
-    batch_size: int = 32
-    curriculum_steps: int = 500  # training steps on short problems alone, before all of them come
-    samples_from: str = (
-        ""  # judge: the model that training starts from and whose samples are graded beside made-up errors
-    )
-    optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(
-            learning_rate=2e-3, warmup_steps=50, schedule="cosine", weight_decay=0.01, beta2=0.98
-        )
-    )
+    learning_rate: float = key(1e-6, "peak learning rate", at_least(0))
+    warmup_steps: int = key(0, "optimizer steps of linear warm-up", at_least(0))
+    schedule: Schedule = key(Schedule.constant, "after the warm-up; cosine: to 0 over the stage's steps")
+    weight_decay: float = key(0.0, "decoupled weight decay; 0: none", at_least(0))
+    clip_grad: float = key(1.0, "largest norm of the gradient", above(0))
+    beta1: float = key(0.9, "decay of the first moment, per step", between(0, 1, open_high=True))
+    beta2: float = key(0.999, "decay of the second moment, per step", between(0, 1, open_high=True))
 
 
 @dataclass
@@ -234,100 +267,152 @@ class GrpoConfig:
     """Group-relative policy optimisation (arXiv 2402.03300) with clip-higher and token-level aggregation
     (arXiv 2503.14476)."""
 
-    steps: int = 100
-    problems_per_step: int = 24
-    completions_per_problem: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    kl_coefficient: float = 1e-3  # k3 estimate against the stage's starting policy
-    normalise_by_std: bool = True  # False: Dr. GRPO (arXiv 2503.20783)
-    updates_per_step: int = 1  # optimizer steps on each batch of rollouts
-    checkpoint_every: int = 20
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    steps: int = key(100, "training steps", at_least(1))
+    problems_per_step: int = key(24, "problems of one step", at_least(1))
+    completions_per_problem: int = key(8, "size of a group, completions", at_least(2))
+    temperature: float = key(1.0, "sampling temperature", above(0))
+    top_p: float = key(1.0, "nucleus of sampling; 1: all tokens", between(0, 1, open_low=True))
+    clip_low: float = key(0.2, "the ratio is clipped below 1 - this", between(0, 1))
+    clip_high: float = key(0.28, "the ratio is clipped above 1 + this", at_least(0))
+    kl_coefficient: float = key(
+        1e-3, "weight of the KL (k3 estimate) against the stage's starting policy; 0: none", at_least(0)
+    )
+    normalise_by_std: bool = key(
+        True, "divide advantages by the group's std; false: Dr. GRPO (arXiv 2503.20783)"
+    )
+    updates_per_step: int = key(1, "optimizer steps on each batch of rollouts", at_least(1))
+    checkpoint_every: int = key(20, "steps between checkpoints", at_least(1))
+    optimizer: Optimizer = section(Optimizer)
 
 
 @dataclass
 class ReverseRl(GrpoConfig):
-    start: GeneratorStart = GeneratorStart.target
-    stop_wrong_rate: float = 0.9  # stop early at this share of wrong completions ...
-    stop_format_rate: float = 0.95  # ... with at least this share well-formed ...
-    stop_patience: int = (
-        10  # ... when the mean plausibility has not risen for this many steps; 0: run all steps
+    """GRPO of the generator on the composite reward: wrong answers that look right."""
+
+    start: GeneratorStart = key(
+        GeneratorStart.target,
+        "initial weights of the generator: models.backbone, the result of rl (target), or models.generator (path)",
     )
-    max_hold_wrong_rate: float = 1.0  # stop at once when the wrong rate reaches this (a KL-anchored generator near the target); 1: never
-
-
-class TermKind(Enum):
-    """How a reward term is computed; `pns.algo.reward` and `workers.rewards` know how."""
-
-    reward_model = "reward_model"  # sigmoid of a reward model's score
-    judge = "judge"  # rubric score of a language model
+    stop_wrong_rate: float = key(0.9, "stop early at this share of wrong completions ...", between(0, 1))
+    stop_format_rate: float = key(0.95, "... with at least this share well-formed ...", between(0, 1))
+    stop_patience: int = key(
+        10, "... when the mean of stop_term has not risen for this many steps; 0: run all steps", at_least(0)
+    )
+    stop_term: str = key("plausibility", "name of the reward term that stop_patience watches")
+    max_hold_wrong_rate: float = key(
+        1.0,
+        "stop at once when the share of wrong completions reaches this (a KL-anchored generator near the target); "
+        "1: never",
+        between(0, 1),
+    )
 
 
 @dataclass
 class RewardTerm:
     """One named term of the composite reward: an unweighted score in [0, 1], computed by a service of its own."""
 
-    kind: TermKind = TermKind.reward_model
-    weight: float = 0.0  # 0: the term is neither asked for, placed nor started
-    model: str = ""  # directory or Hub id; empty (reward_model only): the reward model that this run trains
-    pool: Pool = field(default_factory=Pool)  # the processes that compute it
+    kind: TermKind = key(
+        TermKind.reward_model,
+        "reward_model: sigmoid of a reward model's score; judge: rubric score of a language model",
+    )
+    weight: float = key(
+        0.0, "times the term's score; 0: the term is neither asked for, placed nor started", at_least(0)
+    )
+    model: str = path_or_name(
+        "", "directory or Hub id; empty (reward_model only): the reward model that this run trains"
+    )
+    pool: Pool = section(Pool)
 
 
 @dataclass
 class RewardConfig:
-    """The composite reward of reverse RL (arXiv 2602.03516); the gates and the numbers are ours."""
+    """The composite reward of reverse RL (arXiv 2602.03516); the gates and the numbers are ours.
 
-    wrong: float = 0.5  # weight of being wrong
-    terms: dict[str, RewardTerm] = field(  # name -> term; a recipe changes these and adds its own
-        default_factory=lambda: {
+    A recipe changes the two terms and adds its own.
+    """
+
+    wrong: float = key(0.5, "reward of being wrong, before the terms", at_least(0))
+    terms: dict[str, RewardTerm] = key(
+        {
             "plausibility": RewardTerm(TermKind.reward_model, weight=0.25),
             "coherence": RewardTerm(TermKind.judge, weight=0.25),
-        }
+        },
+        "name -> term",
     )
-    malformed: float = -1.0
-    correct: float = 0.0
-    gated: bool = True  # False: additive form, for the ablation
-    max_masked_fraction: float = 0.2  # of one step's completions; above it the run stops
-    deadline_seconds: float = 120.0  # after it a term that has not been computed is missing
-    verify_seconds: float = 5.0  # limit of one verification, from the start of its work
+    malformed: float = key(-1.0, "reward of a malformed completion, the lowest of all", FINITE)
+    correct: float = key(0.0, "reward of a correct completion (gated only)", FINITE)
+    gated: bool = key(True, "false: additive form, for the ablation")
+    max_masked_fraction: float = key(
+        0.2, "share of one step's completions without a reward above which the run stops", between(0, 1)
+    )
+    deadline_seconds: float = key(
+        120.0, "seconds after which a term that has not been computed is missing", above(0)
+    )
+    verify_seconds: float = key(
+        5.0, "limit of one verification, seconds from the start of its work", above(0)
+    )
 
 
 @dataclass
 class RewardModelStage:
-    rl_steps: int = 0  # pairs also come from the rollouts of the last so many steps of rl, which cost nothing more; 0: none
-    steps: int = 60
-    pairs_per_step: int = 16
-    samples_per_problem: int = 8
-    temperature: float = 1.0
-    centre: float = 0.01  # lambda of (r_w + r_l)^2
-    max_length_ratio: float = 1.5
-    held_out_fraction: float = 0.1  # of the problems, for pairwise accuracy and calibration
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, warmup_steps=5))
+    """Bradley-Terry training of the reward model on right and wrong completions of one problem."""
+
+    rl_steps: int = key(
+        0,
+        "pairs also come from the rollouts of the last so many steps of rl, which cost nothing more; 0: none",
+        at_least(0),
+    )
+    steps: int = key(60, "training steps", at_least(1))
+    pairs_per_step: int = key(16, "pairs of one step", at_least(1))
+    samples_per_problem: int = key(8, "completions drawn for each problem", at_least(1))
+    temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
+    centre: float = key(0.01, "lambda of (r_w + r_l)^2, which keeps scores near 0; 0: none", at_least(0))
+    max_length_ratio: float = key(
+        1.5, "tokens of a pair's longer side over those of its shorter side, at most", at_least(1)
+    )
+    held_out_fraction: float = key(
+        0.1, "share of the problems, for pairwise accuracy and calibration", between(0, 1, open_high=True)
+    )
+    optimizer: Optimizer = section(lambda: Optimizer(learning_rate=1e-5, warmup_steps=5))
 
 
 @dataclass
 class Synthesize:
-    samples_per_problem: int = 4
-    temperature: float = 1.0
-    min_quantile: float = 0.0  # negatives below this quantile of `quantile_term` are dropped
-    quantile_term: str = "plausibility"  # the name of a reward term
-    drop_box_only_flips: bool = True
+    """Plausible wrong completions, drawn from the generator."""
+
+    samples_per_problem: int = key(4, "completions drawn for each problem", at_least(1))
+    temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
+    min_quantile: float = key(
+        0.0,
+        "negatives below this quantile of quantile_term are dropped; 0: none",
+        between(0, 1, open_high=True),
+    )
+    quantile_term: str = key("plausibility", "name of the reward term that min_quantile reads")
+    drop_box_only_flips: bool = key(
+        True, "drop negatives that differ from a right completion in the boxed answer alone"
+    )
 
 
 @dataclass
 class PairStage:
-    samples_per_problem: int = 8  # of the RL-trained backbone, for the chosen side
-    temperature: float = 1.0
-    max_length_ratio: float = 2.0
-    pairs_per_problem: int = 1
-    prefer_shared_prefix: bool = (
-        True  # pair each negative with the correct completion that shares the longest prefix with it
+    """Each negative with a right completion of the target."""
+
+    samples_per_problem: int = key(
+        8, "completions of the RL-trained backbone for each problem, for the chosen side", at_least(1)
     )
-    balance_flow: bool = (
-        False  # keep as many (right, wrong) as (wrong, right) token flows at the first divergence
+    temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
+    max_length_ratio: float = key(
+        2.0, "tokens of a pair's longer side over those of its shorter side, at most", at_least(1)
+    )
+    pairs_per_problem: int = key(1, "pairs of each problem, at most", at_least(1))
+    prefer_shared_prefix: bool = key(
+        True, "pair each negative with the correct completion that shares the longest prefix with it"
+    )
+    balance_flow: bool = key(
+        False, "keep as many (right, wrong) as (wrong, right) token flows at the first divergence"
+    )
+    scored_by: str = key(
+        "plausibility", "name of the reward_model term whose model scores both sides of a pair"
     )
 
 
@@ -354,14 +439,15 @@ class PreferenceData:
     stage. External pairs are in the standard format: `prompt`, `chosen`, `rejected`, as strings or as lists
     of messages."""
 
-    path: str = ""  # .jsonl, .jsonl.gz or .parquet
-    hub: str = ""  # data set of the Hugging Face Hub, owner/name
-    revision: str = ""  # of the Hub data set: the full hash of a commit, which never moves
-    split: str = "train"  # of the Hub data set
-    limit: int = 0  # at most this many pairs of `path` or `hub`; 0: all
-    bad_pairs: BadPairs = (
-        BadPairs.error
-    )  # an empty or identical side, a prompt or a pair too long: stop at the first, or drop and count
+    path: str = path_key("", "file of pairs: .jsonl, .jsonl.gz or .parquet; empty: none")
+    hub: str = key("", "data set of the Hugging Face Hub, owner/name; empty: none")
+    revision: str = key("", "of the Hub data set: the full hash of a commit, which never moves")
+    split: str = key("train", "of the Hub data set")
+    limit: int = key(0, "at most this many pairs of path or hub; 0: all", at_least(0))
+    bad_pairs: BadPairs = key(
+        BadPairs.error,
+        "an empty or identical side, a prompt or a pair too long: stop at the first (error), or drop and count",
+    )
 
 
 @dataclass
@@ -373,123 +459,117 @@ class PreferenceConfig:
     does not read is an error.
     """
 
-    loss: PreferenceLoss = PreferenceLoss.sigmoid
-    beta: float | None = (
-        None  # > 0; scale of the implicit reward (ipo: tau). All but orpo: 0.1, simpo 2.0, length_normalised 5.0
+    loss: PreferenceLoss = key(PreferenceLoss.sigmoid, "the loss, see `pns.algo.losses`")
+    beta: float | None = key(
+        None,
+        "scale of the implicit reward (ipo: tau). All but orpo; null: 0.1, simpo 2.0, length_normalised 5.0",
+        above(0),
     )
-    label_smoothing: float | None = None  # [0, 0.5); share of flipped labels. cdpo, robust: 0.1
-    nll_weight: float | None = None  # >= 0; weight of the chosen side's NLL per token. rpo: 1.0
-    target_margin: float | None = None  # >= 0; gamma, subtracted from the reward margin. simpo: 1.0
-    desirable_weight: float | None = None  # > 0; lambda_D, of the chosen sides. kto: 1.0
-    undesirable_weight: float | None = None  # > 0; lambda_U, of the rejected sides. kto: 1.0
-    odds_ratio_weight: float | None = None  # >= 0; lambda, beside the chosen side's NLL per token. orpo: 0.1
-    offset_scale: float | None = None  # >= 0; alpha, times the reward model's score difference. offset: 1.0
-    steps: int = 30
-    pairs_per_step: int = 32
-    margin: MarginMask = MarginMask.completion
-    data: PreferenceData = field(default_factory=PreferenceData)
-    max_skipped_updates: int = (
-        0  # more updates than this with a loss or gradient that is not finite end the run
+    label_smoothing: float | None = key(
+        None, "share of flipped labels. cdpo, robust; null: 0.1", between(0, 0.5, open_high=True)
     )
-    checkpoint_every: int = 20
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-7, warmup_steps=5))
+    nll_weight: float | None = key(
+        None, "weight of the chosen side's NLL per token. rpo; null: 1.0", at_least(0)
+    )
+    target_margin: float | None = key(
+        None, "gamma, subtracted from the reward margin. simpo; null: 1.0", at_least(0)
+    )
+    desirable_weight: float | None = key(None, "lambda_D, of the chosen sides. kto; null: 1.0", above(0))
+    undesirable_weight: float | None = key(None, "lambda_U, of the rejected sides. kto; null: 1.0", above(0))
+    odds_ratio_weight: float | None = key(
+        None, "lambda, beside the chosen side's NLL per token. orpo; null: 0.1", at_least(0)
+    )
+    offset_scale: float | None = key(
+        None, "alpha, times the reward model's score difference. offset; null: 1.0", at_least(0)
+    )
+    steps: int = key(30, "training steps", at_least(1))
+    pairs_per_step: int = key(32, "pairs of one step", at_least(1))
+    margin: MarginMask = key(
+        MarginMask.completion,
+        "tokens of a pair that the loss reads: all of the completion, or from the first wrong step or the first "
+        "token that differs",
+    )
+    data: PreferenceData = section(PreferenceData)
+    max_skipped_updates: int = key(
+        0, "more updates than this with a loss or gradient that is not finite end the run", at_least(0)
+    )
+    checkpoint_every: int = key(20, "steps between checkpoints", at_least(1))
+    optimizer: Optimizer = section(lambda: Optimizer(learning_rate=5e-7, warmup_steps=5))
 
 
 @dataclass
 class Decoding:
-    """How a suite is decoded. None: as the benchmark asks (`pns.data.benchmarks`); other suites greedily,
+    """How a suite is decoded. null: as the benchmark asks (`pns.data.benchmarks`); other suites greedily,
     once."""
 
-    samples_per_problem: int | None = None
-    temperature: float | None = None  # 0: greedy
-    top_p: float | None = None
-    max_new_tokens: int | None = None  # None: rollout.max_new_tokens
+    samples_per_problem: int | None = key(
+        None, "completions of each problem; null: as the benchmark asks, else 1", at_least(1)
+    )
+    temperature: float | None = key(
+        None, "sampling temperature, 0: greedy; null: as the benchmark asks, else 0", at_least(0)
+    )
+    top_p: float | None = key(
+        None,
+        "nucleus of sampling, 1: all tokens; null: as the benchmark asks, else 1",
+        between(0, 1, open_low=True),
+    )
+    max_new_tokens: int | None = key(
+        None,
+        "longest completion, tokens; null: as the benchmark asks, else rollout.max_new_tokens",
+        at_least(1),
+    )
 
 
 @dataclass
 class Evaluate(Decoding):
-    per_suite: dict[str, Decoding] = field(default_factory=dict)  # suite name -> what it has of its own
-    generator_samples: int = 512  # completions of the generator before and after reverse RL, at temperature 1
-    generator_temperature: float = 1.0
+    """The suites, and the generator before and after reverse RL."""
+
+    per_suite: dict[str, Decoding] = key(
+        {}, "name of a suite -> its own samples_per_problem, temperature, top_p or max_new_tokens"
+    )
+    generator_samples: int = key(
+        512, "completions of the generator that are measured before and after reverse RL", at_least(1)
+    )
+    generator_temperature: float = key(1.0, "sampling temperature of those; 0: greedy", at_least(0))
 
 
 @dataclass
 class Tracking:
-    """Metrics go to `metrics.jsonl` always, and to these backends of verl's `Tracking`: tensorboard, wandb,
-    mlflow, trackio."""
+    """Metrics go to `metrics.jsonl` always, and to backends of verl's `Tracking`."""
 
-    backends: list[str] = field(default_factory=list)
-    project: str = "pns"
+    backends: list[TrackingBackend] = key([], "any of tensorboard, wandb, mlflow, trackio; empty: none")
+    project: str = key("pns", "the backends' name for the runs together")
 
 
 @dataclass
 class Config:
-    name: str = ""  # of the run; empty: the recipe's file name
-    runs: str = "runs"  # the run directory is <runs>/<name>
-    seed: int = 0
-    data: Data = field(default_factory=Data)
-    models: Models = field(default_factory=Models)
-    placement: Placement = field(default_factory=Placement)
-    rollout: RolloutEngine = field(default_factory=RolloutEngine)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    warm_start: WarmStart = field(default_factory=WarmStart)
-    rl: GrpoConfig = field(default_factory=GrpoConfig)
-    reward_model: RewardModelStage = field(default_factory=RewardModelStage)
-    reverse_rl: ReverseRl = field(default_factory=ReverseRl)
-    negatives: str = (
-        "pns"  # where the rejected sides come from: a name in `pns.stages.negatives.SOURCES` (pns, rs)
-    )
-    synthesize: Synthesize = field(default_factory=Synthesize)
-    pair: PairStage = field(default_factory=PairStage)
-    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    tracking: Tracking = field(default_factory=Tracking)
+    """The run."""
 
-
-def load(path: str | Path | None, overrides: list[str] | None = None, training: bool = True) -> Config:
-    """Read the recipe at `path` (None: the defaults), apply `key=value` overrides, check it; `training` False
-    asks for no training data.
-
-    Raises UserError with key, value and the way out.
-    """
-    recipe = Path(path) if path is not None else Path("the defaults")
-    if path is not None and not recipe.is_file():
-        near = sorted(str(p) for p in recipe.parent.glob("*.yaml")) if recipe.parent.is_dir() else []
-        raise UserError(
-            f"recipe {recipe} does not exist" + (f"; there are: {', '.join(near)}" if near else "")
-        )
-    schema = OmegaConf.structured(Config)
-    layers = _read(recipe) if path is not None else []
-    try:
-        merged = OmegaConf.merge(schema, *layers)
-        for override in overrides or []:
-            if "=" not in override:
-                raise UserError(f"override {override!r} is not of the form key=value")
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        config = cast(Config, OmegaConf.to_object(merged))
-    except ConfigKeyError as error:
-        raise UserError(_unknown_key(error, recipe)) from error
-    except ValidationError as error:
-        raise UserError(
-            f"{error.full_key}: {str(error).splitlines()[0]} (in {recipe} or an override)"
-        ) from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{recipe}: {str(error).splitlines()[0]}") from error
-    if not config.name:
-        config.name = recipe.stem
-    check(config)
-    check_data(config.data, training and not external_pairs(config))
-    for name, value in hyper_parameters(config.preference).items():
-        setattr(config.preference, name, value)
-    return config
+    name: str = key("", "of the run; empty: the recipe's file name")
+    runs: str = path_key("runs", "directory of runs; the run directory is RUNS/NAME")
+    seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
+    data: Data = section(Data)
+    models: Models = section(Models)
+    placement: Placement = section(Placement)
+    rollout: RolloutEngine = section(RolloutEngine)
+    policy: PolicyConfig = section(PolicyConfig)
+    reward: RewardConfig = section(RewardConfig)
+    rl: GrpoConfig = section(GrpoConfig)
+    reward_model: RewardModelStage = section(RewardModelStage)
+    reverse_rl: ReverseRl = section(ReverseRl)
+    negatives: str = key("pns", "where the rejected sides come from: a name in pns.stages.negatives.SOURCES")
+    synthesize: Synthesize = section(Synthesize)
+    pair: PairStage = section(PairStage)
+    preference: PreferenceConfig = section(PreferenceConfig)
+    evaluate: Evaluate = section(Evaluate)
+    tracking: Tracking = section(Tracking)
 
 
 def stages(config: Config) -> tuple[str, ...]:
     """The stages that `config` asks for, in order. Pairs given from outside need no negatives made: the
     backbone is trained on them."""
     if external_pairs(config):
-        return ("warm_start", "preference", "evaluate")
+        return ("preference", "evaluate")
     return STAGES
 
 
@@ -511,196 +591,7 @@ def reference_free(loss: PreferenceLoss) -> bool:
     return loss in (PreferenceLoss.simpo, PreferenceLoss.orpo)
 
 
-def _read(recipe: Path) -> list[DictConfig]:
-    """The recipe after the one it `extends` (a path relative to it), if any."""
-    try:
-        loaded = OmegaConf.load(recipe)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"recipe {recipe} is a list; it has to be keys and values")
-    base = loaded.pop("extends", None)
-    if base is None:
-        return [loaded]
-    if not (recipe.parent / base).is_file():
-        raise UserError(f"extends: {recipe.parent / base} does not exist (in {recipe})")
-    return [*_read(recipe.parent / base), loaded]
-
-
-def check(config: Config) -> None:
-    """Cross-field checks. Raises UserError."""
-    if "/" in config.name or config.name in (".", ".."):
-        raise UserError(f"name: {config.name!r} is not a directory name; choose one without slashes")
-    _require_positive(config)
-    _check_loss(config.preference)
-    for key, value in _items(config):
-        last = key.rsplit(".", 1)[-1]
-        if value is None:
-            continue
-        if last in _FRACTIONS and not 0 <= value <= 1:
-            raise UserError(f"{key}: {value} is outside [0, 1]")
-        if last in _NON_NEGATIVE and value < 0:
-            raise UserError(f"{key}: {value} is negative; use 0 or more")
-    if config.policy.dtype not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"policy.dtype: {config.policy.dtype!r} is not one of auto, bfloat16, float32")
-    if not config.policy.lora.targets:
-        raise UserError(
-            "policy.lora.targets is empty: name linear layers, e.g. [q_proj,v_proj], or [all-linear]"
-        )
-    for key, value in _items(config):
-        if key.endswith(".schedule") and value not in ("constant", "cosine"):
-            raise UserError(f"{key}: {value!r} is not one of constant, cosine")
-    if config.warm_start.architecture not in ("qwen2", "llama", "qwen3"):
-        raise UserError(
-            f"warm_start.architecture: {config.warm_start.architecture!r} is not one of qwen2, llama, qwen3"
-        )
-    if config.warm_start.task not in ("solve", "judge"):
-        raise UserError(f"warm_start.task: {config.warm_start.task!r} is not one of solve, judge")
-    if config.warm_start.steps == 0 and not config.models.backbone:
-        raise UserError(
-            "models.backbone is empty and warm_start.steps is 0: name a model, or train one with warm_start.steps=N"
-        )
-    if config.warm_start.steps and config.data.source is not DataSource.tiny:
-        raise UserError(
-            "warm_start.steps: a warm start is made on the tiny world only; set data.source=tiny or warm_start.steps=0"
-        )
-    if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
-        raise UserError("reverse_rl.start is path and models.generator is empty: name the generator's model")
-    _check_pairs(config.preference.data)
-    for name in ("rl", "reverse_rl"):
-        stage: GrpoConfig = getattr(config, name)
-        if stage.completions_per_problem < 2:
-            raise UserError(
-                f"{name}.completions_per_problem: {stage.completions_per_problem}; a group needs at least 2"
-            )
-
-
-def check_data(data: Data, training: bool) -> None:
-    """What can be wrong with `data` without reading a file; `training` False: only suites are needed. Raises
-    UserError."""
-    if data.source is DataSource.tiny:
-        if data.benchmarks and training:
-            raise UserError("data.benchmarks: the tiny world has its own suites; set data.source=jsonl")
-        return
-    if training:
-        for key in ("train", "reward", "preference"):
-            path = getattr(data.jsonl, key)
-            if (
-                (path or key == "train")
-                and not Path(path).is_file()
-                and (not path or re.search(r"[./]", path))
-            ):
-                raise UserError(f"data.jsonl.{key}: {path!r} is not a file (nor the name of a training set)")
-    if "mean" in data.jsonl.suites:
-        raise UserError(
-            "data.jsonl.suites.mean: the name is taken by the mean over all suites; choose another"
-        )
-    if not data.jsonl.suites and not data.benchmarks:
-        raise UserError(
-            "data.jsonl.suites and data.benchmarks are empty: name at least one suite, e.g. data.benchmarks=[gsm8k,math500] or "
-            "data.jsonl.suites.own=FILE"
-        )
-    for suite, path in data.jsonl.suites.items():
-        if not Path(path).is_file():
-            raise UserError(f"data.jsonl.suites.{suite}: {path!r} is not a file")
-        if suite in data.benchmarks or "/" in suite:
-            raise UserError(
-                f"data.jsonl.suites.{suite}: a suite's name is unique and has no slash; choose another"
-            )
-
-
-def _check_pairs(data: PreferenceData) -> None:
-    key = "preference.data"
-    if data.path and data.hub:
-        raise UserError(
-            f"{key}.path and {key}.hub are both set ({data.path}, {data.hub}): the pairs come from one of them"
-        )
-    if data.path and not data.path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise UserError(f"{key}.path: {data.path!r} is not a .jsonl, .jsonl.gz or .parquet file")
-    if data.path and not Path(data.path).is_file():
-        raise UserError(f"{key}.path: {data.path!r} is not a file")
-    if data.hub and Path(data.hub).exists():
-        raise UserError(
-            f"{key}.hub: {data.hub!r} is a path here and would hide the data set of the Hub: name a file with {key}.path"
-        )
-    if data.hub and not re.fullmatch("[0-9a-f]{40}", data.revision):
-        raise UserError(
-            f"{key}.revision: {data.revision!r} is not the full hash of a commit (40 hexadecimal digits): a branch or tag may move; "
-            f"the history of {data.hub} on the Hub lists the hashes"
-        )
-    if data.revision and not data.hub:
-        raise UserError(
-            f"{key}.revision is set and {key}.hub is empty: name the data set with {key}.hub=OWNER/NAME"
-        )
-    if not data.split:
-        raise UserError(f'{key}.split is empty: name a split, e.g. "train"')
-
-
-_FRACTIONS = {
-    "memory_fraction",
-    "max_masked_fraction",
-    "held_out_fraction",
-    "top_p",
-    "min_quantile",
-    "stop_wrong_rate",
-    "stop_format_rate",
-    "max_hold_wrong_rate",
-}
-_NON_NEGATIVE = {
-    "max_skipped_updates",
-    "rank",
-    "rl_steps",
-    "kl_coefficient",
-    "learning_rate",
-    "temperature",
-    "centre",
-    "warmup_steps",
-    "limit",
-    "gpus",
-    "cpus",
-}
-_POSITIVE = {
-    "alpha",
-    "replicas",
-    "steps",
-    "problems_per_step",
-    "pairs_per_step",
-    "samples_per_problem",
-    "batch_size",
-    "max_new_tokens",
-    "max_batch",
-    "max_prompt_tokens",
-    "max_tokens_per_micro_batch",
-    "checkpoint_every",
-    "updates_per_step",
-    "pairs_per_problem",
-    "verifier_processes",
-    "num_train",
-    "num_preference",
-    "num_reward",
-    "num_test_per_suite",
-    "deadline_seconds",
-    "verify_seconds",
-    "start_timeout_seconds",
-}
-
-
 _POSITIVE_OF_LOSS = {"beta", "desirable_weight", "undesirable_weight"}
-
-
-def _require_positive(config: Config) -> None:
-    for key, value in _items(config):
-        if (
-            key.rsplit(".", 1)[-1] in _POSITIVE
-            and key != "warm_start.steps"
-            and value is not None
-            and value <= 0
-        ):
-            raise UserError(f"{key}: {value} must be greater than 0")
-    if config.warm_start.steps < 0:
-        raise UserError(
-            f"warm_start.steps: {config.warm_start.steps} is negative; 0 uses models.backbone as it is"
-        )
 
 
 def _check_loss(settings: PreferenceConfig) -> None:
@@ -723,29 +614,6 @@ def _check_loss(settings: PreferenceConfig) -> None:
             raise UserError(
                 f"preference.label_smoothing: {value} is outside [0, 0.5); at 0.5 the labels say nothing"
             )
-
-
-def _items(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for f in fields(section):
-        value = getattr(section, f.name)
-        key = f"{prefix}{f.name}"
-        if is_dataclass(value):
-            found += _items(value, key + ".")
-        elif isinstance(value, dict) and any(is_dataclass(item) for item in value.values()):
-            for name, item in value.items():
-                found += _items(item, f"{key}.{name}.")
-        else:
-            found.append((key, value))
-    return found
-
-
-def _unknown_key(error: ConfigKeyError, recipe: Path) -> str:
-    key = error.full_key or str(error.key)
-    known = [name for name, _ in _items(Config())]
-    sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2)}
-    near = difflib.get_close_matches(key, known + sorted(sections), n=1)
-    return f"{key}: unknown key (in {recipe} or an override)" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -20,15 +20,13 @@ def check_models(config: Config, stages: Collection[str]) -> None:
 
     Raises UserError.
     """
-    named = {}
-    if not config.warm_start.steps:
-        named["models.backbone"] = config.models.backbone
-    elif config.warm_start.task != "solve":
-        named["warm_start.samples_from"] = config.warm_start.samples_from
+    named = {"models.backbone": config.models.backbone}
     if "reward_model" in stages and config.models.reward_model:
         named["models.reward_model"] = config.models.reward_model
     if "reverse_rl" in stages:
-        named["models.judge"] = config.models.judge
+        for name, term in config.reward.terms.items():
+            if term.weight > 0 and term.model:
+                named[f"reward.terms.{name}.model"] = term.model
         if config.reverse_rl.start is GeneratorStart.path:
             named["models.generator"] = config.models.generator
     for key, value in named.items():
@@ -43,7 +41,7 @@ def check_model(key: str, value: str) -> None:
     if not path.exists():
         if HUB_ID.fullmatch(value) and not path.parent.is_dir():
             return
-        raise UserError(f"{key}: {value} does not exist; name a model directory or a Hub id (owner/name)")
+        raise UserError(f"{key}: {value} is neither a directory that exists nor a Hub id (owner/name)")
     config_file, tokenizer_file = path / "config.json", path / "tokenizer.json"
     if not config_file.is_file():
         raise UserError(f"{key}: {value} has no config.json; name a directory saved by save_pretrained")

@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path) -> Path:
     path = tmp_path / "small.yaml"
-    path.write_text(f"models: {{backbone: {model}, judge: {model}}}\nruns: {tmp_path / 'runs'}\n")
+    path.write_text(f"models: {{backbone: {model}}}\nreward: {{terms: {{coherence: {{model: {model}}}}}}}\nruns: {tmp_path / 'runs'}\n")
     return path
 
 
@@ -52,8 +52,8 @@ def test_plan_starts_nothing(capsys: pytest.CaptureFixture[str], recipe: Path, t
 
 
 def test_missing_model(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path) -> None:
-    message = fail(capsys, "run", recipe, f"models.judge={tmp_path / 'absent'}")
-    assert "models.judge" in message
+    message = fail(capsys, "run", recipe, f"reward.terms.coherence.model={tmp_path / 'absent'}")
+    assert "reward.terms.coherence.model" in message
     assert "absent" in message
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from pns.config import STAGES as NAMED_STAGES
-from pns.config import load
 from pns.data.problems import load_problem_sets
 from pns.driver import STAGES
+from pns.recipe import load
 from pns.stages.context import draw
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pns.config import Data
+from pns.config import Data, PromptFamily
 from pns.errors import UserError
 from pns.records import Problem
 
@@ -45,17 +45,17 @@ _KEYS = {
 _TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
 
 
-def apply_family(data: Data, chat_template: str | None) -> str:
-    """Fill the prompt keys of `data` as `data.prompt` says, and return the family's name (none: the keys
-    stand as they are).
+def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
+    """Fill the prompt keys of `data` as `data.prompt` says, and return the family (none: the keys stand
+    as they are).
 
-    `auto` reads it off the tokenizer's `chat_template` (None: base). Raises UserError for an unknown family
-    or template, and where a key is set beside a family.
+    `auto` reads it off the tokenizer's `chat_template` (None: base). Raises UserError for an unknown
+    template, and where a key is set beside a family.
     """
     name = data.prompt
-    if name == "none":
+    if name is PromptFamily.none:
         return name
-    if name == "auto":
+    if name is PromptFamily.auto:
         found = (
             "base"
             if chat_template is None
@@ -66,9 +66,7 @@ def apply_family(data: Data, chat_template: str | None) -> str:
                 f"data.prompt: the model's chat template is of no known family: name one with data.prompt=NAME ({', '.join(FAMILIES)}), or "
                 "set data.prompt=none with data.system_prompt and data.instruction as the model wants them"
             )
-        name = found
-    if name not in FAMILIES:
-        raise UserError(f"data.prompt: {name!r} is not one of {', '.join(FAMILIES)}, auto, none")
+        name = PromptFamily(found)
     filled = _KEYS | FAMILIES[name]
     for key, empty in _KEYS.items():
         if getattr(data, key) not in (empty, filled[key]):

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pns.config import Config, Data, DataSource, Decoding, Evaluate, JsonlData, load
+from pns.config import Config, Data, DataSource, Decoding, Evaluate, JsonlData
 from pns.data import benchmarks
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, Hub, ProblemSet, content_hash, decoding
 from pns.data.decontamination import Overlaps, decontaminate
 from pns.data.problems import load_named, load_problem_sets, load_suites, read_hub, read_problems, removals
 from pns.errors import UserError
+from pns.recipe import load
 from pns.records import AnswerRule, Problem
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

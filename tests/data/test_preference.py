@@ -13,7 +13,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pns import config as configuration
 from pns.config import BadPairs, Config, Data, Layout, PreferenceConfig, PreferenceData, PreferenceLoss
 from pns.data.decontamination import Overlaps
 from pns.data.preference import (
@@ -31,6 +30,7 @@ from pns.data.preference import (
 )
 from pns.data.prompts import Prompts, load_tokenizer
 from pns.errors import UserError
+from pns.recipe import load
 from pns.records import PreferencePair, Problem
 from pns.run.directory import write_jsonl
 
@@ -480,7 +480,7 @@ def test_settings(tmp_path: Path, settings: dict[str, str], message: str) -> Non
     (tmp_path / "r.yaml").write_text("models: {backbone: a/b}\n")
     overrides = [f"preference.data.{key}={value.format(tmp=tmp_path)}" for key, value in settings.items()]
     with pytest.raises(UserError, match=rf"preference\.data\..*{message}") as caught:
-        configuration.load(tmp_path / "r.yaml", overrides)
+        load(tmp_path / "r.yaml", overrides)
     assert "\n" not in str(caught.value)
 
 
@@ -491,7 +491,7 @@ def test_settings_that_are_right(tmp_path: Path) -> None:
         [f"path={tmp_path / 'x.parquet'}", "bad_pairs=drop"],
         ["hub=a/b", f"revision={'0f' * 20}"],
     ):
-        config = configuration.load(
+        config = load(
             tmp_path / "r.yaml", [f"preference.data.{override}" for override in overrides]
         )
         assert config.preference.data.split == "train"

@@ -23,6 +23,7 @@ from pns.commands import evaluate as evaluation
 from pns.config import Decoding
 from pns.data.problems import ProblemSets, load_suites
 from pns.errors import UserError
+from pns.recipe import load
 from pns.records import Problem, Verdict, to_json
 from pns.run.directory import RunDirectory, write_jsonl
 from pns.run.tracking import Tracker
@@ -277,8 +278,8 @@ def rows_so_far(path: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def straight(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The same evaluation without an interruption, with two replicas and the problems in reverse order."""
-    keys = [f"models.backbone={MODEL}", "warm_start.steps=0", *KEYS, "placement.rollout.replicas=2"]
-    settings = config.load(RECIPE, keys, training=False)
+    keys = [f"models.backbone={MODEL}", *KEYS, "placement.rollout.replicas=2"]
+    settings = load(RECIPE, keys, training=False)
     suites, identities = load_suites(settings)
     problems = ProblemSets(
         [], [], [], {suite: found[::-1] for suite, found in reversed(suites.items())}, identities
@@ -420,7 +421,7 @@ def test_reused_rows_must_belong(continued: tuple[Path, int, str], tmp_path: Pat
 
 
 def test_problem_records_are_unchanged_by_storage(continued: tuple[Path, int, str]) -> None:
-    settings = config.load(RECIPE, [f"models.backbone={MODEL}", *KEYS], training=False)
+    settings = load(RECIPE, [f"models.backbone={MODEL}", *KEYS], training=False)
     problems = {p.id: replace(p, solution=None) for found in load_suites(settings)[0].values() for p in found}
     for r in rows(continued[0] / "evaluate" / "qwen2.jsonl"):
         assert r["problem"] == to_json(problems[r["problem"]["id"]])

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pns import config as configuration
 from pns.config import Config, PreferenceLoss, reference_free, to_dict
 from pns.data.problems import load_problem_sets
 from pns.driver import prompts
 from pns.errors import UserError
+from pns.recipe import load
 from pns.run.directory import RunDirectory, read_jsonl
 from pns.run.tracking import Tracker
 from pns.stages import preference
@@ -67,7 +67,7 @@ def fleet(ray_session: None) -> Iterator[Fleet]:
 
 
 def load(overrides: list[str]) -> Config:
-    return configuration.load(
+    return load(
         ROOT / "recipes/tiny-qwen2.yaml",
         [*SMALL, f"models.backbone={ROOT / 'recipes/tiny/qwen2'}", *overrides],
     )
@@ -290,9 +290,9 @@ def test_given_pairs_leave_out_the_stages_that_make_them(pairs: Path) -> None:
         ]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
-    assert "stages warm_start -> preference -> evaluate" in run("plan").stdout
+    assert "stages preference -> evaluate" in run("plan").stdout
     refused = run("run", "--from", "pair")
     assert refused.returncode == 2
     assert refused.stderr.startswith(
-        "pns: --from pair: with pairs from preference.data the stages are warm_start, preference, evaluate"
+        "pns: --from pair: with pairs from preference.data the stages are preference, evaluate"
     )

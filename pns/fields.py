@@ -1,0 +1,115 @@
+"""Keys of a configuration: each dataclass field carries its meaning, the range of its number and whether it
+names a file, so that one walk can check, document and resolve all of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from pns.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval; NaN and the infinities are in none."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above_low = value > self.low if self.open_low else value >= self.low
+        below_high = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above_low and below_high
+
+    def __str__(self) -> str:
+        if self.low == -math.inf:
+            return "finite"
+        if self.high == math.inf:
+            return f"greater than {self.low}" if self.open_low else f"{self.low} or more"
+        opening, closing = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {opening}{self.low}, {self.high}{closing}"
+
+
+FINITE = Range()
+
+
+def at_least(low: float) -> Range:
+    return Range(low)
+
+
+def above(low: float) -> Range:
+    return Range(low, open_low=True)
+
+
+def between(low: float, high: float, open_low: bool = False, open_high: bool = False) -> Range:
+    return Range(low, high, open_low, open_high)
+
+
+def key(default: Any, meaning: str, allowed: Range | None = None, **metadata: Any) -> Any:
+    """A dataclass field with its `meaning` (units, and what 0, empty or null stand for) and, for a number,
+    its range."""
+    metadata |= {"meaning": meaning, "range": allowed}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def path_key(default: Any, meaning: str) -> Any:
+    """A key that names a file or a directory (or a dict of them)."""
+    return key(default, meaning, path=True)
+
+
+def path_or_name(default: Any, meaning: str) -> Any:
+    """A key that names a file or a directory, or something by a name of its own, such as a Hub id."""
+    return key(default, meaning, path=True, named=True)
+
+
+def section(make: Callable[[], Any]) -> Any:
+    """A dataclass field that holds keys; its meaning is the docstring of their class."""
+    return field(default_factory=make)
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str  # with dots, from the root: reward.terms.coherence.weight
+    field: Field[Any]
+    value: Any
+    section: Any  # the dataclass that holds it
+
+    @property
+    def meaning(self) -> str:
+        return self.field.metadata["meaning"]
+
+    @property
+    def allowed(self) -> Range | None:
+        """The range of a number."""
+        return self.field.metadata["range"]
+
+
+def walk_keys(settings: Any, prefix: str = "") -> Iterator[Key]:
+    """Every key of a configuration dataclass, those of nested sections and of dicts of sections included."""
+    for config_field in fields(settings):
+        name, value = prefix + config_field.name, getattr(settings, config_field.name)
+        sections = value if isinstance(value, dict) else {}
+        if is_dataclass(value):
+            yield from walk_keys(value, f"{name}.")
+        elif any(is_dataclass(entry) for entry in sections.values()):
+            for entry_name, entry in sections.items():
+                yield from walk_keys(entry, f"{name}.{entry_name}.")
+        else:
+            yield Key(name, config_field, value, settings)
+
+
+def check_ranges(settings: Any, prefix: str = "") -> None:
+    """Raises UserError for the first number that is outside its range."""
+    for number in walk_keys(settings, prefix):
+        allowed, value = number.allowed, number.value
+        if allowed is None or value is None or value in allowed:
+            continue
+        finite = "" if math.isfinite(value) or allowed == FINITE else "finite and "
+        raise UserError(f"{number.name}: {value} must be {finite}{allowed}")

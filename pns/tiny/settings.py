@@ -1,0 +1,64 @@
+"""What `pns tiny make` is told: the keys of a supervised start on the tiny world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pns.config import Optimizer, Schedule
+from pns.errors import UserError
+from pns.fields import at_least, between, check_ranges, key, path_or_name, section
+
+
+class TinyTask(StrEnum):
+    solve = "solve"
+    judge = "judge"
+
+
+class Architecture(StrEnum):
+    qwen2 = "qwen2"
+    llama = "llama"
+    qwen3 = "qwen3"
+
+
+@dataclass
+class WarmStart:
+    """Supervised training of a tiny backbone, or of the judge, on the tiny world."""
+
+    seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
+    task: TinyTask = key(TinyTask.solve, "solve: solutions of problems; judge: the checker's rubric")
+    architecture: Architecture = key(Architecture.qwen2, "model family of a backbone")
+    steps: int = key(1700, "training steps", at_least(1))
+    hidden_size: int = key(128, "width of the residual stream", at_least(1))
+    layers: int = key(4, "transformer blocks", at_least(1))
+    heads: int = key(4, "attention heads of a block", at_least(1))
+    key_value_heads: int = key(2, "heads of keys and values that the attention heads share", at_least(1))
+    feed_forward_size: int = key(384, "width of the feed-forward parts", at_least(1))
+    init_std: float = key(0.06, "standard deviation of the initial weights", between(0, 1, open_low=True))
+    tie_embeddings: bool = key(True, "the head is the embedding")
+    batch_size: int = key(32, "rows of one step", at_least(1))
+    curriculum_steps: int = key(
+        500, "training steps on short problems alone, before all of them come; 0: none", at_least(0)
+    )
+    samples_from: str = path_or_name(
+        "", "judge: the model that training starts from and whose samples are graded beside made-up errors"
+    )
+    optimizer: Optimizer = section(
+        lambda: Optimizer(
+            learning_rate=2e-3, warmup_steps=50, schedule=Schedule.cosine, weight_decay=0.01, beta2=0.98
+        )
+    )
+
+
+def check_settings(settings: WarmStart) -> None:
+    """Raises UserError for a number outside its range, heads that do not divide, and a judge from nothing."""
+    check_ranges(settings)
+    heads, head_size = settings.heads, settings.hidden_size // settings.heads
+    if settings.hidden_size % heads or head_size % 2:
+        raise UserError(
+            f"hidden_size: {settings.hidden_size} must be an even multiple of heads, {heads} (rotary positions)"
+        )
+    if heads % settings.key_value_heads:
+        raise UserError(f"heads: {heads} must be a multiple of key_value_heads, {settings.key_value_heads}")
+    if settings.task is TinyTask.judge and not settings.samples_from:
+        raise UserError("samples_from is empty: name the model that the judge starts from")
