@@ -20,7 +20,8 @@ from pns.config import Config, PreferenceLoss, reference_free, to_dict
 from pns.data.problems import load_problem_sets
 from pns.driver import prompts
 from pns.errors import UserError
-from pns.run.directory import RunDirectory, read_jsonl
+from pns.files import read_jsonl
+from pns.run.directory import RunDirectory
 from pns.run.tracking import Tracker
 from pns.stages import preference
 from pns.stages.context import Context
