@@ -22,8 +22,9 @@ from pns.config import Config, Decoding, stages, to_dict
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import Prompts, apply_family, load_tokenizer
 from pns.errors import UserError
+from pns.files import write_json
 from pns.preflight import check_models
-from pns.run.directory import RunDirectory, write_json
+from pns.run.directory import RunDirectory
 from pns.run.memory import PeakMemory
 from pns.run.report import write_report
 from pns.run.tracking import Tracker

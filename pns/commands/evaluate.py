@@ -17,7 +17,8 @@ from pns.data.problems import ProblemSets, load_suites
 from pns.data.prompts import Prompts, apply_family, load_tokenizer
 from pns.driver import STAGES, Cluster
 from pns.errors import UserError
-from pns.run.directory import RunDirectory, read_jsonl, write_json
+from pns.files import read_jsonl, write_json
+from pns.run.directory import RunDirectory
 from pns.run.tracking import Tracker
 from pns.stages import evaluate
 from pns.stages.context import Context

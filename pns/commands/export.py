@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pns.config import Config, to_dict
 from pns.data.preference import canonical_line, data_hash, pair_rows, read_pairs, read_rows
 from pns.errors import UserError
+from pns.files import read_jsonl
 from pns.preflight import HUB_ID
-from pns.run.directory import RunDirectory, read_jsonl
+from pns.run.directory import RunDirectory
 from pns.run.report import build
 
 PAPER = "arXiv:2602.03516"

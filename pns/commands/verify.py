@@ -6,12 +6,12 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from pns.answers.compare import extract_answer
 from pns.errors import UserError
+from pns.files import json_lines
 from pns.records import AnswerRule
 
 _IN_FLIGHT = 4096  # cases read ahead of the verdicts
@@ -43,9 +43,10 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
     counts: Counter[str] = Counter(correct=0, wrong=0, unverified=0)
     verifier = Verifier(processes, limit_seconds)
     try:
-        with cases.open(encoding="utf-8") as lines, _opened(out) as file:
+        with _opened(out) as file:
             waiting: deque[Any] = deque()
-            for gold, prediction, rule in _cases(lines, cases):
+            for number, case in json_lines(cases):
+                gold, prediction, rule = _checked_case(case, f"{cases}, line {number}")
                 answer = extract_answer(gold) if "\\boxed" in gold else gold
                 waiting.append(
                     verifier.submit_extracted([(answer or gold, extract_answer(prediction), rule)])
@@ -73,22 +74,7 @@ def _opened(out: Path) -> TextIO:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
-def _cases(lines: TextIO, path: Path) -> Iterator[tuple[str, str, AnswerRule]]:
-    try:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _case(line, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def _case(line: str, where: str) -> tuple[str, str, AnswerRule]:
-    try:
-        case = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(case, dict):
-        raise UserError(f"{where} is not a JSON object; it needs the strings gold and prediction")
+def _checked_case(case: dict[str, Any], where: str) -> tuple[str, str, AnswerRule]:
     for field in ("gold", "prediction"):
         if not isinstance(case.get(field), str):
             found = f"a {type(case[field]).__name__}" if field in case else "missing"

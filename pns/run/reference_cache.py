@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pns.errors import UserError
+from pns.files import replacing, sha256_of_files
 
 _FORMAT = 1
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -108,16 +107,9 @@ def save(directory: Path, key: ReferenceKey, rows: Iterable[Sequence[float] | ND
     values = b"".join(array.tobytes() for array in arrays)
     path = _path(directory, key)
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".partial-{uuid.uuid4().hex}"
-    try:
-        with open(partial, "xb") as file:
-            file.write(_header(key, [len(array) for array in arrays], values))
-            file.write(values)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(_header(key, [len(array) for array in arrays], values))
+        file.write(values)
     return path
 
 
@@ -137,8 +129,5 @@ def _header(key: ReferenceKey, lengths: Sequence[int], values: bytes) -> bytes:
 
 
 def _hash_files(directory: Path, patterns: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    paths = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    return sha256_of_files((path.name, path) for path in sorted(paths))

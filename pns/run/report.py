@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pns.run.directory import RunDirectory, read_jsonl, write_json
+from pns.files import read_jsonl, write_json
+from pns.run.directory import RunDirectory
 
 MODELS = ("start", "rl", "preference")
 SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}

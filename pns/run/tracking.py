@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TextIO
 
 from pns.config import Tracking
-from pns.run.directory import RowFile, RunDirectory, cut_rows, read_jsonl, write_jsonl
+from pns.files import RowFile, cut_rows, read_jsonl, write_jsonl
+from pns.run.directory import RunDirectory
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
 SHOWN = (

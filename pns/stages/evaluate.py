@@ -23,9 +23,9 @@ from pns.data import benchmarks
 from pns.data.problems import Identity
 from pns.data.prompts import context_tokens
 from pns.errors import UserError
+from pns.files import RowFile, cut_rows, read_jsonl, write_json, write_jsonl
 from pns.records import AnswerRule, Problem, Score, Verdict, from_json, to_json
 from pns.run.browse import write_pages
-from pns.run.directory import RowFile, cut_rows, read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context
 from pns.stages.models import backbone, target
 from pns.stages.scoring import stable_seed

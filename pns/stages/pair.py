@@ -13,8 +13,8 @@ from pns.algo.pairs import balance_flow, build_pairs, first_divergence, one_side
 from pns.config import DataSource
 from pns.data.preference import pair_rows
 from pns.errors import UserError
+from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Completion, PreferencePair, Problem, Rollout, Verdict, from_json
-from pns.run.directory import read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context
 from pns.stages.models import reward_model, target
 from pns.stages.scoring import RewardKind, by_verdict, roll_out

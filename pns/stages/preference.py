@@ -16,8 +16,8 @@ from pns.config import DataSource, PreferenceLoss, external_pairs, reference_fre
 from pns.data.preference import TokenPair, load_pairs
 from pns.data.problems import benchmark_overlaps
 from pns.errors import UserError
+from pns.files import write_json
 from pns.run import reference_cache
-from pns.run.directory import write_json
 from pns.stages.context import Context, draw
 from pns.stages.models import target
 from workers.rollout.engine import local_directory

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from pns.algo.negatives import degeneration
 from pns.config import DataSource, ReverseRl
+from pns.files import write_json
 from pns.records import Rollout, Verdict
-from pns.run.directory import write_json
 from pns.stages import grpo
 from pns.stages.context import Context
 from pns.stages.models import generator, generator_start, reward_model

@@ -10,8 +10,8 @@ import numpy as np
 from pns.algo.metrics import expected_calibration_error
 from pns.algo.pairs import match_by_length
 from pns.errors import UserError
+from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import PreferencePair, Problem, Rollout, Verdict, from_json
-from pns.run.directory import read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.models import target
 from pns.stages.pair import by_problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pns.algo.negatives import filter_negatives
 from pns.errors import UserError
-from pns.run.directory import write_json, write_jsonl
+from pns.files import write_json, write_jsonl
 from pns.stages.context import Context
 from pns.stages.models import generator, reward_model
 from pns.stages.scoring import RewardKind, roll_out

@@ -11,8 +11,8 @@ import numpy as np
 
 from pns.algo.judging import Template, coherence, make_nonce, render_tiny
 from pns.config import WarmStart
+from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Problem, from_json
-from pns.run.directory import read_jsonl, write_json, write_jsonl
 from pns.stages.context import Context, draw
 from pns.stages.scoring import sample, stable_seed
 from pns.tiny import world as tiny_world

@@ -65,8 +65,8 @@ def test_the_exact_comparison_alone_is_never_against_the_table() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 is not a JSON object"),
+        ("{", "line 2: not a JSON object (Expecting property name"),
+        ("[1]", "line 2: not a JSON object (a list)"),
         ('{"gold": "5"}', "line 2: prediction is missing"),
         ('{"gold": 5, "prediction": "5"}', "line 2: gold is a int; it must be a string"),
         ('{"gold": "5", "prediction": "5", "tolerance": -1}', "line 2: tolerance is -1"),

@@ -16,8 +16,9 @@ from pns import cli
 from pns.config import BadPairs, Config, Data, Evaluate, Models, PreferenceConfig, PreferenceData, to_dict
 from pns.data.preference import encode_pair, encode_row, load_pairs, read_rows
 from pns.data.prompts import Prompts, load_tokenizer
+from pns.files import write_json, write_jsonl
 from pns.records import PreferencePair, Problem
-from pns.run.directory import RunDirectory, write_json, write_jsonl
+from pns.run.directory import RunDirectory
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny" / "qwen2"
 PAIRS = [

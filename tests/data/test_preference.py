@@ -30,9 +30,12 @@ from pns.data.preference import (
 )
 from pns.data.prompts import Prompts, load_tokenizer
 from pns.errors import UserError
+<<<<<<< HEAD
 from pns.recipe import load
+=======
+from pns.files import write_jsonl
+>>>>>>> h-commands
 from pns.records import PreferencePair, Problem
-from pns.run.directory import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 END = "<|im_end|>"
@@ -379,7 +382,7 @@ def test_hash_knows_every_column() -> None:
         ("a.jsonl", b"", "a.jsonl: no pairs in it"),
         ("a.jsonl", b'{"prompt": "q"}\n{"prompt"\n', "a.jsonl, line 2: not a JSON object"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: not a JSON object"),
-        ("a.jsonl", b"\xff\n", "a.jsonl: cannot be read"),
+        ("a.jsonl", b"\xff\n", "a.jsonl, line 1: not a JSON object .not UTF-8 text"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: cannot be read"),
         ("a.parquet", b"no parquet", "a.parquet: cannot be read as Parquet"),
     ],

@@ -15,8 +15,9 @@ import pytest
 
 from pns.config import Tracking
 from pns.errors import UserError
+from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Completion, Problem, Reward, Rollout, Verdict, from_json
-from pns.run.directory import RunDirectory, cut_rows, read_jsonl, versions, write_json, write_jsonl
+from pns.run.directory import RunDirectory, versions
 from pns.run.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -240,28 +241,6 @@ def test_rows_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
             rollout(step) for step in (0, 0, 1, 1, 2)
         ]
         assert read_jsonl(run.append_rows("rl", "rollouts.jsonl", 0).path) == []
-
-
-def test_json_files(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": math.nan, "y": [math.inf, 1.5], "v": Verdict.WRONG})
-    assert RunDirectory(tmp_path).read_json(tmp_path / "a.json") == {
-        "x": None,
-        "y": [None, 1.5],
-        "v": "wrong",
-    }
-    with pytest.raises(UserError, match=r"b.json does not exist"):
-        RunDirectory(tmp_path).read_json(tmp_path / "b.json")
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_jsonl(tmp_path / "a.json", [{"x": 1.0}, {"x": math.nan}])
-    assert (tmp_path / "a.json").read_text().startswith("{")  # a failed write leaves the old content
-    (tmp_path / "bad.jsonl").write_text('{"step": 1}\n{"step": \n')
-    with pytest.raises(UserError, match=r"bad.jsonl, line 2"):
-        read_jsonl(tmp_path / "bad.jsonl")
-    with pytest.raises(UserError, match="does not exist"):
-        read_jsonl(tmp_path / "none.jsonl")
-    (tmp_path / "torn.jsonl").write_text('{"step": 1}\n{"st')
-    cut_rows(tmp_path / "torn.jsonl")
-    assert read_jsonl(tmp_path / "torn.jsonl") == [{"step": 1}]
 
 
 def test_versions_are_those_installed() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pns.run.directory import RunDirectory, write_json, write_jsonl
+from pns.files import write_json, write_jsonl
+from pns.run.directory import RunDirectory
 from pns.run.report import write_report
 
 SCORES = {

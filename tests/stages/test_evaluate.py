@@ -23,9 +23,13 @@ from pns.commands import evaluate as evaluation
 from pns.config import Decoding
 from pns.data.problems import ProblemSets, load_suites
 from pns.errors import UserError
+<<<<<<< HEAD
 from pns.recipe import load
+=======
+from pns.files import write_jsonl
+>>>>>>> h-commands
 from pns.records import Problem, Verdict, to_json
-from pns.run.directory import RunDirectory, write_jsonl
+from pns.run.directory import RunDirectory
 from pns.run.tracking import Tracker
 from pns.stages import evaluate
 from pns.stages.context import Context

@@ -1,0 +1,197 @@
+"""Files that are complete or absent, JSON lines, and hashes of files.
+
+A file is written beside its place and moved there when it is whole: a reader, or the next start after a crash,
+sees the old content or all of the new one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pns.errors import UserError
+from pns.records import to_json
+
+PARTIAL = ".partial-"  # begins the name of whatever is being written
+_MISSING = "does not exist; name a file that is there, or run the stage that writes it"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends without error, else leaves nothing."""
+    # Two processes may write the same file at once (a cache): each has a partial file of its own.
+    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_to_disk(path.parent)  # the move itself is lost in a crash until the directory is on disk
+
+
+def sync_to_disk(path: Path) -> None:
+    """Return when the file or the entries of the directory `path` are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a record or plain value, atomically. A figure that is not finite is written as null: JSON has no
+    other word for it."""
+    text = json.dumps(_finite(to_json(value)), indent=2, ensure_ascii=False)
+    with replacing(Path(path)) as file:
+        file.write(f"{text}\n".encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. Raises UserError for a missing or damaged one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} {_MISSING}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON (line {error.lineno}): remove it, and run the stage that writes it again"
+        ) from error
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write one JSON object a line from records or dicts, atomically. Raises ValueError for a number that is
+    not finite."""
+    with replacing(Path(path)) as file:
+        file.writelines(_line(row) for row in rows)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. Raises UserError as `json_lines`."""
+    return [row for _, row in json_lines(path)]
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a `.jsonl` or `.jsonl.gz` file, without its blank lines. Raises UserError,
+    which names the file and the line, for a file that cannot be read and a line that is no JSON object."""
+    path = Path(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _json_object(line, path, number)
+    except FileNotFoundError:
+        raise UserError(f"{path} {_MISSING}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); mend it or name another file") from error
+
+
+def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
+    """Cut a JSON-lines file at a last line that was not written out, and at the first row whose `step` is not
+    below `keep_below_step`."""
+    end = 0
+    with open(path, "r+b") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            if keep_below_step is not None:
+                row = _json_object(line, Path(path), number)
+                if row["step"] >= keep_below_step:
+                    break
+            end += len(line)
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+class RowFile:
+    """An append-only JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, rows: Iterable[Any]) -> None:
+        """Add records or dicts, on disk when this returns."""
+        with open(self.path, "ab") as file:
+            file.write(b"".join(_line(row) for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_files(named_files: Iterable[tuple[str, Path]]) -> str:
+    """One SHA-256 over the names and contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for name, file in named_files:
+        digest.update(f"{name}\0{sha256_of_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_of_tree(path: Path) -> str:
+    """One SHA-256 over the names and contents of all files in a directory, or of one file."""
+    return sha256_of_files(files_below(path))
+
+
+def stat_of_tree(path: Path) -> list[list[Any]]:
+    """[name, bytes, time of change in ns] of every file: while it stays, `sha256_of_tree` does, too."""
+    status = ((name, file.stat()) for name, file in files_below(path))
+    return [[name, entry.st_size, entry.st_mtime_ns] for name, entry in status]
+
+
+def files_below(path: Path) -> list[tuple[str, Path]]:
+    """(name below `path`, file), sorted; `path` itself where it is a file; nothing where it does not exist."""
+    if path.is_file():
+        return [(path.name, path)]
+    files = (file for file in path.rglob("*") if file.is_file())
+    return sorted((str(file.relative_to(path)), file) for file in files)
+
+
+def _line(row: Any) -> bytes:
+    return f"{json.dumps(to_json(row), ensure_ascii=False, allow_nan=False)}\n".encode()
+
+
+def _json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode())
+        fault = "" if isinstance(value, dict) else f"a {type(value).__name__}"
+    except UnicodeDecodeError:
+        fault = "not UTF-8 text"
+    except json.JSONDecodeError as error:
+        fault = error.msg
+    except ValueError as error:  # a number of thousands of digits
+        fault = str(error)
+    if fault:
+        raise UserError(f"{path}, line {number}: not a JSON object ({fault}); mend or remove the line")
+    return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list) else value
