@@ -69,19 +69,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reward:
-    """One completion's reward with every unweighted term (the composite reward of reverse RL, arXiv
+    """One completion's reward with its unweighted terms (the composite reward of reverse RL, arXiv
     2602.03516).
 
-    `value` is None when the completion is masked: no reward, no gradient, counted. `plausibility` is
-    sigmoid(r) in (0, 1), `coherence` the rubric sum / 12 in [0, 1]; None where the term was not asked for or
-    could not be computed. `missing` maps the name of each term that was needed and failed to its cause.
+    `value` is None when the completion is masked: no reward, no gradient, counted. `terms` holds every term
+    that was computed, in [0, 1] by name; `missing` maps each term that was needed and failed to its cause.
     """
 
     value: float | None
     format_ok: bool
     verdict: Verdict
-    plausibility: float | None = None
-    coherence: float | None = None
+    terms: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     @property

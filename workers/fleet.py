@@ -1,4 +1,4 @@
-"""The run's actors, started once and kept across stages: rollout, policy, reward model, judge, and the
+"""The run's actors, started once and kept across stages: rollout, policy, a pool for each reward term, and the
 verifier's processes.
 
 Each role starts when `start` names it, in the background; using a role waits for it. New weights go into
@@ -7,50 +7,50 @@ running processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal, cast
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from pns.config import Config
+from pns.config import Config, TermKind
+from workers.placement import used_roles
+from workers.runtime import Runtime
 
 if TYPE_CHECKING:
-    from workers.rewards.judge import JudgePool
-    from workers.rewards.reward_model import RewardModelPool
+    from workers.rewards.service import ScoringPool
     from workers.rewards.verifier import Verifier
     from workers.rollout.pool import RolloutPool
     from workers.training.policy import Policy
 
 
 class Fleet:
-    """Roles by name; `device` is "cpu" or "cuda"."""
+    """Roles by name: "rollout", "policy", "verifier", and the names in `reward.terms`."""
 
-    def __init__(self, config: Config, device: str) -> None:
+    def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
-        self.device = device
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="fleet")
+        self.runtime = runtime
+        self._threads = ThreadPoolExecutor(thread_name_prefix="fleet")
         self._roles: dict[str, Future[Any]] = {}
         self._policy: Policy | None = None
 
-    def start(self, *roles: str) -> None:
-        """Begin starting the named roles (rollout, reward_model, judge, verifier) without waiting for them."""
-        for role in roles:
-            self._begin(role)
+    def start(self, roles: Collection[str]) -> None:
+        """Begin starting the named roles without waiting for them; the policy starts when it is first used.
+        Raises UserError for a role that there is not."""
+        for role in used_roles(self.config, roles):
+            if role != "policy" and role not in self._roles:
+                self._roles[role] = self._threads.submit(self._build, role)
 
     @property
     def rollout(self) -> RolloutPool:
-        return self._begin("rollout").result()
-
-    @property
-    def reward_model(self) -> RewardModelPool:
-        return self._begin("reward_model").result()
-
-    @property
-    def judge(self) -> JudgePool:
-        return self._begin("judge").result()
+        return self._started("rollout")
 
     @property
     def verifier(self) -> Verifier:
-        return self._begin("verifier").result()
+        return self._started("verifier")
+
+    def scorer(self, name: str) -> ScoringPool[Any, Any]:
+        """The pool of the reward term `name`, with its `model` loaded unless that is empty."""
+        return self._started(name)
 
     @property
     def policy(self) -> Policy:
@@ -59,75 +59,53 @@ class Fleet:
         if self._policy is None:
             from workers.training.policy import Policy
 
-            placement = self.config.placement
-            self._policy = Policy(
-                placement.policy,
-                cast(Literal["cpu", "cuda"], self.device),
-                self.config.policy,
-                placement.start_timeout_seconds,
-                trust_remote_code=self.config.models.trust_remote_code,
-            )
+            self._policy = Policy(self.config.placement.policy, self.config.policy, self.runtime)
         return self._policy
 
     def shutdown(self) -> None:
-        """Stop every role that was started."""
+        """Stop every role that was started; one that fails to stop, or failed to start, keeps none running."""
+        with ExitStack() as stack:
+            stack.callback(self._threads.shutdown)
+            if self._policy is not None:
+                stack.callback(self._policy.shutdown)
+            for future in self._roles.values():
+                if not future.cancel() and future.exception() is None:
+                    stack.callback(future.result().shutdown)
+
+    def _started(self, role: str) -> Any:
+        """The role, once it is up. Raises what any role failed with meanwhile: work that a missing role will
+        end should end now."""
+        self.start([role])
         for future in self._roles.values():
-            if future.exception() is None:
-                future.result().shutdown()
-        if self._policy is not None:
-            self._policy.shutdown()
-        self._threads.shutdown()
+            if future.done():
+                future.result()
+        return self._roles[role].result()
 
-    def _begin(self, role: str) -> Future[Any]:
-        if role not in self._roles:
-            self._roles[role] = self._threads.submit(self._builders()[role])
-        return self._roles[role]
+    def _build(self, role: str) -> Any:
+        if role == "rollout":
+            from workers.rollout.pool import RolloutPool
 
-    def _builders(self) -> dict[str, Callable[[], Any]]:
-        return {
-            "rollout": self._rollout,
-            "reward_model": self._reward_model,
-            "judge": self._judge,
-            "verifier": self._verifier,
-        }
+            return RolloutPool(self.config.placement.rollout, self.config.rollout, self.runtime)
+        if role == "verifier":
+            from workers.rewards.verifier import Verifier
 
-    def _rollout(self) -> RolloutPool:
-        from workers.rollout.pool import RolloutPool
+            return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)
+        return self._build_scorer(role)
 
-        placement = self.config.placement
-        return RolloutPool(
-            placement.rollout,
-            self.device,
-            self.config.rollout,
-            placement.start_timeout_seconds,
-            self.config.models.trust_remote_code,
-        )
+    def _build_scorer(self, name: str) -> ScoringPool[Any, Any]:
+        term = self.config.reward.terms[name]
+        pool: ScoringPool[Any, Any]
+        if term.kind is TermKind.reward_model:
+            from workers.rewards.reward_model import RewardModelPool
 
-    def _reward_model(self) -> RewardModelPool:
-        from workers.rewards.reward_model import RewardModelPool
+            pool = RewardModelPool(name, term.pool, self.runtime)
+        else:
+            from workers.rewards.judge import JudgePool
 
-        return RewardModelPool(
-            self.config.placement.reward_model,
-            self.device,
-            self.config.placement.start_timeout_seconds,
-            self.config.models.trust_remote_code,
-        )
-
-    def _judge(self) -> JudgePool:
-        from workers.rewards.judge import JudgePool
-
-        pool = JudgePool(
-            self.config.placement.judge,
-            self.device,
-            self.config.placement.start_timeout_seconds,
-            self.config.models.trust_remote_code,
-            self.config.seed,
-        )
-        if self.config.warm_start.task != "judge":
-            pool.load(self.config.models.judge)
+            pool = JudgePool(name, term.pool, self.runtime, self.config.seed)
+        with ExitStack() as stack:
+            stack.callback(pool.shutdown)  # where the model cannot be loaded
+            if term.model:
+                pool.load(term.model)
+            stack.pop_all()
         return pool
-
-    def _verifier(self) -> Verifier:
-        from workers.rewards.verifier import Verifier
-
-        return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)

@@ -1,69 +1,90 @@
-"""From the configuration's placement to what it asks of a cluster: pure arithmetic, no Ray.
+"""From the configuration to what its roles ask of a cluster: pure arithmetic, no Ray.
 
-On CPU no role takes a GPU; the verifier's processes belong to the driver and take nothing that Ray counts.
+A role is "rollout", "policy", "verifier" or the name of a reward term; only roles that are used count. On CPU
+no role takes a GPU; the verifier's processes belong to the driver and take nothing that Ray counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from pns.config import Device, Placement, Pool
+from pns.config import Config, Device
 from pns.errors import UserError
 
+FIXED_ROLES = ("rollout", "policy", "verifier")
 _SPARE_CPUS = 8  # logical CPUs of a local Ray for short tasks of the driver
 
 
 @dataclass(frozen=True)
 class Bundles:
-    """`replicas` processes of a role, each with `gpus` and `cpus`."""
+    """`replicas` processes of a role, each with `gpus` and `cpus`; `key` is its pool in the configuration."""
 
     role: str
+    key: str
     replicas: int
     gpus: float
     cpus: float
 
 
-def bundles(placement: Placement, device: str) -> list[Bundles]:
-    """What each role asks of Ray on `device` ("cpu" or "cuda"), in the order of the configuration. A policy
-    rank has at least one CPU."""
-    pools: dict[str, Pool] = {
-        role: getattr(placement, role) for role in ("rollout", "policy", "reward_model", "judge")
+def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
+    """`roles`, each once, in the order of the configuration. Raises UserError for one that is neither a fixed
+    role nor a reward term."""
+    terms = config.reward.terms
+    if taken := [name for name in terms if name in FIXED_ROLES]:
+        raise UserError(f"reward.terms.{taken[0]}: {taken[0]} is a role already; choose another name")
+    known = (*FIXED_ROLES, *terms)
+    if unknown := [role for role in roles if role not in known]:
+        raise UserError(f"reward.terms has no term {unknown[0]!r}; there are: {', '.join(terms) or 'none'}")
+    return tuple(role for role in known if role in roles)
+
+
+def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles]:
+    """What each used role asks of Ray on `device` ("cpu" or "cuda"), in the order of the configuration. A
+    policy rank has at least one CPU."""
+    pools = {
+        "rollout": ("placement.rollout", config.placement.rollout),
+        "policy": ("placement.policy", config.placement.policy),
     }
-    return [
-        Bundles(
-            role,
-            pool.replicas,
-            pool.gpus if device == "cuda" else 0.0,
-            max(1.0, pool.cpus) if role == "policy" else pool.cpus,
-        )
-        for role, pool in pools.items()
-    ]
+    for name, term in config.reward.terms.items():
+        pools[name] = (f"reward.terms.{name}.pool", term.pool)
+    asked = []
+    for role in used_roles(config, roles):
+        if role == "verifier":
+            continue
+        key, pool = pools[role]
+        gpus = 0.0 if device == "cpu" else pool.gpus
+        cpus = max(1.0, pool.cpus) if role == "policy" else pool.cpus
+        asked.append(Bundles(role, key, pool.replicas, gpus, cpus))
+    return asked
 
 
-def totals(placement: Placement, device: str) -> dict[str, float]:
-    """{"GPU": ..., "CPU": ...}: the sums over all roles."""
-    found = bundles(placement, device)
-    return {"GPU": sum(b.replicas * b.gpus for b in found), "CPU": sum(b.replicas * b.cpus for b in found)}
+def totals(config: Config, roles: Collection[str], device: str) -> dict[str, float]:
+    """{"GPU": ..., "CPU": ...}: the sums over the used roles."""
+    asked = bundles(config, roles, device)
+    gpus, cpus = sum(b.replicas * b.gpus for b in asked), sum(b.replicas * b.cpus for b in asked)
+    return {"GPU": gpus, "CPU": cpus}
 
 
-def check(placement: Placement, cluster_resources: Mapping[str, float], device: str | None = None) -> None:
-    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of all roles on
-    `device` (None: the one that `resolve_device` takes on this cluster)."""
-    device = device or resolve_device(placement.device, cluster_resources.get("GPU", 0.0))
-    needed, found = totals(placement, device), bundles(placement, device)
+def check_placement(
+    config: Config, roles: Collection[str], cluster_resources: Mapping[str, float], device: str
+) -> None:
+    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of the used roles
+    on `device`."""
+    needed, asked = totals(config, roles, device), bundles(config, roles, device)
     for unit in ("GPU", "CPU"):
         offered = cluster_resources.get(unit, 0.0)
-        if needed[unit] > offered:
-            shares = {b.role: b.replicas * (b.gpus if unit == "GPU" else b.cpus) for b in found}
-            largest = max(shares, key=lambda role: shares[role])
-            knob = "replicas" if getattr(placement, largest).replicas > 1 else f"{unit.lower()}s"
-            parts = " + ".join(f"{role} {share:g}" for role, share in shares.items() if share)
-            raise UserError(
-                f"placement needs {needed[unit]:g} {unit}s ({parts}), the cluster offers {offered:g}: "
-                f"lower placement.{largest}.{knob} or add a node"
-            )
+        if needed[unit] <= offered:
+            continue
+        shares = {b.role: b.replicas * (b.gpus if unit == "GPU" else b.cpus) for b in asked}
+        largest = max(asked, key=lambda b: shares[b.role])
+        knob = "replicas" if largest.replicas > 1 else f"{unit.lower()}s"
+        addends = " + ".join(f"{role} {share:g}" for role, share in shares.items() if share)
+        raise UserError(
+            f"placement needs {needed[unit]:g} {unit}s ({addends}), the cluster offers {offered:g}: "
+            f"lower {largest.key}.{knob} or add a node"
+        )
 
 
 def resolve_device(device: Device, cluster_gpus: float) -> str:
@@ -78,24 +99,20 @@ def resolve_device(device: Device, cluster_gpus: float) -> str:
     return device.value
 
 
-def local_resources(placement: Placement, device: str) -> dict[str, int]:
-    """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every role to be
+def local_resources(config: Config, roles: Collection[str], device: str) -> dict[str, int]:
+    """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every used role to be
     placed, however few cores there are. On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
-    resources = {"num_cpus": math.ceil(totals(placement, device)["CPU"]) + _SPARE_CPUS}
+    resources = {"num_cpus": math.ceil(totals(config, roles, device)["CPU"]) + _SPARE_CPUS}
     return resources if device == "cuda" else resources | {"num_gpus": 0}
 
 
-def table(placement: Placement, device: str | None = None) -> str:
-    """The placement as text, one role a line, for `pns plan`. `device` None: the configured one; auto shows
-    what is asked for on GPUs."""
-    device = device or placement.device.value
-    counted = "cpu" if device == "cpu" else "cuda"
-    needed = totals(placement, counted)
+def placement_table(config: Config, roles: Collection[str], device: str) -> str:
+    """The placement as text, one role a line, for `pns plan`; the device "auto" shows what is asked for on
+    GPUs."""
+    needed, asked = totals(config, roles, device), bundles(config, roles, device)
     lines = [f"{'role':<14}{'replicas':>9}{'GPUs each':>11}{'CPUs each':>11}   device: {device}"]
-    lines += [f"{b.role:<14}{b.replicas:>9}{b.gpus:>11g}{b.cpus:>11g}" for b in bundles(placement, counted)]
-    return "\n".join(
-        [
-            *lines,
-            f"total: {needed['GPU']:g} GPUs, {needed['CPU']:g} CPUs; {placement.verifier_processes} verifier processes",
-        ]
-    )
+    lines += [f"{b.role:<14}{b.replicas:>9}{b.gpus:>11g}{b.cpus:>11g}" for b in asked]
+    total = f"total: {needed['GPU']:g} GPUs, {needed['CPU']:g} CPUs"
+    if "verifier" in roles:
+        total += f"; {config.placement.verifier_processes} verifier processes"
+    return "\n".join([*lines, total])

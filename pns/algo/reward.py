@@ -1,76 +1,112 @@
 """The composite reward of reverse RL, the ordinary reward of the backbone's RL, and the accounting of masked
 completions.
 
-A term that could not be computed is never a number: it masks the completion, with its cause.
+The terms of the composite reward are data (`reward.terms`): a name, a weight and a kind. `KINDS` says of each
+kind what its service is asked and how its answer becomes a score. A term that could not be computed is never
+a number: it masks the completion, with its cause.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pns.config import RewardConfig
+import numpy as np
+
+from pns.algo import judging
+from pns.config import RewardConfig, TermKind
 from pns.errors import UserError
-from pns.records import Reward, Verdict
+from pns.records import Completion, Problem, Reward, Verdict
 
-VERDICT = "verdict"
-PLAUSIBILITY = "plausibility"
-COHERENCE = "coherence"
+VERDICT = "verdict"  # in `Reward.missing`, beside the names of terms
 
 
 class TooManyMaskedError(UserError):
     """More completions of a step than `reward.max_masked_fraction` have no reward."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of term meets its service: `item(prompt_ids, problem, completion)` is what the service is
+    asked, `score(value)` makes its answer a number in [0, 1]."""
+
+    item: Callable[[Sequence[int], Problem, Completion], Any]
+    score: Callable[[Any], float]
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + exp(-value)), without overflow."""
+    return float(0.5 * (1 + np.tanh(value / 2)))
+
+
+KINDS: dict[TermKind, Kind] = {
+    TermKind.reward_model: Kind(
+        item=lambda prompt_ids, problem, completion: (*prompt_ids, *completion.token_ids), score=sigmoid
+    ),
+    TermKind.judge: Kind(
+        item=lambda prompt_ids, problem, completion: (problem.prompt, completion.text),
+        score=judging.coherence,
+    ),
+}
+
+
+def weighted_terms(rules: RewardConfig) -> tuple[str, ...]:
+    """The terms that count, in the order of the configuration. One of weight 0 is not asked for."""
+    return tuple(name for name, term in rules.terms.items() if term.weight > 0)
+
+
+def needed(format_ok: bool, verdict: Verdict, rules: RewardConfig) -> tuple[str, ...]:
+    """The terms that a completion of this verdict needs for its reward. None where a gate decides alone
+    (malformed; correct and `rules.gated`) or where there is no verdict."""
+    if not format_ok or verdict is Verdict.UNVERIFIED or (verdict is Verdict.CORRECT and rules.gated):
+        return ()
+    return weighted_terms(rules)
+
+
 def compose(
     format_ok: bool,
     verdict: Verdict,
-    plausibility: float | None,
-    coherence: float | None,
+    terms: Mapping[str, float],
     missing: Mapping[str, str],
-    config: RewardConfig,
+    rules: RewardConfig,
 ) -> Reward:
     """The reward of one of the generator's completions; the gates are evaluated in the order of the method.
 
-    `plausibility` in (0, 1) and `coherence` in [0, 1] are the unweighted terms, None where missing or not
-    asked for; `missing` maps a term's name (`verdict`, `plausibility`, `coherence`) to why it could not be
-    computed. A term of weight 0 is not needed.
+    `terms` are the unweighted terms that were computed, in [0, 1]; `missing` maps what could not be computed
+    (a term or `VERDICT`) to its cause.
 
-    gated (default): malformed -> `config.malformed`; correct -> `config.correct`; unverified -> masked; a
-    needed term missing -> masked; wrong -> w_wrong + w_rm * plausibility + w_cot * coherence. additive
-    (`gated: false`, the ablation): the same without the gate on correct: malformed -> `config.malformed`;
-    unverified or a needed term missing -> masked; otherwise w_wrong * [wrong] + w_rm * plausibility + w_cot *
-    coherence, so that a correct completion earns the last two terms as well.
+    gated (default): malformed -> `rules.malformed`; correct -> `rules.correct`; unverified -> masked; a needed
+    term missing -> masked; wrong -> w_wrong + sum of w_i * term_i. additive (`gated: false`, the ablation):
+    without the gate on correct, w_wrong * [wrong] + sum of w_i * term_i, so that a correct completion earns
+    the terms as well.
 
     Raises ValueError for a term outside its range (NaN included) or one that is given and also reported
     missing.
     """
-    terms = {PLAUSIBILITY: plausibility, COHERENCE: coherence}
     for name, term in terms.items():
-        if term is not None and not 0.0 <= term <= 1.0:
+        if not 0.0 <= term <= 1.0:
             raise ValueError(f"{name} {term} is outside [0, 1]")
-        if term is not None and name in missing:
+        if name in missing:
             raise ValueError(f"{name} is {term} and also reported missing: {missing[name]}")
-    weights = config.weights
-    weight_of = {PLAUSIBILITY: weights.reward_model, COHERENCE: weights.judge}
     causes: dict[str, str] = {}
     value: float | None = None
+    names = needed(format_ok, verdict, rules)
     if not format_ok:
-        value = config.malformed
-    elif verdict is Verdict.CORRECT and config.gated:
-        value = config.correct
+        value = rules.malformed
+    elif verdict is Verdict.CORRECT and rules.gated:
+        value = rules.correct
     elif verdict is Verdict.UNVERIFIED:
         causes = {VERDICT: missing.get(VERDICT, "unverified")}
     else:
-        causes = {
-            name: missing.get(name, "not computed")
-            for name, term in terms.items()
-            if weight_of[name] and term is None
-        }
+        causes = {name: missing.get(name, "not computed") for name in names if name not in terms}
         if not causes:
-            wrong, rm, cot = float(verdict is Verdict.WRONG), plausibility or 0.0, coherence or 0.0
-            value = weights.wrong * wrong + weights.reward_model * rm + weights.judge * cot
-    return Reward(value, format_ok, verdict, plausibility, coherence, causes)
+            # Added one by one: `sum` compensates rounding, and would give other last digits.
+            value = rules.wrong * float(verdict is Verdict.WRONG)
+            for name in names:
+                value += rules.terms[name].weight * terms[name]
+    return Reward(value, format_ok, verdict, dict(terms), causes)
 
 
 def correctness(format_ok: bool, verdict: Verdict, missing: Mapping[str, str] | None = None) -> Reward:

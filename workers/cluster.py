@@ -1,0 +1,57 @@
+"""Ray, for as long as a run lasts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+import ray
+import torch
+
+from pns.config import Config
+from pns.errors import UserError
+from workers.placement import check_placement, local_resources, resolve_device
+
+
+class Cluster:
+    """The cluster of RAY_ADDRESS (as in a submitted job), else a local one.
+
+    Entering gives the device, "cpu" or "cuda", after the placement of `roles` has been checked against what
+    the cluster offers (UserError).
+    """
+
+    def __init__(self, config: Config, roles: Collection[str]) -> None:
+        self._config, self._roles = config, roles
+
+    def __enter__(self) -> str:
+        address = os.environ.get("RAY_ADDRESS")
+        return self._join(address) if address else self._start()
+
+    def __exit__(self, *error: object) -> None:
+        ray.shutdown()
+
+    def _join(self, address: str) -> str:
+        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        offered = ray.cluster_resources()
+        try:
+            device = resolve_device(self._config.placement.device, offered.get("GPU", 0))
+            check_placement(self._config, self._roles, offered, device)
+        except UserError:
+            ray.shutdown()
+            raise
+        return device
+
+    def _start(self) -> str:
+        """Checked before Ray starts, which takes seconds: only the GPUs of this machine can be too few."""
+        gpus = torch.cuda.device_count()
+        device = resolve_device(self._config.placement.device, gpus)
+        resources = local_resources(self._config, self._roles, device)
+        check_placement(self._config, self._roles, {"CPU": resources["num_cpus"], "GPU": gpus}, device)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **resources,
+        )
+        return device
