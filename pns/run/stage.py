@@ -13,11 +13,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
-from pns.config import Config, flat_values
-from pns.errors import UserError
-from pns.files import read_json, sha256_of_tree, stat_of_tree, write_json
+from pns.config import Config
+from pns.fields import walk_keys
+from pns.files import sha256_of_tree, stat_of_tree
 from pns.records import to_json
 from pns.run.place import Place
 
@@ -40,12 +40,12 @@ class Artefact:
 class ModelFiles:
     """A checkpoint that a stage reads: a directory, which counts by its content, or a Hub id."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, model: str | Path) -> None:
+        self.model = str(model)
 
     @property
     def digest(self) -> str:
-        return content_digest(self.path)
+        return content_digest(self.model)
 
 
 A = TypeVar("A", bound=Artefact)
@@ -136,11 +136,9 @@ class Plan:
         return self.steps[: names.index(last) + 1] if last else self.steps
 
     def _role_values(self, roles: Sequence[str]) -> dict[str, Any]:
-        values = flat_values(self._config)
-        prefixes = [key for role in roles for key in ROLE_KEYS.get(role, ())]
-        return {
-            key: to_json(value) for key, value in values.items() if key.startswith(tuple(prefixes)) and prefixes
-        }
+        prefixes = tuple(prefix for role in roles for prefix in ROLE_KEYS.get(role, ()))
+        keys = [key for key in walk_keys(self._config) if prefixes and key.name.startswith(prefixes)]
+        return {key.name: to_json(key.value) for key in keys}
 
 
 def content_digest(name: str) -> str:

@@ -1,44 +1,115 @@
-"""What a stage is given."""
+"""What stages are given: a context, and values that count by their content."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from pns.config import Config
-from pns.data.problems import ProblemSets
+from pns.config import Data, Decoding
+from pns.data.checker import Checker
+from pns.data.decontamination import Overlaps
+from pns.data.problems import Identity, benchmark_overlaps
 from pns.data.prompts import Prompts
-from pns.run.directory import RunDirectory
+from pns.records import Problem, to_json
+from pns.run.place import Place
+from pns.run.stage import ModelFiles
 from pns.run.tracking import Tracker
 from workers.fleet import Fleet
 
 
 @dataclass
 class Context:
-    """The run: its configuration, directory, actors, problems and prompts, and where metrics go."""
+    """What every stage is given beside its settings and inputs. There is no configuration in it: what a stage
+    depends on is what it declares."""
 
-    config: Config
-    run: RunDirectory
+    seed: int
+    place: Place
     fleet: Fleet
-    problems: ProblemSets
     prompts: Prompts
     track: Tracker
+    shared: Path  # what all runs share, such as the cache of reference log-probabilities
+
+    @property
+    def directory(self) -> Path:
+        """Where the stage writes."""
+        return self.place.directory
 
 
-Item = TypeVar("Item")
+@dataclass(frozen=True)
+class Problems:
+    """Problems of one part of the run, with the checker of their derivations where there is one."""
+
+    problems: Sequence[Problem]
+    checker: Checker | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        return json_digest([to_json(list(self.problems)), self.checker is not None])
+
+    @property
+    def by_id(self) -> dict[str, Problem]:
+        return {problem.id: problem for problem in self.problems}
 
 
-def draw(items: Sequence[Item], num: int, step: int, seed: int) -> list[Item]:
-    """The items (problems, pairs) of one training step: consecutive slices of a fresh shuffle per epoch, a
+@dataclass(frozen=True)
+class Suites:
+    """The suites of an evaluation: their problems, what they are, and how each is decoded."""
+
+    problems: Mapping[str, Sequence[Problem]]
+    identities: Mapping[str, Identity]
+    decodings: Mapping[str, Decoding]
+    data: Data
+
+    @cached_property
+    def digest(self) -> str:
+        return json_digest([to_json({name: list(suite) for name, suite in self.problems.items()}), self.described()])
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Suite -> identity and decoding: two evaluations compare where this is the same."""
+        return {
+            name: to_json(identity) | {"decoding": vars(self.decodings[name])}
+            for name, identity in self.identities.items()
+        }
+
+    def overlaps(self) -> Overlaps:
+        """What finds a prompt that is a problem of a suite, or of another benchmark beside them."""
+        return benchmark_overlaps({name: list(suite) for name, suite in self.problems.items()}, self.data)
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run begins with: the backbone, and problems by what they are for."""
+
+    backbone: ModelFiles
+    train: Problems  # of rl and reverse RL
+    reward: Problems  # of the reward models
+    preference: Problems  # of synthesis and pairing
+    suites: Suites  # of evaluation
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of JSON values, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+Drawn = TypeVar("Drawn")
+
+
+def draw(pool: Sequence[Drawn], num: int, step: int, seed: int) -> list[Drawn]:
+    """The entries (problems, pairs) of one training step: consecutive slices of a fresh shuffle per epoch, a
     function of (seed, step) alone, so that a resumed stage neither skips nor repeats one."""
-    picked: list[Item] = []
+    drawn: list[Drawn] = []
     orders: dict[int, np.ndarray] = {}
     for index in range(step * num, (step + 1) * num):
-        epoch, place = divmod(index, len(items))
+        epoch, position = divmod(index, len(pool))
         if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(items))
-        picked.append(items[orders[epoch][place]])
-    return picked
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(pool))
+        drawn.append(pool[orders[epoch][position]])
+    return drawn

@@ -1,94 +1,117 @@
-"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights
-to rollout."""
+"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights to
+rollout."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from pns.algo.advantages import group_advantages
 from pns.algo.reward import check_masked, mask_report
-from pns.config import GrpoConfig
-from pns.records import Problem, Reward, Rollout, Verdict
+from pns.config import GrpoConfig, RewardConfig
+from pns.files import RowFile, cut_rows, read_jsonl
+from pns.records import Problem, Reward, Rollout, Verdict, from_json
+from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
-from pns.stages.scoring import RewardKind, roll_out
+from pns.stages.scoring import roll_out, rollout_key, unfinished_rollouts
+from pns.stages.stream import Unfinished
+from workers.rollout.engine import Sampling
 from workers.training.batching import Batch
-from workers.training.policy import Grpo as GrpoLoss
+from workers.training.objectives import GrpoObjective
 
-StopRule = Callable[[int, Mapping[str, float | None]], bool]
+Describe = Callable[[Sequence[Rollout]], dict[str, float]]
+StopCondition = Callable[[int, Mapping[str, float | None]], bool]
+
+
+@dataclass(frozen=True)
+class GrpoRun:
+    """What one use of the loop is: its name in metrics and seeds, settings, limits, and the reward (None: ordinary)."""
+
+    name: str
+    settings: GrpoConfig
+    max_new_tokens: int
+    max_masked_fraction: float
+    rules: RewardConfig | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.settings.temperature, self.settings.top_p, self.max_new_tokens)
 
 
 def train(
     ctx: Context,
-    stage: str,
-    settings: GrpoConfig,
+    run: GrpoRun,
+    trained: TrainedModel,
     start_model: str,
     problems: list[Problem],
-    reward_kind: RewardKind,
-    describe: Callable[[Sequence[Rollout]], dict[str, float]],
-    stop: StopRule,
-) -> Path:
-    """Train `start_model` for `settings.steps` and return the directory of the trained model.
+    describe: Describe,
+    stop: StopCondition,
+) -> None:
+    """Train `start_model` for at most `run.settings.steps` steps and export it to `trained`.
 
-    Every step's rollouts are kept with all reward terms in `<stage>/rollouts.jsonl`; `describe` gives the
-    step's metrics from them, and `stop(step, metrics)` ends the stage early; it is told every step once, in
-    order, also after a resume. Continues after the stage's last complete checkpoint.
+    Every step's rollouts are kept with all reward terms; `describe` gives the step's metrics from them, and
+    `stop(step, metrics)` ends the stage early; it is told every step once, in order, also after a resume.
+    Continues after the stage's last complete checkpoint.
     """
-    policy, rollout, run = ctx.fleet.policy, ctx.fleet.rollout, ctx.run
-    rollout.load(start_model)
-    policy.load(start_model, "language_model", settings.optimizer, settings.steps, ctx.config.seed)
+    settings, policy = run.settings, ctx.fleet.policy
+    ctx.fleet.rollout.load(start_model)
+    policy.load(start_model, "language_model", settings.optimizer, settings.steps, ctx.seed)
     if settings.kl_coefficient:
         policy.load_reference(start_model)
     first_step = 0
-    if checkpoint := run.latest_checkpoint(stage):
+    if checkpoint := ctx.place.latest_checkpoint():
         policy.restore(checkpoint.path)
         sync_weights(ctx)
         first_step = checkpoint.step
-    rollouts_file = run.append_rows(stage, "rollouts.jsonl", keep_below_step=first_step)
-    for step, values in enumerate(ctx.track.begin(stage, settings.steps, first_step)):
+    unfinished = unfinished_rollouts(ctx)
+    take_back(trained, unfinished, first_step)
+    for step, values in enumerate(ctx.track.begin(run.name, settings.steps, first_step)):
         stop(step, values)
     for step in range(first_step, settings.steps):
         began = time.monotonic()
-        problems_P = draw(problems, settings.problems_per_step, step, ctx.config.seed)
+        problems_P = draw(problems, settings.problems_per_step, step, ctx.seed)
         rollouts = roll_out(
             ctx,
             problems_P,
             settings.completions_per_problem,
-            settings.temperature,
-            reward_kind,
-            stage,
+            run.sampling,
+            run.rules,
+            run.name,
+            unfinished,
             step,
-            settings.top_p,
         )
         sampled = time.monotonic()
-        rollouts_file.append(rollouts)
-        rewards = [r.reward for r in rollouts]
-        check_masked(rewards, ctx.config.reward.max_masked_fraction, f"{stage}, step {step}")
-        metrics = describe(rollouts) | masked_counts(rewards)
-        metrics |= update(ctx, settings, rollouts)
+        rewards = [rollout.reward for rollout in rollouts]
+        check_masked(rewards, run.max_masked_fraction, f"{run.name}, step {step}")
+        RowFile(trained.rollouts_file).append(rollouts)
+        unfinished.drop(map(rollout_key, rollouts))
+        metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, settings, rollouts)
         sync_weights(ctx)
-        num_tokens = sum(len(r.completion.token_ids) for r in rollouts)
-        metrics |= {
-            "rollout_seconds": sampled - began,
-            "update_seconds": time.monotonic() - sampled,
-            "completion_tokens": num_tokens / len(rollouts),
-            "tokens_per_second": num_tokens / (time.monotonic() - began),
-        }
+        metrics |= step_times(rollouts, began, sampled)
         ctx.track.log(step, metrics)
-        done = step + 1
+        num_done = step + 1
         stopping = stop(step, metrics)
-        if done % settings.checkpoint_every == 0 and done < settings.steps and not stopping:
-            with run.checkpoint(stage, done) as directory:
-                policy.save(directory)
         if stopping:
             break
+        if num_done % settings.checkpoint_every == 0 and num_done < settings.steps:
+            with ctx.place.checkpoint(num_done) as directory:
+                policy.save(directory)
     ctx.track.end()
-    model = run.stage_dir(stage) / "model"
-    policy.export(model)
-    return model
+    policy.export(trained.model)
+
+
+def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step: int) -> None:
+    """Steps after the checkpoint are made again, from the rollouts that they had; masked ones are asked again."""
+    if not trained.rollouts_file.exists():
+        return
+    cut_rows(trained.rollouts_file)
+    rows = read_jsonl(trained.rollouts_file)
+    later = [from_json(Rollout, row) for row in rows if row["step"] >= first_step]
+    unfinished.add(rollout for rollout in later if not rollout.reward.masked)
+    cut_rows(trained.rollouts_file, first_step)
 
 
 def sync_weights(ctx: Context) -> None:
@@ -100,57 +123,66 @@ def sync_weights(ctx: Context) -> None:
 def update(ctx: Context, settings: GrpoConfig, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """`settings.updates_per_step` optimizer steps on one batch of rollouts.
 
-    The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also
-    corrects what differs between the engines. Masked rows take no part; rows without advantage take part only
-    where a KL term pulls on them.
+    The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also corrects
+    what differs between the engines. Masked rows take no part; rows without advantage take part only where a KL
+    term pulls on them.
     """
     rewards_PG = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
-    advantages_PG = group_advantages(
-        rewards_PG.reshape(-1, settings.completions_per_problem), settings.normalise_by_std
-    )
+    groups_PG = rewards_PG.reshape(-1, settings.completions_per_problem)
+    advantages = group_advantages(groups_PG, settings.normalise_by_std).reshape(-1).tolist()
     rows = [
         (rollout, advantage)
-        for rollout, advantage in zip(rollouts, advantages_PG.reshape(-1).tolist(), strict=True)
+        for rollout, advantage in zip(rollouts, advantages, strict=True)
         if not rollout.reward.masked and (advantage != 0 or settings.kl_coefficient)
     ]
     if not rows:
         return {"no_update": 1.0}
-    prompts: dict[str, tuple[int, ...]] = {}
-    for rollout, _ in rows:
-        if rollout.problem.id not in prompts:
-            prompts[rollout.problem.id] = ctx.prompts.encode(rollout.problem)
+    prompts = {rollout.problem.id: rollout.problem for rollout, _ in rows}
+    prompt_ids = {identity: ctx.prompts.encode(problem) for identity, problem in prompts.items()}
     batch = Batch(
-        prompt_ids=[prompts[rollout.problem.id] for rollout, _ in rows],
+        prompt_ids=[prompt_ids[rollout.problem.id] for rollout, _ in rows],
         completion_ids=[rollout.completion.token_ids for rollout, _ in rows],
         token_values={"old_log_probs": [rollout.completion.log_probs for rollout, _ in rows]},
         row_values={"advantages": [advantage for _, advantage in rows]},
     )
     if settings.kl_coefficient:
         batch.token_values["ref_log_probs"] = ctx.fleet.policy.reference_log_probs(batch)
-    loss = GrpoLoss(settings.clip_low, settings.clip_high, settings.kl_coefficient)
+    objective = GrpoObjective(settings.clip_low, settings.clip_high, settings.kl_coefficient)
     metrics: dict[str, float] = {}
     for _ in range(settings.updates_per_step):
-        metrics = ctx.fleet.policy.train_step(batch, loss)
+        metrics = ctx.fleet.policy.train_step(batch, objective)
     return {"no_update": 0.0, **metrics}
 
 
 def masked_counts(rewards: Sequence[Reward]) -> dict[str, float]:
     """Masked completions by term and cause, as flat metrics."""
+    report = mask_report(rewards)
     return {
-        f"masked/{term}/{cause}": float(num)
-        for term, causes in mask_report(rewards).items()
-        for cause, num in causes.items()
+        f"masked/{term}/{cause}": float(count) for term, causes in report.items() for cause, count in causes.items()
+    }
+
+
+def step_times(rollouts: Sequence[Rollout], began: float, sampled: float) -> dict[str, float]:
+    """Seconds and tokens of a step that began and had its rollouts at these times (monotonic seconds)."""
+    now = time.monotonic()
+    num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
+    return {
+        "rollout_seconds": sampled - began,
+        "update_seconds": now - sampled,
+        "completion_tokens": num_tokens / len(rollouts),
+        "step_tokens_per_second": num_tokens / (now - began),
     }
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Rates over all completions: correct, well-formed, masked, and the mean reward of the unmasked."""
-    values = [r.reward.value for r in rollouts if r.reward.value is not None]
+    rewards = [rollout.reward for rollout in rollouts]
+    values = [reward.value for reward in rewards if reward.value is not None]
     num = len(rollouts)
     return {
-        "accuracy": sum(r.reward.verdict is Verdict.CORRECT and r.reward.format_ok for r in rollouts) / num,
-        "format_rate": sum(r.reward.format_ok for r in rollouts) / num,
-        "masked_rate": sum(r.reward.masked for r in rollouts) / num,
+        "accuracy": sum(r.verdict is Verdict.CORRECT and r.format_ok for r in rewards) / num,
+        "format_rate": sum(r.format_ok for r in rewards) / num,
+        "masked_rate": sum(r.masked for r in rewards) / num,
         "reward": float(np.mean(values)) if values else float("nan"),
         "truncated_rate": sum(r.completion.finish_reason == "length" for r in rollouts) / num,
     }

@@ -1,166 +1,181 @@
-"""Preference optimisation of the RL-trained backbone on the pairs, with the loss of `preference.loss`, over
-verl's FSDP worker."""
+"""Preference optimisation on the pairs, with the loss of `preference.loss`, over verl's FSDP worker."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from pns.algo.losses import kto_kl
 from pns.algo.pairs import margin_masks
-from pns.config import DataSource, PreferenceLoss, external_pairs, reference_free
+from pns.config import Config, Layout, MarginMask, PreferenceConfig, hyper_parameters
 from pns.data.preference import TokenPair, load_pairs
-from pns.data.problems import benchmark_overlaps
 from pns.errors import UserError
 from pns.files import write_json
-from pns.run import reference_cache
-from pns.stages.context import Context, draw
-from pns.stages.models import target
-from workers.rollout.engine import local_directory
+from pns.preference_losses import PREFERENCE_LOSSES
+from pns.run.reference_cache import reference_log_probs
+from pns.run.stage import ModelFiles, stage
+from pns.stages.artefacts import Pairs, PreferenceTrained, TrainedModel
+from pns.stages.context import Context, Problems, Suites, draw
+from workers.checkpoints import local_directory
 from workers.training.batching import Batch
-from workers.training.policy import Preference, compute_dtype
+from workers.training.objectives import PreferenceObjective, estimate_kl, mismatched_rows
 
 _WINDOW = 10  # steps over which a fall of the chosen side's likelihood is judged
 _FALLEN_NATS = 1.0  # per completion, against the reference
 _RISEN = 1.1  # factor of the NLL per token, where there is no reference
 
 
-def run(ctx: Context) -> None:
-    """Writes `preference/model` and `preference/data.json` (where the pairs come from, their hash, how many
-    were dropped and why)."""
-    settings, policy, directory = ctx.config.preference, ctx.fleet.policy, ctx.run.stage_dir("preference")
-    problems = {problem.id: problem for problem in ctx.problems.preference}
-    data = ctx.config.data
-    decontaminated = external_pairs(ctx.config) and data.decontaminate and data.source is DataSource.jsonl
-    overlaps = benchmark_overlaps(ctx.problems.suites, data) if decontaminated else None
+@dataclass(frozen=True)
+class PreferenceSettings:
+    preference: PreferenceConfig
+    # Which pairs are dropped as too long depends on these two.
+    max_tokens_per_micro_batch: int
+    layout: Layout
+
+
+def preference_settings(config: Config) -> PreferenceSettings:
+    policy = config.policy
+    return PreferenceSettings(config.preference, policy.max_tokens_per_micro_batch, policy.layout)
+
+
+@stage(PreferenceTrained, preference_settings, lambda settings: ("policy",))
+def preference(
+    ctx: Context,
+    settings: PreferenceSettings,
+    start: TrainedModel | ModelFiles,
+    own_pairs: Pairs | None,
+    problems: Problems,
+    suites: Suites | None,
+) -> PreferenceTrained:
+    """`start` trained on `own_pairs` of `problems`, or (None) on those of `preference.data`, without the rows whose
+    prompt is in `suites` (None: all rows)."""
+    trained, own, policy = PreferenceTrained(ctx.directory), settings.preference, ctx.fleet.policy
     loaded = load_pairs(
-        ctx.config, ctx.prompts, problems, ctx.run.stage_dir("pair") / "pairs.jsonl", overlaps
+        own,
+        settings.max_tokens_per_micro_batch,
+        settings.layout,
+        ctx.prompts,
+        problems.by_id,
+        own_pairs.pairs_file if own_pairs else None,
+        suites.overlaps() if suites else None,
     )
-    pairs, start = loaded.pairs, target(ctx)
-    write_json(directory / "data.json", loaded.summary())
-    rows = pair_batch(ctx, pairs)
-    policy.load(start, "language_model", settings.optimizer, settings.steps, ctx.config.seed)
-    if not reference_free(settings.loss):
-        rows.token_values["ref_log_probs"] = reference_log_probs(ctx, start, rows)
-    mismatched = mismatched_rows(ctx, start, rows) if settings.loss is PreferenceLoss.kto else None
+    pairs = loaded.pairs
+    write_json(trained.data_file, loaded.summary())
+    rows = pair_batch(pairs, own.margin)
+    policy.load(start.model, "language_model", own.optimizer, own.steps, ctx.seed)
+    loss = PREFERENCE_LOSSES[own.loss]
+    if loss.needs_reference:
+        rows.token_values["ref_log_probs"] = kept_reference(ctx, start.model, rows)
+    mismatched = None
+    if own.loss == "kto":
+        mismatched = mismatched_rows(rows)
+        mismatched.token_values["ref_log_probs"] = kept_reference(ctx, start.model, mismatched)
+    optimise(ctx, own, pairs, rows, mismatched)
+    policy.export(trained.model)
+    ctx.place.count(pairs=len(pairs), **loaded.dropped)
+    return trained
+
+
+def optimise(
+    ctx: Context, settings: PreferenceConfig, pairs: Sequence[TokenPair], rows: Batch, mismatched: Batch | None
+) -> None:
+    """The stage's steps, from its last complete checkpoint on."""
+    policy = ctx.fleet.policy
     first_step = 0
-    if checkpoint := ctx.run.latest_checkpoint("preference"):
+    if checkpoint := ctx.place.latest_checkpoint():
         policy.restore(checkpoint.path)
         first_step = checkpoint.step
-    warned = ""
-    history: list[Mapping[str, float | None]] = list(
-        ctx.track.begin("preference", settings.steps, first_step)
-    )
+    parameters, warned = hyper_parameters(settings), ""
+    history: list[Mapping[str, float | None]] = list(ctx.track.begin("preference", settings.steps, first_step))
     for step in range(first_step, settings.steps):
-        indices = draw(range(len(pairs)), settings.pairs_per_step, step, ctx.config.seed)
-        kl = estimate_kl(ctx, select(mismatched, indices)) if mismatched else 0.0
-        metrics = policy.train_step(select(rows, indices), Preference(settings, kl)) | (
-            {"kto_kl": kl} if mismatched else {}
-        )
+        indices = draw(range(len(pairs)), settings.pairs_per_step, step, ctx.seed)
+        kl = 0.0
+        if mismatched:
+            own_mismatched = select_pairs(mismatched, indices)
+            kl = estimate_kl(policy.log_probs(own_mismatched), own_mismatched)
+        objective = PreferenceObjective(settings.loss, parameters, kl)
+        metrics = policy.train_step(select_pairs(rows, indices), objective)
+        if mismatched:
+            metrics["kto_kl"] = kl
         ctx.track.log(step, metrics)
         history.append(metrics)
         if metrics["update_skipped"] or not math.isfinite(metrics["loss"]):
-            stop_after_skipped(ctx, step, history, [pairs[i] for i in indices])
+            stop_after_skipped(ctx, settings, step, history, [pairs[i] for i in indices])
         if not warned and (warned := chosen_falls(history)):
             ctx.track.note(f"preference: {warned}; preference.loss=rpo keeps them up")
-        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-            with ctx.run.checkpoint("preference", step + 1) as checkpoint_dir:
-                policy.save(checkpoint_dir)
+        num_done = step + 1
+        if num_done % settings.checkpoint_every == 0 and num_done < settings.steps:
+            with ctx.place.checkpoint(num_done) as directory:
+                policy.save(directory)
     ctx.track.end()
-    policy.export(directory / "model")
-    ctx.run.count("preference", pairs=len(pairs), **loaded.dropped)
 
 
-def pair_batch(ctx: Context, pairs: Sequence[TokenPair]) -> Batch:
-    """Rows chosen, rejected, chosen, rejected, ... with the margin mask of `preference.margin`, and score
-    gaps where all pairs have one."""
-    prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
-    completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    masks = [
-        margin_masks(pair.chosen_ids, pair.rejected_ids, ctx.config.preference.margin, pair.margin_tokens)
-        for pair in pairs
-    ]
-    gaps = [pair.score_gap for pair in pairs for _ in range(2) if pair.score_gap is not None]
-    row_values: dict[str, Sequence[float]] = {"score_gap": gaps} if len(gaps) == 2 * len(pairs) else {}
-    return Batch(
-        prompts, completions, {"margin_mask": [mask for of_pair in masks for mask in of_pair]}, row_values
-    )
+def pair_batch(pairs: Sequence[TokenPair], margin: MarginMask) -> Batch:
+    """Rows chosen, rejected, chosen, rejected, ... with the margin mask, and score gaps where all pairs have one."""
+    prompts, completions, masks, gaps = [], [], [], []
+    for pair in pairs:
+        prompts += [pair.prompt_ids] * 2
+        completions += [pair.chosen_ids, pair.rejected_ids]
+        masks += margin_masks(pair.chosen_ids, pair.rejected_ids, margin, pair.margin_tokens)
+        if pair.score_gap is not None:
+            gaps += [pair.score_gap] * 2
+    row_values: dict[str, Sequence[float]] = {"score_gap": gaps} if len(gaps) == len(prompts) else {}
+    return Batch(prompts, completions, {"margin_mask": masks}, row_values)
 
 
-def select(rows: Batch, indices: Sequence[int]) -> Batch:
+def select_pairs(rows: Batch, indices: Sequence[int]) -> Batch:
     """Both rows of the pairs `indices`."""
     taken = [row for index in indices for row in (2 * index, 2 * index + 1)]
+
+    def of_taken(values: Sequence[object]) -> list:
+        return [values[row] for row in taken]
+
     return Batch(
-        [rows.prompt_ids[row] for row in taken],
-        [rows.completion_ids[row] for row in taken],
-        {name: [values[row] for row in taken] for name, values in rows.token_values.items()},
-        {name: [values[row] for row in taken] for name, values in rows.row_values.items()},
+        of_taken(rows.prompt_ids),
+        of_taken(rows.completion_ids),
+        {name: of_taken(values) for name, values in rows.token_values.items()},
+        {name: of_taken(values) for name, values in rows.row_values.items()},
     )
 
 
-def reference_log_probs(ctx: Context, model: str, rows: Batch) -> Sequence[np.ndarray]:
-    """Log-probabilities of every completion token under `model`, which the policy holds untrained: from the
-    cache, which all runs below `runs` share, or computed and kept there."""
-    directory = Path(ctx.config.runs) / "reference_cache"
-    dtype = compute_dtype(ctx.config.policy.dtype, ctx.fleet.device)
-    checkpoint = local_directory(model)
-    key = reference_cache.reference_key(checkpoint, checkpoint, rows.prompt_ids, rows.completion_ids, dtype)
-    found: Sequence[np.ndarray] | None = reference_cache.load(
-        directory, key, [len(ids) for ids in rows.completion_ids]
-    )
-    if found is None:
-        found = ctx.fleet.policy.log_probs(rows)
-        reference_cache.save(directory, key, found)
-    return found
-
-
-def mismatched_rows(ctx: Context, model: str, rows: Batch) -> Batch:
-    """Every prompt with both completions of the next pair, for KTO's estimate of the KL divergence, and their
-    reference."""
-    if len(rows) < 4:
-        raise UserError(
-            "preference.loss=kto: one pair is not enough to estimate the KL divergence; give more, or choose another loss"
-        )
-    following = [(row + 2) % len(rows) for row in range(len(rows))]
-    masks = [rows.token_values["margin_mask"][row] for row in following]
-    batch = Batch(rows.prompt_ids, [rows.completion_ids[row] for row in following], {"margin_mask": masks})
-    batch.token_values["ref_log_probs"] = reference_log_probs(ctx, model, batch)
-    return batch
-
-
-def estimate_kl(ctx: Context, mismatched: Batch) -> float:
-    """KTO's reference point for one step, under the policy as it is."""
-    values = zip(ctx.fleet.policy.log_probs(mismatched), *mismatched.token_values.values(), strict=True)
-    return float(
-        kto_kl(torch.tensor([float(np.dot(mask, own - reference)) for own, mask, reference in values]))
+def kept_reference(ctx: Context, model: str, rows: Batch) -> Sequence[np.ndarray]:
+    """Log-probabilities of every completion token under `model`, which the policy holds untrained: from the cache
+    that all runs share, or computed and kept there."""
+    return reference_log_probs(
+        ctx.fleet.policy, ctx.shared / "reference_cache", local_directory(model), rows
     )
 
 
 def stop_after_skipped(
-    ctx: Context, step: int, history: Sequence[Mapping[str, float | None]], pairs: Sequence[TokenPair]
+    ctx: Context,
+    settings: PreferenceConfig,
+    step: int,
+    history: Sequence[Mapping[str, float | None]],
+    pairs: Sequence[TokenPair],
 ) -> None:
     """Raises UserError, naming pairs of `step`, once more than `preference.max_skipped_updates` updates were
     skipped because the loss or its gradient was not finite. The weights are as they were before the step."""
-    skipped = sum(bool(metrics.get("update_skipped")) for metrics in history)
-    ctx.run.count("preference", updates_skipped=skipped)
-    if skipped <= ctx.config.preference.max_skipped_updates:
+    num_skipped = sum(bool(metrics.get("update_skipped")) for metrics in history)
+    ctx.place.count(updates_skipped=num_skipped)
+    if num_skipped <= settings.max_skipped_updates:
         return
-    log_probs = ctx.fleet.policy.log_probs(pair_batch(ctx, pairs))
-    broken = [
-        pair.where
-        for place, pair in enumerate(pairs)
-        if not all(np.isfinite(row).all() for row in log_probs[2 * place :][:2])
-    ]
-    places = broken or [pair.where for pair in pairs]
+    places = list(not_finite(ctx, settings, pairs)) or [pair.where for pair in pairs]
+    others = f" and {len(places) - 1} more" if len(places) > 1 else ""
     raise UserError(
-        f"preference: the loss or its gradient is not finite at step {step} ({places[0]}"
-        + (f" and {len(places) - 1} more)" if len(places) > 1 else ")")
-        + ": lower preference.optimizer.learning_rate and start again with --from preference, or allow preference.max_skipped_updates"
+        f"preference: the loss or its gradient is not finite at step {step} ({places[0]}{others}): lower "
+        "preference.optimizer.learning_rate, or allow preference.max_skipped_updates"
     )
+
+
+def not_finite(ctx: Context, settings: PreferenceConfig, pairs: Sequence[TokenPair]) -> Iterator[str]:
+    """Where the pairs are from that have a log-probability that is not finite."""
+    log_probs = ctx.fleet.policy.log_probs(pair_batch(pairs, settings.margin))
+    for index, pair in enumerate(pairs):
+        both_sides = np.concatenate(log_probs[2 * index : 2 * index + 2])
+        if not np.isfinite(both_sides).all():
+            yield pair.where
 
 
 def chosen_falls(history: Sequence[Mapping[str, float | None]]) -> str:
@@ -169,18 +184,10 @@ def chosen_falls(history: Sequence[Mapping[str, float | None]]) -> str:
     last, first = history[-_WINDOW:], history[:_WINDOW]
     if len(history) < _WINDOW:
         return ""
-    if ratios := [ratio for metrics in last if (ratio := metrics.get("chosen_log_ratio")) is not None]:
+    ratios = [ratio for metrics in last if (ratio := metrics.get("chosen_log_ratio")) is not None]
+    if ratios:
         fallen = -sum(ratios) / len(ratios)
-        return (
-            f"chosen completions are {fallen:.1f} nats less likely than at the start"
-            if fallen > _FALLEN_NATS
-            else ""
-        )
-    now, before = (
-        float(np.mean([metrics["chosen_nll"] or math.nan for metrics in steps])) for steps in (last, first)
-    )
-    return (
-        f"the NLL of chosen completions has risen from {before:.3g} to {now:.3g} a token"
-        if now > _RISEN * before
-        else ""
-    )
+        return f"chosen completions are {fallen:.1f} nats less likely than at the start" if fallen > _FALLEN_NATS else ""
+    now, before = (float(np.mean([metrics["chosen_nll"] or math.nan for metrics in steps])) for steps in (last, first))
+    risen = now > _RISEN * before
+    return f"the NLL of chosen completions has risen from {before:.3g} to {now:.3g} a token" if risen else ""

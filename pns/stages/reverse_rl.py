@@ -3,100 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from pns.algo.judging import rubric_score
 from pns.algo.negatives import degeneration
-from pns.config import DataSource, ReverseRl
-from pns.files import write_json
-from pns.records import Rollout, Verdict
+from pns.algo.reward import weighted_terms
+from pns.config import Config, ReverseRl, RewardConfig
+from pns.data.checker import Checker
+from pns.files import read_json, write_json
+from pns.records import Problem, Rollout, Verdict
+from pns.run.stage import ModelFiles, stage
 from pns.stages import grpo
-from pns.stages.context import Context
-from pns.stages.models import generator, generator_start, reward_model
-from pns.stages.scoring import RewardKind, roll_out
-from pns.tiny import world as tiny_world
+from pns.stages.artefacts import Generator, RewardModels, TrainedModel
+from pns.stages.context import Context, Problems
+from pns.stages.scoring import by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
+from workers.rollout.engine import Sampling
 
 
-def run(ctx: Context) -> None:
-    """Writes `reverse_rl/model`, `reverse_rl/rollouts.jsonl` and `reverse_rl/generator.json` (the generator
-    before and after)."""
-    settings = ctx.config.reverse_rl
-    ctx.fleet.reward_model.load(reward_model(ctx))
-    problems, too_long = ctx.prompts.fitting(ctx.problems.train)
-    before_file = ctx.run.stage_dir("reverse_rl") / "before.json"
-    if not before_file.exists():
-        write_json(before_file, measure(ctx, generator_start(ctx)))
-    describe = checked_degeneration if ctx.config.data.source is DataSource.tiny else degeneration
-    grpo.train(
-        ctx,
-        "reverse_rl",
-        settings,
-        generator_start(ctx),
-        problems,
-        RewardKind.COMPOSITE,
-        describe,
-        StopRule(settings),
+@dataclass(frozen=True)
+class ReverseRlSettings:
+    reverse_rl: ReverseRl
+    rules: RewardConfig
+    max_new_tokens: int
+    measured_samples: int  # completions of the generator before and after
+    measured_temperature: float
+
+
+def reverse_rl_settings(config: Config) -> ReverseRlSettings:
+    return ReverseRlSettings(
+        config.reverse_rl,
+        reward_rules(config),
+        config.rollout.max_new_tokens,
+        config.evaluate.generator_samples,
+        config.evaluate.generator_temperature,
     )
-    after = measure(ctx, generator(ctx))
-    write_json(
-        ctx.run.stage_dir("reverse_rl") / "generator.json",
-        {"before": ctx.run.read_json(before_file), "after": after},
+
+
+@stage(Generator, reverse_rl_settings, lambda s: ("rollout", "verifier", "policy", *weighted_terms(s.rules)))
+def reverse_rl(
+    ctx: Context,
+    settings: ReverseRlSettings,
+    start: TrainedModel | ModelFiles,
+    rewards: RewardModels,
+    train: Problems,
+    measured: Problems,
+) -> Generator:
+    """The generator of negatives: `start` trained on the problems `train`, measured before and after on others."""
+    generator = Generator(ctx.directory)
+    load_terms(ctx, settings.rules, rewards.main)
+    fitting, num_too_long = ctx.prompts.fitting(list(train.problems))
+    if not generator.before_file.exists():
+        write_json(generator.before_file, measure_generator(ctx, settings, start.model, measured, "before"))
+    rules = settings.rules
+    run = grpo.GrpoRun(
+        "reverse_rl", settings.reverse_rl, settings.max_new_tokens, rules.max_masked_fraction, rules
     )
-    ctx.run.count("reverse_rl", prompts_too_long=too_long)
+
+    def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
+        return degeneration(rollouts) | checked_figures(rollouts, train.checker)
+
+    grpo.train(ctx, run, generator, start.model, fitting, describe, PlausibilityStop(settings.reverse_rl))
+    after = measure_generator(ctx, settings, generator.model, measured, "after")
+    write_json(generator.figures_file, {"before": read_json(generator.before_file), "after": after})
+    ctx.place.count(prompts_too_long=num_too_long)
+    return generator
 
 
-class StopRule:
-    """Stop when the wrong rate and the format rate are reached and plausibility no longer rises."""
+class PlausibilityStop:
+    """Stop when the wrong rate and the format rate are reached and the watched term no longer rises."""
 
     def __init__(self, settings: ReverseRl) -> None:
         self._settings = settings
         self._best = 0.0
-        self._since = 0
+        self._steps_since = 0
 
     def __call__(self, step: int, metrics: Mapping[str, float | None]) -> bool:
-        s = self._settings
+        settings = self._settings
         wrong_rate, format_rate = metrics.get("wrong_rate") or 0.0, metrics.get("format_rate") or 0.0
-        plausibility = metrics.get("reward_model_mean") or 0.0
-        if wrong_rate >= s.max_hold_wrong_rate:
+        watched = metrics.get(f"{settings.stop_term}_mean") or 0.0
+        if wrong_rate >= settings.max_hold_wrong_rate:
             return True
-        if wrong_rate < s.stop_wrong_rate or format_rate < s.stop_format_rate or not s.stop_patience:
+        reached = wrong_rate >= settings.stop_wrong_rate and format_rate >= settings.stop_format_rate
+        if not reached or not settings.stop_patience:
             return False
-        if plausibility > self._best:
-            self._best, self._since = plausibility, 0
+        if watched > self._best:
+            self._best, self._steps_since = watched, 0
         else:
-            self._since += 1
-        return self._since >= s.stop_patience
+            self._steps_since += 1
+        return self._steps_since >= settings.stop_patience
 
 
-def measure(ctx: Context, model: str) -> dict[str, float]:
-    """The generator's rates and scores on `evaluate.generator_samples` completions of preference problems,
-    taken in turn."""
-    ctx.fleet.rollout.load(model)
-    num = ctx.config.evaluate.generator_samples
-    pool, _ = ctx.prompts.fitting(ctx.problems.preference)
+def measure_generator(
+    ctx: Context, settings: ReverseRlSettings, model: str, problems: Problems, name: str
+) -> dict[str, float]:
+    """The generator's rates and scores on `measured_samples` completions of `problems`, taken in turn."""
+    fitting, _ = ctx.prompts.fitting(list(problems.problems))
+    in_turn: list[Problem] = [fitting[i % len(fitting)] for i in range(settings.measured_samples)]
+    unfinished = unfinished_rollouts(ctx, name)
+    sampling = Sampling(settings.measured_temperature, 1.0, settings.max_new_tokens)
     rollouts = roll_out(
-        ctx,
-        [pool[i % len(pool)] for i in range(num)],
-        1,
-        ctx.config.evaluate.generator_temperature,
-        RewardKind.COMPOSITE,
-        "generator",
+        ctx, in_turn, 1, sampling, settings.rules, "generator", unfinished, model=model
     )
-    figures = (
-        checked_degeneration(rollouts)
-        if ctx.config.data.source is DataSource.tiny
-        else degeneration(rollouts)
-    )
+    figures = degeneration(rollouts) | checked_figures(rollouts, problems.checker)
+    unfinished.drop(list(unfinished.rows))
     return {**figures, "num_completions": float(len(rollouts))}
 
 
-def checked_degeneration(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """`degeneration` with what only a checker knows: the share of wrong well-formed completions that have a
-    single error."""
-    wrong = [r for r in rollouts if r.reward.format_ok and r.reward.verdict is Verdict.WRONG]
-    checks = [tiny_world.check(r.problem, r.completion.text) for r in wrong]
-    rubrics = [sum(tiny_world.rubric(r.problem, r.completion.text)) / 12 for r in wrong]
-    share = sum(c.single_error for c in checks) / len(checks) if checks else float("nan")
+def checked_figures(rollouts: Sequence[Rollout], checker: Checker | None) -> dict[str, float]:
+    """What only a checker knows of the wrong well-formed completions: the share with a single error, and the mean
+    of the rubric in [0, 1] that they deserve."""
+    if checker is None:
+        return {}
+    wrong = by_verdict(rollouts, Verdict.WRONG)
+    single = [checker.check(r.problem, r.completion.text).single_error for r in wrong]
+    rubrics = [rubric_score(checker.rubric(r.problem, r.completion.text)) for r in wrong]
     return {
-        **degeneration(rollouts),
-        "single_error_share": share,
+        "single_error_share": sum(single) / len(single) if single else float("nan"),
         "checker_rubric_mean": sum(rubrics) / len(rubrics) if rubrics else float("nan"),
     }

@@ -1,131 +1,169 @@
-"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of
-the RL-trained backbone."""
+"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of the
+RL-trained backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from pns.algo.metrics import expected_calibration_error
 from pns.algo.pairs import match_by_length
+from pns.algo.reward import sigmoid
+from pns.config import Config, RewardModelStage
 from pns.errors import UserError
-from pns.files import read_jsonl, write_json, write_jsonl
-from pns.records import PreferencePair, Problem, Rollout, Verdict, from_json
-from pns.stages.context import Context, draw
-from pns.stages.models import target
-from pns.stages.pair import by_problem
-from pns.stages.scoring import RewardKind, by_verdict, roll_out, sigmoid, stable_seed
+from pns.files import read_json, write_json, write_jsonl
+from pns.records import PreferencePair, Problem, Rollout, Verdict
+from pns.run.stage import ModelFiles, stage
+from pns.stages.artefacts import RewardModels, TrainedModel
+from pns.stages.context import Context, Problems, draw
+from pns.stages.scoring import by_problem, by_verdict, roll_out, unfinished_rollouts
+from pns.stages.stream import stable_seed
+from workers.rollout.engine import Sampling
 from workers.training.batching import Batch
-from workers.training.policy import BradleyTerry
+from workers.training.objectives import BradleyTerryObjective
 
 
-def run(ctx: Context) -> None:
-    """Writes `reward_model/{main,held_out}` (models), `rollouts.jsonl`, `pairs.jsonl` and `quality.json`
-    (accuracy, calibration)."""
-    settings, directory = ctx.config.reward_model, ctx.run.stage_dir("reward_model")
-    problems, too_long = ctx.prompts.fitting(ctx.problems.reward)
-    pairs = sample_pairs(ctx, problems)
-    write_jsonl(directory / "pairs.jsonl", pairs)
+@dataclass(frozen=True)
+class RewardModelSettings:
+    reward_model: RewardModelStage
+    max_new_tokens: int
+
+
+def reward_model_settings(config: Config) -> RewardModelSettings:
+    return RewardModelSettings(config.reward_model, config.rollout.max_new_tokens)
+
+
+@stage(RewardModels, reward_model_settings, lambda settings: ("rollout", "verifier", "policy"))
+def reward_model(
+    ctx: Context,
+    settings: RewardModelSettings,
+    target: TrainedModel,
+    initial: TrainedModel | ModelFiles,
+    problems: Problems,
+) -> RewardModels:
+    """Both reward models, from `initial`, on pairs that `target` sampled for `problems` and while it was trained."""
+    models = RewardModels(ctx.directory)
+    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
+    rollouts = sample_rollouts(ctx, settings, target, models, fitting)
+    rollouts += last_rollouts(target, settings.reward_model.rl_steps)
+    pairs = right_wrong_pairs(rollouts, settings.reward_model.max_length_ratio)
+    write_jsonl(models.pairs_file, pairs)
+    prompts = {rollout.problem.id: rollout.problem for rollout in rollouts}
     # The two models see disjoint problems: the held-out one measures what the other may have been hacked by.
     ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
-    order = [ids[i] for i in np.random.default_rng(ctx.config.seed).permutation(len(ids))]
+    order = [ids[i] for i in np.random.default_rng(ctx.seed).permutation(len(ids))]
     halves = {"main": set(order[::2]), "held_out": set(order[1::2])}
     quality = {}
-    for index, (which, own) in enumerate(halves.items()):
-        if (directory / which / "config.json").exists():
-            quality[which] = ctx.run.read_json(directory / f"{which}.json")
-            continue
-        quality[which] = train_one(ctx, which, index, [pair for pair in pairs if pair.problem_id in own])
-        write_json(directory / f"{which}.json", quality[which])
-    write_json(directory / "quality.json", quality)
-    ctx.run.count(
-        "reward_model",
-        pairs=len(pairs),
-        prompts_too_long=too_long,
-        samples=len(problems) * settings.samples_per_problem,
-    )
+    for name in models.names:
+        quality_file = models.quality_file(name)
+        if not quality_file.exists():
+            own_pairs = [pair for pair in pairs if pair.problem_id in halves[name]]
+            write_json(quality_file, train_one(ctx, settings.reward_model, models, name, initial, own_pairs, prompts))
+        quality[name] = read_json(quality_file)
+    write_json(models.all_quality_file, quality)
+    num_samples = len(fitting) * settings.reward_model.samples_per_problem
+    ctx.place.count(pairs=len(pairs), prompts_too_long=num_too_long, samples=num_samples)
+    return models
 
 
-def sample_pairs(ctx: Context, problems: list[Problem]) -> list[PreferencePair]:
-    """(correct, incorrect) completions of the RL-trained backbone, and of its last `rl_steps` training steps,
-    matched in length, each used once."""
-    settings = ctx.config.reward_model
-    ctx.fleet.rollout.load(target(ctx))
+def sample_rollouts(
+    ctx: Context,
+    settings: RewardModelSettings,
+    target: TrainedModel,
+    models: RewardModels,
+    problems: list[Problem],
+) -> list[Rollout]:
+    """Fresh completions of the target, kept."""
+    own = settings.reward_model
+    sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
+    unfinished = unfinished_rollouts(ctx)
     rollouts = roll_out(
-        ctx,
-        problems,
-        settings.samples_per_problem,
-        settings.temperature,
-        RewardKind.CORRECTNESS,
-        "reward_model",
+        ctx, problems, own.samples_per_problem, sampling, None, "reward_model", unfinished, model=target.model
     )
-    write_jsonl(ctx.run.stage_dir("reward_model") / "rollouts.jsonl", rollouts)
-    rollouts += rl_rollouts(ctx, settings.rl_steps)
+    write_jsonl(models.rollouts_file, rollouts)
+    return rollouts
+
+
+def last_rollouts(target: TrainedModel, num_steps: int) -> list[Rollout]:
+    """The rollouts of the last `num_steps` steps of the target's RL."""
+    if not num_steps:
+        return []
+    rollouts = target.rollouts()
+    last = max(rollout.step for rollout in rollouts)
+    return [rollout for rollout in rollouts if rollout.step > last - num_steps]
+
+
+def right_wrong_pairs(rollouts: Sequence[Rollout], max_length_ratio: float) -> list[PreferencePair]:
+    """(correct, incorrect) completions of one problem, matched in length, each used once."""
     prompts = {rollout.problem.id: rollout.problem.prompt for rollout in rollouts}
-    correct, wrong = (
-        by_problem(by_verdict(rollouts, Verdict.CORRECT)),
-        by_problem(by_verdict(rollouts, Verdict.WRONG)),
-    )
+    correct = by_problem(by_verdict(rollouts, Verdict.CORRECT))
+    wrong = by_problem(by_verdict(rollouts, Verdict.WRONG))
     pairs = []
     for identity, rights in correct.items():
         wrongs = wrong.get(identity, [])
         lengths = [len(c.token_ids) for c in rights], [len(c.token_ids) for c in wrongs]
-        for a, b in match_by_length(*lengths, settings.max_length_ratio):
-            pairs.append(PreferencePair(identity, prompts[identity], rights[a].text, wrongs[b].text, "rs"))
+        for right, other in match_by_length(*lengths, max_length_ratio):
+            texts = rights[right].text, wrongs[other].text
+            pairs.append(PreferencePair(identity, prompts[identity], *texts, "rs"))
     return pairs
 
 
-def rl_rollouts(ctx: Context, num_steps: int) -> list[Rollout]:
-    """The rollouts of the last `num_steps` steps of the `rl` stage."""
-    if not num_steps:
-        return []
-    rows = read_jsonl(ctx.run.stage_dir("rl") / "rollouts.jsonl")
-    last = max(row["step"] for row in rows)
-    return [from_json(Rollout, row) for row in rows if row["step"] > last - num_steps]
-
-
-def train_one(ctx: Context, which: str, index: int, pairs: list[PreferencePair]) -> dict[str, float]:
+def train_one(
+    ctx: Context,
+    settings: RewardModelStage,
+    models: RewardModels,
+    name: str,
+    initial: TrainedModel | ModelFiles,
+    pairs: list[PreferencePair],
+    prompts: Mapping[str, Problem],
+) -> dict[str, float]:
     """Train one reward model, export it, and return its quality on the held-out problems."""
-    settings, seed = ctx.config.reward_model, stable_seed(ctx.config.seed, which)
+    seed = stable_seed(ctx.seed, name)
     ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
     held_out_ids = set(ids[: round(len(ids) * settings.held_out_fraction)])
     held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
     training = [pair for pair in pairs if pair.problem_id not in held_out_ids]
     if not training:
         raise UserError(
-            f"reward_model: no (correct, incorrect) pairs for the {which} model; raise reward_model.samples_per_problem"
+            f"reward_model: no (correct, incorrect) pairs for the {name} model; raise reward_model.samples_per_problem"
         )
-    by_id = {problem.id: problem for problem in ctx.problems.train + ctx.problems.reward}
     policy = ctx.fleet.policy
-    policy.load(
-        ctx.config.models.reward_model or target(ctx), "score", settings.optimizer, settings.steps, seed
-    )
-    stage = "reward_model" if index == 0 else "reward_model_held_out"
-    ctx.track.begin(stage, settings.steps, 0)
+    policy.load(initial.model, "score", settings.optimizer, settings.steps, seed)
+    ctx.track.begin("reward_model" if name == "main" else f"reward_model_{name}", settings.steps, 0)
+    objective = BradleyTerryObjective(settings.centre)
     for step in range(settings.steps):
-        rows = draw(training, settings.pairs_per_step, step, seed)
-        ctx.track.log(step, policy.train_step(pair_batch(ctx, by_id, rows), BradleyTerry(settings.centre)))
+        drawn = draw(training, settings.pairs_per_step, step, seed)
+        ctx.track.log(step, policy.train_step(text_pair_batch(ctx, drawn, prompts), objective))
     ctx.track.end()
     quality = {"training_pairs": float(len(training)), "held_out_pairs": float(len(held_out))}
     if held_out:
-        scores = np.array(policy.scores(pair_batch(ctx, by_id, held_out))).reshape(-1, 2)
-        probabilities = np.array([sigmoid(margin) for margin in scores[:, 0] - scores[:, 1]])
-        quality |= {
-            "pairwise_accuracy": float((scores[:, 0] > scores[:, 1]).mean()),
-            "calibration_error": expected_calibration_error(probabilities, np.ones(len(probabilities))),
-            "chosen_mean": float(scores[:, 0].mean()),
-            "rejected_mean": float(scores[:, 1].mean()),
-        }
-    policy.export(ctx.run.stage_dir("reward_model") / which)
+        scores = policy.scores(text_pair_batch(ctx, held_out, prompts))
+        quality |= pairwise_quality(np.array(scores).reshape(-1, 2))
+    policy.export(models.model(name))
     return quality
 
 
-def pair_batch(ctx: Context, by_id: dict[str, Problem], pairs: Sequence[PreferencePair]) -> Batch:
+def pairwise_quality(scores_B2: np.ndarray) -> dict[str, float]:
+    """How well scores (pairs, 2) of chosen and rejected sides tell them apart."""
+    chosen_B, rejected_B = scores_B2[:, 0], scores_B2[:, 1]
+    probabilities_B = np.array([sigmoid(margin) for margin in chosen_B - rejected_B])
+    return {
+        "pairwise_accuracy": float((chosen_B > rejected_B).mean()),
+        "calibration_error": expected_calibration_error(probabilities_B, np.ones(len(probabilities_B))),
+        "chosen_mean": float(chosen_B.mean()),
+        "rejected_mean": float(rejected_B.mean()),
+    }
+
+
+def text_pair_batch(
+    ctx: Context, pairs: Sequence[PreferencePair], prompts: Mapping[str, Problem]
+) -> Batch:
     """Rows chosen, rejected, chosen, rejected, ..."""
-    prompts = [ctx.prompts.encode(by_id[pair.problem_id]) for pair in pairs]
+    prompt_ids = [ctx.prompts.encode(prompts[pair.problem_id]) for pair in pairs]
     return Batch(
-        prompt_ids=[prompt for prompt in prompts for _ in range(2)],
+        prompt_ids=[ids for ids in prompt_ids for _ in range(2)],
         completion_ids=[
             ctx.prompts.encode_completion(text) for pair in pairs for text in (pair.chosen, pair.rejected)
         ],

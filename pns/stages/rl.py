@@ -1,25 +1,34 @@
-"""RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it
-starts from."""
+"""RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it starts
+from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from pns.config import Config, GrpoConfig
+from pns.run.stage import ModelFiles, stage
 from pns.stages import grpo
-from pns.stages.context import Context
-from pns.stages.models import backbone
-from pns.stages.scoring import RewardKind
+from pns.stages.artefacts import TrainedModel
+from pns.stages.context import Context, Problems
 
 
-def run(ctx: Context) -> None:
-    """Writes `rl/model`, `rl/rollouts.jsonl`."""
-    problems, too_long = ctx.prompts.fitting(ctx.problems.train)
-    grpo.train(
-        ctx,
-        "rl",
-        ctx.config.rl,
-        backbone(ctx),
-        problems,
-        RewardKind.CORRECTNESS,
-        grpo.accuracy,
-        stop=lambda step, metrics: False,
-    )
-    ctx.run.count("rl", prompts_too_long=too_long)
+@dataclass(frozen=True)
+class RlSettings:
+    grpo: GrpoConfig
+    max_new_tokens: int
+    max_masked_fraction: float
+
+
+def rl_settings(config: Config) -> RlSettings:
+    return RlSettings(config.rl, config.rollout.max_new_tokens, config.reward.max_masked_fraction)
+
+
+@stage(TrainedModel, rl_settings, lambda settings: ("rollout", "verifier", "policy"))
+def rl(ctx: Context, settings: RlSettings, backbone: ModelFiles, problems: Problems) -> TrainedModel:
+    """The target: `backbone` trained on what it gets right and wrong."""
+    trained = TrainedModel(ctx.directory)
+    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
+    run = grpo.GrpoRun("rl", settings.grpo, settings.max_new_tokens, settings.max_masked_fraction)
+    grpo.train(ctx, run, trained, backbone.model, fitting, grpo.accuracy, stop=lambda step, metrics: False)
+    ctx.place.count(prompts_too_long=num_too_long)
+    return trained

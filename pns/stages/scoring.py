@@ -1,201 +1,201 @@
-"""Sampling and scoring of completions: rollout streams into the verifier, the reward model and the judge
-while others still decode."""
+"""Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks for."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from pns.algo import reward
 from pns.algo.formatting import check_format
+from pns.algo.reward import KINDS, VERDICT, compose, correctness, needed
+from pns.config import Config, Pool, RewardConfig, TermKind
 from pns.records import Completion, Problem, Rollout, Verdict
 from pns.stages.context import Context
-from workers.rollout.pool import Request, Sampling
+from pns.stages.stream import Ask, Unfinished, stable_seed, stream
+from workers.rollout.engine import Sample, Sampling
 
 
-class RewardKind(Enum):
-    COMPOSITE = "composite"
-    CORRECTNESS = "correctness"
-
-
-def stable_seed(*parts: object) -> int:
-    """A 31-bit seed from any printable parts, the same on every machine."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
-
-
-def sample(
-    ctx: Context,
-    problems_P: Sequence[Problem],
-    num_completions: int,
-    temperature: float,
-    seed_parts: Sequence[object],
-    top_p: float = 1.0,
-) -> Iterator[list[tuple[int, Problem, Completion]]]:
-    """Yield chunks of (row, problem, completion) as they finish; row = index of the problem * num_completions
-    + index of the completion.
-
-    Every completion has its own seed, from the run's seed, `seed_parts`, the problem and the row."""
-    sampling = Sampling(temperature, top_p, ctx.config.rollout.max_new_tokens)
-    requests = []
-    for p, problem in enumerate(problems_P):
-        prompt_ids = ctx.prompts.encode(problem)
-        for g in range(num_completions):
-            requests.append(
-                Request(
-                    str(p * num_completions + g),
-                    prompt_ids,
-                    stable_seed(ctx.config.seed, *seed_parts, problem.id, p, g),
-                )
-            )
-    for chunk in ctx.fleet.rollout.stream(requests, sampling):
-        found = []
-        for item in chunk:
-            row = int(item.id)
-            problem = problems_P[row // num_completions]
-            text = ctx.prompts.decode(item.token_ids)
-            completion = Completion(
-                f"{problem.id}#{row}",
-                problem.id,
-                text,
-                item.token_ids,
-                item.log_probs,
-                item.finish_reason,
-                item.weights_version,
-            )
-            found.append((row, problem, completion))
-        yield found
+def reward_rules(config: Config) -> RewardConfig:
+    """The reward as stages depend on it: without terms of weight 0, and without where terms are computed."""
+    terms = {
+        name: replace(term, pool=Pool()) for name, term in config.reward.terms.items() if term.weight > 0
+    }
+    return replace(config.reward, terms=terms)
 
 
 @dataclass
-class Scored:
+class _UnderWay:
     """A completion on its way through the gates."""
 
-    problem: Problem
+    ask: Ask
     completion: Completion
     format_ok: bool
     verdict: Verdict = Verdict.UNVERIFIED
-    plausibility: float | None = None
-    coherence: float | None = None
-    missing: dict[str, str] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # verdict or term -> cause
+    open_terms: int = 0
 
 
-class Scorer:
-    """Takes finished completions while others decode, and gives every one its terms.
+class RewardScorer:
+    """Gives every completion its reward: the composite one of `rules`, or (None) that of ordinary RL."""
 
-    The kind of reward decides what is asked for. "composite" (reverse RL): the verdict of well-formed
-    completions, reward model and judge for the wrong ones (for correct ones too unless `config.gated`).
-    "correctness" (ordinary RL): the verdict of well-formed completions.
-    """
+    def __init__(self, ctx: Context, rules: RewardConfig | None, step: int) -> None:
+        self._fleet, self._prompts, self._rules, self._step = ctx.fleet, ctx.prompts, rules, step
+        self._under_way: dict[str, _UnderWay] = {}
+        self._verifying: list[tuple[list[str], Any]] = []
+        self._computing: list[tuple[str, list[str], Any]] = []  # term, keys, handle
+        self._whole: list[tuple[str, Rollout]] = []
 
-    def __init__(self, ctx: Context, kind: RewardKind) -> None:
-        self._fleet, self._prompts, self._config, self._kind = ctx.fleet, ctx.prompts, ctx.config.reward, kind
-        self._scored: dict[int, Scored] = {}
-        self._verifying: list[tuple[list[int], Any]] = []
-        self._modelling: list[tuple[list[int], Any, Any]] = []
+    def submit(self, samples: Sequence[tuple[Ask, Sample]]) -> None:
+        keys, answers = [], []
+        for ask, sample in samples:
+            text = self._prompts.decode(sample.token_ids)
+            completion = Completion(
+                f"{ask.problem.id}#{ask.sample}",
+                ask.problem.id,
+                text,
+                sample.token_ids,
+                sample.log_probs,
+                sample.finish_reason,
+                sample.weights_version,
+            )
+            format_ok = check_format(text, sample.finish_reason).ok
+            self._under_way[ask.key] = _UnderWay(ask, completion, format_ok)
+            if format_ok:
+                keys.append(ask.key)
+                answers.append((ask.problem.answer, text, ask.problem.rule))
+            else:
+                self._settle(ask.key)
+        if keys:
+            self._verifying.append((keys, self._fleet.verifier.submit(answers)))
 
-    def submit(self, chunk: Sequence[tuple[int, Problem, Completion]]) -> None:
-        """Begin scoring a chunk of (row, problem, completion)."""
-        rows, items = [], []
-        for row, problem, completion in chunk:
-            ok = check_format(completion.text, completion.finish_reason).ok
-            self._scored[row] = Scored(problem, completion, ok)
-            if ok:
-                rows.append(row)
-                items.append((problem.answer, completion.text, problem.rule))
-        if rows:
-            self._verifying.append((rows, self._fleet.verifier.submit(items)))
-        self._advance(wait=False)
+    def finished(self, wait: bool) -> list[tuple[str, Rollout]]:
+        self._collect_verdicts(wait)
+        self._collect_terms(wait)
+        whole, self._whole = self._whole, []
+        return whole
 
-    def finish(self) -> dict[int, Scored]:
-        """Wait for every term (at most `deadline_seconds`) and return the scored completions by row."""
-        self._advance(wait=True)
-        deadline = self._config.deadline_seconds
-        for rows, reward_model_handle, judge_handle in self._modelling:
-            scores = self._fleet.reward_model.collect(reward_model_handle, deadline)
-            grades = self._fleet.judge.collect(judge_handle, deadline)
-            for row, score, grade in zip(rows, scores, grades, strict=True):
-                scored = self._scored[row]
-                if score.value is None:
-                    scored.missing[reward.PLAUSIBILITY] = score.cause or "unknown"
-                else:
-                    scored.plausibility = sigmoid(score.value)
-                if grade.value is None:
-                    scored.missing[reward.COHERENCE] = grade.cause or "unknown"
-                else:
-                    scored.coherence = sum(grade.value) / 12
-        return self._scored
+    def _collect_verdicts(self, wait: bool) -> None:
+        still_verifying = []
+        for keys, handle in self._verifying:
+            if wait or self._fleet.verifier.done(handle):
+                self._take_verdicts(keys, self._fleet.verifier.collect(handle))
+            else:
+                still_verifying.append((keys, handle))
+        self._verifying = still_verifying
 
-    def _advance(self, wait: bool) -> None:
-        waiting = []
-        for rows, handle in self._verifying:
-            if not (wait or self._fleet.verifier.done(handle)):
-                waiting.append((rows, handle))
-                continue
-            asked = []
-            for row, result in zip(rows, self._fleet.verifier.collect(handle), strict=True):
-                scored = self._scored[row]
-                scored.verdict = result.verdict
-                if result.verdict is Verdict.UNVERIFIED:
-                    scored.missing[reward.VERDICT] = result.cause or "unknown"
-                if result.verdict is Verdict.WRONG or (
-                    result.verdict is Verdict.CORRECT and not self._config.gated
-                ):
-                    asked.append(row)
-            if self._kind is RewardKind.COMPOSITE and asked:
-                self._ask_models(asked)
-        self._verifying = waiting
+    def _take_verdicts(self, keys: list[str], results: Sequence[Any]) -> None:
+        asked: dict[str, list[str]] = {}
+        for key, result in zip(keys, results, strict=True):
+            scored = self._under_way[key]
+            scored.verdict = result.verdict
+            if result.verdict is Verdict.UNVERIFIED:
+                scored.missing[VERDICT] = result.cause or "unknown"
+            names = needed(True, result.verdict, self._rules) if self._rules else ()
+            scored.open_terms = len(names)
+            for name in names:
+                asked.setdefault(name, []).append(key)
+            if not names:
+                self._settle(key)
+        for name, term_keys in asked.items():
+            self._computing.append((name, term_keys, self._ask_term(name, term_keys)))
 
-    def _ask_models(self, rows: list[int]) -> None:
-        scored = [self._scored[row] for row in rows]
-        sequences = [self._prompts.encode(s.problem) + s.completion.token_ids for s in scored]
-        graded = [(s.problem.prompt, s.completion.text) for s in scored]
-        self._modelling.append(
-            (rows, self._fleet.reward_model.submit(sequences), self._fleet.judge.submit(graded))
-        )
+    def _ask_term(self, name: str, keys: list[str]) -> Any:
+        assert self._rules is not None
+        kind = KINDS[self._rules.terms[name].kind]
+        questions = []
+        for key in keys:
+            scored = self._under_way[key]
+            problem = scored.ask.problem
+            questions.append(kind.item(self._prompts.encode(problem), problem, scored.completion))
+        return self._fleet.scorer(name).submit(questions)
+
+    def _collect_terms(self, wait: bool) -> None:
+        # One limit for everything that is still open, not one for each chunk and service.
+        end = time.monotonic() + self._rules.deadline_seconds if self._rules else 0.0
+        still_computing = []
+        for name, keys, handle in self._computing:
+            pool = self._fleet.scorer(name)
+            if wait or pool.done(handle):
+                outcomes = pool.collect(handle, max(0.0, end - time.monotonic()))
+                self._take_term(name, keys, outcomes)
+            else:
+                still_computing.append((name, keys, handle))
+        self._computing = still_computing
+
+    def _take_term(self, name: str, keys: list[str], outcomes: Sequence[Any]) -> None:
+        assert self._rules is not None
+        kind = KINDS[self._rules.terms[name].kind]
+        for key, outcome in zip(keys, outcomes, strict=True):
+            scored = self._under_way[key]
+            if outcome.value is None:
+                scored.missing[name] = outcome.cause or "unknown"
+            else:
+                scored.terms[name] = kind.score(outcome.value)
+            scored.open_terms -= 1
+            if not scored.open_terms:
+                self._settle(key)
+
+    def _settle(self, key: str) -> None:
+        scored = self._under_way.pop(key)
+        if self._rules is None:
+            reward = correctness(scored.format_ok, scored.verdict, scored.missing)
+        else:
+            reward = compose(scored.format_ok, scored.verdict, scored.terms, scored.missing, self._rules)
+        self._whole.append((key, Rollout(self._step, scored.ask.problem, scored.completion, reward)))
 
 
-def sigmoid(value: float) -> float:
-    """1 / (1 + exp(-value)), without overflow."""
-    return float(0.5 * (1 + np.tanh(value / 2)))
+def rollout_key(rollout: Rollout) -> str:
+    return f"{rollout.step}/{rollout.completion.id}"
+
+
+def unfinished_rollouts(ctx: Context, name: str = "rollouts") -> Unfinished[Rollout]:
+    """Rollouts that have been sampled and scored, and not yet written to the stage's own file `name`."""
+    return Unfinished(ctx.directory / f"{name}.unfinished.jsonl", Rollout, rollout_key)
 
 
 def roll_out(
     ctx: Context,
     problems_P: Sequence[Problem],
     num_completions: int,
-    temperature: float,
-    kind: RewardKind,
-    name: str,
+    sampling: Sampling,
+    rules: RewardConfig | None,
+    seed_name: str,
+    unfinished: Unfinished[Rollout],
     step: int = 0,
-    top_p: float = 1.0,
+    model: str | None = None,
 ) -> list[Rollout]:
     """Sample and score `num_completions` completions of every problem; rows in order, problem by problem.
 
-    The seeds depend on `name` and `step`. A completion that lacks a term it needs is masked (`reward.value`
-    None) with the cause.
+    `rules`: of the composite reward; None: the ordinary one. Seeds depend on `seed_name` and `step`. A completion
+    that lacks a term it needs is masked (`reward.value` None) with the cause. `model`: see `stream`.
     """
-    scorer = Scorer(ctx, kind)
-    for chunk in sample(ctx, problems_P, num_completions, temperature, (name, step), top_p):
-        scorer.submit(chunk)
-    scored = scorer.finish()
-    rollouts = []
-    for row in range(len(problems_P) * num_completions):
-        s = scored[row]
-        if kind is RewardKind.COMPOSITE:
-            value = reward.compose(
-                s.format_ok, s.verdict, s.plausibility, s.coherence, s.missing, ctx.config.reward
-            )
-        else:
-            value = reward.correctness(s.format_ok, s.verdict, s.missing)
-        rollouts.append(Rollout(step, s.problem, s.completion, value))
-    return rollouts
+    asks = []
+    for p, problem in enumerate(problems_P):
+        for g in range(num_completions):
+            row = p * num_completions + g
+            seed = stable_seed(ctx.seed, seed_name, step, problem.id, p, g)
+            asks.append(Ask(f"{step}/{problem.id}#{row}", problem, row, seed, sampling))
+    scorer = RewardScorer(ctx, rules, step)
+    return stream(ctx, asks, scorer, unfinished, lambda rollout: not rollout.reward.masked, model)
+
+
+def load_terms(ctx: Context, rules: RewardConfig, own_reward_model: str) -> None:
+    """Give the services of `rules` their models: the run's own reward model to those that name no other."""
+    for name, term in rules.terms.items():
+        if term.kind is TermKind.reward_model and not term.model:
+            ctx.fleet.scorer(name).load(own_reward_model)
 
 
 def by_verdict(rollouts: Sequence[Rollout], verdict: Verdict) -> list[Rollout]:
     """The well-formed rollouts of that verdict."""
     return [r for r in rollouts if r.reward.format_ok and r.reward.verdict is verdict]
+
+
+def by_problem(rollouts: Sequence[Rollout]) -> dict[str, list[Completion]]:
+    """Problem id -> its completions, in order."""
+    grouped: dict[str, list[Completion]] = {}
+    for rollout in rollouts:
+        grouped.setdefault(rollout.problem.id, []).append(rollout.completion)
+    return grouped

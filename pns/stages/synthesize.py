@@ -1,39 +1,73 @@
-"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they
-are wrong."""
+"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they are
+wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from pns.algo.negatives import filter_negatives
+from pns.algo.reward import weighted_terms
+from pns.config import Config, RewardConfig, Synthesize
 from pns.errors import UserError
 from pns.files import write_json, write_jsonl
-from pns.stages.context import Context
-from pns.stages.models import generator, reward_model
-from pns.stages.scoring import RewardKind, roll_out
+from pns.records import Rollout
+from pns.run.stage import stage
+from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
+from pns.stages.context import Context, Problems
+from pns.stages.scoring import load_terms, reward_rules, roll_out, unfinished_rollouts
+from workers.rollout.engine import Sampling
 
 
-def run(ctx: Context) -> None:
-    """Writes `synthesize/rollouts.jsonl` (every sample), `negatives.jsonl` (the kept) and `counts.json` (why
-    the others were dropped)."""
-    settings, directory = ctx.config.synthesize, ctx.run.stage_dir("synthesize")
-    problems, too_long = ctx.prompts.fitting(ctx.problems.preference)
+@dataclass(frozen=True)
+class SynthesizeSettings:
+    synthesize: Synthesize
+    rules: RewardConfig
+    max_new_tokens: int
+
+
+def synthesize_settings(config: Config) -> SynthesizeSettings:
+    return SynthesizeSettings(config.synthesize, reward_rules(config), config.rollout.max_new_tokens)
+
+
+@stage(Negatives, synthesize_settings, lambda s: ("rollout", "verifier", *weighted_terms(s.rules)))
+def synthesize(
+    ctx: Context, settings: SynthesizeSettings, generator: TrainedModel, rewards: RewardModels, problems: Problems
+) -> Negatives:
+    """What the generator writes for `problems`, with every reward term, filtered."""
+    load_terms(ctx, settings.rules, rewards.main)
+    rollouts = sample_negatives(ctx, settings, generator.model, problems, settings.rules)
+    own = settings.synthesize
+    kept, counts = filter_negatives(rollouts, own.min_quantile, own.quantile_term, own.drop_box_only_flips)
+    return write_negatives(ctx, rollouts, kept, counts, "train the generator longer or sample more per problem")
+
+
+def sample_negatives(
+    ctx: Context, settings: SynthesizeSettings, model: str, problems: Problems, rules: RewardConfig | None
+) -> list[Rollout]:
+    """Completions of `model` for the problems that fit; with the ordinary reward where `rules` is None."""
+    own = settings.synthesize
+    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
     ctx.track.begin("synthesize", 1, 0)
-    ctx.fleet.reward_model.load(reward_model(ctx))
-    ctx.fleet.rollout.load(generator(ctx))
-    rollouts = roll_out(
-        ctx, problems, settings.samples_per_problem, settings.temperature, RewardKind.COMPOSITE, "synthesize"
+    ctx.place.count(prompts_too_long=num_too_long)
+    sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
+    unfinished = unfinished_rollouts(ctx)
+    return roll_out(
+        ctx, fitting, own.samples_per_problem, sampling, rules, "synthesize", unfinished, model=model
     )
-    write_jsonl(directory / "rollouts.jsonl", rollouts)
-    negatives, counts = filter_negatives(
-        rollouts, settings.min_plausibility_quantile, settings.drop_box_only_flips
-    )
-    if not negatives:
-        raise UserError(
-            f"synthesize: no negative was kept ({counts}); train the generator longer or sample more per problem"
-        )
-    write_jsonl(directory / "negatives.jsonl", negatives)
-    write_json(directory / "counts.json", counts)
-    ctx.track.log(0, {"kept": float(len(negatives)), "kept_share": len(negatives) / len(rollouts)})
+
+
+def write_negatives(
+    ctx: Context, rollouts: Sequence[Rollout], kept: Sequence[Rollout], counts: dict[str, int], way_out: str
+) -> Negatives:
+    """Write all samples, the kept ones and why the others were dropped. Raises UserError where none was kept."""
+    negatives = Negatives(ctx.directory)
+    write_jsonl(negatives.rollouts_file, rollouts)
+    if not kept:
+        raise UserError(f"synthesize: no negative was kept ({counts}); {way_out}")
+    write_jsonl(negatives.negatives_file, kept)
+    write_json(negatives.counts_file, counts)
+    ctx.track.log(0, {"kept": float(len(kept)), "kept_share": len(kept) / len(rollouts)})
     ctx.track.end()
-    ctx.run.count(
-        "synthesize", samples=len(rollouts), kept=len(negatives), prompts_too_long=too_long, **counts
-    )
+    ctx.place.count(samples=len(rollouts), kept=len(kept), **counts)
+    return negatives
