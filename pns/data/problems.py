@@ -83,7 +83,8 @@ def load_problem_sets(config: Config) -> ProblemSets:
                     f"data.jsonl.{part}: every problem of {names[part]} is also in a suite; name another file"
                 )
             parts[part] = kept
-    return ProblemSets(*(parts[part] for part in TRAINING), suites, identities, removed)
+    train, reward, preference = (parts[part] for part in TRAINING)
+    return ProblemSets(train, reward, preference, suites, identities, removed)
 
 
 def load_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Identity]]:
