@@ -11,6 +11,7 @@ from typing import Any
 
 from pns.config import Config, Data, DataSource, external_pairs
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, Hub, ProblemSet, content_hash, decodings
+from pns.data.checker import Checker
 from pns.data.decontamination import Overlap, Overlaps, decontaminate
 from pns.errors import UserError
 from pns.files import json_lines
@@ -36,7 +37,8 @@ class ProblemSets:
     """The run's problems: `train` for RL, `reward` for the reward models, `preference` for synthesis and
     pairs, `suites` for evaluation.
 
-    `removed` are the overlaps with benchmarks for which problems of each training part were left out."""
+    `removed` are the overlaps with benchmarks for which problems of each training part were left out. `checker`
+    judges derivations step by step, where the problems are of a kind that allows it."""
 
     train: list[Problem]
     reward: list[Problem]
@@ -44,6 +46,7 @@ class ProblemSets:
     suites: dict[str, list[Problem]]
     identities: dict[str, Identity] = field(default_factory=dict)
     removed: dict[str, list[Overlap]] = field(default_factory=dict)
+    checker: Checker | None = None
 
 
 def load_problem_sets(config: Config) -> ProblemSets:
@@ -59,6 +62,7 @@ def load_problem_sets(config: Config) -> ProblemSets:
             preference=tiny_world.problems("preference", None, tiny.num_preference, config.seed),
             suites=suites,
             identities=identities,
+            checker=tiny_world.StepChecker(),
         )
     if external_pairs(config):
         return ProblemSets([], [], [], suites, identities)
@@ -79,7 +83,8 @@ def load_problem_sets(config: Config) -> ProblemSets:
                     f"data.jsonl.{part}: every problem of {names[part]} is also in a suite; name another file"
                 )
             parts[part] = kept
-    return ProblemSets(**parts, suites=suites, identities=identities, removed=removed)
+    train, reward, preference = (parts[part] for part in TRAINING)
+    return ProblemSets(train, reward, preference, suites, identities, removed)
 
 
 def load_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Identity]]:

@@ -12,11 +12,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pns.files import read_jsonl, write_json
+from pns.files import read_json, read_jsonl, write_json
 from pns.run.directory import RunDirectory
 
 MODELS = ("start", "rl", "preference")
 SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}
+_WRITTEN = {  # key of the report: what a stage wrote
+    "suites": "evaluate/scores.json",
+    "generator": "reverse_rl/generator.json",
+    "reward_model": "reward_model/quality.json",
+    "pairs": "pair/quality.json",
+}
 _COLUMNS = 3  # of plots side by side
 
 
@@ -28,27 +34,21 @@ def write_report(run: RunDirectory, console: Console | None = None) -> dict[str,
     negatives), `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `versions`. What no finished
     stage has written is left out.
     """
-    report = build(run)
+    report = build_report(run.path)
     write_json(run.path / "report.json", report)
-    plots = plot(run)
-    (console or Console()).print(
-        *tables(report), f"{run.path / 'report.json'}, {len(plots)} plots in {run.path / 'plots'}", sep="\n"
-    )
+    plots = plot_metrics(run.path)
+    where = f"{run.path / 'report.json'}, {len(plots)} plots in {run.path / 'plots'}"
+    (console or Console()).print(*report_tables(report), where, sep="\n")
     return report
 
 
-def build(run: RunDirectory) -> dict[str, Any]:
+def build_report(run_path: Path) -> dict[str, Any]:
     """The report's values."""
     report: dict[str, Any] = {}
-    parts = {
-        "suites": "evaluate/scores.json",
-        "generator": "reverse_rl/generator.json",
-        "reward_model": "reward_model/quality.json",
-    }
-    for key, name in {**parts, "pairs": "pair/quality.json"}.items():
-        if (run.path / name).is_file():
-            report[key] = run.read_json(run.path / name)
-    manifests = [run.read_json(path) for path in run.path.glob("*/manifest.json")]
+    for key, name in _WRITTEN.items():
+        if (run_path / name).is_file():
+            report[key] = read_json(run_path / name)
+    manifests = [read_json(path) for path in run_path.glob("*/manifest.json")]
     manifests.sort(key=lambda manifest: manifest["ended"])
     report["stages"] = {
         manifest["stage"]: {"seconds": manifest["seconds"], "counts": manifest["counts"]}
@@ -56,58 +56,59 @@ def build(run: RunDirectory) -> dict[str, Any]:
     }
     if manifests:
         report["versions"] = manifests[-1]["versions"]
-    if (run.path / "run.json").is_file():
-        report |= {
-            key: value for key, value in run.read_json(run.path / "run.json").items() if value is not None
-        }
+    if (run_path / "run.json").is_file():
+        figures = read_json(run_path / "run.json")
+        report |= {key: value for key, value in figures.items() if value is not None}
     return report
 
 
-def tables(report: Mapping[str, Any]) -> list[Table]:
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
     """Terminal tables: accuracies, the generator, the stages' times."""
-    found = []
+    made = []
     if suites := report.get("suites"):
         table = Table("suite", *MODELS, "n", title="Accuracy in % [95 % Wilson interval]")
         for suite, scores in suites.items():
             n = next(iter(scores.values()))["n"] if scores else ""
             table.add_row(
                 suite,
-                *(_accuracy(scores.get(model)) for model in MODELS),
+                *(interval(scores.get(model)) for model in MODELS),
                 str(n),
                 end_section=suite == list(suites)[-2:][0],
             )
-        found.append(table)
+        made.append(table)
     if generator := report.get("generator"):
         table = Table("generator", *generator, title="Generator of negatives")
         for figure in dict.fromkeys(key for values in generator.values() for key in values):
             table.add_row(figure, *(_figure(values.get(figure)) for values in generator.values()))
-        found.append(table)
+        made.append(table)
     if stages := report.get("stages"):
         table = Table("stage", "seconds", title="Time")
         for stage, values in stages.items():
             table.add_row(stage, f"{values['seconds']:.0f}")
-        found.append(table)
-    return found
+        made.append(table)
+    return made
 
 
-def plot(run: RunDirectory) -> list[Path]:
+def plot_metrics(run_path: Path) -> list[Path]:
     """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png; needs no
     display."""
-    directory = run.path / "plots"
+    directory = run_path / "plots"
     directory.mkdir(exist_ok=True)
     for old in directory.glob("*.png"):
         old.unlink()
     written: list[Path] = []
     rows_by_stage: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(run.path / "metrics.jsonl") if (run.path / "metrics.jsonl").is_file() else []:
+    metrics = run_path / "metrics.jsonl"
+    for row in read_jsonl(metrics) if metrics.is_file() else []:
         rows_by_stage.setdefault(row["stage"], []).append(row)
     for stage, rows in rows_by_stage.items():
         if len(rows) > 1:
             written.append(directory / f"{stage}.png")
             _curves(stage, rows).savefig(written[-1])
-    if (run.path / "pair" / "scores.json").is_file():
+    scores = run_path / "pair" / "scores.json"
+    if scores.is_file():
         written.append(directory / "reward_model_scores.png")
-        _distributions(run.read_json(run.path / "pair" / "scores.json")).savefig(written[-1])
+        _distributions(read_json(scores)).savefig(written[-1])
     return written
 
 
@@ -129,24 +130,24 @@ def _distributions(scores: Mapping[str, Sequence[float]]) -> Figure:
     figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     pooled = [score for values in scores.values() for score in values]
+    span = (min(pooled, default=0.0), max(pooled, default=0.0))  # the same bins for all
     for source, values in scores.items():
         if values:
-            label = f"{SOURCES.get(source, source)} (n = {len(values)}, mean {sum(values) / len(values):.2f})"
-            axes.hist(
-                values, bins=30, range=(min(pooled), max(pooled)), density=True, histtype="step", label=label
-            )
+            mean = sum(values) / len(values)
+            label = f"{SOURCES.get(source, source)} (n = {len(values)}, mean {mean:.2f})"
+            axes.hist(values, bins=30, range=span, density=True, histtype="step", label=label)
     axes.set_xlabel("reward-model score")
     axes.set_ylabel("density")
     axes.legend(fontsize=7)
     return figure
 
 
-def _accuracy(score: Mapping[str, float] | None) -> str:
-    return (
-        f"{100 * score['accuracy']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
-        if score
-        else "-"
-    )
+def interval(score: Mapping[str, float] | None) -> str:
+    """Accuracy in % with its interval."""
+    if score is None:
+        return "-"
+    accuracy, low, high = (100 * score[figure] for figure in ("accuracy", "low", "high"))
+    return f"{accuracy:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _figure(value: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pns.algo.judging import Template, coherence, make_nonce, render_tiny
+from pns.algo.judging import Template, make_nonce, render_tiny, rubric_score
 from pns.config import WarmStart
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Problem, from_json
@@ -147,7 +147,7 @@ def judge_quality(ctx: Context, settings: WarmStart) -> dict[str, float]:
     )
     labels = [tiny_world.rubric(problem, text) for problem, text in candidates]
     rows = [
-        (coherence(o.value), coherence(label), o.value == label)
+        (rubric_score(o.value), rubric_score(label), o.value == label)
         for o, label in zip(outcomes, labels, strict=True)
         if o.value
     ]

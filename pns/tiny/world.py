@@ -103,9 +103,6 @@ _RULES: dict[str, SuiteRule] = {
 SUITES: tuple[str, ...] = tuple(_RULES)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the world
-
-
 @dataclass(frozen=True)
 class Fact:
     """One sentence of a problem. `relation` is base, more, fewer, times, half or plus; `number` its constant
@@ -148,7 +145,7 @@ class Fact:
                 return value[self.parts[0]] + value[self.parts[1]]
 
     def expressions(self, value: Mapping[str, int]) -> list[str]:
-        """Every right way to write this quantity, given the values of its parts; the first is the plain one."""
+        """Every right way to write this quantity, given its parts' values; the first is the plain one."""
         numbers = [value[part] for part in self.parts]
         a = numbers[0]
         match self.relation:
@@ -192,9 +189,8 @@ class World:
         while rest:
             ready = [fact for fact in rest if all(part in value or part in failed for part in fact.parts)]
             if not ready:
-                raise UserError(
-                    f"tiny world: circular facts in {self.text()!r}: write each quantity in terms of earlier ones"
-                )
+                fault = f"tiny world: circular facts in {self.text()!r}"
+                raise UserError(f"{fault}: write each quantity in terms of earlier ones")
             for fact in ready:
                 result = None if failed.intersection(fact.parts) else fact.compute(value)
                 if result is None:
@@ -210,6 +206,11 @@ class World:
         fact = self.facts[name or self.query]
         parts = sorted(self.tree(part) for part in fact.parts)
         return f"({fact.relation} {fact.number} {' '.join(parts)})"
+
+    def split(self) -> str:
+        """The split of SPLITS that the problem belongs to, from its expression tree alone."""
+        bucket = int.from_bytes(hashlib.sha256(self.tree().encode()).digest()[:8], "big") % 100
+        return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
 def evaluate(expression: str) -> Fraction | None:
@@ -230,7 +231,8 @@ _NAME = "(" + "|".join(NAMES) + ")"
 _INTEGER = r"-?(?:0|[1-9][0-9]{0,8})"
 _EXPRESSION = rf"({_INTEGER}(?:[+\-*/]{_INTEGER})+)"
 _FACT = re.compile(
-    rf"{_NAME} has (?:([0-9]+)|([0-9]+) (more|fewer) than {_NAME}|([0-9]+) (times) {_NAME}|(half) of {_NAME}|{_NAME} (plus) {_NAME})\. ?"
+    rf"{_NAME} has (?:([0-9]+)|([0-9]+) (more|fewer) than {_NAME}|([0-9]+) (times) {_NAME}|"
+    rf"(half) of {_NAME}|{_NAME} (plus) {_NAME})\. ?"
 )
 _QUERY = re.compile(rf"How many has {_NAME}\? ?")
 _STEP = re.compile(
@@ -258,9 +260,8 @@ def parse_problem(text: str) -> World:
         position = match.end()
     query = _QUERY.fullmatch(text, position)
     if query is None:
-        raise UserError(
-            f"tiny world: cannot read {text[position:]!r} in problem {text!r}: use the sentences of pns.tiny.world"
-        )
+        fault = f"tiny world: cannot read {text[position:]!r} in problem {text!r}"
+        raise UserError(f"{fault}: use the sentences of pns.tiny.world")
     unknown = {part for fact in facts.values() for part in fact.parts} | {query[1]}
     if unknown - facts.keys():
         raise UserError(
@@ -269,19 +270,6 @@ def parse_problem(text: str) -> World:
     world = World(facts, query[1])
     world.values()
     return world
-
-
-# ------------------------------------------------------------------------------------------------------- drawing problems
-
-
-def split_of(problem: Problem) -> str:
-    """The split a problem belongs to, from its text alone."""
-    return _split(parse_problem(problem.prompt))
-
-
-def _split(world: World) -> str:
-    bucket = int.from_bytes(hashlib.sha256(world.tree().encode()).digest()[:8], "big") % 100
-    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
 def problems(split: str, suite: str | None, num: int, seed: int, max_steps: int = MAX_STEPS) -> list[Problem]:
@@ -312,7 +300,7 @@ def problems(split: str, suite: str | None, num: int, seed: int, max_steps: int 
             raise UserError(
                 f"tiny world: suite {name} of split {split} has no {num} different problems: ask for fewer"
             )
-        if world is None or _split(world) != split or world.text() in found:
+        if world is None or world.split() != split or world.text() in found:
             continue
         text = world.text()
         identity = f"tiny-{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -423,8 +411,6 @@ def _swappable(world: World, answer: int) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------------ writing solutions
-
 _PHRASES: tuple[Callable[[str, str, int], str], ...] = (
     lambda name, expression, result: f"{name} has {expression}={result}. ",
     lambda name, expression, result: f"So {name} has {expression}={result}. ",
@@ -494,9 +480,6 @@ def _wrong_expression(
     else:
         new = str(max(1, int(rng.choice((left, right))) + rng.choice((-3, -2, -1, 1, 2, 3, 10))))
     return f"{new}{operator}{right}" if rng.random() < 0.5 else f"{left}{operator}{new}"
-
-
-# --------------------------------------------------------------------------------------------------- checking solutions
 
 
 @dataclass(frozen=True)
@@ -683,18 +666,15 @@ def _judge_box(world: World, stated: Mapping[str, int], box: int, reported: set[
     ]
 
 
-# ------------------------------------------------------------------------------------------- rubric labels and corruptions
-
-
 def rubric(problem: Problem, text: str) -> tuple[int, int, int, int]:
     """The judge's label: (relevance, logical coherence, completeness, clarity), each 0-3.
 
     It does not grade numbers: arithmetic and operator errors cost nothing. With o operand errors and m
     missing steps:
 
-        any format, entity, order, query, duplicate or surplus error    (0, 0, 0, 0)
-        box contradicts the derivation (answer)                         (3, 0, max(0, 3 - 2m), 0)
-        otherwise                                                       (3, max(0, 3 - 2o - m), max(0, 3 - 2m), 3)
+        any format, entity, order, query, duplicate or surplus error: (0, 0, 0, 0)
+        box contradicts the derivation (answer): (3, 0, max(0, 3 - 2m), 0)
+        otherwise: (3, max(0, 3 - 2o - m), max(0, 3 - 2m), 3)
 
     Strict on purpose: with partial credit a generator learns to finish a right solution and append a
     redundant wrong step."""
@@ -706,6 +686,13 @@ def rubric(problem: Problem, text: str) -> tuple[int, int, int, int]:
     if "answer" in kinds:
         return (3, 0, completeness, 0)
     return (3, max(0, 3 - 2 * operands - missing), completeness, 3)
+
+
+class StepChecker:
+    """The world's `pns.data.checker.Checker`."""
+
+    check = staticmethod(check)
+    rubric = staticmethod(rubric)
 
 
 def corrupt(problem: Problem, rng: Random, kind: str) -> str:

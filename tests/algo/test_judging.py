@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from pns.algo.judging import (
     DIMENSIONS,
     Template,
-    coherence,
     make_nonce,
     neutralise,
     parse_verdict,
     render_text,
     render_tiny,
-    render_verdict,
+    rubric_score,
     verdict_parts,
     verdict_regex,
 )
@@ -94,6 +93,12 @@ def test_the_table_is_large_enough() -> None:
     assert len(set(INJECTIONS)) >= 40
 
 
+def render_verdict(scores: tuple[int, ...], template: Template, nonce: str) -> str:
+    """The verdict's text, the inverse of `parse_verdict`."""
+    *before, after = verdict_parts(template, nonce)
+    return "".join(part + str(score) for part, score in zip(before, scores, strict=True)) + after
+
+
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_a_judge_that_repeats_the_candidate_gives_no_verdict(text: str) -> None:
     assert parse_verdict(text, Template.TEXT, NONCE) is None
@@ -150,10 +155,10 @@ def test_another_nonce_is_no_verdict() -> None:
     assert parse_verdict(text.replace("=3 coh", "=4 coh"), Template.TEXT, NONCE) is None
 
 
-def test_coherence_is_the_sum_over_twelve() -> None:
-    assert coherence((3, 3, 3, 3)) == 1
-    assert coherence((0, 0, 0, 0)) == 0
-    assert coherence((3, 2, 0, 1)) == 0.5
+def test_the_rubric_score_is_the_sum_over_twelve() -> None:
+    assert rubric_score((3, 3, 3, 3)) == 1
+    assert rubric_score((0, 0, 0, 0)) == 0
+    assert rubric_score((3, 2, 0, 1)) == 0.5
 
 
 def test_nonces_depend_on_everything_graded_and_on_the_seed() -> None:

@@ -32,7 +32,6 @@ from pns.tiny.world import (
     problems,
     random_solution,
     rubric,
-    split_of,
 )
 
 # Bob 12, Cal 19, Eve 57, Gus 69; Fay (6) is a distractor.
@@ -271,15 +270,13 @@ def test_splits_are_disjoint_and_reproducible() -> None:
         assert rows == problems(split, None, 42, 3)
         assert rows[:20] == problems(split, None, 20, 3)
         assert rows != problems(split, None, 42, 4)
-        assert {split_of(problem) for problem in rows} == {split}
+        assert {parse_problem(problem.prompt).split() for problem in rows} == {split}
         assert len({problem.id for problem in rows}) == len({problem.prompt for problem in rows}) == 42
         assert {problem.suite for problem in rows} == set(SUITES)
     trees = [{parse_problem(problem.prompt).tree() for problem in rows} for rows in drawn.values()]
     assert all(not a & b for a, b in itertools.combinations(trees, 2))
-    renamed = Problem("r", "Eve has 7 more than Hal. Ann has 3. Hal has 12. How many has Eve? ", "19")
-    assert split_of(renamed) == split_of(
-        Problem("s", "Bob has 12. Cal has 7 more than Bob. How many has Cal? ", "19")
-    )
+    renamed = parse_problem("Eve has 7 more than Hal. Ann has 3. Hal has 12. How many has Eve? ")
+    assert renamed.split() == parse_problem("Bob has 12. Cal has 7 more than Bob. How many has Cal? ").split()
 
 
 def test_curriculum_limits_steps() -> None:
@@ -338,9 +335,6 @@ def test_corruptions(kind: str, drawn_suites: dict[str, list[Problem]]) -> None:
         elif kind not in ("format", "garbage"):
             assert not found.answer_correct
     assert made >= (15 if kind == "surplus" else 50)
-
-
-# ---------------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def test_tokenizer_round_trip(

@@ -170,7 +170,7 @@ def _num_tokens(candidate: Candidate) -> int:
 
 class JudgePool(ScoringPool[Candidate, Scores]):
     """Judge actors: items are (problem text, solution text), values four scores 0-3;
-    `pns.algo.judging.coherence` makes them one number."""
+    `pns.algo.judging.rubric_score` makes them one number."""
 
     def __init__(
         self,

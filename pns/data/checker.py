@@ -1,0 +1,28 @@
+"""What a checker of derivations knows of a text, beyond whether its final answer is right."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pns.records import Problem
+
+
+class StepCheck(Protocol):
+    """`first_wrong_end`: characters of the text up to and including its first wrong step, None where all are
+    right. `single_error`: whether the text is well formed and has exactly one error."""
+
+    @property
+    def first_wrong_end(self) -> int | None: ...
+
+    @property
+    def single_error(self) -> bool: ...
+
+
+class Checker(Protocol):
+    """Step-by-step judgements on solutions, for problems whose derivations can be checked exactly."""
+
+    def check(self, problem: Problem, text: str) -> StepCheck: ...
+
+    def rubric(self, problem: Problem, text: str) -> tuple[int, int, int, int]:
+        """The grades of `pns.algo.judging.DIMENSIONS` that the text deserves, each 0-3."""
+        ...
