@@ -57,9 +57,9 @@ class Schedule(StrEnum):
 
 
 class Layout(Enum):
-    padded = "padded"  # rows padded to the longest of their micro-batch
-    packed = "packed"  # rows end to end, no padding
-    shared = "shared"  # packed, and what neighbouring rows of one prompt have in common at their beginning is computed once
+    padded = "padded"
+    packed = "packed"
+    shared = "shared"
 
 
 class GeneratorStart(Enum):
@@ -160,7 +160,7 @@ class Data:
     )
     stop: str = key(
         "",
-        "evaluation reads a completion up to this text (base models go on to a next problem); empty: all of it",
+        "evaluation reads a completion up to this text (base models go on to a next problem); empty: all",
     )
     max_prompt_tokens: int = key(
         1024,
@@ -239,13 +239,14 @@ class PolicyConfig:
     gradient_checkpointing: bool = key(True, "compute activations again in the backward pass, to save memory")
     compile: bool = key(
         False,
-        "torch.compile norms and feed-forward parts: slower first steps; needs a C++ compiler on cpu, Triton on cuda",
+        "torch.compile norms and feed-forward parts: slower first steps; needs a C++ compiler on cpu, Triton "
+        "on cuda",
     )
     lora: Lora = section(Lora)
     layout: Layout = key(
         Layout.shared,
-        "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and the common beginning "
-        "of neighbouring rows of one prompt is computed once",
+        "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and what "
+        "neighbouring rows of one prompt have in common at their beginning is computed once",
     )
 
 
@@ -291,7 +292,7 @@ class ReverseRl(GrpoConfig):
 
     start: GeneratorStart = key(
         GeneratorStart.target,
-        "initial weights of the generator: models.backbone, the result of rl (target), or models.generator (path)",
+        "initial weights of the generator: models.backbone, the model that rl trained, or models.generator",
     )
     stop_wrong_rate: float = key(0.9, "stop early at this share of wrong completions ...", between(0, 1))
     stop_format_rate: float = key(0.95, "... with at least this share well-formed ...", between(0, 1))
@@ -301,15 +302,15 @@ class ReverseRl(GrpoConfig):
     stop_term: str = key("plausibility", "name of the reward term that stop_patience watches")
     max_hold_wrong_rate: float = key(
         1.0,
-        "stop at once when the share of wrong completions reaches this (a KL-anchored generator near the target); "
-        "1: never",
+        "stop at once when the share of wrong completions reaches this (a KL-anchored generator near the "
+        "target); 1: never",
         between(0, 1),
     )
 
 
 @dataclass
 class RewardTerm:
-    """One named term of the composite reward: an unweighted score in [0, 1], computed by a service of its own."""
+    """One named term of the composite reward: an unweighted score in [0, 1] from a service of its own."""
 
     kind: TermKind = key(
         TermKind.reward_model,
@@ -446,7 +447,7 @@ class PreferenceData:
     limit: int = key(0, "at most this many pairs of path or hub; 0: all", at_least(0))
     bad_pairs: BadPairs = key(
         BadPairs.error,
-        "an empty or identical side, a prompt or a pair too long: stop at the first (error), or drop and count",
+        "an empty or identical side, a prompt or a pair too long: stop at the first, or drop and count them",
     )
 
 
@@ -486,8 +487,8 @@ class PreferenceConfig:
     pairs_per_step: int = key(32, "pairs of one step", at_least(1))
     margin: MarginMask = key(
         MarginMask.completion,
-        "tokens of a pair that the loss reads: all of the completion, or from the first wrong step or the first "
-        "token that differs",
+        "tokens in the margin: all of both sides; of the rejected side those up to its first wrong step; of "
+        "each side the one where they first differ",
     )
     data: PreferenceData = section(PreferenceData)
     max_skipped_updates: int = key(

@@ -105,9 +105,9 @@ def walk_keys(settings: Any, prefix: str = "") -> Iterator[Key]:
             yield Key(name, config_field, value, settings)
 
 
-def check_ranges(settings: Any, prefix: str = "") -> None:
+def check_ranges(settings: Any) -> None:
     """Raises UserError for the first number that is outside its range."""
-    for number in walk_keys(settings, prefix):
+    for number in walk_keys(settings):
         allowed, value = number.allowed, number.value
         if allowed is None or value is None or value in allowed:
             continue

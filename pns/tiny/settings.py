@@ -56,7 +56,7 @@ def check_settings(settings: WarmStart) -> None:
     heads, head_size = settings.heads, settings.hidden_size // settings.heads
     if settings.hidden_size % heads or head_size % 2:
         raise UserError(
-            f"hidden_size: {settings.hidden_size} must be an even multiple of heads, {heads} (rotary positions)"
+            f"hidden_size: {settings.hidden_size} must be an even multiple of heads, {heads} (rotary)"
         )
     if heads % settings.key_value_heads:
         raise UserError(f"heads: {heads} must be a multiple of key_value_heads, {settings.key_value_heads}")
