@@ -46,8 +46,18 @@ def above(low: float) -> Range:
     return Range(low, open_low=True)
 
 
-def between(low: float, high: float, open_low: bool = False, open_high: bool = False) -> Range:
-    return Range(low, high, open_low, open_high)
+def between(low: float, high: float) -> Range:
+    return Range(low, high)
+
+
+def below(high: float) -> Range:
+    """[0, high)"""
+    return Range(0, high, open_high=True)
+
+
+def up_to(high: float) -> Range:
+    """(0, high]"""
+    return Range(0, high, open_low=True)
 
 
 def key(default: Any, meaning: str, allowed: Range | None = None, **metadata: Any) -> Any:

@@ -50,7 +50,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
     config = merge_layers(Config, [*recipes, override_layer(overrides or [])], source)
     config.name = config.name or Path(path or "defaults").stem
     config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
-    check(config)
+    check_config(config)
     check_data(config.data, training and not external_pairs(config))
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
@@ -141,7 +141,7 @@ def suggest_key(name: str, settings: Any) -> str:
     return did_you_mean(name, (keys | sections) - {""})
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Every number against its range, then what keys say of each other. Raises UserError."""
     check_ranges(config)
     _check_loss(config.preference)
@@ -154,7 +154,7 @@ def check_name(config: Config) -> None:
         raise UserError(f"name: {config.name!r} must be a directory name, without slashes")
 
 
-def check_models(config: Config) -> None:
+def check_model_keys(config: Config) -> None:
     if not config.models.backbone:
         raise UserError("models.backbone is empty: name a model directory or a Hub id (owner/name)")
     if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
@@ -269,7 +269,7 @@ def check_pairs(config: Config) -> None:
 
 CHECKS: tuple[Callable[[Config], None], ...] = (
     check_name,
-    check_models,
+    check_model_keys,
     check_lora,
     check_pools,
     check_terms,

@@ -24,7 +24,7 @@ from pns.config import (
     to_dict,
 )
 from pns.errors import UserError
-from pns.fields import FINITE, Range, above, at_least, between, check_ranges, walk_keys
+from pns.fields import FINITE, Range, above, at_least, below, between, check_ranges, up_to, walk_keys
 from pns.tiny.settings import WarmStart
 
 # `per_suite` is empty by default: one suite, so that the walk meets what a suite's section has.
@@ -80,8 +80,8 @@ def test_the_walk_reaches_sections_in_dicts() -> None:
         (at_least(1), (1, 2.5), (0.99, math.nan, math.inf), "1 or more"),
         (above(0), (0.01,), (0, -1, math.nan), "greater than 0"),
         (between(0, 1), (0, 1), (-0.01, 1.01), "in [0, 1]"),
-        (between(0, 1, open_low=True), (1,), (0,), "in (0, 1]"),
-        (between(0, 0.5, open_high=True), (0,), (0.5,), "in [0, 0.5)"),
+        (up_to(1), (1,), (0,), "in (0, 1]"),
+        (below(0.5), (0,), (0.5,), "in [0, 0.5)"),
         (FINITE, (-5, 5), (math.nan, math.inf, -math.inf), "finite"),
     ],
 )

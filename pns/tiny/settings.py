@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pns.config import Optimizer, Schedule
 from pns.errors import UserError
-from pns.fields import at_least, between, check_ranges, key, path_or_name, section
+from pns.fields import at_least, between, check_ranges, key, path_or_name, section, up_to
 
 
 class TinyTask(StrEnum):
@@ -34,7 +34,7 @@ class WarmStart:
     heads: int = key(4, "attention heads of a block", at_least(1))
     key_value_heads: int = key(2, "heads of keys and values that the attention heads share", at_least(1))
     feed_forward_size: int = key(384, "width of the feed-forward parts", at_least(1))
-    init_std: float = key(0.06, "standard deviation of the initial weights", between(0, 1, open_low=True))
+    init_std: float = key(0.06, "standard deviation of the initial weights", up_to(1))
     tie_embeddings: bool = key(True, "the head is the embedding")
     batch_size: int = key(32, "rows of one step", at_least(1))
     curriculum_steps: int = key(
