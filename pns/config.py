@@ -144,7 +144,7 @@ class Data:
     decontaminate: bool = key(True, "drop training problems that overlap with a suite (jsonl only)")
     prompt: PromptFamily = key(
         PromptFamily.none,
-        "fills the six keys from data.chat_template to data.stop; auto: by the chat template; none: they stand",
+        "fills the six keys from chat_template to stop; auto: by the chat template; none: they stand",
     )
     chat_template: bool = key(True, "false: the prompt is plain text, without turns")
     system_prompt: str = key("", "system turn put before every problem; empty: none")
@@ -350,7 +350,7 @@ class Synthesize:
     temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
     min_quantile: float = key(0.0, "of quantile_term; negatives below are dropped; 0: none", below(1))
     quantile_term: str = key("plausibility", "name of the reward term that min_quantile reads")
-    drop_box_only_flips: bool = key(True, "drop negatives that are wrong in the boxed answer alone")
+    drop_box_only_flips: bool = key(True, "drop negatives that reason rightly and box a wrong answer")
 
 
 @dataclass

@@ -40,7 +40,7 @@ Layer = tuple[DictConfig, Path]  # keys, and the directory that their paths are 
 
 def load(path: str | Path | None, overrides: list[str] | None = None, training: bool = True) -> Config:
     """Read the recipe at `path` (None: the defaults), apply `key=value` overrides, check it; `training` False
-    asks for no training data.
+    asks for no training data and no reward.
 
     Paths become absolute: those of a recipe are relative to its file, those of `overrides` to the working
     directory. Raises UserError with key, value and the way out.
@@ -50,8 +50,9 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
     config = merge_layers(Config, [*recipes, override_layer(overrides or [])], source)
     config.name = config.name or Path(path or "defaults").stem
     config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
-    check_config(config)
-    check_data(config.data, training and not external_pairs(config))
+    samples = training and not external_pairs(config)
+    check_config(config, samples)
+    check_data(config.data, samples)
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
     return config
@@ -141,11 +142,12 @@ def suggest_key(name: str, settings: Any) -> str:
     return did_you_mean(name, (keys | sections) - {""})
 
 
-def check_config(config: Config) -> None:
-    """Every number against its range, then what keys say of each other. Raises UserError."""
+def check_config(config: Config, samples: bool) -> None:
+    """Every number against its range, then what keys say of each other; of the reward only where the run
+    `samples` its pairs. Raises UserError."""
     check_ranges(config)
     _check_loss(config.preference)
-    for check_keys in CHECKS:
+    for check_keys in (*CHECKS, *REWARD_CHECKS) if samples else CHECKS:
         check_keys(config)
 
 
@@ -272,11 +274,9 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     check_model_keys,
     check_lora,
     check_pools,
-    check_terms,
-    check_rewards,
-    check_term_names,
     check_pairs,
 )
+REWARD_CHECKS: tuple[Callable[[Config], None], ...] = (check_terms, check_rewards, check_term_names)
 
 
 def check_data(data: Data, training: bool) -> None:

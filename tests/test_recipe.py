@@ -10,7 +10,7 @@ import pytest
 
 from pns.config import LOSS_DEFAULTS, Config, Dtype, to_dict
 from pns.errors import UserError
-from pns.recipe import CHECKS, load, merge_layers, override_layer, resolve_path
+from pns.recipe import load, merge_layers, override_layer, resolve_path
 from pns.tiny.settings import Architecture, WarmStart, check_settings
 
 ROOT = Path(__file__).parents[1]
@@ -199,8 +199,14 @@ def test_terms_are_added_and_switched_off(recipe: Path) -> None:
         load(recipe, ["synthesize.min_quantile=0.5", "synthesize.quantile_term=beauty"])
 
 
-def test_every_check_is_asked_once() -> None:
-    assert len(set(CHECKS)) == len(CHECKS)
+def test_the_reward_is_checked_where_it_is_asked(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("")
+    no_judge = ["models.backbone=owner/model"]
+    load(None, no_judge, training=False)
+    load(None, [*no_judge, f"preference.data.path={pairs}"])
+    with pytest.raises(UserError, match=r"reward\.terms\.coherence\.model is empty"):
+        load(None, no_judge)
 
 
 def test_missing_and_malformed_recipe(tmp_path: Path) -> None:
