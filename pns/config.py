@@ -23,6 +23,7 @@ class DataSource(Enum):
     jsonl = "jsonl"
 
 
+# An enum whose values go on to a library or key a table of strings is a StrEnum.
 class PromptFamily(StrEnum):
     """`pns.data.prompts` has what each fills in."""
 
@@ -258,6 +259,7 @@ class GrpoConfig:
     completions_per_problem: int = key(8, "size of a group, completions", at_least(2))
     temperature: float = key(1.0, "sampling temperature", above(0))
     top_p: float = key(1.0, "nucleus of sampling; 1: all tokens", up_to(1))
+    # The upper side is wider, so that unlikely tokens can gain (clip-higher).
     clip_low: float = key(0.2, "the ratio is clipped below 1 - this", between(0, 1))
     clip_high: float = key(0.28, "the ratio is clipped above 1 + this", at_least(0))
     kl_coefficient: float = key(
@@ -475,6 +477,7 @@ class Config:
 
     name: str = key("", "of the run; empty: the recipe's file name")
     runs: str = path_key("runs", "directory of runs; the run directory is RUNS/NAME")
+    # NumPy's generators take 32 bits.
     seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
     data: Data = section(Data)
     models: Models = section(Models)

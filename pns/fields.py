@@ -64,6 +64,7 @@ def key(default: Any, meaning: str, allowed: Range | None = None, **metadata: An
     """A dataclass field with its `meaning` (units, and what 0, empty or null stand for) and, for a number,
     its range."""
     metadata |= {"meaning": meaning, "range": allowed}
+    # Dataclasses take no mutable defaults, and two configurations must not share one.
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -30,6 +30,7 @@ from pns.config import (
 from pns.errors import UserError, did_you_mean
 from pns.fields import Key, check_ranges, walk_keys
 
+# Of data files; a model is a directory, and the dots of Hub ids (Qwen2.5-0.5B) are no suffixes.
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
 # Parts of a run that have a name beside those of reward terms, in metrics and among the services.
 RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format")
@@ -92,6 +93,7 @@ def merge_layers(schema: type[Settings], layers: list[Layer], source: str) -> Se
     absolute. Raises UserError, which names `source`."""
     merged = OmegaConf.structured(schema)
     try:
+        # After each layer: which of them says a path decides what it is relative to.
         for layer, directory in layers:
             merged = OmegaConf.merge(merged, layer)
             for key in walk_keys(OmegaConf.to_object(merged)):
