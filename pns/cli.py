@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         default="",
         metavar="KEY|RECIPE",
-        help="a key or a section, e.g. rl.optimizer; or a YAML file, for its merged values (default: all keys)",
+        help="a key or a section, e.g. rl.optimizer, or a YAML file for its merged values (default: all keys)",
     )
     config.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="with a recipe: configuration keys to change"

@@ -13,7 +13,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from pns.errors import UserError
-from pns.fields import FINITE, above, at_least, between, key, path_key, path_or_name, section
+from pns.fields import FINITE, above, at_least, below, between, key, path_key, path_or_name, section, up_to
 
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
 
@@ -23,6 +23,7 @@ class DataSource(Enum):
     jsonl = "jsonl"
 
 
+# An enum whose values go on to a library or key a table of strings is a StrEnum.
 class PromptFamily(StrEnum):
     """`pns.data.prompts` has what each fills in."""
 
@@ -57,9 +58,9 @@ class Schedule(StrEnum):
 
 
 class Layout(Enum):
-    padded = "padded"  # rows padded to the longest of their micro-batch
-    packed = "packed"  # rows end to end, no padding
-    shared = "shared"  # packed, and what neighbouring rows of one prompt have in common at their beginning is computed once
+    padded = "padded"
+    packed = "packed"
+    shared = "shared"
 
 
 class GeneratorStart(Enum):
@@ -139,33 +140,23 @@ class Data:
     tiny: TinyData = section(TinyData)
     jsonl: JsonlData = section(JsonlData)
     benchmarks: list[str] = key([], "suites by their name in pns.data.benchmarks, beside data.jsonl.suites")
-    root: str = path_key(
-        "", "directory of the named sets: ROOT/[benchmarks/|train/]NAME.jsonl[.gz]; empty: the Hub"
-    )
-    revisions: dict[str, str] = key(
-        {}, "name of a set -> commit of its Hub data set, where another than the pinned one"
-    )
+    root: str = path_key("", "where named sets are: ROOT/[benchmarks/|train/]NAME.jsonl[.gz]; empty: the Hub")
+    revisions: dict[str, str] = key({}, "set -> commit of its Hub data set, where not the pinned one")
     decontaminate: bool = key(True, "drop training problems that overlap with a suite (jsonl only)")
     prompt: PromptFamily = key(
         PromptFamily.none,
-        "family that fills the six keys from data.chat_template to data.stop; auto: by the model's chat "
-        "template; none: they stand",
+        "fills the six keys from chat_template to stop; auto: by the chat template; none: they stand",
     )
     chat_template: bool = key(True, "false: the prompt is plain text, without turns")
     system_prompt: str = key("", "system turn put before every problem; empty: none")
     problem_prefix: str = key("", "text put before every problem in the user turn; empty: none")
     instruction: str = key("", "text appended to every problem in the user turn; empty: none")
-    assistant_prefix: str = key(
-        "", "text the completion is made to begin with (part of the prompt); empty: none"
-    )
+    assistant_prefix: str = key("", "text that completions begin with, part of the prompt; empty: none")
     stop: str = key(
-        "",
-        "evaluation reads a completion up to this text (base models go on to a next problem); empty: all of it",
+        "", "evaluation ignores this text and what follows (a base model's next problem); empty: none"
     )
     max_prompt_tokens: int = key(
-        1024,
-        "tokens; in training, longer prompts are dropped and counted; evaluation asks every problem",
-        at_least(1),
+        1024, "tokens; training drops longer prompts and counts them, evaluation asks all", at_least(1)
     )
 
 
@@ -197,7 +188,7 @@ class Placement:
     policy: Pool = section(Pool)
     verifier_processes: int = key(2, "processes that check answers", at_least(1))
     start_timeout_seconds: float = key(
-        600.0, "seconds actors may take to come up before the run stops and says what it waits for", above(0)
+        600.0, "seconds for actors to come up; after them the run stops and says what it waits for", above(0)
     )
 
 
@@ -208,9 +199,7 @@ class RolloutEngine:
     engine: EngineKind = key(EngineKind.vllm, "library that generates")
     max_new_tokens: int = key(2048, "longest completion, tokens", at_least(1))
     max_batch: int = key(256, "sequences decoded at once per replica", at_least(1))
-    memory_fraction: float = key(
-        0.85, "share of the GPU's memory for vLLM's weights and cache", between(0, 1, open_low=True)
-    )
+    memory_fraction: float = key(0.85, "of the GPU's memory, for vLLM's weights and cache", up_to(1))
     kv_cache_gib: float = key(0.25, "vLLM's cache on CPU, GiB", above(0))
 
 
@@ -221,9 +210,7 @@ class Lora:
 
     rank: int = key(0, "rank of the update; 0: every weight is trained", at_least(0))
     alpha: int = key(32, "the update is scaled by alpha / rank", at_least(1))
-    targets: list[str] = key(
-        ["all-linear"], "names of linear layers; all-linear: every one of them but the head"
-    )
+    targets: list[str] = key(["all-linear"], "names of linear layers, or all of them but the head")
 
 
 @dataclass
@@ -231,21 +218,21 @@ class PolicyConfig:
     """How every trained model is computed: rl, reward model, reverse RL and preference alike."""
 
     max_tokens_per_micro_batch: int = key(
-        16384, "tokens of prompt and completion together, per rank, as policy.layout counts them", at_least(1)
+        16384, "tokens per rank, prompts included, as policy.layout counts them", at_least(1)
     )
     dtype: Dtype = key(
-        Dtype.auto, "compute dtype (master weights are float32); auto: bfloat16 on cuda, float32 on cpu"
+        Dtype.auto, "of compute (master weights are float32); auto: bfloat16 on cuda, float32 on cpu"
     )
     gradient_checkpointing: bool = key(True, "compute activations again in the backward pass, to save memory")
     compile: bool = key(
         False,
-        "torch.compile norms and feed-forward parts: slower first steps; needs a C++ compiler on cpu, Triton on cuda",
+        "torch.compile norms and feed-forward parts; slow first steps, needs a C++ compiler (cpu) or Triton",
     )
     lora: Lora = section(Lora)
     layout: Layout = key(
         Layout.shared,
-        "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and the common beginning "
-        "of neighbouring rows of one prompt is computed once",
+        "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and what "
+        "neighbouring rows of one prompt have in common at their beginning is computed once",
     )
 
 
@@ -258,8 +245,8 @@ class Optimizer:
     schedule: Schedule = key(Schedule.constant, "after the warm-up; cosine: to 0 over the stage's steps")
     weight_decay: float = key(0.0, "decoupled weight decay; 0: none", at_least(0))
     clip_grad: float = key(1.0, "largest norm of the gradient", above(0))
-    beta1: float = key(0.9, "decay of the first moment, per step", between(0, 1, open_high=True))
-    beta2: float = key(0.999, "decay of the second moment, per step", between(0, 1, open_high=True))
+    beta1: float = key(0.9, "decay of the first moment, per step", below(1))
+    beta2: float = key(0.999, "decay of the second moment, per step", below(1))
 
 
 @dataclass
@@ -271,15 +258,14 @@ class GrpoConfig:
     problems_per_step: int = key(24, "problems of one step", at_least(1))
     completions_per_problem: int = key(8, "size of a group, completions", at_least(2))
     temperature: float = key(1.0, "sampling temperature", above(0))
-    top_p: float = key(1.0, "nucleus of sampling; 1: all tokens", between(0, 1, open_low=True))
+    top_p: float = key(1.0, "nucleus of sampling; 1: all tokens", up_to(1))
+    # The upper side is wider, so that unlikely tokens can gain (clip-higher).
     clip_low: float = key(0.2, "the ratio is clipped below 1 - this", between(0, 1))
     clip_high: float = key(0.28, "the ratio is clipped above 1 + this", at_least(0))
     kl_coefficient: float = key(
-        1e-3, "weight of the KL (k3 estimate) against the stage's starting policy; 0: none", at_least(0)
+        1e-3, "times the KL (k3) from the stage's starting policy; 0: none", at_least(0)
     )
-    normalise_by_std: bool = key(
-        True, "divide advantages by the group's std; false: Dr. GRPO (arXiv 2503.20783)"
-    )
+    normalise_by_std: bool = key(True, "of a group's rewards; false: Dr. GRPO (arXiv 2503.20783)")
     updates_per_step: int = key(1, "optimizer steps on each batch of rollouts", at_least(1))
     checkpoint_every: int = key(20, "steps between checkpoints", at_least(1))
     optimizer: Optimizer = section(Optimizer)
@@ -291,36 +277,30 @@ class ReverseRl(GrpoConfig):
 
     start: GeneratorStart = key(
         GeneratorStart.target,
-        "initial weights of the generator: models.backbone, the result of rl (target), or models.generator (path)",
+        "initial weights: models.backbone, the model that rl trained, or models.generator",
     )
     stop_wrong_rate: float = key(0.9, "stop early at this share of wrong completions ...", between(0, 1))
     stop_format_rate: float = key(0.95, "... with at least this share well-formed ...", between(0, 1))
     stop_patience: int = key(
-        10, "... when the mean of stop_term has not risen for this many steps; 0: run all steps", at_least(0)
+        10, "... when stop_term has not risen for so many steps; 0: run all steps", at_least(0)
     )
     stop_term: str = key("plausibility", "name of the reward term that stop_patience watches")
     max_hold_wrong_rate: float = key(
         1.0,
-        "stop at once when the share of wrong completions reaches this (a KL-anchored generator near the target); "
-        "1: never",
+        "stop at once at this share of wrong completions (a KL-anchored generator near the target); 1: never",
         between(0, 1),
     )
 
 
 @dataclass
 class RewardTerm:
-    """One named term of the composite reward: an unweighted score in [0, 1], computed by a service of its own."""
+    """One named term of the composite reward: an unweighted score in [0, 1] from a service of its own."""
 
     kind: TermKind = key(
-        TermKind.reward_model,
-        "reward_model: sigmoid of a reward model's score; judge: rubric score of a language model",
+        TermKind.reward_model, "sigmoid of a reward model's score, or rubric score of a language model"
     )
-    weight: float = key(
-        0.0, "times the term's score; 0: the term is neither asked for, placed nor started", at_least(0)
-    )
-    model: str = path_or_name(
-        "", "directory or Hub id; empty (reward_model only): the reward model that this run trains"
-    )
+    weight: float = key(0.0, "times the score; 0: neither asked for, placed nor started", at_least(0))
+    model: str = path_or_name("", "directory or Hub id; empty (reward_model only): this run's own")
     pool: Pool = section(Pool)
 
 
@@ -343,36 +323,24 @@ class RewardConfig:
     correct: float = key(0.0, "reward of a correct completion (gated only)", FINITE)
     gated: bool = key(True, "false: additive form, for the ablation")
     max_masked_fraction: float = key(
-        0.2, "share of one step's completions without a reward above which the run stops", between(0, 1)
+        0.2, "share of a step's completions without a reward; above it the run stops", between(0, 1)
     )
-    deadline_seconds: float = key(
-        120.0, "seconds after which a term that has not been computed is missing", above(0)
-    )
-    verify_seconds: float = key(
-        5.0, "limit of one verification, seconds from the start of its work", above(0)
-    )
+    deadline_seconds: float = key(120.0, "seconds; a term that takes longer is missing", above(0))
+    verify_seconds: float = key(5.0, "seconds of one verification, from its start", above(0))
 
 
 @dataclass
 class RewardModelStage:
     """Bradley-Terry training of the reward model on right and wrong completions of one problem."""
 
-    rl_steps: int = key(
-        0,
-        "pairs also come from the rollouts of the last so many steps of rl, which cost nothing more; 0: none",
-        at_least(0),
-    )
+    rl_steps: int = key(0, "last steps of rl whose rollouts give pairs too, at no cost; 0: none", at_least(0))
     steps: int = key(60, "training steps", at_least(1))
     pairs_per_step: int = key(16, "pairs of one step", at_least(1))
     samples_per_problem: int = key(8, "completions drawn for each problem", at_least(1))
     temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
     centre: float = key(0.01, "lambda of (r_w + r_l)^2, which keeps scores near 0; 0: none", at_least(0))
-    max_length_ratio: float = key(
-        1.5, "tokens of a pair's longer side over those of its shorter side, at most", at_least(1)
-    )
-    held_out_fraction: float = key(
-        0.1, "share of the problems, for pairwise accuracy and calibration", between(0, 1, open_high=True)
-    )
+    max_length_ratio: float = key(1.5, "longer over shorter side of a pair, in tokens, at most", at_least(1))
+    held_out_fraction: float = key(0.1, "of the problems, for accuracy and calibration", below(1))
     optimizer: Optimizer = section(lambda: Optimizer(learning_rate=1e-5, warmup_steps=5))
 
 
@@ -382,15 +350,9 @@ class Synthesize:
 
     samples_per_problem: int = key(4, "completions drawn for each problem", at_least(1))
     temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
-    min_quantile: float = key(
-        0.0,
-        "negatives below this quantile of quantile_term are dropped; 0: none",
-        between(0, 1, open_high=True),
-    )
+    min_quantile: float = key(0.0, "of quantile_term; negatives below are dropped; 0: none", below(1))
     quantile_term: str = key("plausibility", "name of the reward term that min_quantile reads")
-    drop_box_only_flips: bool = key(
-        True, "drop negatives that differ from a right completion in the boxed answer alone"
-    )
+    drop_box_only_flips: bool = key(True, "drop negatives that reason rightly and box a wrong answer")
 
 
 @dataclass
@@ -398,22 +360,18 @@ class PairStage:
     """Each negative with a right completion of the target."""
 
     samples_per_problem: int = key(
-        8, "completions of the RL-trained backbone for each problem, for the chosen side", at_least(1)
+        8, "completions of the RL-trained backbone, for the chosen side", at_least(1)
     )
     temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
-    max_length_ratio: float = key(
-        2.0, "tokens of a pair's longer side over those of its shorter side, at most", at_least(1)
-    )
+    max_length_ratio: float = key(2.0, "longer over shorter side of a pair, in tokens, at most", at_least(1))
     pairs_per_problem: int = key(1, "pairs of each problem, at most", at_least(1))
     prefer_shared_prefix: bool = key(
-        True, "pair each negative with the correct completion that shares the longest prefix with it"
+        True, "give each negative the correct side that shares the longest prefix"
     )
     balance_flow: bool = key(
         False, "keep as many (right, wrong) as (wrong, right) token flows at the first divergence"
     )
-    scored_by: str = key(
-        "plausibility", "name of the reward_model term whose model scores both sides of a pair"
-    )
+    scored_by: str = key("plausibility", "reward_model term whose model scores pairs")
 
 
 # What each loss reads, with its defaults. Losses on log-probabilities per token need a larger beta than those
@@ -446,7 +404,7 @@ class PreferenceData:
     limit: int = key(0, "at most this many pairs of path or hub; 0: all", at_least(0))
     bad_pairs: BadPairs = key(
         BadPairs.error,
-        "an empty or identical side, a prompt or a pair too long: stop at the first (error), or drop and count",
+        "empty or identical sides, prompts or pairs too long: stop at the first, or drop and count them",
     )
 
 
@@ -465,34 +423,22 @@ class PreferenceConfig:
         "scale of the implicit reward (ipo: tau). All but orpo; null: 0.1, simpo 2.0, length_normalised 5.0",
         above(0),
     )
-    label_smoothing: float | None = key(
-        None, "share of flipped labels. cdpo, robust; null: 0.1", between(0, 0.5, open_high=True)
-    )
-    nll_weight: float | None = key(
-        None, "weight of the chosen side's NLL per token. rpo; null: 1.0", at_least(0)
-    )
-    target_margin: float | None = key(
-        None, "gamma, subtracted from the reward margin. simpo; null: 1.0", at_least(0)
-    )
+    label_smoothing: float | None = key(None, "share of flipped labels. cdpo, robust; null: 0.1", below(0.5))
+    nll_weight: float | None = key(None, "times the chosen side's NLL per token. rpo; null: 1.0", at_least(0))
+    target_margin: float | None = key(None, "gamma, off the reward margin. simpo; null: 1.0", at_least(0))
     desirable_weight: float | None = key(None, "lambda_D, of the chosen sides. kto; null: 1.0", above(0))
     undesirable_weight: float | None = key(None, "lambda_U, of the rejected sides. kto; null: 1.0", above(0))
-    odds_ratio_weight: float | None = key(
-        None, "lambda, beside the chosen side's NLL per token. orpo; null: 0.1", at_least(0)
-    )
-    offset_scale: float | None = key(
-        None, "alpha, times the reward model's score difference. offset; null: 1.0", at_least(0)
-    )
+    odds_ratio_weight: float | None = key(None, "lambda, beside the chosen NLL. orpo; null: 0.1", at_least(0))
+    offset_scale: float | None = key(None, "alpha, times the score gap. offset; null: 1.0", at_least(0))
     steps: int = key(30, "training steps", at_least(1))
     pairs_per_step: int = key(32, "pairs of one step", at_least(1))
     margin: MarginMask = key(
         MarginMask.completion,
-        "tokens of a pair that the loss reads: all of the completion, or from the first wrong step or the first "
-        "token that differs",
+        "tokens in the margin: all of both sides; of the rejected side those up to its first wrong step; of "
+        "each side the one where they first differ",
     )
     data: PreferenceData = section(PreferenceData)
-    max_skipped_updates: int = key(
-        0, "more updates than this with a loss or gradient that is not finite end the run", at_least(0)
-    )
+    max_skipped_updates: int = key(0, "updates without a finite gradient before the run ends", at_least(0))
     checkpoint_every: int = key(20, "steps between checkpoints", at_least(1))
     optimizer: Optimizer = section(lambda: Optimizer(learning_rate=5e-7, warmup_steps=5))
 
@@ -502,34 +448,18 @@ class Decoding:
     """How a suite is decoded. null: as the benchmark asks (`pns.data.benchmarks`); other suites greedily,
     once."""
 
-    samples_per_problem: int | None = key(
-        None, "completions of each problem; null: as the benchmark asks, else 1", at_least(1)
-    )
-    temperature: float | None = key(
-        None, "sampling temperature, 0: greedy; null: as the benchmark asks, else 0", at_least(0)
-    )
-    top_p: float | None = key(
-        None,
-        "nucleus of sampling, 1: all tokens; null: as the benchmark asks, else 1",
-        between(0, 1, open_low=True),
-    )
-    max_new_tokens: int | None = key(
-        None,
-        "longest completion, tokens; null: as the benchmark asks, else rollout.max_new_tokens",
-        at_least(1),
-    )
+    samples_per_problem: int | None = key(None, "completions; null: the benchmark's, else 1", at_least(1))
+    temperature: float | None = key(None, "0: greedy; null: the benchmark's, else 0", at_least(0))
+    top_p: float | None = key(None, "nucleus of sampling; null: the benchmark's, else 1", up_to(1))
+    max_new_tokens: int | None = key(None, "tokens; null: the benchmark's, else rollout's", at_least(1))
 
 
 @dataclass
 class Evaluate(Decoding):
     """The suites, and the generator before and after reverse RL."""
 
-    per_suite: dict[str, Decoding] = key(
-        {}, "name of a suite -> its own samples_per_problem, temperature, top_p or max_new_tokens"
-    )
-    generator_samples: int = key(
-        512, "completions of the generator that are measured before and after reverse RL", at_least(1)
-    )
+    per_suite: dict[str, Decoding] = key({}, "suite -> those of these four keys that it has of its own")
+    generator_samples: int = key(512, "of the generator before and after reverse RL", at_least(1))
     generator_temperature: float = key(1.0, "sampling temperature of those; 0: greedy", at_least(0))
 
 
@@ -547,6 +477,7 @@ class Config:
 
     name: str = key("", "of the run; empty: the recipe's file name")
     runs: str = path_key("runs", "directory of runs; the run directory is RUNS/NAME")
+    # NumPy's generators take 32 bits.
     seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
     data: Data = section(Data)
     models: Models = section(Models)

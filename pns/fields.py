@@ -46,14 +46,25 @@ def above(low: float) -> Range:
     return Range(low, open_low=True)
 
 
-def between(low: float, high: float, open_low: bool = False, open_high: bool = False) -> Range:
-    return Range(low, high, open_low, open_high)
+def between(low: float, high: float) -> Range:
+    return Range(low, high)
+
+
+def below(high: float) -> Range:
+    """[0, high)"""
+    return Range(0, high, open_high=True)
+
+
+def up_to(high: float) -> Range:
+    """(0, high]"""
+    return Range(0, high, open_low=True)
 
 
 def key(default: Any, meaning: str, allowed: Range | None = None, **metadata: Any) -> Any:
     """A dataclass field with its `meaning` (units, and what 0, empty or null stand for) and, for a number,
     its range."""
     metadata |= {"meaning": meaning, "range": allowed}
+    # Dataclasses take no mutable defaults, and two configurations must not share one.
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -105,9 +116,9 @@ def walk_keys(settings: Any, prefix: str = "") -> Iterator[Key]:
             yield Key(name, config_field, value, settings)
 
 
-def check_ranges(settings: Any, prefix: str = "") -> None:
+def check_ranges(settings: Any) -> None:
     """Raises UserError for the first number that is outside its range."""
-    for number in walk_keys(settings, prefix):
+    for number in walk_keys(settings):
         allowed, value = number.allowed, number.value
         if allowed is None or value is None or value in allowed:
             continue

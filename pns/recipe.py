@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -30,37 +30,30 @@ from pns.config import (
 from pns.errors import UserError, did_you_mean
 from pns.fields import Key, check_ranges, walk_keys
 
+# Of data files; a model is a directory, and the dots of Hub ids (Qwen2.5-0.5B) are no suffixes.
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
 # Parts of a run that have a name beside those of reward terms, in metrics and among the services.
 RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format")
 
+Settings = TypeVar("Settings")
 Layer = tuple[DictConfig, Path]  # keys, and the directory that their paths are relative to
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None, training: bool = True) -> Config:
     """Read the recipe at `path` (None: the defaults), apply `key=value` overrides, check it; `training` False
-    asks for no training data.
+    asks for no training data and no reward.
 
     Paths become absolute: those of a recipe are relative to its file, those of `overrides` to the working
     directory. Raises UserError with key, value and the way out.
     """
-    source = "the defaults" if path is None else str(path)
-    layers = [] if path is None else _read(Path(path))
-    try:
-        layers.append((_from_overrides(overrides or []), Path.cwd()))
-        config = _merge(layers)
-    except ConfigKeyError as error:
-        raise UserError(_unknown_key(error, source)) from error
-    except ValidationError as error:
-        raise UserError(
-            f"{error.full_key}: {str(error).splitlines()[0]} (in {source} or an override)"
-        ) from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
-    config.name = config.name or Path(source).stem
+    source = "an override" if path is None else f"{path} or an override"
+    recipes = [] if path is None else _read(Path(path))
+    config = merge_layers(Config, [*recipes, override_layer(overrides or [])], source)
+    config.name = config.name or Path(path or "defaults").stem
     config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
-    check(config)
-    check_data(config.data, training and not external_pairs(config))
+    samples = training and not external_pairs(config)
+    check_config(config, samples)
+    check_data(config.data, samples)
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
     return config
@@ -87,26 +80,37 @@ def _read(recipe: Path) -> list[Layer]:
     return [*_read(recipe.parent / base), layer]
 
 
-def _from_overrides(overrides: list[str]) -> DictConfig:
+def override_layer(overrides: list[str]) -> Layer:
+    """`key=value` words of a command. Raises UserError."""
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form key=value")
-    return OmegaConf.from_dotlist(overrides)
+    return OmegaConf.from_dotlist(overrides), Path.cwd()
 
 
-def _merge(layers: list[Layer]) -> Config:
-    """The schema with `layers` over it, later ones over earlier ones, and the paths of each absolute."""
-    merged = OmegaConf.structured(Config)
-    for layer, directory in layers:
-        merged = OmegaConf.merge(merged, layer)
-        for key in walk_keys(OmegaConf.to_object(merged)):
-            if "path" in key.field.metadata:
-                _resolve_paths(merged, layer, key, directory)
-    return cast(Config, OmegaConf.to_object(merged))
+def merge_layers(schema: type[Settings], layers: list[Layer], source: str) -> Settings:
+    """The defaults of `schema` with `layers` over them, later ones over earlier ones, and the paths of each
+    absolute. Raises UserError, which names `source`."""
+    merged = OmegaConf.structured(schema)
+    try:
+        # After each layer: which of them says a path decides what it is relative to.
+        for layer, directory in layers:
+            merged = OmegaConf.merge(merged, layer)
+            for key in walk_keys(OmegaConf.to_object(merged)):
+                if "path" in key.field.metadata:
+                    _resolve_paths(merged, layer, key, directory)
+        return cast(Settings, OmegaConf.to_object(merged))
+    except ConfigKeyError as error:
+        key_name = error.full_key or str(error.key)
+        raise UserError(f"{key_name}: unknown key (in {source}){suggest_key(key_name, schema())}") from error
+    except ValidationError as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]} (in {source})") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
 
 
 def _resolve_paths(merged: DictConfig, layer: DictConfig, key: Key, directory: Path) -> None:
-    # A value that refers to another key of an earlier layer cannot be resolved in this one: it is absolute by then.
+    # A ${reference} to a key of an earlier layer resolves to nothing in this one; its target is absolute.
     said = OmegaConf.select(layer, key.name, throw_on_resolution_failure=False)
     named = key.field.metadata.get("named", False)
     if isinstance(said, Mapping):
@@ -133,18 +137,19 @@ def resolve_path(value: str, directory: Path, named: bool) -> str:
     return os.path.normpath(path)
 
 
-def _unknown_key(error: ConfigKeyError, source: str) -> str:
-    key = error.full_key or str(error.key)
-    known = {entry.name for entry in walk_keys(Config())}
-    sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2)}
-    return f"{key}: unknown key (in {source} or an override){did_you_mean(key, known | sections)}"
+def suggest_key(name: str, settings: Any) -> str:
+    """The end of a message about a key `name` that `settings` do not have."""
+    keys = {key.name for key in walk_keys(settings)}
+    sections = {key_name.rpartition(".")[0] for key_name in keys}
+    return did_you_mean(name, (keys | sections) - {""})
 
 
-def check(config: Config) -> None:
-    """Every number against its range, then what keys say of each other. Raises UserError."""
+def check_config(config: Config, samples: bool) -> None:
+    """Every number against its range, then what keys say of each other; of the reward only where the run
+    `samples` its pairs. Raises UserError."""
     check_ranges(config)
     _check_loss(config.preference)
-    for check_keys in CHECKS:
+    for check_keys in (*CHECKS, *REWARD_CHECKS) if samples else CHECKS:
         check_keys(config)
 
 
@@ -153,7 +158,7 @@ def check_name(config: Config) -> None:
         raise UserError(f"name: {config.name!r} must be a directory name, without slashes")
 
 
-def check_models(config: Config) -> None:
+def check_model_keys(config: Config) -> None:
     if not config.models.backbone:
         raise UserError("models.backbone is empty: name a model directory or a Hub id (owner/name)")
     if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
@@ -170,8 +175,8 @@ def check_lora(config: Config) -> None:
 def check_pools(config: Config) -> None:
     if config.placement.policy.gpus > 1:
         raise UserError(
-            f"placement.policy.gpus: {config.placement.policy.gpus} must be at most 1 (a rank uses one GPU or a "
-            "share of it): add ranks with placement.policy.replicas"
+            f"placement.policy.gpus: {config.placement.policy.gpus} must be at most 1, a rank's one GPU: add "
+            "ranks with placement.policy.replicas"
         )
     pools = {"placement.rollout": config.placement.rollout}
     pools |= {f"reward.terms.{name}.pool": term.pool for name, term in config.reward.terms.items()}
@@ -205,8 +210,8 @@ def check_rewards(config: Config) -> None:
         )
     if reward.correct >= best_wrong:
         raise UserError(
-            f"reward.correct: {reward.correct} must be less than what a wrong completion can reach, {best_wrong} "
-            "(reward.wrong and the weights of reward.terms): the generator is to learn wrong ones"
+            f"reward.correct: {reward.correct} must be less than what a wrong completion can reach, "
+            f"{best_wrong} (reward.wrong and the weights of reward.terms): the generator learns wrong ones"
         )
 
 
@@ -233,8 +238,8 @@ def check_computed(config: Config, key: str, name: str, instead: str) -> None:
     computed = [term_name for term_name, term in config.reward.terms.items() if term.weight > 0]
     if name not in computed:
         raise UserError(
-            f"{key}: {name!r} must be a term of reward.terms with a weight above 0 ({', '.join(computed) or 'none'}): "
-            f"name one, give it a weight, or set {instead}"
+            f"{key}: {name!r} must be a term of reward.terms with a weight greater than 0 (there are: "
+            f"{', '.join(computed) or 'none'}): name one, give it a weight, or set {instead}"
         )
 
 
@@ -242,7 +247,7 @@ def check_pairs(config: Config) -> None:
     data, key = config.preference.data, "preference.data"
     if data.path and data.hub:
         raise UserError(
-            f"{key}.path and {key}.hub are both set ({data.path}, {data.hub}): the pairs come from one of them"
+            f"{key}.path and {key}.hub are both set ({data.path}, {data.hub}): pairs come from one of them"
         )
     if data.path and not data.path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise UserError(f"{key}.path: {data.path!r} is not a .jsonl, .jsonl.gz or .parquet file")
@@ -250,12 +255,13 @@ def check_pairs(config: Config) -> None:
         raise UserError(f"{key}.path: {data.path!r} is not a file")
     if data.hub and Path(data.hub).exists():
         raise UserError(
-            f"{key}.hub: {data.hub!r} is a path here and would hide the data set of the Hub: name a file with {key}.path"
+            f"{key}.hub: {data.hub!r} is a path here and would hide the data set of the Hub: name a file "
+            f"with {key}.path"
         )
     if data.hub and not re.fullmatch("[0-9a-f]{40}", data.revision):
         raise UserError(
-            f"{key}.revision: {data.revision!r} is not the full hash of a commit (40 hexadecimal digits): a branch "
-            f"or tag may move; the history of {data.hub} on the Hub lists the hashes"
+            f"{key}.revision: {data.revision!r} is not the full hash of a commit (40 hexadecimal digits): a "
+            f"branch or tag may move; the history of {data.hub} on the Hub lists the hashes"
         )
     if data.revision and not data.hub:
         raise UserError(
@@ -267,14 +273,12 @@ def check_pairs(config: Config) -> None:
 
 CHECKS: tuple[Callable[[Config], None], ...] = (
     check_name,
-    check_models,
+    check_model_keys,
     check_lora,
     check_pools,
-    check_terms,
-    check_rewards,
-    check_term_names,
     check_pairs,
 )
+REWARD_CHECKS: tuple[Callable[[Config], None], ...] = (check_terms, check_rewards, check_term_names)
 
 
 def check_data(data: Data, training: bool) -> None:

@@ -32,7 +32,8 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path) -> Path:
     path = tmp_path / "small.yaml"
-    path.write_text(f"models: {{backbone: {model}}}\nreward: {{terms: {{coherence: {{model: {model}}}}}}}\nruns: {tmp_path / 'runs'}\n")
+    judge = f"reward: {{terms: {{coherence: {{model: {model}}}}}}}"
+    path.write_text(f"models: {{backbone: {model}}}\n{judge}\nruns: {tmp_path / 'runs'}\n")
     return path
 
 

@@ -1,123 +1,124 @@
-"""The schema: every recipe loads, and every kind of wrong configuration is one line with key, value and the
-way out."""
+"""The schema: every key says what it means, every number has a range, every loss its defaults."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+import math
+from dataclasses import fields
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from pns.config import (
     LOSS_DEFAULTS,
+    STAGES,
     Config,
-    Preference,
+    Decoding,
+    PreferenceConfig,
     PreferenceLoss,
+    RewardTerm,
     hyper_parameters,
-    load,
     reference_free,
+    stages,
     to_dict,
 )
 from pns.errors import UserError
+from pns.fields import FINITE, Range, above, at_least, below, between, check_ranges, up_to, walk_keys
+from pns.tiny.settings import WarmStart
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads_and_takes_its_name(recipe: Path) -> None:
-    config = load(recipe)
-    assert config.name == recipe.stem
-    assert to_dict(config)["models"]["backbone"] == config.models.backbone != ""
+# `per_suite` is empty by default: one suite, so that the walk meets what a suite's section has.
+SCHEMAS: dict[str, Any] = {"config": Config(), "suite": Decoding(), "tiny make": WarmStart()}
 
 
-def test_there_are_recipes() -> None:
-    assert {"tiny-qwen2", "tiny-llama", "tiny-qwen3"} <= {path.stem for path in RECIPES}
+@pytest.mark.parametrize("settings", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_key_has_a_meaning_and_every_number_a_range(settings: Any) -> None:
+    for key in walk_keys(settings):
+        assert len(key.meaning) > 3, key.name
+        is_number = any(word in str(key.field.type) for word in ("int", "float"))
+        assert (key.allowed is not None) == is_number, key.name
+        if is_number and key.value is not None:
+            assert key.value in key.allowed, key.name
+        if key.name.endswith("_seconds"):
+            assert "seconds" in key.meaning, key.name
+        if key.name.endswith("_tokens"):
+            assert "tokens" in key.meaning, key.name
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text("models: {backbone: some/where}\nseed: 3\n")
-    return path
+@pytest.mark.parametrize("settings", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_section_says_what_it_is(settings: Any) -> None:
+    for key in walk_keys(settings):
+        section = type(key.section)
+        # A dataclass without a docstring gets its own signature as one.
+        assert not str(inspect.getdoc(section)).startswith(f"{section.__name__}("), section
 
 
-def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> None:
-    assert load(recipe).seed == 3
-    assert load(recipe, ["seed=4", "rl.optimizer.learning_rate=0.5"]).rl.optimizer.learning_rate == 0.5
-    assert load(recipe).rl.steps == Config().rl.steps
+@pytest.mark.parametrize("settings", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_number_refuses_nan_and_infinity(settings: Any) -> None:
+    for key in walk_keys(settings):
+        if key.allowed is None:
+            continue
+        before = getattr(key.section, key.field.name)
+        for absurd in (math.nan, math.inf, -math.inf):
+            setattr(key.section, key.field.name, absurd)
+            with pytest.raises(UserError, match=f"^{key.name}: .*finite"):
+                check_ranges(settings)
+        setattr(key.section, key.field.name, before)
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("rl.stepz=3", ("rl.stepz", "unknown key", "rl.steps")),
-        ("rl.steps=many", ("rl.steps", "many")),
-        ("rl.steps=0", ("rl.steps", "0", "greater than 0")),
-        ("rl.completions_per_problem=1", ("completions_per_problem", "1", "at least 2")),
-        ("preference.margin=half", ("preference.margin", "half", "first_divergent_token")),
-        ("preference.loss=dpo", ("preference.loss", "dpo", "sigmoid")),
-        ("preference.beta=0", ("preference.beta", "0", "greater than 0")),
-        ("preference.beta=.nan", ("preference.beta", "nan", "greater than 0")),
-        (
-            "preference.label_smoothing=0.1",
-            ("preference.label_smoothing", "loss=sigmoid", "it reads beta", "cdpo or robust"),
-        ),
-        ("preference.target_margin=0.5", ("preference.target_margin", "simpo")),
-        ("reward.max_masked_fraction=1.5", ("reward.max_masked_fraction", "1.5", "[0, 1]")),
-        ('models.backbone=""', ("models.backbone", "warm_start.steps")),
-        ("reverse_rl.start=path", ("reverse_rl.start", "models.generator")),
-        ("data.source=jsonl", ("data.jsonl.train",)),
-        ("policy.dtype=int8", ("policy.dtype", "int8", "bfloat16")),
-        ("rl.optimizer.schedule=linear", ("rl.optimizer.schedule", "linear", "cosine")),
-        ("warm_start.architecture=gpt2", ("warm_start.architecture", "gpt2", "qwen3")),
-        ("name=a/b", ("name", "a/b")),
-        ("seed", ("seed", "key=value")),
-    ],
-)
-def test_wrong_configuration_is_one_line(recipe: Path, override: str, words: tuple[str, ...]) -> None:
-    with pytest.raises(UserError) as caught:
-        load(recipe, [override])
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
+def test_the_walk_reaches_sections_in_dicts() -> None:
+    config = Config()
+    config.reward.terms["second"] = RewardTerm()
+    config.evaluate.per_suite["own"] = Decoding()
+    names = {key.name for key in walk_keys(config)}
+    assert {"reward.terms.second.pool.gpus", "evaluate.per_suite.own.top_p", "seed"} <= names
 
 
 @pytest.mark.parametrize(
-    ("loss", "key", "value", "words"),
+    ("allowed", "inside", "outside", "text"),
     [
-        ("cdpo", "label_smoothing", "0.5", ("[0, 0.5)",)),
-        ("robust", "label_smoothing", "-0.1", ("0 or more",)),
-        ("rpo", "nll_weight", "-1", ("0 or more",)),
-        ("simpo", "target_margin", ".inf", ("inf", "0 or more")),
-        ("kto", "desirable_weight", "0", ("greater than 0",)),
-        ("orpo", "beta", "0.1", ("loss=orpo", "it reads odds_ratio_weight")),
-        ("offset", "offset_scale", "-1", ("0 or more",)),
+        (at_least(1), (1, 2.5), (0.99, math.nan, math.inf), "1 or more"),
+        (above(0), (0.01,), (0, -1, math.nan), "greater than 0"),
+        (between(0, 1), (0, 1), (-0.01, 1.01), "in [0, 1]"),
+        (up_to(1), (1,), (0,), "in (0, 1]"),
+        (below(0.5), (0,), (0.5,), "in [0, 0.5)"),
+        (FINITE, (-5, 5), (math.nan, math.inf, -math.inf), "finite"),
     ],
 )
-def test_hyper_parameters_of_losses_have_ranges(
-    recipe: Path, loss: str, key: str, value: str, words: tuple[str, ...]
-) -> None:
-    with pytest.raises(UserError) as caught:
-        load(recipe, [f"preference.loss={loss}", f"preference.{key}={value}"])
-    for word in (f"preference.{key}", *words):
-        assert word in str(caught.value)
+def test_ranges(allowed: Range, inside: tuple[float, ...], outside: tuple[float, ...], text: str) -> None:
+    assert str(allowed) == text
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
 
 
-def test_every_loss_has_its_own_defaults_and_keeps_what_is_set(recipe: Path) -> None:
+def test_sections_do_not_share_their_defaults() -> None:
+    first, second = Config(), Config()
+    first.reward.terms["plausibility"].weight = 7.0
+    first.policy.lora.targets.append("q_proj")
+    assert second.reward.terms["plausibility"].weight == 0.25
+    assert second.policy.lora.targets == ["all-linear"]
+
+
+def test_a_configuration_survives_yaml() -> None:
+    text = OmegaConf.to_yaml(to_dict(Config()))
+    read = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    assert OmegaConf.to_object(read) == Config()
+
+
+def test_stages_are_named_like_their_sections() -> None:
+    sections = {section.name for section in fields(Config)}
+    assert set(STAGES) <= sections
+    config = Config()
+    assert stages(config) == STAGES
+    config.preference.data.hub = "owner/pairs"
+    assert stages(config) == ("preference", "evaluate")
+
+
+def test_every_loss_has_its_own_defaults_and_keeps_what_is_set() -> None:
     for loss, defaults in LOSS_DEFAULTS.items():
-        settings = load(recipe, [f"preference.loss={loss.value}"]).preference
-        assert hyper_parameters(settings) == defaults == hyper_parameters(Preference(loss))
+        assert hyper_parameters(PreferenceConfig(loss)) == defaults
         for name in defaults:
-            settings = load(recipe, [f"preference.loss={loss.value}", f"preference.{name}=0.25"]).preference
+            settings = PreferenceConfig(loss, **{name: 0.25})
             assert hyper_parameters(settings) == defaults | {name: 0.25}
-            assert getattr(settings, name) == 0.25
     assert set(LOSS_DEFAULTS) == set(PreferenceLoss)
     assert [loss.value for loss in PreferenceLoss if reference_free(loss)] == ["simpo", "orpo"]
-
-
-def test_missing_and_malformed_recipe(tmp_path: Path) -> None:
-    (tmp_path / "there.yaml").write_text("seed: [1\n")
-    with pytest.raises(UserError, match=r"does not exist; there are: .*there\.yaml"):
-        load(tmp_path / "absent.yaml")
-    with pytest.raises(UserError, match="not valid YAML"):
-        load(tmp_path / "there.yaml")

@@ -23,7 +23,15 @@ OWNERS = {
     },
     "vllm": {"workers/rollout/engine_vllm.py"},
 }
-PURE = ("pns/records.py", "pns/config.py", "pns/errors.py", "pns/preflight.py", "pns/algo/")
+PURE = (
+    "pns/records.py",
+    "pns/config.py",
+    "pns/fields.py",
+    "pns/recipe.py",
+    "pns/errors.py",
+    "pns/preflight.py",
+    "pns/algo/",
+)
 LAYERS = (
     "pns/cli.py",
     "pns/driver.py",

@@ -13,9 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pns.config import Config, to_dict
-from pns.errors import UserError, did_you_mean
+from pns.errors import UserError
 from pns.fields import Key, walk_keys
-from pns.recipe import load
+from pns.recipe import load, suggest_key
 
 WIDTH = 110
 MIN_MEANING_WIDTH = 36
@@ -37,9 +37,7 @@ def select_keys(name: str) -> list[Key]:
     keys = list(walk_keys(Config()))
     selected = [key for key in keys if not name or key.name == name or key.name.startswith(f"{name}.")]
     if not selected:
-        sections = {key.name.rpartition(".")[0] for key in keys}
-        known = sections | {key.name for key in keys}
-        raise UserError(f"config: {name}: unknown key{did_you_mean(name, known)}")
+        raise UserError(f"config: {name}: unknown key{suggest_key(name, Config())}")
     return selected
 
 

@@ -53,9 +53,9 @@ def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
     template, and where a key is set beside a family.
     """
     name = data.prompt
-    if name is PromptFamily.none:
+    if name == PromptFamily.none:
         return name
-    if name is PromptFamily.auto:
+    if name == PromptFamily.auto:
         found = (
             "base"
             if chat_template is None

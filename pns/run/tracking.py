@@ -63,7 +63,7 @@ class Tracker:
             if open_backends is None:
                 raise ValueError(f"tracking.backends is {settings.backends} and nothing opens them")
             os.environ.setdefault("TENSORBOARD_DIR", str(run.path / "tensorboard"))
-            self._backends = open_backends(settings.project, run.path.name, settings.backends)
+            self._backends = open_backends(settings.project, run.path.name, list(map(str, settings.backends)))
         self._stage, self._total, self._first_step, self._num_rows = "", 0, 0, 0
         self._began = self._shown = 0.0
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pns.config import Optimizer, Schedule
 from pns.errors import UserError
-from pns.fields import at_least, between, check_ranges, key, path_or_name, section
+from pns.fields import at_least, between, check_ranges, key, path_or_name, section, up_to
 
 
 class TinyTask(StrEnum):
@@ -34,7 +34,7 @@ class WarmStart:
     heads: int = key(4, "attention heads of a block", at_least(1))
     key_value_heads: int = key(2, "heads of keys and values that the attention heads share", at_least(1))
     feed_forward_size: int = key(384, "width of the feed-forward parts", at_least(1))
-    init_std: float = key(0.06, "standard deviation of the initial weights", between(0, 1, open_low=True))
+    init_std: float = key(0.06, "standard deviation of the initial weights", up_to(1))
     tie_embeddings: bool = key(True, "the head is the embedding")
     batch_size: int = key(32, "rows of one step", at_least(1))
     curriculum_steps: int = key(
@@ -56,7 +56,7 @@ def check_settings(settings: WarmStart) -> None:
     heads, head_size = settings.heads, settings.hidden_size // settings.heads
     if settings.hidden_size % heads or head_size % 2:
         raise UserError(
-            f"hidden_size: {settings.hidden_size} must be an even multiple of heads, {heads} (rotary positions)"
+            f"hidden_size: {settings.hidden_size} must be an even multiple of heads, {heads} (rotary)"
         )
     if heads % settings.key_value_heads:
         raise UserError(f"heads: {heads} must be a multiple of key_value_heads, {settings.key_value_heads}")

@@ -254,7 +254,7 @@ def test_configuration_of_suites(tmp_path: Path) -> None:
     for words, match in (
         ([], r"name at least one suite"),
         ([f"data.jsonl.suites.gsm8k={own}", "data.benchmarks=[gsm8k]"], r"suites\.gsm8k"),
-        (["data.benchmarks=[gsm8k]", "evaluate.per_suite.gsm8k.top_p=2"], r"top_p: 2\.0 is outside"),
+        (["data.benchmarks=[gsm8k]", "evaluate.per_suite.gsm8k.top_p=2"], r"top_p: 2\.0 must be in"),
         (["data.benchmarks=[gsm8k]", "evaluate.samples_per_problem=0"], r"samples_per_problem: 0"),
         (
             [f"data.jsonl.suites.own={own}", "evaluate.per_suite.gsm8k.temperature=1"],

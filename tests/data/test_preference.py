@@ -473,7 +473,7 @@ def test_load_external_pairs(tmp_path: Path) -> None:
         ({"hub": "{tmp}", "revision": "a" * 40}, "is a path here"),
         ({"revision": "a" * 40}, "hub is empty"),
         ({"hub": "a/b", "revision": "a" * 40, "split": "''"}, "split is empty"),
-        ({"limit": "-1"}, "limit: -1 is negative"),
+        ({"limit": "-1"}, "limit: -1 must be 0 or more"),
         ({"bad_pairs": "ignore"}, "bad_pairs"),
     ],
 )
@@ -494,7 +494,5 @@ def test_settings_that_are_right(tmp_path: Path) -> None:
         [f"path={tmp_path / 'x.parquet'}", "bad_pairs=drop"],
         ["hub=a/b", f"revision={'0f' * 20}"],
     ):
-        config = load(
-            tmp_path / "r.yaml", [f"preference.data.{override}" for override in overrides]
-        )
+        config = load(tmp_path / "r.yaml", [f"preference.data.{override}" for override in overrides])
         assert config.preference.data.split == "train"

@@ -97,7 +97,6 @@ def test_a_base_prompt_may_be_asked_of_a_chat_model() -> None:
 
 def test_wrong_families() -> None:
     for data, template, words in (
-        (Data(prompt="gpt"), QWEN, ("data.prompt", "'gpt'", "qwen, llama")),
         (Data(prompt="auto"), "{{ messages[0].content }}", ("data.prompt", "no known family")),
         (Data(prompt="qwen"), None, ("data.prompt", "has none", "base")),
         (Data(prompt="qwen", instruction="Think."), QWEN, ("data.instruction", "data.prompt=none")),

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pns import recipe
 from pns.config import Config, PreferenceLoss, reference_free, to_dict
 from pns.data.problems import load_problem_sets
 from pns.driver import prompts
 from pns.errors import UserError
-from pns.recipe import load
 from pns.run.directory import RunDirectory, read_jsonl
 from pns.run.tracking import Tracker
 from pns.stages import preference
@@ -67,7 +67,7 @@ def fleet(ray_session: None) -> Iterator[Fleet]:
 
 
 def load(overrides: list[str]) -> Config:
-    return load(
+    return recipe.load(
         ROOT / "recipes/tiny-qwen2.yaml",
         [*SMALL, f"models.backbone={ROOT / 'recipes/tiny/qwen2'}", *overrides],
     )
