@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pns.answers.compare import boxed_span
 
+THINK_TAGS = ("<think>", "</think>")  # around a completion's reasoning
+
 
 @dataclass(frozen=True)
 class FormatCheck:
@@ -17,9 +19,7 @@ class FormatCheck:
     reason: str = ""
 
 
-def check_format(
-    text: str, finish_reason: str, think_tags: tuple[str, str] = ("<think>", "</think>")
-) -> FormatCheck:
+def check_format(text: str, finish_reason: str) -> FormatCheck:
     r"""Exactly one reasoning block at the start, exactly one non-empty `\boxed{...}` after it, nothing behind
     the box, ended by EOS.
 
@@ -28,7 +28,7 @@ def check_format(
     `$` or a closing `\)`, `\]` behind the box is not counted as text. Boxes inside the block do not count.
     `finish_reason` is "stop" when the model ended by itself.
     """
-    opening, closing = think_tags
+    opening, closing = THINK_TAGS
     if finish_reason != "stop":
         return FormatCheck(False, "not_ended")
     if opening not in text:
