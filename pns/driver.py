@@ -33,7 +33,7 @@ from pns.stages.context import Context
 from pns.tiny import warm_start
 from workers import placement
 from workers.fleet import Fleet
-from workers.trackers import open_backends
+from workers.metric_backends import open_backends
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ OWNERS = {
         "workers/training/batching.py",
         "workers/training/verl_engine.py",
         "workers/training/verl_cpu.py",
-        "workers/trackers.py",
+        "workers/metric_backends.py",
     },
     "vllm": {"workers/rollout/engine_vllm.py"},
 }

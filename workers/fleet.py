@@ -1,5 +1,5 @@
-"""The run's actors, started once and kept across stages: rollout, policy, a pool for each reward term, and the
-verifier's processes.
+"""The run's actors, started once and kept across stages: rollout, policy, a pool for each reward term, and
+the verifier's processes.
 
 Each role starts when `start` names it, in the background; using a role waits for it. New weights go into
 running processes.
@@ -63,7 +63,7 @@ class Fleet:
         return self._policy
 
     def shutdown(self) -> None:
-        """Stop every role that was started; one that fails to stop, or failed to start, keeps none running."""
+        """Stop every role that was started, also where one failed to start or fails to stop."""
         with ExitStack() as stack:
             stack.callback(self._threads.shutdown)
             if self._policy is not None:

@@ -70,8 +70,8 @@ def totals(config: Config, roles: Collection[str], device: str) -> dict[str, flo
 def check_placement(
     config: Config, roles: Collection[str], cluster_resources: Mapping[str, float], device: str
 ) -> None:
-    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of the used roles
-    on `device`."""
+    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of the used
+    roles on `device`."""
     needed, asked = totals(config, roles, device), bundles(config, roles, device)
     for unit in ("GPU", "CPU"):
         offered = cluster_resources.get(unit, 0.0)
@@ -94,7 +94,8 @@ def resolve_device(device: Device, cluster_gpus: float) -> str:
         return "cuda" if cluster_gpus > 0 else "cpu"
     if device is Device.cuda and cluster_gpus <= 0:
         raise UserError(
-            "placement.device is cuda and the cluster offers no GPU: set placement.device=cpu or add a GPU node"
+            "placement.device is cuda and the cluster offers no GPU: set placement.device=cpu or add a GPU "
+            "node"
         )
     return device.value
 

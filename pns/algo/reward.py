@@ -77,10 +77,10 @@ def compose(
     `terms` are the unweighted terms that were computed, in [0, 1]; `missing` maps what could not be computed
     (a term or `VERDICT`) to its cause.
 
-    gated (default): malformed -> `rules.malformed`; correct -> `rules.correct`; unverified -> masked; a needed
-    term missing -> masked; wrong -> w_wrong + sum of w_i * term_i. additive (`gated: false`, the ablation):
-    without the gate on correct, w_wrong * [wrong] + sum of w_i * term_i, so that a correct completion earns
-    the terms as well.
+    gated (default): malformed -> `rules.malformed`; correct -> `rules.correct`; unverified -> masked; a
+    needed term missing -> masked; wrong -> w_wrong + sum of w_i * term_i. additive (`gated: false`, the
+    ablation): without the gate on correct, w_wrong * [wrong] + sum of w_i * term_i, so that a correct
+    completion earns the terms as well.
 
     Raises ValueError for a term outside its range (NaN included) or one that is given and also reported
     missing.
@@ -139,12 +139,11 @@ def check_masked(rewards: Sequence[Reward], max_fraction: float, where: str) -> 
     fraction = masked_fraction(rewards)
     if fraction <= max_fraction:
         return
-    report = mask_report(rewards)
-    causes = "; ".join(
-        f"{term}: " + ", ".join(f"{count} x {cause}" for cause, count in report[term].items())
-        for term in report
-    )
+    num_masked = sum(reward.masked for reward in rewards)
+    by_term = []
+    for term, counts in mask_report(rewards).items():
+        by_term.append(f"{term}: " + ", ".join(f"{count} x {cause}" for cause, count in counts.items()))
     raise TooManyMaskedError(
-        f"{where}: {sum(reward.masked for reward in rewards)} of {len(rewards)} completions have no reward ({fraction:.0%}; "
-        f"reward.max_masked_fraction allows {max_fraction:.0%}): {causes}"
+        f"{where}: {num_masked} of {len(rewards)} completions have no reward ({fraction:.0%}; "
+        f"reward.max_masked_fraction allows {max_fraction:.0%}): {'; '.join(by_term)}"
     )

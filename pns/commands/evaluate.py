@@ -23,7 +23,7 @@ from pns.run.tracking import Tracker
 from pns.stages import evaluate
 from pns.stages.context import Context
 from workers.fleet import Fleet
-from workers.trackers import open_backends
+from workers.metric_backends import open_backends
 
 MODEL_ROLES = ("rollout", "verifier")
 

@@ -28,6 +28,7 @@ from pns.algo.judging import (
 from pns.config import Pool
 from pns.errors import UserError
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
+from workers.runtime import Runtime
 
 _CHARACTERS_PER_TOKEN = 3  # a guess that sizes requests before they are tokenized
 
@@ -42,59 +43,44 @@ class Judge:
     as single tokens.
     """
 
-    def __init__(
-        self,
-        model_path: str,
-        device: str,
-        trust_remote_code: bool = False,
-        seed: int = 0,
-        forward_tokens: int = 0,
-    ) -> None:
-        self._device, self._seed, self._forward_tokens = (
-            device,
-            seed,
-            forward_tokens or FORWARD_TOKENS[device],
-        )
+    def __init__(self, model_path: str, runtime: Runtime, seed: int = 0, forward_tokens: int = 0) -> None:
+        self._device, self._seed = runtime.device, seed
+        self._forward_tokens = forward_tokens or FORWARD_TOKENS[runtime.device]
+        dtype = torch.float32 if runtime.device == "cpu" else torch.bfloat16
+        trust = {"trust_remote_code": runtime.trust_remote_code}
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                model_path, trust_remote_code=trust_remote_code
-            )
-            model = AutoModelForCausalLM.from_pretrained(
-                model_path,
-                dtype=torch.float32 if device == "cpu" else torch.bfloat16,
-                trust_remote_code=trust_remote_code,
-            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, **trust)
+            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **trust)
         except OSError as error:
             raise UserError(f"judge {model_path}: {str(error).splitlines()[0]}") from error
-        self._model = model.to(device).eval()
+        self._model = model.to(self._device).eval()
         self._template = Template.TINY if "<judge>" in self._tokenizer.get_vocab() else Template.TEXT
         if self._template is Template.TEXT and not self._tokenizer.chat_template:
             raise UserError(f"judge {model_path} has no chat template: name an instruction-tuned model")
         digits = [self._encode(str(digit)) for digit in range(MAX_SCORE + 1)]
         if any(len(ids) != 1 for ids in digits):
             raise UserError(
-                f"judge {model_path} does not write each of the digits 0 to {MAX_SCORE} as one token: name another model"
+                f"judge {model_path} does not write each of the digits 0 to {MAX_SCORE} as one token: name "
+                "another model"
             )
-        self._digits_V = torch.tensor([ids[0] for ids in digits], device=device)
+        self._digits_V = torch.tensor([ids[0] for ids in digits], device=self._device)
         self._between = [self._encode(part) for part in verdict_parts(self._template, "")[1:4]]
 
     def score(self, candidates_B: Sequence[Candidate]) -> list[Outcome[Scores]]:
         """Scores (relevance, coherence, completeness, clarity), each 0-3. Missing: "too_long" (prompt and
         verdict exceed the model's context), "not_finite", "unparsable"."""
-        nonces = [
-            make_nonce(self._seed, problem, candidate, self._template) for problem, candidate in candidates_B
-        ]
-        prompts = [
-            self._prompt(*candidate, nonce) for candidate, nonce in zip(candidates_B, nonces, strict=True)
-        ]
-        room = self._model.config.max_position_embeddings - 4 - sum(map(len, self._between))
-        outcomes: list[Outcome[Scores]] = [
-            Outcome(None, "too_long" if len(prompt) > room else None) for prompt in prompts
-        ]
-        accepted = [index for index, outcome in enumerate(outcomes) if outcome.cause is None]
-        for batch in micro_batches([len(prompts[index]) for index in accepted], self._forward_tokens):
+        nonces, prompts = [], []
+        for problem, solution in candidates_B:
+            nonces.append(make_nonce(self._seed, problem, solution, self._template))
+            prompts.append(self._prompt(problem, solution, nonces[-1]))
+        reply_tokens = 4 + sum(map(len, self._between))  # four digits and what stands between them
+        room = self._model.config.max_position_embeddings - reply_tokens
+        outcomes: list[Outcome[Scores]] = [Outcome(None, "too_long")] * len(prompts)
+        accepted = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
+        for batch in micro_batches([len(prompts[row]) for row in accepted], self._forward_tokens):
             rows = [accepted[index] for index in batch]
-            for row, reply_ids in zip(rows, self._decode([prompts[row] for row in rows]), strict=True):
+            replies = self._decode([prompts[row] for row in rows])
+            for row, reply_ids in zip(rows, replies, strict=True):
                 outcomes[row] = self._read(reply_ids, nonces[row])
         return outcomes
 
@@ -102,10 +88,8 @@ class Judge:
         """Token ids up to the verdict's first digit."""
         if self._template is Template.TINY:
             return self._encode(render_tiny(problem, candidate, nonce))
-        for token in self._tokenizer.all_special_tokens:
-            candidate = candidate.replace(
-                token, token[:1] + " " + token[1:]
-            )  # the tokenizer reads them anywhere in a text
+        for token in self._tokenizer.all_special_tokens:  # the tokenizer reads them anywhere in a text
+            candidate = candidate.replace(token, token[:1] + " " + token[1:])
         messages = render_text(problem, candidate, nonce)
         text = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
@@ -129,9 +113,8 @@ class Judge:
         num_rows, width = len(prompts), max(map(len, prompts))
         ids_BT = torch.full((num_rows, width), int(self._digits_V[0]))
         mask_BT = torch.zeros(num_rows, width, dtype=torch.long)
-        for row, prompt in enumerate(
-            prompts
-        ):  # padding on the left, so that every row continues at the same column
+        for row, prompt in enumerate(prompts):
+            # Padding is on the left, so that every row continues at the same column.
             ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
             mask_BT[row, width - len(prompt) :] = 1
         ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
@@ -153,9 +136,8 @@ class Judge:
             finite_B &= logits_BV.isfinite().all(-1)
             ids_BT = self._digits_V[logits_BV.argmax(-1)][:, None]
             if between:
-                ids_BT = torch.cat(
-                    [ids_BT, torch.tensor(between, device=self._device).expand(num_rows, -1)], 1
-                )
+                fixed_BT = torch.tensor(between, device=self._device).expand(num_rows, -1)
+                ids_BT = torch.cat([ids_BT, fixed_BT], 1)
             reply.append(ids_BT)
             added = ids_BT.shape[1]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(num_rows, added)], 1)
@@ -172,13 +154,6 @@ class JudgePool(ScoringPool[Candidate, Scores]):
     """Judge actors: items are (problem text, solution text), values four scores 0-3;
     `pns.algo.judging.rubric_score` makes them one number."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        device: str,
-        start_timeout_seconds: float,
-        trust_remote_code: bool = False,
-        seed: int = 0,
-    ) -> None:
-        build = functools.partial(Judge, device=device, trust_remote_code=trust_remote_code, seed=seed)
-        super().__init__("judge", pool, device, start_timeout_seconds, build, _num_tokens)
+    def __init__(self, name: str, pool: Pool, runtime: Runtime, seed: int) -> None:
+        build = functools.partial(Judge, runtime=runtime, seed=seed)
+        super().__init__(name, pool, runtime, build, _num_tokens)

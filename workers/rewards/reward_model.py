@@ -1,4 +1,4 @@
-"""The reward model as a service: raw scores r(x, y) of token sequences; sigmoid(r) is the plausibility term."""
+"""The reward model as a service: raw scores r(x, y) of token sequences; sigmoid(r) is the reward term."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from pns.config import Pool
 from pns.errors import UserError
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
+from workers.runtime import Runtime
 
 
 class RewardModel:
@@ -21,24 +22,23 @@ class RewardModel:
     Raises UserError where `model_path` holds no trained reward head.
     """
 
-    def __init__(
-        self, model_path: str, device: str, trust_remote_code: bool = False, forward_tokens: int = 0
-    ) -> None:
-        self._device = device
+    def __init__(self, model_path: str, runtime: Runtime, forward_tokens: int = 0) -> None:
+        self._device = device = runtime.device
         self._forward_tokens = forward_tokens or FORWARD_TOKENS[device]
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 model_path,
                 num_labels=1,
                 dtype=torch.float32 if device == "cpu" else torch.bfloat16,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=runtime.trust_remote_code,
                 output_loading_info=True,
             )
         except OSError as error:
             raise UserError(f"reward model {model_path}: {str(error).splitlines()[0]}") from error
         if any(name.startswith("score.") for name in report["missing_keys"]):
             raise UserError(
-                f"reward model {model_path} has no reward head (score.weight): name a model trained by the stage reward_model"
+                f"reward model {model_path} has no reward head (score.weight): name a model trained by the "
+                "stage reward_model"
             )
         self._body = model.base_model.to(device).eval()
         self._head = model.score.to(device=device, dtype=torch.float32)
@@ -50,9 +50,11 @@ class RewardModel:
         "too_long" (beyond the model's positions), "token_id" (outside its vocabulary), "not_finite"."""
         outcomes: list[Outcome[float]] = [Outcome(None, self._refusal(row)) for row in token_ids_BT]
         accepted = [index for index, outcome in enumerate(outcomes) if outcome.cause is None]
-        for batch in micro_batches([len(token_ids_BT[index]) for index in accepted], self._forward_tokens):
+        lengths = [len(token_ids_BT[row]) for row in accepted]
+        for batch in micro_batches(lengths, self._forward_tokens):
             rows = [accepted[index] for index in batch]
-            for row, value in zip(rows, self._forward([token_ids_BT[row] for row in rows]), strict=True):
+            values = self._forward([token_ids_BT[row] for row in rows])
+            for row, value in zip(rows, values, strict=True):
                 outcomes[row] = Outcome(value) if math.isfinite(value) else Outcome(None, "not_finite")
         return outcomes
 
@@ -79,8 +81,5 @@ class RewardModel:
 class RewardModelPool(ScoringPool[Sequence[int], float]):
     """Reward-model actors: items are token id sequences of prompt and completion, values raw scores r."""
 
-    def __init__(
-        self, pool: Pool, device: str, start_timeout_seconds: float, trust_remote_code: bool = False
-    ) -> None:
-        build = functools.partial(RewardModel, device=device, trust_remote_code=trust_remote_code)
-        super().__init__("reward_model", pool, device, start_timeout_seconds, build, len)
+    def __init__(self, name: str, pool: Pool, runtime: Runtime) -> None:
+        super().__init__(name, pool, runtime, functools.partial(RewardModel, runtime=runtime), len)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import threading
 import time
 import uuid
@@ -18,6 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -26,37 +26,39 @@ from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
 
 from pns.config import Pool
 from pns.errors import UserError
+from workers.runtime import Runtime
 
-Item = TypeVar("Item")
-AnyItem = TypeVar("AnyItem", contravariant=True)
-Value = TypeVar("Value")
+_Item = TypeVar("_Item")
+_AnyItem = TypeVar("_AnyItem", contravariant=True)
+_Value = TypeVar("_Value")
 
-CPU_ENVIRONMENT = {
+_CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(
-        1 << 30
-    ),  # keep freed activations in the heap: small models otherwise spend their time in page faults
+    # Keep freed activations in the heap: small models otherwise spend their time in page faults.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
 _TASK_RETRIES = 3  # of a request whose actor died; an item that kills actors must end
 _REMEMBERED_REQUESTS = 256  # of an actor, so that a repeated delivery is not computed twice
-_FORWARDS_PER_BATCH = 4  # a batch is sorted by length and split; a request is at most one forward pass, so that replicas share large submits
+# A batch is sorted by length and split; a request is at most one forward pass, so that replicas share large
+# submits.
+_FORWARDS_PER_BATCH = 4
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Value]):
+class Outcome(Generic[_Value]):
     """A score, or None with the reason why there is none."""
 
-    value: Value | None
+    value: _Value | None
     cause: str | None = None
 
 
-class Scorer(Protocol[AnyItem, Value]):
+class ServedModel(Protocol[_AnyItem, _Value]):
     """What runs inside an actor: one outcome an item, in order. Raises RuntimeError where the batch failed as
     a whole."""
 
-    def score(self, items: Sequence[AnyItem]) -> list[Outcome[Value]]: ...
+    def score(self, items: Sequence[_AnyItem]) -> list[Outcome[_Value]]: ...
 
 
 class ModelVersion(NamedTuple):
@@ -83,17 +85,6 @@ def micro_batches(lengths_B: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-# ------------------------------------------------------------------------------------------------------------------ in the actor
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one replica has done since its process started."""
-
-    batches: int = 0
-    items: int = 0
-
-
 @dataclass
 class _Waiting:
     item: Any
@@ -111,25 +102,21 @@ class ScoringActor:
 
     def __init__(
         self,
-        build: Callable[[str], Scorer[Any, Any]],
+        build: Callable[[str], ServedModel[Any, Any]],
         num_tokens: Callable[[Any], int],
         tokens_per_batch: int,
     ) -> None:
-        self._build = build
-        self._num_tokens = num_tokens
-        self._tokens_per_batch = tokens_per_batch
-        self._scorer: Scorer[Any, Any] | None = None
-        self._model: ModelVersion | None = None
+        self._build, self._num_tokens, self._tokens_per_batch = build, num_tokens, tokens_per_batch
+        self._model: ServedModel[Any, Any] | None = None
+        self._version: ModelVersion | None = None
         self._thread = ThreadPoolExecutor(1)
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._batches: asyncio.Task[None] | None = None
         self._requests: OrderedDict[str, asyncio.Task[list[Outcome[Any]]]] = OrderedDict()
-        self._stats = Stats()
 
-    async def ready(self) -> int:
-        """The process id, once the process is up."""
-        return os.getpid()
+    async def ready(self) -> None:
+        """Return once the process is up."""
 
     async def load(self, model: ModelVersion) -> None:
         """Have `model` in memory."""
@@ -147,15 +134,12 @@ class ScoringActor:
                 self._requests.popitem(last=False)
         return await request
 
-    async def stats(self) -> Stats:
-        return self._stats
-
     async def _enqueue(self, model: ModelVersion, items: Sequence[Any]) -> list[Outcome[Any]]:
         loop = asyncio.get_running_loop()
         waiting = [_Waiting(item, self._num_tokens(item), model, loop.create_future()) for item in items]
         self._queue.extend(waiting)
         self._arrived.set()
-        return list(await asyncio.gather(*(one.outcome for one in waiting)))
+        return list(await asyncio.gather(*(entry.outcome for entry in waiting)))
 
     async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
@@ -165,17 +149,17 @@ class ScoringActor:
             if not batch:
                 self._arrived.clear()
                 continue
-            self._stats = Stats(self._stats.batches + 1, self._stats.items + len(batch))
-            run = loop.run_in_executor(self._thread, self._score, batch[0].model, [one.item for one in batch])
+            items = [entry.item for entry in batch]
+            run = loop.run_in_executor(self._thread, self._score, batch[0].model, items)
             await asyncio.wait([run])
             error = run.exception()
-            for index, one in enumerate(batch):
-                if one.outcome.done():  # its request was cancelled meanwhile
+            for index, entry in enumerate(batch):
+                if entry.outcome.done():  # its request was cancelled meanwhile
                     continue
                 if error is None:
-                    one.outcome.set_result(run.result()[index])
+                    entry.outcome.set_result(run.result()[index])
                 else:
-                    one.outcome.set_exception(error)
+                    entry.outcome.set_exception(error)
 
     def _next_batch(self) -> list[_Waiting]:
         """The oldest items that ask for the same model, within the token budget (at least one item)."""
@@ -186,46 +170,42 @@ class ScoringActor:
             if first.outcome.done():
                 self._queue.popleft()
                 continue
-            if batch and (
-                first.model != batch[0].model or num_tokens + first.num_tokens > self._tokens_per_batch
-            ):
+            full = num_tokens + first.num_tokens > self._tokens_per_batch
+            if batch and (full or first.model != batch[0].model):
                 break
             num_tokens += first.num_tokens
             batch.append(self._queue.popleft())
         return batch
 
     def _switch(self, model: ModelVersion) -> None:
-        if self._model != model:
-            self._scorer = self._model = None  # frees the memory first
-            self._scorer = self._build(model.path)
-            self._model = model
+        if self._version != model:
+            self._model = self._version = None  # frees the memory first
+            self._model = self._build(model.path)
+            self._version = model
 
     def _score(self, model: ModelVersion, items: list[Any]) -> list[Outcome[Any]]:
         self._switch(model)
-        assert self._scorer is not None
-        return _score_or_split(self._scorer, items)
+        assert self._model is not None
+        return _score_or_split(self._model, items)
 
 
-def _score_or_split(scorer: Scorer[Any, Any], items: list[Any]) -> list[Outcome[Any]]:
+def _score_or_split(model: ServedModel[Any, Any], items: list[Any]) -> list[Outcome[Any]]:
     """A failing batch is halved until the failure is one item's own: out of memory, or a row the model cannot
     take."""
     try:
-        return scorer.score(items)
+        return model.score(items)
     except RuntimeError as error:
         failure = error
     if len(items) == 1:
-        return [Outcome(None, describe(failure))]
+        return [Outcome(None, describe_error(failure))]
     half = len(items) // 2
-    return _score_or_split(scorer, items[:half]) + _score_or_split(scorer, items[half:])
+    return _score_or_split(model, items[:half]) + _score_or_split(model, items[half:])
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception as a one-line cause: its class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-# ----------------------------------------------------------------------------------------------------------------- on the driver
 
 
 @dataclass
@@ -242,38 +222,33 @@ class _Request:
 
 
 @dataclass
-class Handle:
+class ServiceHandle:
     """Items under way, in the order of their `submit`."""
 
     requests: list[_Request] = field(default_factory=list)
 
 
-class ScoringPool(Generic[Item, Value]):
+class ScoringPool(Generic[_Item, _Value]):
     """`pool.replicas` actors that score items with one model; `load` names the model before the first
     `submit`.
 
-    `build(model_path)` makes the scorer inside the actor and must be picklable; `num_tokens(item)` is the
-    item's size for batching and routing. `device` is "cpu" (no GPU is asked for) or "cuda". Raises
-    TimeoutError when the actors are not up within `start_timeout_seconds`.
+    `name` stands in messages. `build(model_path)` makes the model inside the actor and must be picklable;
+    `num_tokens(item)` is the item's size for batching and routing. No GPU is asked for on CPU. Raises
+    TimeoutError when the actors are not up within `runtime.start_timeout_seconds`.
     """
 
     def __init__(
         self,
         name: str,
         pool: Pool,
-        device: str,
-        start_timeout_seconds: float,
-        build: Callable[[str], Scorer[Item, Value]],
-        num_tokens: Callable[[Item], int],
+        runtime: Runtime,
+        build: Callable[[str], ServedModel[_Item, _Value]],
+        num_tokens: Callable[[_Item], int],
     ) -> None:
-        self._name, self._pool, self._device, self._start_timeout_seconds = (
-            name,
-            pool,
-            device,
-            start_timeout_seconds,
-        )
-        self._gpus = pool.gpus if device == "cuda" else 0
-        self._build, self._num_tokens, self._forward_tokens = build, num_tokens, FORWARD_TOKENS[device]
+        self._name, self._pool, self._runtime = name, pool, runtime
+        self._gpus = pool.gpus if runtime.device == "cuda" else 0
+        self._build, self._num_tokens = build, num_tokens
+        self._forward_tokens = FORWARD_TOKENS[runtime.device]
         self._model: ModelVersion | None = None
         self._lock = threading.Lock()  # futures complete in Ray's thread
         self._replicas: list[_Replica] = []
@@ -287,7 +262,7 @@ class ScoringPool(Generic[Item, Value]):
     def load(self, model_path: str) -> None:
         """Swap the model in every replica; items submitted before keep the model they were submitted for.
         Raises UserError where the model cannot be used and TimeoutError where loading takes longer than
-        `start_timeout_seconds`."""
+        `runtime.start_timeout_seconds`."""
         model = ModelVersion(self._model.number + 1 if self._model else 1, str(model_path))
         self._wait([replica.actor.load.remote(model) for replica in self._replicas], f"to load {model_path}")
         self._model = model
@@ -297,19 +272,16 @@ class ScoringPool(Generic[Item, Value]):
         go."""
         if replicas < 1:
             raise UserError(f"{self._name}: {replicas} replicas; use 1 or more")
-        added = [_Replica(self._start()) for _ in range(replicas - len(self._replicas))]
-        try:
+        with ExitStack() as stack:
+            added = [_Replica(self._start()) for _ in range(replicas - len(self._replicas))]
+            for replica in added:
+                stack.callback(ray.kill, replica.actor)  # where one does not come up
             purpose = f"to start with {self._gpus:g} GPU and {self._pool.cpus:g} CPU each"
             self._wait([replica.actor.ready.remote() for replica in added], purpose)
             if self._model:
-                self._wait(
-                    [replica.actor.load.remote(self._model) for replica in added],
-                    f"to load {self._model.path}",
-                )
-        except (TimeoutError, UserError):
-            for replica in added:
-                ray.kill(replica.actor)
-            raise
+                loading = [replica.actor.load.remote(self._model) for replica in added]
+                self._wait(loading, f"to load {self._model.path}")
+            stack.pop_all()
         with self._lock:
             self._replicas.sort(key=lambda replica: -replica.tokens_in_flight)
             kept = self._replicas[:replicas]
@@ -317,12 +289,12 @@ class ScoringPool(Generic[Item, Value]):
             self._replicas = kept + added
         self._end_retired()
 
-    def submit(self, items: Sequence[Item]) -> Handle:
+    def submit(self, items: Sequence[_Item]) -> ServiceHandle:
         """Begin scoring, without waiting."""
         if self._model is None:
             raise RuntimeError(f"{self._name}: submit before load")
-        handle = Handle()
-        chunk: list[Item] = []
+        handle = ServiceHandle()
+        chunk: list[_Item] = []
         chunk_tokens = 0
         for item in items:
             num_tokens = self._num_tokens(item)
@@ -335,15 +307,15 @@ class ScoringPool(Generic[Item, Value]):
             handle.requests.append(self._send(self._model, chunk, chunk_tokens))
         return handle
 
-    def done(self, handle: Handle) -> bool:
+    def done(self, handle: ServiceHandle) -> bool:
         """Whether `collect` would not wait."""
         return all(request.future.done() for request in handle.requests)
 
-    def collect(self, handle: Handle, deadline_seconds: float) -> list[Outcome[Value]]:
+    def collect(self, handle: ServiceHandle, deadline_seconds: float) -> list[Outcome[_Value]]:
         """Outcomes of one `submit`, in order. What is not there `deadline_seconds` after this call is missing
         with cause "deadline" and is given up; what failed is missing with the failure."""
         wait_for_futures([request.future for request in handle.requests], timeout=deadline_seconds)
-        outcomes: list[Outcome[Value]] = []
+        outcomes: list[Outcome[_Value]] = []
         for request in handle.requests:
             if not request.future.done():
                 ray.cancel(request.reference)
@@ -355,13 +327,9 @@ class ScoringPool(Generic[Item, Value]):
         self._end_retired()
         return outcomes
 
-    def score(self, items: Sequence[Item], deadline_seconds: float) -> list[Outcome[Value]]:
+    def score(self, items: Sequence[_Item], deadline_seconds: float) -> list[Outcome[_Value]]:
         """Submit and collect."""
         return self.collect(self.submit(items), deadline_seconds)
-
-    def stats(self) -> list[Stats]:
-        """The work of every replica."""
-        return self._wait([replica.actor.stats.remote() for replica in self._replicas], "to answer")
 
     def shutdown(self) -> None:
         """End every actor; what is under way is lost."""
@@ -370,7 +338,7 @@ class ScoringPool(Generic[Item, Value]):
         self._replicas, self._retiring = [], []
 
     def _start(self) -> Any:
-        environment = {"env_vars": CPU_ENVIRONMENT} if self._device == "cpu" else {}
+        environment = {"env_vars": _CPU_ENVIRONMENT} if self._runtime.device == "cpu" else {}
         remote = ray.remote(ScoringActor).options(
             num_cpus=self._pool.cpus,
             num_gpus=self._gpus,
@@ -381,7 +349,7 @@ class ScoringPool(Generic[Item, Value]):
         )
         return remote.remote(self._build, self._num_tokens, _FORWARDS_PER_BATCH * self._forward_tokens)
 
-    def _send(self, model: ModelVersion, items: list[Item], num_tokens: int) -> _Request:
+    def _send(self, model: ModelVersion, items: list[_Item], num_tokens: int) -> _Request:
         with self._lock:
             replica = min(self._replicas, key=lambda replica: replica.tokens_in_flight)
             replica.tokens_in_flight += num_tokens
@@ -401,22 +369,21 @@ class ScoringPool(Generic[Item, Value]):
         for replica in idle:
             ray.kill(replica.actor)
 
-    def _wait(self, references: list[ray.ObjectRef], purpose: str) -> list[Any]:
-        end = time.monotonic() + self._start_timeout_seconds
-        answers = []
+    def _wait(self, references: list[ray.ObjectRef], purpose: str) -> None:
+        limit = self._runtime.start_timeout_seconds
+        end = time.monotonic() + limit
         for index, reference in enumerate(references):
             try:
-                answers.append(ray.get(reference, timeout=max(0.0, end - time.monotonic())))
+                ray.get(reference, timeout=max(0.0, end - time.monotonic()))
             except GetTimeoutError as error:
                 raise TimeoutError(
-                    f"{self._name}: waited {self._start_timeout_seconds:.0f} s for replica {index + 1} of {len(references)} {purpose}; "
-                    f"the cluster has {_free('GPU')} GPU and {_free('CPU')} CPU free"
+                    f"{self._name}: waited {limit:.0f} s for replica {index + 1} of {len(references)} "
+                    f"{purpose}; the cluster has {_free('GPU')} GPU and {_free('CPU')} CPU free"
                 ) from error
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
                 raise
-        return answers
 
 
 def _free(resource: str) -> str:
@@ -427,5 +394,5 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, TaskCancelledError):
         return "deadline"
     if isinstance(error, RayTaskError):
-        return describe(error.cause)
+        return describe_error(error.cause)
     return type(error).__name__  # of Ray: the actor died, its node was lost

@@ -41,14 +41,14 @@ from pns.answers.notation import is_prose
 from pns.records import AnswerRule, Verdict
 
 _START_SECONDS = 120.0  # for the template to import math-verify and fork a worker
-_PATIENCE_SECONDS = 0.25  # of a quick lane, in processor time, so that a busy machine sends no ordinary item to the slow lanes
+# Of a quick lane, in processor time, so that a busy machine sends no ordinary item to the slow lanes.
+_PATIENCE_SECONDS = 0.25
 _BATCH = 16  # items handed to a worker at once, at most
 _MEMORY_GIB = 3  # address space of a worker
-_ROUNDING, _PRECISION = (
-    60,
-    80,
-)  # decimals that math-verify compares, digits that it computes; with 6, 1/2^99 equals 1/2^98
+# Decimals that math-verify compares, digits that it computes; with 6, 1/2^99 equals 1/2^98.
+_ROUNDING, _PRECISION = 60, 80
 _NICENESS = 5  # of a slow lane's worker: more would starve it on a busy machine
+# Read by the template, so that no worker meets the grammar for the first time.
 _WARMING = r"""\frac{1}{2}
 0.5
 -\frac{\sqrt{3}}{2}+2\pi
@@ -80,7 +80,7 @@ n!
 \frac{a}{b}-\frac{x^3}{y_1}
 |x|
 5\text{ cm}
-\sqrt[3]{2}"""  # read by the template, so that no worker meets the grammar for the first time
+\sqrt[3]{2}"""
 _MAX_CHARACTERS = 2000  # of an answer; longer ones are not parsed
 _INTEGER = re.compile(r"[+-]?\d{1,100}")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")
@@ -91,11 +91,16 @@ _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
 class VerifierResult:
     """`cause` is None when the verdict is CORRECT or WRONG, else why it could not be decided:
 
-    no_answer      no boxed answer in the prediction        gold         math-verify cannot read the gold answer
-    too_long       the answer has over 2,000 characters     unparsable   math-verify cannot read the prediction's answer
-    timeout        over the limit, the worker was killed    comparison   math-verify failed while comparing
-    crashed        the worker died                          disagreement one verifier says equal, the other different
-    not_started    no worker could be started               undecided    one verifier says different, the other cannot tell
+    no_answer     no boxed answer in the prediction
+    too_long      the answer has over 2,000 characters
+    timeout       over the limit, the worker was killed
+    crashed       the worker died
+    not_started   no worker could be started
+    gold          math-verify cannot read the gold answer
+    unparsable    math-verify cannot read the prediction's answer
+    comparison    math-verify failed while comparing
+    disagreement  one verifier says equal, the other different
+    undecided     one verifier says different, the other cannot tell
 
     `extracted` is the prediction's boxed answer as written, None where there is none; `reason` says in words
     what the verdict rests on; `seconds` is the worker's time for the item, 0 where no worker was needed.
@@ -108,8 +113,8 @@ class VerifierResult:
     seconds: float = 0.0
 
 
-Handle = list[Future[VerifierResult]]
-Item = tuple[str, str] | tuple[str, str, AnswerRule]
+VerifierHandle = list[Future[VerifierResult]]
+VerifierItem = tuple[str, str] | tuple[str, str, AnswerRule]
 Decision = tuple[Verdict, str | None, str]
 
 
@@ -122,47 +127,37 @@ class Verifier:
     """
 
     def __init__(self, processes: int, limit_seconds: float) -> None:
-        self._limit_seconds = limit_seconds
+        self._processes, self._limit_seconds = processes, limit_seconds
+        self._has_slow_lanes = limit_seconds > _PATIENCE_SECONDS
         self._template = _Template()
         self._closing = threading.Event()
         self._quick: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._slow: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        lanes = (
-            {"quick": self._serve_quick, "slow": self._serve_slow}
-            if limit_seconds > _PATIENCE_SECONDS
-            else {"quick": self._serve_quick}
-        )
-        self._processes = processes
-        self._threads = [
-            threading.Thread(target=serve, name=f"verifier-{kind}-{i}", daemon=True)
-            for kind, serve in lanes.items()
-            for i in range(processes if kind == "quick" else max(1, processes // 2))
-        ]
+        lanes = [self._serve_quick] * processes
+        if self._has_slow_lanes:
+            lanes += [self._serve_slow] * max(1, processes // 2)
+        self._threads = [threading.Thread(target=serve, daemon=True) for serve in lanes]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, items: Sequence[Item]) -> Handle:
+    def submit(self, items: Sequence[VerifierItem]) -> VerifierHandle:
         """Begin verifying (gold answer, prediction text[, rule]) items, without waiting; `collect` gives the
         results in the same order."""
-        return [
-            self._begin(item[0], extract_boxed(item[1]), item[2] if len(item) == 3 else AnswerRule())
-            for item in items
-        ]
+        return [self._begin(gold, extract_boxed(text), *rule) for gold, text, *rule in items]
 
-    def submit_extracted(self, items: Sequence[tuple[str, str | None, AnswerRule]]) -> Handle:
+    def submit_extracted(self, items: Sequence[tuple[str, str | None, AnswerRule]]) -> VerifierHandle:
         """Like `submit`, of answers that are already taken out of their texts (None: there is none)."""
         return [self._begin(*item) for item in items]
 
-    def done(self, handle: Handle) -> bool:
+    def done(self, handle: VerifierHandle) -> bool:
         """Whether `collect` would not wait."""
         return all(future.done() for future in handle)
 
-    def collect(self, handle: Handle) -> list[VerifierResult]:
+    def collect(self, handle: VerifierHandle) -> list[VerifierResult]:
         """The results of one `submit`. Waits as long as the queued work can take at most; raises TimeoutError
         after that."""
-        longest = (self._limit_seconds + _START_SECONDS) * (
-            self._quick.qsize() + self._slow.qsize() + len(handle) + 1
-        )
+        num_items = self._quick.qsize() + self._slow.qsize() + len(handle) + 1
+        longest = (self._limit_seconds + _START_SECONDS) * num_items
         late = wait(handle, timeout=longest).not_done
         if late:
             raise TimeoutError(
@@ -170,12 +165,8 @@ class Verifier:
             )
         return [future.result() for future in handle]
 
-    def verify_many(self, items: Sequence[Item]) -> list[VerifierResult]:
-        """Verify (gold answer, prediction text[, rule]) items and wait for them."""
-        return self.collect(self.submit(items))
-
     def shutdown(self) -> None:
-        """Stop the processes; items that wait are cancelled. Raises TimeoutError if a process does not end."""
+        """Stop the processes; what waits is cancelled. Raises TimeoutError if a process does not end."""
         self._closing.set()
         for jobs in (self._quick, self._slow):
             while not jobs.empty():
@@ -191,7 +182,12 @@ class Verifier:
                 raise TimeoutError(f"verifier: thread {thread.name} did not stop its process")
         self._template.stop()
 
-    def _begin(self, gold: str, extracted: str | None, rule: AnswerRule) -> Future[VerifierResult]:
+    def _begin(
+        self,
+        gold: str,
+        extracted: str | None,
+        rule: AnswerRule = AnswerRule(),  # noqa: B008  frozen
+    ) -> Future[VerifierResult]:
         future: Future[VerifierResult] = Future()
         decided = decide_without_process(gold, extracted, rule)
         if decided:
@@ -203,27 +199,21 @@ class Verifier:
 
     def _serve_quick(self) -> None:
         """Answer batches; hand what takes too long to the slow lanes."""
-        has_slow_lanes = self._limit_seconds > _PATIENCE_SECONDS
+        patience = _PATIENCE_SECONDS if self._has_slow_lanes else None
         worker = self._template.spawn()
-        while True:
-            jobs = self._next_batch()
-            if not jobs:
-                break
+        while jobs := self._next_batch():
             while jobs and not self._closing.is_set():
                 worker = worker or self._template.spawn()
                 if worker is None:
-                    jobs.pop(0).settle(
-                        (Verdict.UNVERIFIED, "not_started", "no worker process could be started")
-                    )
+                    jobs.pop(0).settle(_NOT_STARTED)
                     continue
-                patience = _PATIENCE_SECONDS if has_slow_lanes else None
                 answered, cause = worker.decide(jobs, self._limit_seconds, self._closing, patience)
                 jobs = jobs[answered:]
                 if cause:
-                    if cause == "timeout" and has_slow_lanes:
+                    if cause == "timeout" and self._has_slow_lanes:
                         self._slow.put(jobs.pop(0))
                     else:
-                        jobs.pop(0).settle((Verdict.UNVERIFIED, cause, _KILLED[cause]))
+                        jobs.pop(0).settle(_KILLED[cause])
                     worker = self._template.spawn()
             for job in jobs:
                 job.future.cancel()
@@ -236,15 +226,12 @@ class Verifier:
         while (job := self._slow.get()) is not None and not self._closing.is_set():
             worker = worker or self._template.spawn(nice=True)
             if worker is None:
-                job.settle((Verdict.UNVERIFIED, "not_started", "no worker process could be started"))
+                job.settle(_NOT_STARTED)
                 continue
             _, cause = worker.decide([job], self._limit_seconds, threading.Event())
             if cause:
                 worker = None
-                job.settle(
-                    (Verdict.UNVERIFIED, cause, _KILLED[cause]),
-                    self._limit_seconds if cause == "timeout" else 0.0,
-                )
+                job.settle(_KILLED[cause], self._limit_seconds if cause == "timeout" else 0.0)
         if job:
             job.future.cancel()
         if worker:
@@ -280,9 +267,8 @@ def decide_without_process(
     if gold.strip() == extracted:
         return VerifierResult(Verdict.CORRECT, None, extracted, "the same text")
     if len(extracted) > _MAX_CHARACTERS or len(gold) > _MAX_CHARACTERS:
-        return VerifierResult(
-            Verdict.UNVERIFIED, "too_long", extracted, f"an answer of over {_MAX_CHARACTERS} characters"
-        )
+        reason = f"an answer of over {_MAX_CHARACTERS} characters"
+        return VerifierResult(Verdict.UNVERIFIED, "too_long", extracted, reason)
     if rule == AnswerRule() and _INTEGER.fullmatch(gold.strip()) and _INTEGER.fullmatch(extracted):
         if int(gold) == int(extracted):
             return VerifierResult(Verdict.CORRECT, None, extracted, "equal integers")
@@ -303,7 +289,11 @@ class _Job:
             self.future.set_result(VerifierResult(verdict, cause, self.extracted, reason, seconds))
 
 
-_KILLED = {"timeout": "over the time limit", "crashed": "the worker process died"}
+_KILLED: dict[str, Decision] = {
+    "timeout": (Verdict.UNVERIFIED, "timeout", "over the time limit"),
+    "crashed": (Verdict.UNVERIFIED, "crashed", "the worker process died"),
+}
+_NOT_STARTED: Decision = (Verdict.UNVERIFIED, "not_started", "no worker process could be started")
 
 
 class _Template:
@@ -342,7 +332,7 @@ class _Template:
     def _start(self) -> None:
         self._discard()
         ours, theirs = socket.socketpair()
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with theirs:
             self._process = subprocess.Popen(
@@ -424,18 +414,14 @@ class _Worker:
 
     def _processor_seconds(self) -> float:
         """Processor time of the worker so far. Raises OSError if it is gone."""
-        return time.clock_gettime(
-            (~self._pid << 3) | 2
-        )  # the clock id of a process, as clock_getcpuclockid(3) makes it
+        clock_id = (~self._pid << 3) | 2  # as clock_getcpuclockid(3) makes it
+        return time.clock_gettime(clock_id)
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         self._connection.close()
-
-
-# --------------------------------------------------------------------------------------------- inside the template and the workers
 
 
 def decide(gold: str, extracted: str, rule: AnswerRule = AnswerRule()) -> Decision:  # noqa: B008
@@ -446,27 +432,15 @@ def decide(gold: str, extracted: str, rule: AnswerRule = AnswerRule()) -> Decisi
         return Verdict.CORRECT, None, finding.reason
     equal, cause = math_verify_says(gold, extracted)
     if equal is None:
-        return (
-            Verdict.UNVERIFIED,
-            cause,
-            f"math-verify cannot decide ({cause}); exact comparison: {finding.reason}",
-        )
-    if finding.same is False:
-        if equal:
-            return (
-                Verdict.UNVERIFIED,
-                "disagreement",
-                f"math-verify says equal, exact comparison: {finding.reason}",
-            )
+        reason = f"math-verify cannot decide ({cause}); exact comparison: {finding.reason}"
+        return Verdict.UNVERIFIED, cause, reason
+    if finding.same is False and not equal:
         return Verdict.WRONG, None, finding.reason
-    if equal and not finding.doubtful and not _WORD.search(gold + " " + extracted):
+    undecided = finding.same is None and not finding.doubtful
+    if equal and undecided and not _WORD.search(gold + " " + extracted):
         return Verdict.CORRECT, None, "math-verify says equal"
-    cause = "disagreement" if equal else "undecided"
-    return (
-        Verdict.UNVERIFIED,
-        cause,
-        f"math-verify says {'equal' if equal else 'different'}, exact comparison: {finding.reason}",
-    )
+    said, cause = ("equal", "disagreement") if equal else ("different", "undecided")
+    return Verdict.UNVERIFIED, cause, f"math-verify says {said}, exact comparison: {finding.reason}"
 
 
 def math_verify_says(gold: str, extracted: str) -> tuple[bool | None, str | None]:
@@ -483,13 +457,15 @@ def math_verify_says(gold: str, extracted: str) -> tuple[bool | None, str | None
     try:
         if _differ(gold_parsed, parsed) is True:
             return False, None
-        options = {
-            "float_rounding": _ROUNDING,
-            "numeric_precision": _PRECISION,
-            "timeout_seconds": None,
-            "raise_on_error": True,
-        }
-        return bool(verify(list(gold_parsed), list(parsed), **options)), None
+        same = verify(
+            list(gold_parsed),
+            list(parsed),
+            float_rounding=_ROUNDING,
+            numeric_precision=_PRECISION,
+            timeout_seconds=None,
+            raise_on_error=True,
+        )
+        return bool(same), None
     except Exception:  # sympy raises anything at all on odd input; whatever it is, nothing was decided
         return None, "comparison"
 
@@ -504,11 +480,10 @@ def _differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     names = sorted(a[0].free_symbols | b[0].free_symbols, key=str)
     for first in (17, 41):
         point = {name: sympy.Rational(first + 12 * index, 13) for index, name in enumerate(names)}
-        x, y = (expression.evalf(30, subs=point) for expression in (a[0], b[0]))
-        if not all(
-            value.is_number and value.is_finite and value.is_comparable is not None for value in (x, y)
-        ):
-            return False
+        x, y = a[0].evalf(30, subs=point), b[0].evalf(30, subs=point)
+        for value in (x, y):
+            if not (value.is_number and value.is_finite and value.is_comparable is not None):
+                return False
         if not abs(x - y) > sympy.Float("1e-12") * max(abs(x), abs(y)):
             return False
     return True
@@ -526,12 +501,9 @@ def _parse(answer: str) -> tuple[Any, ...]:
     # Plain expressions are looked for anywhere in the text, so only where the number is all there is (LaTeX
     # reads no percents).
     config = ExprExtractionConfig() if re.fullmatch(r"[+-]?[\d.,]+\s*%", text) else LatexExtractionConfig()
+    options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
     try:
-        return tuple(
-            parse(
-                f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True
-            )
-        )
+        return tuple(parse(f"${text}$", [config], **options))
     except Exception:  # as above
         return ()
 

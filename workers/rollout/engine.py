@@ -8,16 +8,12 @@ engines, devices and batches agree on it up to the rounding of the logits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-
-from pns.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,51 +67,6 @@ class Engine(Protocol):
         temperature 1."""
 
 
-def local_directory(model_path: str) -> Path:
-    """The directory of a checkpoint; a Hub id is downloaded (or found in the cache). Raises UserError if it
-    is neither."""
-    if Path(model_path).is_dir():
-        directory = Path(model_path)
-    else:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            directory = Path(
-                snapshot_download(
-                    model_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]
-                )
-            )
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise UserError(
-                f"model {model_path!r} is neither a directory nor a Hub id that can be fetched: {error}"
-            ) from error
-    if not (directory / "config.json").is_file():
-        raise UserError(f"model {model_path!r} has no config.json: name a Hugging Face checkpoint directory")
-    return directory
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises UserError if there are none."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model {str(directory)!r} has no *.safetensors: save it with save_pretrained")
-    return files
-
-
-def end_token_ids(directory: Path) -> tuple[int, ...]:
-    """The end tokens of a checkpoint: `eos_token_id` of generation_config.json, else of config.json. Raises
-    UserError if none is set."""
-    for name in ("generation_config.json", "config.json"):
-        file = directory / name
-        ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    raise UserError(
-        f"model {str(directory)!r} sets no eos_token_id in generation_config.json or config.json: completions would never end"
-    )
-
-
 def check_names(expected: set[str], given: set[str], tied: bool) -> None:
     """Raise ValueError unless `given` are the weights an engine expects; a head `tied` to the embedding may
     be there or not."""
@@ -123,7 +74,8 @@ def check_names(expected: set[str], given: set[str], tied: bool) -> None:
     missing, unknown = expected - given - optional, given - expected - optional
     if missing or unknown:
         raise ValueError(
-            f"weight update: {len(missing)} names missing {sorted(missing)[:3]}, {len(unknown)} unknown {sorted(unknown)[:3]}"
+            f"weight update: {len(missing)} names missing {sorted(missing)[:3]}, "
+            f"{len(unknown)} unknown {sorted(unknown)[:3]}"
         )
 
 
@@ -158,13 +110,12 @@ def _gumbel(
     tokens_V = torch.arange(vocab_size, dtype=torch.int64, device=device) * -7046029254386353131
     bits_BV = _mix(keys_B1 + tokens_V).bitwise_and_(2**32 - 1)
     uniform_BV = bits_BV.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return (
-        torch.log1p(uniform_BV.neg_()).neg_().log_().neg_()
-    )  # -log(E), E exponential; exact where E is small, which is where maxima lie
+    # -log(E), E exponential; exact where E is small, which is where maxima lie
+    return torch.log1p(uniform_BV.neg_()).neg_().log_().neg_()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) on int64, in which products wrap around."""
+    """The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) on int64, whose products wrap around."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
     x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
     return x ^ ((x >> 31) & (2**33 - 1))

@@ -12,31 +12,19 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from pns.errors import UserError
-from workers.rollout.engine import (
-    Request,
-    Sample,
-    Sampling,
-    check_names,
-    end_token_ids,
-    local_directory,
-    perturb,
-)
+from workers.checkpoints import end_token_ids, local_directory
+from workers.rollout.engine import Request, Sample, Sampling, check_names, perturb
+from workers.runtime import Runtime
 
 
 class TransformersEngine:
-    """`Engine` on one device. `max_batch` sequences are decoded together; they leave the batch as they end."""
+    """`Engine` on one device. `max_batch` sequences are decoded together and leave the batch as they end."""
 
-    def __init__(
-        self,
-        device: str = "cpu",
-        dtype: str = "float32",
-        max_batch: int = 256,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.device = torch.device(device)
-        self.dtype = getattr(torch, dtype)
+    def __init__(self, runtime: Runtime, dtype: torch.dtype = torch.float32, max_batch: int = 256) -> None:
+        self.device = torch.device(runtime.device)
+        self.dtype = dtype
         self.max_batch = max_batch
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code = runtime.trust_remote_code
         self.version = 0
 
     def load(self, model_path: str) -> None:
@@ -59,7 +47,8 @@ class TransformersEngine:
         for request in requests:
             if len(request.prompt_ids) >= self.max_tokens:
                 raise UserError(
-                    f"request {request.id}: a prompt of {len(request.prompt_ids)} tokens leaves no room in {self.max_tokens}"
+                    f"request {request.id}: a prompt of {len(request.prompt_ids)} tokens leaves no room in "
+                    f"{self.max_tokens}"
                 )
         ordered = sorted(requests, key=lambda request: len(request.prompt_ids))
         for start in range(0, len(ordered), self.max_batch):
@@ -69,15 +58,15 @@ class TransformersEngine:
         tokens: dict[str, list[int]] = {row.id: [] for row in rows}
         log_probs: dict[str, list[float]] = {row.id: [] for row in rows}
         width = max(len(row.prompt_ids) for row in rows)
-        input_ids = torch.tensor(
-            [[0] * (width - len(row.prompt_ids)) + list(row.prompt_ids) for row in rows], device=self.device
-        )
-        mask = torch.tensor(
-            [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows],
-            device=self.device,
-        )
-        room = torch.full((len(rows), sampling.max_new_tokens), 1, device=self.device)
-        mask = torch.cat([mask, room], dim=1)
+        # Padding is on the left, so that every row continues at the same column; the mask has room for all
+        # tokens to come.
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.ones(len(rows), width + sampling.max_new_tokens, dtype=torch.long)
+        for i, row in enumerate(rows):
+            padding = width - len(row.prompt_ids)
+            input_ids[i, padding:] = torch.tensor(row.prompt_ids)
+            mask[i, :padding] = 0
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         cache = self._new_cache(width + sampling.max_new_tokens)
         done = [False] * len(rows)  # rows stay in the batch after their end until a quarter of it has ended
@@ -94,35 +83,24 @@ class TransformersEngine:
             ).logits[:, -1]
             scores = logits
             if sampling.temperature > 0:
-                scores = perturb(
-                    logits,
-                    [row.seed for row in rows],
-                    [step] * len(rows),
-                    sampling.temperature,
-                    sampling.top_p,
-                )
+                seeds = [row.seed for row in rows]
+                scores = perturb(logits, seeds, [step] * len(rows), sampling.temperature, sampling.top_p)
             chosen = scores.argmax(dim=-1)
             chosen_log_probs = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
             input_ids, begin = chosen[:, None], end
-            for i, (row, token, log_prob) in enumerate(
-                zip(rows, chosen.tolist(), chosen_log_probs.tolist(), strict=True)
-            ):
+            drawn = zip(rows, chosen.tolist(), chosen_log_probs.tolist(), strict=True)
+            for i, (row, token, log_prob) in enumerate(drawn):
                 if done[i]:
                     continue
                 tokens[row.id].append(token)
                 log_probs[row.id].append(log_prob)
-                length = step + 1
                 stopped = token in self.end_ids
-                if (
-                    stopped
-                    or length == sampling.max_new_tokens
-                    or len(row.prompt_ids) + length == self.max_tokens
-                ):
+                longest = min(sampling.max_new_tokens, self.max_tokens - len(row.prompt_ids))
+                if stopped or step + 1 == longest:
                     done[i] = True
                     reason = "stop" if stopped else "length"
-                    yield Sample(
-                        row.id, tuple(tokens.pop(row.id)), tuple(log_probs.pop(row.id)), reason, self.version
-                    )
+                    token_ids, their_log_probs = tuple(tokens.pop(row.id)), tuple(log_probs.pop(row.id))
+                    yield Sample(row.id, token_ids, their_log_probs, reason, self.version)
             if all(done):
                 return
             if 4 * sum(done) >= len(rows):
@@ -142,25 +120,22 @@ class TransformersEngine:
     def log_probs(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        texts = [
-            list(prompt) + list(completion)
-            for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
-        ]
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        texts = [[*prompt, *completion] for prompt, completion in pairs]
         results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), self.max_batch):
             batch = order[start : start + self.max_batch]
             width = max(len(texts[i]) for i in batch)
-            input_ids = torch.tensor(
-                [texts[i] + [0] * (width - len(texts[i])) for i in batch], device=self.device
-            )
-            mask = torch.tensor(
-                [[1] * len(texts[i]) + [0] * (width - len(texts[i])) for i in batch], device=self.device
-            )
+            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(input_ids)
+            for row, i in enumerate(batch):
+                input_ids[row, : len(texts[i])] = torch.tensor(texts[i])
+                mask[row, : len(texts[i])] = 1
+            input_ids, mask = input_ids.to(self.device), mask.to(self.device)
             logits = self.model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
-            token_log_probs = (
-                logits.float().log_softmax(dim=-1).gather(2, input_ids[:, 1:, None])[:, :, 0].cpu().numpy()
-            )
+            chosen = logits.float().log_softmax(dim=-1).gather(2, input_ids[:, 1:, None])
+            token_log_probs = chosen[:, :, 0].cpu().numpy()
             for row, i in enumerate(batch):
                 first = len(prompt_ids[i]) - 1
                 results[i] = token_log_probs[row, first : first + len(completion_ids[i])].copy()

@@ -1,12 +1,14 @@
 """The vLLM engine: in process, continuous batching, new weights in the live model. Runs with vLLM 0.31 on CPU
 and 0.24 on GPU.
 
-Departures from vLLM's defaults, each for a reason: - Sampling is greedy over perturbed scores
-(`SeededNoise`): vLLM's own per-request generators fail on CPU when a prompt is prefilled in
-  parts, and give other samples than the other engine.
-- `generation_config="vllm"`: a checkpoint's top-k or repetition penalty must not enter a sample silently. -
-On CPU, float32 and no compilation; on GPU, bfloat16 and CUDA graphs. Importing this module imports vLLM (many
-CPU seconds): only the actor that runs it does so, with `ENVIRONMENT` set before.
+Departures from vLLM's defaults, each for a reason:
+- Sampling is greedy over perturbed scores (`SeededNoise`): vLLM's own per-request generators fail on CPU when
+  a prompt is prefilled in parts, and give other samples than the other engine.
+- `generation_config="vllm"`: a checkpoint's top-k or repetition penalty must not enter a sample silently.
+- On CPU, float32 and no compilation; on GPU, bfloat16 and CUDA graphs.
+
+Importing this module imports vLLM (many CPU seconds): only the actor that runs it does so, with the
+environment of `workers.rollout.pool` set before.
 """
 
 from __future__ import annotations
@@ -32,16 +34,9 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.worker_base import WorkerBase
 
 from pns.errors import UserError
-from workers.rollout.engine import (
-    Request,
-    Sample,
-    Sampling,
-    check_names,
-    end_token_ids,
-    local_directory,
-    perturb,
-    weight_files,
-)
+from workers.checkpoints import end_token_ids, local_directory, weight_files
+from workers.rollout.engine import Request, Sample, Sampling, check_names, perturb
+from workers.runtime import Runtime
 
 _NOISE = "pns_noise"  # key of SamplingParams.extra_args: (seed, temperature, top_p)
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -53,12 +48,11 @@ class VllmEngine:
 
     def __init__(
         self,
-        device: str = "cpu",
+        runtime: Runtime,
         max_batch: int = 256,
         memory_fraction: float = 0.85,
         kv_cache_gib: float = 0.25,
         tensor_parallel: int = 1,
-        trust_remote_code: bool = False,
     ) -> None:
         self.arguments: dict[str, Any] = {
             "dtype": "bfloat16",
@@ -66,7 +60,7 @@ class VllmEngine:
             "max_model_len": -1,  # the model's own, or what the cache holds
             "gpu_memory_utilization": memory_fraction,
             "tensor_parallel_size": tensor_parallel,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": runtime.trust_remote_code,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "logits_processors": [SeededNoise],
@@ -75,13 +69,12 @@ class VllmEngine:
             "disable_log_stats": True,
             "seed": 0,
         }
-        if device == "cpu":
-            cache_bytes = int(kv_cache_gib * 2**30)
+        if runtime.device == "cpu":
             self.arguments |= {
                 "dtype": "float32",
                 "enforce_eager": True,
                 "enable_prefix_caching": False,
-                "kv_cache_memory_bytes": cache_bytes,
+                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
             }
         self.engine: LLMEngine | None = None
         self.architecture: dict[str, Any] = {}
@@ -97,9 +90,9 @@ class VllmEngine:
             if key not in _NOT_ARCHITECTURE and not key.endswith("token_id")
         }
         if self.engine is not None and architecture == self.architecture:
-            tensors = {
-                name: tensor for file in weight_files(directory) for name, tensor in load_file(file).items()
-            }
+            tensors: dict[str, torch.Tensor] = {}
+            for file in weight_files(directory):
+                tensors |= load_file(file)
             self.update_weights(tensors, version=0)
             return
         self._free()
@@ -118,12 +111,12 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
         params = {request.id: self._params(request.seed, sampling) for request in requests}
-        for output in self._run([(request.id, list(request.prompt_ids)) for request in requests], params):
+        prompts = [(request.id, list(request.prompt_ids)) for request in requests]
+        for output in self._run(prompts, params):
             completion = output.outputs[0]
             token_ids = tuple(completion.token_ids)
-            log_probs = tuple(
-                at[token].logprob for token, at in zip(token_ids, completion.logprobs or [], strict=True)
-            )
+            by_token = zip(token_ids, completion.logprobs or [], strict=True)
+            log_probs = tuple(entry[token].logprob for token, entry in by_token)
             yield Sample(output.request_id, token_ids, log_probs, str(completion.finish_reason), self.version)
 
     def log_probs(
@@ -136,21 +129,15 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        texts = [
-            list(prompt) + list(completion)
-            for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
-        ]
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        texts = {str(i): [*prompt, *completion] for i, (prompt, completion) in enumerate(pairs)}
         results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
-        for output in self._run(
-            [(str(i), text) for i, text in enumerate(texts)], {str(i): params for i in range(len(texts))}
-        ):
+        for output in self._run(list(texts.items()), dict.fromkeys(texts, params)):
             i = int(output.request_id)
             first = len(prompt_ids[i])
-            at = cast(Sequence[dict[int, Any]], output.prompt_logprobs)[first:]
-            results[i] = np.array(
-                [entry[token].logprob for token, entry in zip(texts[i][first:], at, strict=True)],
-                dtype=np.float32,
-            )
+            entries = cast(Sequence[dict[int, Any]], output.prompt_logprobs)[first:]
+            by_token = zip(completion_ids[i], entries, strict=True)
+            results[i] = np.array([entry[token].logprob for token, entry in by_token], dtype=np.float32)
         return results
 
     def _params(self, seed: int, sampling: Sampling) -> SamplingParams:
@@ -173,8 +160,9 @@ class VllmEngine:
         for name, tokens in prompts:
             if len(tokens) >= longest:
                 raise UserError(
-                    f"request {name}: {len(tokens)} tokens leave no room in the {longest} that the model and its cache hold: "
-                    "raise rollout.kv_cache_gib (CPU) or rollout.memory_fraction (GPU), or shorten the prompt"
+                    f"request {name}: {len(tokens)} tokens leave no room in the {longest} that the model and "
+                    "its cache hold: raise rollout.kv_cache_gib (CPU) or rollout.memory_fraction (GPU), or "
+                    "shorten the prompt"
                 )
         running = {name for name, _ in prompts}
         try:
@@ -208,9 +196,8 @@ class SeededNoise(LogitsProcessor):
     `workers.rollout.engine.perturb`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self.rows: dict[
-            int, tuple[tuple[int, float, float], list[int]]
-        ] = {}  # batch row -> (seed, temperature, top_p), tokens so far
+        # batch row -> (seed, temperature, top_p), tokens so far
+        self.rows: dict[int, tuple[tuple[int, float, float], list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -223,7 +210,8 @@ class SeededNoise(LogitsProcessor):
         for row, ((_, temperature, top_p), _) in self.rows.items():
             groups.setdefault((temperature, top_p), []).append(row)
         for (temperature, top_p), rows in groups.items():
-            seeds, steps = [self.rows[row][0][0] for row in rows], [len(self.rows[row][1]) for row in rows]
+            seeds = [self.rows[row][0][0] for row in rows]
+            steps = [len(self.rows[row][1]) for row in rows]
             index = torch.tensor(rows, device=logits.device)
             logits[index] = perturb(logits[index], seeds, steps, temperature, top_p)
         return logits

@@ -14,12 +14,12 @@ def open_backends(project: str, name: str, backends: list[str]) -> Any:
 
     unknown = sorted(set(backends) - set(Tracking.supported_backend))
     if unknown:
-        raise UserError(
-            f"tracking.backends: {', '.join(unknown)} unknown; there are {', '.join(sorted(Tracking.supported_backend))}"
-        )
+        known = ", ".join(sorted(Tracking.supported_backend))
+        raise UserError(f"tracking.backends: {', '.join(unknown)} unknown; there are {known}")
     try:
         return Tracking(project, name, backends)
     except ImportError as error:
         raise UserError(
-            f"tracking.backends {backends}: {error}; install the package (pip install 'pns[track]') or remove it"
+            f"tracking.backends {backends}: {error}; install the package (pip install 'pns[track]') or "
+            "remove it"
         ) from error

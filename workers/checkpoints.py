@@ -1,0 +1,58 @@
+"""Where a checkpoint's files are, and what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pns.errors import UserError
+
+_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.py",
+]  # of a Hub repository
+
+
+def local_directory(model_path: str) -> Path:
+    """The directory of a checkpoint; a Hub id is downloaded (or found in the cache). Raises UserError if it
+    is neither."""
+    if Path(model_path).is_dir():
+        directory = Path(model_path)
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            directory = Path(snapshot_download(model_path, allow_patterns=_FILES))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise UserError(
+                f"model {model_path!r} is neither a directory nor a Hub id that can be fetched: {error}"
+            ) from error
+    if not (directory / "config.json").is_file():
+        raise UserError(f"model {model_path!r} has no config.json: name a Hugging Face checkpoint directory")
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises UserError if there are none."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model {str(directory)!r} has no *.safetensors: save it with save_pretrained")
+    return files
+
+
+def end_token_ids(directory: Path) -> tuple[int, ...]:
+    """The end tokens of a checkpoint: `eos_token_id` of generation_config.json, else of config.json. Raises
+    UserError if none is set."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    raise UserError(
+        f"model {str(directory)!r} sets no eos_token_id in generation_config.json or config.json: "
+        "completions would never end"
+    )
