@@ -1,229 +1,171 @@
-"""The stages in order, each resumed or run: reverse RL of the negative generator, then preference
-optimisation of the backbone.
+"""The method, and how a run of it is made.
 
-warm_start     a supervised start (tiny world only; other backbones come trained)
-rl             the backbone learns from right and wrong answers: the target
-reward_model   Bradley-Terry on the target's right and wrong solutions, and a held-out one that only measures
-reverse_rl     the generator learns to write solutions that look right and end wrong
-synthesize     its negatives, filtered
-pair           chosen = the target's own right solutions, rejected = plausible negatives
-preference     the target learns from the pairs (given pairs: the backbone does, and the four stages before are left out)
-evaluate       start, target and result on every suite
+`method` reads like the paper's section: stages called with values. It is called with a `Plan`, which notes the
+steps; then those whose output is not there are made.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
 
-from pns.config import Config, Decoding, stages, to_dict
+from pns.config import STAGES, Config, DataSource, external_pairs
+from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import Prompts, apply_family, load_tokenizer
-from pns.errors import UserError
+from pns.errors import UserError, did_you_mean
 from pns.files import write_json
 from pns.preflight import check_models
-from pns.run.directory import RunDirectory
-from pns.run.memory import PeakMemory
+from pns.records import to_json
+from pns.run.page import RunPage
 from pns.run.report import write_report
-from pns.run.tracking import Tracker
-from pns.stages import evaluate, pair, preference, reverse_rl, reward_model, rl, synthesize
-from pns.stages.context import Context
-from pns.tiny import warm_start
-from workers import placement
-from workers.fleet import Fleet
-from workers.metric_backends import open_backends
+from pns.run.stage import Contents, ModelFiles, Plan, Step
+from pns.stages.context import Problems, Suites, World, json_digest
+from pns.stages.evaluate import evaluate
+from pns.stages.negatives import SOURCES
+from pns.stages.pair import pair
+from pns.stages.preference import preference
+from pns.stages.reward_model import reward_model
+from pns.stages.rl import rl
+from pns.stages.session import session
+
+STORE = "stages"  # below `runs`: where all runs keep what their stages made
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage, the stages whose output it reads, the sections of the configuration it depends on, and the
-    roles it uses."""
-
-    run: Callable[[Context], None]
-    reads: tuple[str, ...]
-    sections: tuple[str, ...]
-    roles: tuple[str, ...]
-
-
-DECODING = tuple(f"evaluate.{f.name}" for f in fields(Decoding))
-
-STAGES: dict[str, Stage] = {
-    "warm_start": Stage(warm_start.run, (), ("data", "models", "warm_start"), ()),
-    "rl": Stage(
-        rl.run,
-        ("warm_start",),
-        ("data", "models", "rl", "rollout.max_new_tokens", "policy.lora"),
-        ("rollout", "verifier"),
-    ),
-    "reward_model": Stage(
-        reward_model.run, ("rl",), ("data", "models", "reward_model"), ("rollout", "verifier")
-    ),
-    "reverse_rl": Stage(
-        reverse_rl.run,
-        ("rl", "reward_model"),
-        (
-            "data",
-            "models",
-            "reverse_rl",
-            "reward",
-            "policy.lora",
-            "evaluate.generator_samples",
-            "evaluate.generator_temperature",
-        ),
-        ("rollout", "verifier", "reward_model", "judge"),
-    ),
-    "synthesize": Stage(
-        synthesize.run,
-        ("reverse_rl", "reward_model"),
-        ("data", "models", "reward", "synthesize"),
-        ("rollout", "verifier", "reward_model", "judge"),
-    ),
-    "pair": Stage(
-        pair.run,
-        ("rl", "synthesize", "reward_model"),
-        ("data", "pair"),
-        ("rollout", "verifier", "reward_model"),
-    ),
-    "preference": Stage(
-        preference.run, ("warm_start", "rl", "pair"), ("data", "models", "preference", "policy.lora"), ()
-    ),
-    "evaluate": Stage(
-        evaluate.run,
-        ("warm_start", "rl", "preference"),
-        (
-            "data",
-            "models",
-            "rollout.max_new_tokens",
-            "reward.verify_seconds",
-            "evaluate.per_suite",
-            *DECODING,
-        ),
-        ("rollout", "verifier"),
-    ),
-}
+def method(run: Plan, config: Config, world: World) -> None:
+    """RL of the backbone, reward models from its solutions, negatives, and preference optimisation on pairs of the
+    two (arXiv 2602.03516); with pairs from outside, preference optimisation of the backbone alone."""
+    backbone = world.backbone
+    if external_pairs(config):
+        decontaminated = config.data.decontaminate and config.data.source is DataSource.jsonl
+        suites = world.suites if decontaminated else None
+        result = run(preference, backbone, None, world.preference, suites)
+        run(evaluate, {"backbone": backbone, "result": result}, world.suites)
+        return
+    target = run(rl, backbone, world.train)
+    initial = ModelFiles(config.models.reward_model) if config.models.reward_model else target
+    rewards = run(reward_model, target, initial, world.reward)
+    rejected = SOURCES[config.negatives](run, config, world, target, rewards)
+    pairs = run(pair, target, rejected, rewards, world.preference)
+    result = run(preference, target, pairs, world.preference, None)
+    run(evaluate, {"backbone": backbone, "target": target, "result": result}, world.suites)
 
 
 def run(config: Config, first: str | None = None, last: str | None = None) -> Path:
-    """Run the stages from `first` (redone with everything after it) until `last`; finished ones are not run
-    again.
+    """Make what is missing of a run until `last`; `first` is made anew, and with it all that follows from it.
 
-    Returns the run directory. Raises UserError before anything is started or written where the inputs are
-    wrong.
+    Returns the run's page. Raises UserError before anything is started or written where the inputs are wrong.
     """
-    selected = select(config, last)
-    check_models(config, selected)
-    problems = load_problem_sets(config)
-    with RunDirectory.open(Path(config.runs) / config.name, to_dict(config)) as run_directory:
-        redone = list(STAGES)[list(STAGES).index(first) :] if first else []
-        reads = {
-            name: tuple(read for read in STAGES[name].reads if read in stages(config)) for name in selected
-        }
-        pending = [
-            name
-            for name in selected
-            if name in redone or not run_directory.is_done(name, STAGES[name].sections, reads[name])
-        ]
-        if not pending:
-            print(f"{run_directory.path}: every stage is done; --from STAGE runs one again")
-            return run_directory.path
-        with Cluster(config) as device, PeakMemory() as memory:
-            run_directory.set_aside(redone)  # only now: a start that fails changes nothing
-            report_removals(run_directory, problems)
-            fleet = Fleet(config, device)
-            try:
-                tracker = Tracker(run_directory, config.tracking, open_backends)
-                ctx = Context(config, run_directory, fleet, problems, prompts(config), tracker)
-                fleet.start(*dict.fromkeys(role for name in pending for role in STAGES[name].roles))
-                for name in pending:
-                    with run_directory.stage(name, STAGES[name].sections, reads[name]):
-                        STAGES[name].run(ctx)
-                tracker.close()
-            finally:
-                fleet.shutdown()
-                run_directory.record_peak_memory(memory.gib)
-        write_report(run_directory)
-    return run_directory.path
+    check_names(config, first, last)
+    check_models(config, STAGES[: STAGES.index(last) + 1] if last else STAGES)
+    problem_sets = load_problem_sets(config)
+    prompts = load_prompts(config)
+    world = make_world(config, problem_sets)
+    store = Path(config.runs) / STORE
+    with RunPage.open(Path(config.runs) / config.name) as page:
+        attempts = dict(page.attempts)
+        if first:
+            attempts[first] = attempts.get(first, 0) + 1
+        plan = Plan(store, config, prompts_digest(prompts), attempts)
+        method(plan, config, world)
+        steps = plan.until(check_step(plan, last, "--until"))
+        check_step(plan, first, "--from")
+        make_steps(config, page, steps, prompts, attempts, problem_sets)
+    return page.path
 
 
-def select(config: Config, last: str | None) -> list[str]:
-    """The stages of `config` until `last`, in order."""
-    names = list(stages(config))
-    return names[: names.index(last) + 1] if last else names
+def make_steps(
+    config: Config,
+    page: RunPage,
+    steps: list[Step],
+    prompts: Prompts,
+    attempts: dict[str, int],
+    problem_sets: ProblemSets,
+) -> None:
+    """Make the steps whose output is not there, and lead the page to all of them."""
+    pending = [step for step in steps if not step.is_done()]
+    if not pending and all(page.leads_to(step) for step in steps):
+        print(f"{page.path}: every stage is done; --from STAGE makes one again")
+        return
+    if pending:
+        with session(config, page, pending, prompts, attempts) as making:
+            report_removals(page, problem_sets)
+            for step in steps:
+                if step in pending:
+                    making.make(step)
+                else:
+                    page.link(step)
+    else:
+        page.begin(config, attempts)
+        for step in steps:
+            page.link(step)
+    write_report(page.path)
 
 
-def report_removals(run_directory: RunDirectory, problems: ProblemSets) -> None:
-    """Write what decontamination left out to decontamination.json, and say it in one line."""
-    if problems.removed:
-        found = removals(problems.removed)
-        write_json(run_directory.path / "decontamination.json", found)
-        counts = ", ".join(f"{part} {values['problems']}" for part, values in found.items())
-        print(
-            f"decontamination: problems removed because a suite has them: {counts} ({run_directory.path / 'decontamination.json'})"
-        )
+def roles_used(config: Config) -> dict[str, tuple[str, ...]]:
+    """Step -> the roles it uses, without reading a model or a problem."""
+    nothing = Problems([])
+    suites = Suites({}, {}, {}, config.data)
+    world = World(ModelFiles(config.models.backbone), nothing, nothing, nothing, suites)
+    plan = Plan(Path(config.runs) / STORE, config, "", contents=Contents(None))
+    method(plan, config, world)
+    return {step.name: step.roles for step in plan.steps}
 
 
-def prompts(config: Config) -> Prompts:
-    """The chat template of the backbone; a warm start on the tiny world brings its own tokenizer."""
-    if config.warm_start.steps and config.warm_start.task == "solve":
-        from pns.tiny.tokenizer import build_tokenizer
+def check_names(config: Config, first: str | None, last: str | None) -> None:
+    """Raises UserError for names that can be seen to be wrong without a plan."""
+    if config.negatives not in SOURCES:
+        hint = did_you_mean(config.negatives, SOURCES) or f"; there are {', '.join(SOURCES)}"
+        raise UserError(f"negatives: {config.negatives!r} is no source of negatives{hint}")
+    if first and last and STAGES.index(first) > STAGES.index(last):
+        raise UserError(f"--from {first} comes after --until {last}: exchange them")
 
-        return Prompts(build_tokenizer(), config.data)
-    model = config.warm_start.samples_from if config.warm_start.steps else config.models.backbone
-    tokenizer = load_tokenizer(model, config.models.trust_remote_code)
-    apply_family(config.data, tokenizer.chat_template)
+
+def check_step(plan: Plan, name: str | None, option: str) -> str | None:
+    """`name`, if it is None or a step of the plan. Raises UserError."""
+    names = [step.name for step in plan.steps]
+    if name and name not in names:
+        raise UserError(f"{option} {name}: the stages of this run are {', '.join(names)}")
+    return name
+
+
+def make_world(config: Config, sets: ProblemSets) -> World:
+    """What the run begins with."""
+    suites = Suites(sets.suites, sets.identities, decodings(config, sets.suites), config.data)
+    train, reward, preference = (
+        Problems(part, sets.checker) for part in (sets.train, sets.reward, sets.preference)
+    )
+    return World(ModelFiles(config.models.backbone), train, reward, preference, suites)
+
+
+def load_prompts(config: Config) -> Prompts:
+    """The backbone's tokenizer with the prompt keys filled; `config.data.prompt` becomes the family's name."""
+    tokenizer = load_tokenizer(config.models.backbone, config.models.trust_remote_code)
+    config.data.prompt = apply_family(config.data, tokenizer.chat_template)
     return Prompts(tokenizer, config.data)
 
 
-class Cluster:
-    """Ray, for as long as the run lasts: the cluster of RAY_ADDRESS (as in a submitted job), else a local
-    one.
-
-    Entering gives the device, "cpu" or "cuda", after the placement has been checked against what the cluster
-    offers (UserError).
-    """
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    def __enter__(self) -> str:
-        import ray
-
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
-            device = placement.resolve_device(
-                self._config.placement.device, ray.cluster_resources().get("GPU", 0)
-            )
-        else:
-            gpus = count_gpus()
-            device = placement.resolve_device(self._config.placement.device, gpus)
-            resources = placement.local_resources(self._config.placement, device)
-            placement.check(self._config.placement, {"CPU": resources["num_cpus"], "GPU": gpus}, device)
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                **resources,
-            )
-            return device
-        try:
-            placement.check(self._config.placement, ray.cluster_resources(), device)
-        except UserError:
-            ray.shutdown()
-            raise
-        return device
-
-    def __exit__(self, *error: object) -> None:
-        import ray
-
-        ray.shutdown()
+def prompts_digest(prompts: Prompts) -> str:
+    """Of everything that makes token ids of a problem, and text of token ids."""
+    data, tokenizer = prompts.data, prompts.tokenizer
+    keys = (
+        data.chat_template,
+        data.system_prompt,
+        data.problem_prefix,
+        data.instruction,
+        data.assistant_prefix,
+        data.stop,
+        data.max_prompt_tokens,
+    )
+    special = to_json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+    vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()
+    return json_digest([keys, vocabulary, tokenizer.chat_template, special])
 
 
-def count_gpus() -> int:
-    """CUDA devices of this machine."""
-    import torch
-
-    return torch.cuda.device_count()
+def report_removals(page: RunPage, problem_sets: ProblemSets) -> None:
+    """Write what decontamination left out to decontamination.json, and say it in one line."""
+    if problem_sets.removed:
+        removed = removals(problem_sets.removed)
+        file = page.path / "decontamination.json"
+        write_json(file, removed)
+        counts = ", ".join(f"{part} {values['problems']}" for part, values in removed.items())
+        print(f"decontamination: problems removed because a suite has them: {counts} ({file})")

@@ -124,6 +124,26 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """One sampled completion of an evaluation (text up to `data.stop`) and what became of it.
+
+    `reason` says why the verdict is what it is: `equal`, `different`, `truncated`, `no_answer` or `prompt_too_long`
+    (wrong), or the verifier's cause (unverified); `detail` is what the verifier says of the answers, in words.
+    """
+
+    problem: Problem
+    sample: int
+    seed: int
+    completion: str
+    num_tokens: int
+    finish_reason: str
+    extracted: str | None
+    verdict: Verdict
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
 class Score:
     """Accuracy in [0, 1] with a 95 % Wilson interval [low, high] over n problems."""
 
@@ -166,4 +186,5 @@ _NESTED: dict[tuple[type, str], type] = {
     (Rollout, "completion"): Completion,
     (Rollout, "reward"): Reward,
     (Problem, "rule"): AnswerRule,
+    (Answered, "problem"): Problem,
 }

@@ -91,7 +91,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self.tokenizer = tokenizer
-        self._data = data
+        self._data = self.data = data
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """The conversation before the assistant's turn."""

@@ -50,14 +50,17 @@ class RunPage:
         self.attempts = attempts
         self.save()
 
-    def link(self, step: Step) -> None:
-        """Make the step's name lead to its place."""
+    def leads_to(self, step: Step) -> bool:
+        """Whether the step's name leads to its place."""
         link = self.path / step.name
-        target = os.path.relpath(step.place.directory, self.path)
-        if link.is_symlink() and os.readlink(link) == target:
-            return
-        remove(link)
-        link.symlink_to(target)
+        return link.is_symlink() and link.resolve() == step.place.directory.resolve()
+
+    def link(self, step: Step) -> None:
+        """Make the step's name lead to its place. The link is relative: `runs` can be moved as a whole."""
+        if not self.leads_to(step):
+            link = self.path / step.name
+            remove(link)
+            link.symlink_to(os.path.relpath(step.place.directory, self.path))
 
     def previous(self, name: str) -> dict[str, Any] | None:
         """What the finished stage that the name leads to now was made from."""

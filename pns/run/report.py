@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from pns.files import read_json, read_jsonl, write_json
-from pns.run.directory import RunDirectory
 
 MODELS = ("start", "rl", "preference")
 SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}

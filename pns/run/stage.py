@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from pns.config import Config
 from pns.fields import walk_keys
-from pns.files import sha256_of_tree, stat_of_tree
+from pns.files import read_json, sha256_of_tree, stat_of_tree, write_json
 from pns.records import to_json
 from pns.run.place import Place
 
@@ -43,9 +43,6 @@ class ModelFiles:
     def __init__(self, model: str | Path) -> None:
         self.model = str(model)
 
-    @property
-    def digest(self) -> str:
-        return content_digest(self.model)
 
 
 A = TypeVar("A", bound=Artefact)
@@ -101,9 +98,15 @@ class Plan:
     """
 
     def __init__(
-        self, store: Path, config: Config, prompts_digest: str, attempts: Mapping[str, int] | None = None
+        self,
+        store: Path,
+        config: Config,
+        prompts_digest: str,
+        attempts: Mapping[str, int] | None = None,
+        contents: Contents | None = None,
     ) -> None:
         self._store, self._config, self._prompts_digest = store, config, prompts_digest
+        self._contents = contents or Contents(store / "contents.json")
         self._attempts = attempts or {}
         self.steps: list[Step] = []
 
@@ -120,11 +123,11 @@ class Plan:
             "roles": self._role_values(stage.roles(settings)),
             "seed": self._config.seed,
             "prompts": self._prompts_digest,
-            "inputs": [_described(value) for value in inputs],
+            "inputs": [self._described(value) for value in inputs],
             "attempt": self._attempts.get(name, 0),
         }
         # Models and data that settings name count by their content: where they lie does not matter.
-        identity = json.dumps(_with_contents(made_from), sort_keys=True)
+        identity = json.dumps(self._with_contents(made_from), sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()
         place = Place(self._store / f"{stage.name}-{digest[:16]}")
         self.steps.append(Step(name, stage, settings, inputs, place, made_from))
@@ -140,34 +143,42 @@ class Plan:
         keys = [key for key in walk_keys(self._config) if prefixes and key.name.startswith(prefixes)]
         return {key.name: to_json(key.value) for key in keys}
 
+    def _described(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._described(inner) for key, inner in value.items()}
+        if isinstance(value, Artefact):
+            # The directory is named for the reader of a manifest; `Place.is_done` compares what it holds.
+            return {"stage": value.directory.name, "digest": value.digest}
+        if isinstance(value, ModelFiles):
+            return {"model": value.model, "digest": self._contents.digest(value.model)}
+        return None if value is None else {"digest": value.digest}
 
-def content_digest(name: str) -> str:
-    """Of a file or directory the digest of its content, of any other text (a Hub id) the text itself."""
-    path = Path(name)
-    if not path.is_absolute() or not path.exists():
-        return name
-    # Gigabytes are hashed once a process, and again only when sizes or times have changed.
-    key = (name, json.dumps(stat_of_tree(path)))
-    if key not in _CONTENTS:
-        _CONTENTS[key] = f"sha256:{sha256_of_tree(path)}"
-    return _CONTENTS[key]
-
-
-_CONTENTS: dict[tuple[str, str], str] = {}
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _described(inner) for key, inner in value.items()}
-    if isinstance(value, Artefact):
-        # The directory is named for the reader of a manifest; `Place.is_done` compares what it holds.
-        return {"stage": value.directory.name, "digest": value.digest}
-    return None if value is None else {"digest": value.digest}
+    def _with_contents(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            # Of a model that is an input the digest stands beside its path.
+            kept = {key: inner for key, inner in value.items() if key != "model" or "digest" not in value}
+            return {key: self._with_contents(inner) for key, inner in kept.items()}
+        if isinstance(value, list):
+            return [self._with_contents(inner) for inner in value]
+        return self._contents.digest(value) if isinstance(value, str) else value
 
 
-def _with_contents(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_contents(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_with_contents(inner) for inner in value]
-    return content_digest(value) if isinstance(value, str) else value
+class Contents:
+    """Digests of files and directories, kept with sizes and times: gigabytes are hashed once."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path`: where they are kept; None: nothing is read, and every name stands for itself."""
+        self._path = path
+        self._kept: dict[str, Any] = read_json(path) if path and path.is_file() else {}
+
+    def digest(self, name: str) -> str:
+        """Of an absolute path that exists the digest of what is there; of any other text (a Hub id) the text."""
+        path = Path(name)
+        if self._path is None or not path.is_absolute() or not path.exists():
+            return name
+        stat = stat_of_tree(path)
+        if name not in self._kept or self._kept[name]["stat"] != stat:
+            self._kept[name] = {"stat": stat, "sha256": sha256_of_tree(path)}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._kept)
+        return f"sha256:{self._kept[name]['sha256']}"

@@ -8,21 +8,22 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol, TextIO
 
 from pns.config import Tracking
 from pns.files import RowFile, cut_rows, read_jsonl, write_jsonl
-from pns.run.directory import RunDirectory
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
+METRICS = "metrics.jsonl"
 SHOWN = (
     "reward",
     "loss",
     "accuracy",
     "wrong_rate",
     "format_rate",
-    "reward_model_mean",
-    "judge_mean",
+    "plausibility_mean",
+    "coherence_mean",
     "masked_rate",
     "tokens_per_second",
 )
@@ -30,6 +31,59 @@ SHOWN = (
 
 class Backends(Protocol):
     """What verl's `Tracking` offers."""
+
+    def log(self, data: dict[str, float], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+OpenBackends = Callable[[str, str, list[str]], Backends]
+"""(project, name of the run, backends) -> open backends."""
+
+
+class Tracker:
+    """`enter` a stage's directory, `begin` a series of steps, `log` its steps, `end` it.
+
+    A row of metrics.jsonl is {"stage", "step", "time" (seconds since 1970), "values"}; a value that is not
+    finite is null there. Backends get `<stage>/<metric>` at the running number of the row, which never falls from
+    one stage to the next.
+    """
+
+    def __init__(
+        self,
+        page: Path,
+        settings: Tracking,
+        open_backends: OpenBackends,
+        num_rows: int = 0,
+        out: TextIO | None = None,
+    ) -> None:
+        """`page` is the run's; `num_rows` of metrics are there already."""
+        self._out = out or sys.stdout
+        self._backends: Backends | None = None
+        if settings.backends:
+            os.environ.setdefault("TENSORBOARD_DIR", str(page / "tensorboard"))
+            names = [backend.value for backend in settings.backends]
+            self._backends = open_backends(settings.project, page.name, names)
+        self._path = page / METRICS
+        self._stage, self._total, self._first_step, self._num_rows = "", 0, 0, num_rows
+        self._began = self._shown = 0.0
+
+    def enter(self, directory: Path) -> None:
+        """Write to metrics.jsonl of `directory` from now on."""
+        self._path = directory / METRICS
+
+    def begin(self, stage: str, total: int, first_step: int) -> list[Mapping[str, float | None]]:
+        """Start (or resume at `first_step`) a series of `total` steps: rows from `first_step` on are dropped, they
+        come again. Returns the values of the steps before."""
+        rows = []
+        if self._path.is_file():
+            cut_rows(self._path)
+            rows = read_jsonl(self._path)
+        kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
+        write_jsonl(self._path, kept)
+        self._stage, self._total, self._first_step = stage, total, first_step
+        self._began, self._shown = time.monotonic(), -math.inf
+        return [row["values"] for row in kept if row["stage"] == stage]
 
     def log(self, data: dict[str, float], step: int) -> None: ...
 
