@@ -16,6 +16,7 @@ FILES = sorted(
 OWNERS = {
     "verl": {
         "workers/training/policy.py",
+        "workers/training/rank.py",
         "workers/training/batching.py",
         "workers/training/verl_engine.py",
         "workers/training/verl_cpu.py",
@@ -23,7 +24,7 @@ OWNERS = {
     },
     "vllm": {"workers/rollout/engine_vllm.py"},
 }
-PURE = ("pns/records.py", "pns/config.py", "pns/errors.py", "pns/preflight.py", "pns/algo/")
+PURE = ("pns/records.py", "pns/config.py", "pns/preference_losses.py", "pns/errors.py", "pns/preflight.py", "pns/algo/")
 LAYERS = (
     "pns/cli.py",
     "pns/driver.py",
