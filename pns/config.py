@@ -5,7 +5,6 @@ A recipe holds only what differs from it; `pns.recipe.load` reads and checks one
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, cast
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from pns.errors import UserError
 from pns.fields import FINITE, above, at_least, below, between, key, path_key, path_or_name, section, up_to
+from pns.preference_losses import PREFERENCE_LOSSES
 
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
 
@@ -80,22 +80,6 @@ class MarginMask(Enum):
     completion = "completion"
     first_wrong_step = "first_wrong_step"
     first_divergent_token = "first_divergent_token"
-
-
-class PreferenceLoss(Enum):
-    """Sources and formulas: `pns.algo.losses`."""
-
-    sigmoid = "sigmoid"  # DPO
-    ipo = "ipo"
-    hinge = "hinge"  # SLiC on log-ratios
-    cdpo = "cdpo"  # DPO with smoothed labels
-    robust = "robust"  # DPO corrected for flipped labels
-    simpo = "simpo"  # reference-free
-    kto = "kto"  # each pair split into a desirable and an undesirable example
-    orpo = "orpo"  # reference-free
-    rpo = "rpo"  # DPO + NLL of the chosen side
-    length_normalised = "length_normalised"  # DPO on log-ratios per token
-    offset = "offset"  # DPO with the reward model's score difference as margin
 
 
 class BadPairs(Enum):
@@ -374,23 +358,6 @@ class PairStage:
     scored_by: str = key("plausibility", "reward_model term whose model scores pairs")
 
 
-# What each loss reads, with its defaults. Losses on log-probabilities per token need a larger beta than those
-# on their sums.
-LOSS_DEFAULTS: dict[PreferenceLoss, dict[str, float]] = {
-    PreferenceLoss.sigmoid: {"beta": 0.1},
-    PreferenceLoss.ipo: {"beta": 0.1},
-    PreferenceLoss.hinge: {"beta": 0.1},
-    PreferenceLoss.cdpo: {"beta": 0.1, "label_smoothing": 0.1},
-    PreferenceLoss.robust: {"beta": 0.1, "label_smoothing": 0.1},
-    PreferenceLoss.simpo: {"beta": 2.0, "target_margin": 1.0},
-    PreferenceLoss.kto: {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-    PreferenceLoss.orpo: {"odds_ratio_weight": 0.1},
-    PreferenceLoss.rpo: {"beta": 0.1, "nll_weight": 1.0},
-    PreferenceLoss.length_normalised: {"beta": 5.0},
-    PreferenceLoss.offset: {"beta": 0.1, "offset_scale": 1.0},
-}
-
-
 @dataclass
 class PreferenceData:
     """Where the pairs of `preference` come from: `path`, or `hub`, or (both empty) the run's own `pair`
@@ -413,11 +380,11 @@ class PreferenceConfig:
     """Preference optimisation; reference = the starting backbone, its log-probabilities computed once (none
     for simpo and orpo).
 
-    A hyper-parameter of the loss that is left out takes the default of `LOSS_DEFAULTS`; one that the loss
-    does not read is an error.
+    A hyper-parameter of the loss that is left out takes the default in `PREFERENCE_LOSSES`; one that the
+    loss does not read is an error.
     """
 
-    loss: PreferenceLoss = key(PreferenceLoss.sigmoid, "the loss, see `pns.algo.losses`")
+    loss: str = key("sigmoid", "a name in `pns.preference_losses`")
     beta: float | None = key(
         None,
         "scale of the implicit reward (ipo: tau). All but orpo; null: 0.1, simpo 2.0, length_normalised 5.0",
@@ -511,40 +478,9 @@ def external_pairs(config: Config) -> bool:
 
 def hyper_parameters(settings: PreferenceConfig) -> dict[str, float]:
     """What the chosen loss reads: what is set, and its own defaults for the rest."""
-    defaults = LOSS_DEFAULTS[settings.loss].items()
-    return {
-        name: default if (given := getattr(settings, name)) is None else given for name, default in defaults
-    }
-
-
-def reference_free(loss: PreferenceLoss) -> bool:
-    """Whether `loss` needs no reference policy."""
-    return loss in (PreferenceLoss.simpo, PreferenceLoss.orpo)
-
-
-_POSITIVE_OF_LOSS = {"beta", "desirable_weight", "undesirable_weight"}
-
-
-def _check_loss(settings: PreferenceConfig) -> None:
-    reads = LOSS_DEFAULTS[settings.loss]
-    for name in sorted(set().union(*LOSS_DEFAULTS.values())):
-        value: float | None = getattr(settings, name)
-        if value is None:
-            continue
-        if name not in reads:
-            readers = [loss.value for loss, defaults in LOSS_DEFAULTS.items() if name in defaults]
-            raise UserError(
-                f"preference.{name}: {value} is not read by preference.loss={settings.loss.value} (it reads {', '.join(reads)}): "
-                f"remove it, or choose {' or '.join(readers)}"
-            )
-        if name in _POSITIVE_OF_LOSS and not 0 < value < math.inf:
-            raise UserError(f"preference.{name}: {value} must be a number greater than 0")
-        if not 0 <= value < math.inf:
-            raise UserError(f"preference.{name}: {value} must be a number, 0 or more")
-        if name == "label_smoothing" and value >= 0.5:
-            raise UserError(
-                f"preference.label_smoothing: {value} is outside [0, 0.5); at 0.5 the labels say nothing"
-            )
+    defaults = PREFERENCE_LOSSES[settings.loss].defaults
+    values = {name: getattr(settings, name) for name in defaults}
+    return {name: defaults[name] if value is None else value for name, value in values.items()}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

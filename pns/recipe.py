@@ -22,13 +22,14 @@ from pns.config import (
     Data,
     DataSource,
     GeneratorStart,
+    PreferenceConfig,
     TermKind,
-    _check_loss,
     external_pairs,
     hyper_parameters,
 )
 from pns.errors import UserError, did_you_mean
 from pns.fields import Key, check_ranges, walk_keys
+from pns.preference_losses import PREFERENCE_LOSSES
 
 # Of data files; a model is a directory, and the dots of Hub ids (Qwen2.5-0.5B) are no suffixes.
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
@@ -148,9 +149,24 @@ def check_config(config: Config, samples: bool) -> None:
     """Every number against its range, then what keys say of each other; of the reward only where the run
     `samples` its pairs. Raises UserError."""
     check_ranges(config)
-    _check_loss(config.preference)
+    check_loss(config.preference)
     for check_keys in (*CHECKS, *REWARD_CHECKS) if samples else CHECKS:
         check_keys(config)
+
+
+def check_loss(settings: PreferenceConfig) -> None:
+    """The loss is in the table, and what is set is what it reads."""
+    if settings.loss not in PREFERENCE_LOSSES:
+        hint = did_you_mean(settings.loss, PREFERENCE_LOSSES) or f"; there are {', '.join(PREFERENCE_LOSSES)}"
+        raise UserError(f"preference.loss: {settings.loss!r} is not the name of a loss{hint}")
+    reads = PREFERENCE_LOSSES[settings.loss].defaults
+    for name in sorted({key for entry in PREFERENCE_LOSSES.values() for key in entry.defaults}):
+        if getattr(settings, name) is not None and name not in reads:
+            readers = [loss for loss, entry in PREFERENCE_LOSSES.items() if name in entry.defaults]
+            raise UserError(
+                f"preference.{name} is not read by preference.loss={settings.loss} (it reads {', '.join(reads)}): "
+                f"remove it, or choose {' or '.join(readers)}"
+            )
 
 
 def check_name(config: Config) -> None:

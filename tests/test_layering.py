@@ -16,6 +16,7 @@ FILES = sorted(
 OWNERS = {
     "verl": {
         "workers/training/policy.py",
+        "workers/training/rank.py",
         "workers/training/batching.py",
         "workers/training/verl_engine.py",
         "workers/training/verl_cpu.py",
@@ -26,6 +27,7 @@ OWNERS = {
 PURE = (
     "pns/records.py",
     "pns/config.py",
+    "pns/preference_losses.py",
     "pns/fields.py",
     "pns/recipe.py",
     "pns/errors.py",

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_MIN_SPREAD = (
-    1e-6  # of a group's rewards, which are of order 1: dividing by less would make a signal of rounding
-)
+# Of a group's rewards, which are of order 1: dividing by less would make a signal of rounding.
+_MIN_SPREAD = 1e-6
 
 
 def group_advantages(

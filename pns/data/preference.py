@@ -20,11 +20,12 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from pns.algo.pairs import num_margin_tokens, preference_rows
-from pns.config import BadPairs, Config, Data, Layout, PreferenceData, PreferenceLoss
+from pns.config import BadPairs, Config, Data, Layout, PreferenceData
 from pns.data.decontamination import Overlaps
 from pns.data.prompts import Prompts
 from pns.errors import UserError
 from pns.files import json_lines, read_jsonl
+from pns.preference_losses import PREFERENCE_LOSSES
 from pns.records import PreferencePair, Problem, from_json
 
 COLUMNS = (
@@ -125,11 +126,12 @@ def load_pairs(
     in_a_suite = len(rows) - len(encoded)
     budget, layout = config.policy.max_tokens_per_micro_batch, config.policy.layout
     kept, dropped = filter_pairs(encoded, config.data.max_prompt_tokens, budget, data.bad_pairs, layout)
-    if config.preference.loss is PreferenceLoss.offset:
+    if PREFERENCE_LOSSES[config.preference.loss].needs_score_gaps:
         for pair in kept:
             if pair.score_gap is None:
                 raise UserError(
-                    f"{pair.where}: no score_chosen and score_rejected, which preference.loss=offset needs; choose another loss"
+                    f"{pair.where}: no score_chosen and score_rejected, which preference.loss={config.preference.loss} "
+                    "needs; choose another loss"
                 )
     return LoadedPairs(kept, {"in_a_suite": in_a_suite, **dropped}, source, len(rows), data_hash(rows))
 

@@ -13,13 +13,17 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pns.errors import UserError
 from pns.files import replacing, sha256_of_files
+
+if TYPE_CHECKING:
+    from workers.training.batching import Batch
+    from workers.training.policy import Policy
 
 _FORMAT = 1
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -78,6 +82,18 @@ def reference_key(
     return ReferenceKey(
         _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES), rows.hexdigest(), dtype
     )
+
+
+def reference_log_probs(policy: Policy, directory: Path, model: Path, rows: Batch) -> Sequence[np.ndarray]:
+    """Log-probabilities of every completion token under the checkpoint in directory `model`, which `policy`
+    holds untrained: those kept in `directory`, or computed and kept there."""
+    key = reference_key(model, model, rows.prompt_ids, rows.completion_ids, policy.compute_dtype)
+    kept = load(directory, key, [len(ids) for ids in rows.completion_ids])
+    if kept is not None:
+        return kept
+    computed = policy.log_probs(rows)
+    save(directory, key, computed)
+    return computed
 
 
 def load(directory: Path, key: ReferenceKey, lengths: Sequence[int]) -> list[NDArray[np.float32]] | None:

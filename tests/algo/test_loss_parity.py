@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pns.algo.losses import kto_kl, preference_loss
-from pns.config import PreferenceConfig, PreferenceLoss, reference_free
+from pns.algo.losses import PairTerms, kto_kl
+from pns.preference_losses import PREFERENCE_LOSSES
 
 RECORDED = json.loads((Path(__file__).parents[1] / "parity" / "trl_losses.json").read_text(encoding="utf-8"))
-NOT_IN_TRL = {PreferenceLoss.offset}
+NOT_IN_TRL = {"offset"}
 
 
 def sums(name: str) -> torch.Tensor:
@@ -30,9 +30,9 @@ def lengths(name: str) -> torch.Tensor:
     ids=lambda case: f"{case['loss']}-{'-'.join(map(str, case['hyper_parameters'].values()))}",
 )
 def test_loss_and_gradients_equal_those_of_trl(case: dict[str, Any]) -> None:
-    settings = PreferenceConfig(loss=PreferenceLoss[case["loss"]], **case["hyper_parameters"])
+    entry, hyper_parameters = PREFERENCE_LOSSES[case["loss"]], case["hyper_parameters"]
+    assert hyper_parameters.keys() == entry.defaults.keys()
     chosen, rejected = sums("chosen").requires_grad_(), sums("rejected").requires_grad_()
-    free = reference_free(settings.loss)
     # One pair is one batch there, so its reference point for KTO is the estimate from its own two mismatched
     # completions.
     kl = [
@@ -44,18 +44,17 @@ def test_loss_and_gradients_equal_those_of_trl(case: dict[str, Any]) -> None:
         )
         for pair in RECORDED["pairs"]
     ]
-    loss, _ = preference_loss(
-        settings,
+    pairs = PairTerms(
         chosen,
         rejected,
-        None if free else sums("ref_chosen"),
-        None if free else sums("ref_rejected"),
         lengths("chosen"),
         lengths("rejected"),
-        -chosen / lengths("chosen"),
-        None,
-        torch.stack(kl),
+        chosen_nll_B=-chosen / lengths("chosen"),
+        ref_chosen_B=sums("ref_chosen") if entry.needs_reference else None,
+        ref_rejected_B=sums("ref_rejected") if entry.needs_reference else None,
+        kl=torch.stack(kl),
     )
+    loss, _ = entry.function(pairs, **hyper_parameters)
     loss.sum().backward()
     for ours, theirs in (
         (loss, "losses"),
@@ -69,7 +68,7 @@ def test_loss_and_gradients_equal_those_of_trl(case: dict[str, Any]) -> None:
 
 
 def test_every_loss_that_trl_has_is_recorded_on_both_sides_of_its_bends() -> None:
-    assert {PreferenceLoss[case["loss"]] for case in RECORDED["cases"]} == set(PreferenceLoss) - NOT_IN_TRL
+    assert {case["loss"] for case in RECORDED["cases"]} == PREFERENCE_LOSSES.keys() - NOT_IN_TRL
     assert RECORDED["versions"]["trl"] == "1.16.0"
     kl = [sum(map(sum, pair["kl"])) - sum(map(sum, pair["ref_kl"])) for pair in RECORDED["pairs"]]
     assert min(kl) < 0 < max(kl)

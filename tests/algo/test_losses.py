@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from pns.algo.losses import (
+    PairTerms,
     bradley_terry_loss,
     dpo_loss,
     grpo_loss,
     kto_kl,
     length_normalised_nll,
-    preference_loss,
+    offset_dpo_loss,
     row_sums,
     sft_loss,
 )
-from pns.config import PreferenceConfig, PreferenceLoss, reference_free
+from pns.config import PreferenceConfig, hyper_parameters
+from pns.preference_losses import PREFERENCE_LOSSES
 
 
 def grpo(
@@ -99,7 +102,7 @@ def test_grpo_counts_tokens_of_the_whole_batch() -> None:
 
 def test_dpo_is_ln_2_at_the_reference() -> None:
     sums = torch.tensor([-10.0, -3.0])
-    loss, metrics = dpo_loss(sums, sums - 4, sums, sums - 4, beta=0.1)
+    loss, metrics = dpo_loss(pair_terms(sums, sums - 4, sums, sums - 4), beta=0.1)
     assert loss.tolist() == pytest.approx([math.log(2)] * 2)
     assert metrics["margin"].tolist() == [0.0, 0.0]
     assert metrics["accuracy"].tolist() == [0.0, 0.0]
@@ -107,10 +110,9 @@ def test_dpo_is_ln_2_at_the_reference() -> None:
 
 def test_dpo_by_hand_with_and_without_label_smoothing() -> None:
     chosen, rejected = torch.tensor([-8.0], requires_grad=True), torch.tensor([-15.0], requires_grad=True)
-    plain, metrics = dpo_loss(chosen, rejected, torch.tensor([-10.0]), torch.tensor([-12.0]), beta=0.5)
-    smoothed, _ = dpo_loss(
-        chosen, rejected, torch.tensor([-10.0]), torch.tensor([-12.0]), beta=0.5, label_smoothing=0.1
-    )
+    pairs = pair_terms(chosen, rejected, torch.tensor([-10.0]), torch.tensor([-12.0]))
+    plain, metrics = dpo_loss(pairs, beta=0.5)
+    smoothed, _ = dpo_loss(pairs, beta=0.5, label_smoothing=0.1)
     # margin = 0.5 (2 + 3) = 2.5
     assert metrics["margin"].item() == 2.5
     assert (
@@ -129,8 +131,7 @@ def test_dpo_by_hand_with_and_without_label_smoothing() -> None:
     assert (chosen.grad.item(), rejected.grad.item()) == pytest.approx((-slope, slope))
 
 
-def preference(
-    settings: PreferenceConfig,
+def pair_terms(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
     ref_chosen: torch.Tensor | None,
@@ -139,19 +140,26 @@ def preference(
     nll: float = 2.0,
     gap: float = 3.0,
     kl: float = 1.0,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return preference_loss(
-        settings,
+) -> PairTerms:
+    return PairTerms(
         chosen,
         rejected,
-        ref_chosen,
-        ref_rejected,
         torch.full(chosen.shape, tokens[0]),
         torch.full(chosen.shape, tokens[1]),
         torch.full_like(chosen, nll),
+        ref_chosen,
+        ref_rejected,
         torch.full_like(chosen, gap),
         kl,
     )
+
+
+def preference(
+    settings: PreferenceConfig, *sums: torch.Tensor | None, **terms: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of the sums of chosen and rejected sides, and of the same under the reference."""
+    pairs = pair_terms(*sums, **terms)
+    return PREFERENCE_LOSSES[settings.loss].function(pairs, **hyper_parameters(settings))
 
 
 def log1pexp(x: float) -> float:
@@ -164,48 +172,48 @@ def log1pexp(x: float) -> float:
 @pytest.mark.parametrize(
     ("settings", "loss", "chosen_reward", "rejected_reward"),
     [
-        (PreferenceConfig(PreferenceLoss.sigmoid, beta=0.5), log1pexp(-2.5), 1.0, -1.5),
-        (PreferenceConfig(PreferenceLoss.sigmoid), log1pexp(-0.5), 0.2, -0.3),
+        (PreferenceConfig("sigmoid", beta=0.5), log1pexp(-2.5), 1.0, -1.5),
+        (PreferenceConfig("sigmoid"), log1pexp(-0.5), 0.2, -0.3),
         (
-            PreferenceConfig(PreferenceLoss.cdpo, beta=0.5, label_smoothing=0.2),
+            PreferenceConfig("cdpo", beta=0.5, label_smoothing=0.2),
             0.8 * log1pexp(-2.5) + 0.2 * log1pexp(2.5),
             1.0,
             -1.5,
         ),
         (
-            PreferenceConfig(PreferenceLoss.robust, beta=0.5),
+            PreferenceConfig("robust", beta=0.5),
             (0.9 * log1pexp(-2.5) - 0.1 * log1pexp(2.5)) / 0.8,
             1.0,
             -1.5,
         ),
-        (PreferenceConfig(PreferenceLoss.hinge), 1 - 0.5, 0.2, -0.3),
-        (PreferenceConfig(PreferenceLoss.hinge, beta=0.5), 0.0, 1.0, -1.5),  # 1 - 2.5 < 0
-        (PreferenceConfig(PreferenceLoss.ipo), (0.5 + 0.6 - 5) ** 2, 0.05, -0.06),  # 1 / (2 * 0.1) = 5
-        (PreferenceConfig(PreferenceLoss.length_normalised), log1pexp(-5 * 1.1), 2.5, -3.0),
-        (PreferenceConfig(PreferenceLoss.simpo), log1pexp(-(2 * (-2 + 3) - 1)), -4.0, -6.0),
+        (PreferenceConfig("hinge"), 1 - 0.5, 0.2, -0.3),
+        (PreferenceConfig("hinge", beta=0.5), 0.0, 1.0, -1.5),  # 1 - 2.5 < 0
+        (PreferenceConfig("ipo"), (0.5 + 0.6 - 5) ** 2, 0.05, -0.06),  # 1 / (2 * 0.1) = 5
+        (PreferenceConfig("length_normalised"), log1pexp(-5 * 1.1), 2.5, -3.0),
+        (PreferenceConfig("simpo"), log1pexp(-(2 * (-2 + 3) - 1)), -4.0, -6.0),
         # odds p / (1 - p) = 1 / (e^2 - 1) and 1 / (e^3 - 1); -log sigmoid(log R) = log(1 + 1 / R)
         (
-            PreferenceConfig(PreferenceLoss.orpo),
+            PreferenceConfig("orpo"),
             2 + 0.1 * math.log(1 + (math.e**2 - 1) / (math.e**3 - 1)),
             -0.2,
             -0.3,
         ),
-        (PreferenceConfig(PreferenceLoss.rpo, beta=0.5, nll_weight=3.0), log1pexp(-2.5) + 3 * 2, 1.0, -1.5),
+        (PreferenceConfig("rpo", beta=0.5, nll_weight=3.0), log1pexp(-2.5) + 3 * 2, 1.0, -1.5),
         (
-            PreferenceConfig(PreferenceLoss.offset, beta=0.5, offset_scale=0.5),
+            PreferenceConfig("offset", beta=0.5, offset_scale=0.5),
             log1pexp(-(2.5 - 0.5 * 3)),
             1.0,
             -1.5,
         ),
         # 1 - sigmoid(0.5 (2 - 1)) and 2 (1 - sigmoid(0.5 (1 + 3))), halved
         (
-            PreferenceConfig(PreferenceLoss.kto, beta=0.5, undesirable_weight=2.0),
+            PreferenceConfig("kto", beta=0.5, undesirable_weight=2.0),
             (1 / (1 + math.exp(0.5)) + 2 / (1 + math.exp(2))) / 2,
             1.0,
             -1.5,
         ),
     ],
-    ids=lambda value: value.loss.value if isinstance(value, PreferenceConfig) else "",
+    ids=lambda value: value.loss if isinstance(value, PreferenceConfig) else "",
 )
 def test_preference_losses_by_hand(
     settings: PreferenceConfig, loss: float, chosen_reward: float, rejected_reward: float
@@ -227,22 +235,22 @@ def test_preference_losses_by_hand(
 @pytest.mark.parametrize(
     ("settings", "weight", "nll"),
     [
-        (PreferenceConfig(PreferenceLoss.sigmoid), 1.0, 0.0),
-        (PreferenceConfig(PreferenceLoss.cdpo), 1.0, 0.0),
-        (PreferenceConfig(PreferenceLoss.robust), 1.0, 0.0),
-        (PreferenceConfig(PreferenceLoss.offset), 1.0, 0.0),
-        (PreferenceConfig(PreferenceLoss.length_normalised), 1.0, 0.0),
-        (PreferenceConfig(PreferenceLoss.simpo, target_margin=0.0), 1.0, 0.0),
-        (PreferenceConfig(PreferenceLoss.rpo, nll_weight=3.0), 1.0, 6.0),
-        (PreferenceConfig(PreferenceLoss.orpo, odds_ratio_weight=0.3), 0.3, 2.0),
+        (PreferenceConfig("sigmoid"), 1.0, 0.0),
+        (PreferenceConfig("cdpo"), 1.0, 0.0),
+        (PreferenceConfig("robust"), 1.0, 0.0),
+        (PreferenceConfig("offset"), 1.0, 0.0),
+        (PreferenceConfig("length_normalised"), 1.0, 0.0),
+        (PreferenceConfig("simpo", target_margin=0.0), 1.0, 0.0),
+        (PreferenceConfig("rpo", nll_weight=3.0), 1.0, 6.0),
+        (PreferenceConfig("orpo", odds_ratio_weight=0.3), 0.3, 2.0),
     ],
-    ids=lambda value: value.loss.value if isinstance(value, PreferenceConfig) else "",
+    ids=lambda value: value.loss if isinstance(value, PreferenceConfig) else "",
 )
 def test_sigmoid_losses_are_ln_2_at_zero_margin(
     settings: PreferenceConfig, weight: float, nll: float
 ) -> None:
     sums = torch.tensor([-20.0, -1e-3, -400.0, 0.0])
-    refs = (None, None) if reference_free(settings.loss) else (sums - 4, sums - 4)
+    refs = (sums - 4, sums - 4) if PREFERENCE_LOSSES[settings.loss].needs_reference else (None, None)
     loss, metrics = preference(settings, sums, sums, *refs, tokens=(7, 7), gap=0.0)
     assert loss.tolist() == pytest.approx([weight * math.log(2) + nll] * 4)
     assert metrics["margin"].tolist() == metrics["accuracy"].tolist() == [0.0] * 4
@@ -251,22 +259,22 @@ def test_sigmoid_losses_are_ln_2_at_zero_margin(
 @pytest.mark.parametrize(
     ("settings", "gap"),
     [
-        (PreferenceConfig(PreferenceLoss.cdpo, beta=0.3, label_smoothing=0.0), 3.0),
-        (PreferenceConfig(PreferenceLoss.robust, beta=0.3, label_smoothing=0.0), 3.0),
-        (PreferenceConfig(PreferenceLoss.rpo, beta=0.3, nll_weight=0.0), 3.0),
-        (PreferenceConfig(PreferenceLoss.offset, beta=0.3, offset_scale=0.0), 3.0),
-        (PreferenceConfig(PreferenceLoss.offset, beta=0.3), 0.0),
+        (PreferenceConfig("cdpo", beta=0.3, label_smoothing=0.0), 3.0),
+        (PreferenceConfig("robust", beta=0.3, label_smoothing=0.0), 3.0),
+        (PreferenceConfig("rpo", beta=0.3, nll_weight=0.0), 3.0),
+        (PreferenceConfig("offset", beta=0.3, offset_scale=0.0), 3.0),
+        (PreferenceConfig("offset", beta=0.3), 0.0),
         (
-            PreferenceConfig(PreferenceLoss.offset, beta=0.3),
+            PreferenceConfig("offset", beta=0.3),
             -3.0,
         ),  # the reward model contradicts the verifier, and is overruled
-        (PreferenceConfig(PreferenceLoss.length_normalised, beta=0.3), 3.0),  # one token
+        (PreferenceConfig("length_normalised", beta=0.3), 3.0),  # one token
     ],
-    ids=lambda value: value.loss.value if isinstance(value, PreferenceConfig) else str(value),
+    ids=lambda value: value.loss if isinstance(value, PreferenceConfig) else str(value),
 )
 def test_variants_become_dpo(settings: PreferenceConfig, gap: float) -> None:
     sums = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 20 - 40
-    plain, plain_metrics = preference(PreferenceConfig(PreferenceLoss.sigmoid, beta=0.3), *sums)
+    plain, plain_metrics = preference(PreferenceConfig("sigmoid", beta=0.3), *sums)
     loss, metrics = preference(settings, *sums, tokens=(1, 1), gap=gap)
     torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)
     assert {name: value.tolist() for name, value in metrics.items()} == {
@@ -274,8 +282,8 @@ def test_variants_become_dpo(settings: PreferenceConfig, gap: float) -> None:
     }
 
 
-@pytest.mark.parametrize("loss", PreferenceLoss, ids=lambda loss: loss.value)
-def test_preference_gradients(loss: PreferenceLoss) -> None:
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_preference_gradients(loss: str) -> None:
     """Against finite differences; and every loss pulls chosen up and pushes rejected down."""
     sums = [
         -torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 10
@@ -294,8 +302,8 @@ def test_preference_gradients(loss: PreferenceLoss) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("loss", PreferenceLoss, ids=lambda loss: loss.value)
-def test_extreme_log_probs_and_empty_margins(loss: PreferenceLoss, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_extreme_log_probs_and_empty_margins(loss: str, dtype: torch.dtype) -> None:
     values = torch.tensor([0.0, -1e-30, -1e-8, -0.6931471805599453, -1.0, -1e3, -1e6], dtype=dtype)
     sums = torch.cartesian_prod(values, values, values)
     for tokens in ((4, 5), (0, 5), (4, 0), (0, 0), (1, 1)):
@@ -305,7 +313,12 @@ def test_extreme_log_probs_and_empty_margins(loss: PreferenceLoss, dtype: torch.
         chosen.requires_grad_()
         rejected.requires_grad_()
         found, metrics = preference(
-            PreferenceConfig(loss), chosen, rejected, ref * (tokens[0] > 0), ref * (tokens[1] > 0), tokens
+            PreferenceConfig(loss),
+            chosen,
+            rejected,
+            ref * (tokens[0] > 0),
+            ref * (tokens[1] > 0),
+            tokens=tokens,
         )
         found.sum().backward()
         assert chosen.grad is not None
@@ -322,12 +335,12 @@ def test_orpo_odds_are_exact_on_both_sides_of_one_half() -> None:
     for first, second in zip(range(5), range(1, 6), strict=True):
         chosen, rejected = (torch.tensor([averages[i]], dtype=torch.float64) for i in (first, second))
         loss, _ = preference(
-            PreferenceConfig(PreferenceLoss.orpo, odds_ratio_weight=1.0),
+            PreferenceConfig("orpo", odds_ratio_weight=1.0),
             chosen,
             rejected,
             None,
             None,
-            (1, 1),
+            tokens=(1, 1),
             nll=0.0,
         )
         assert loss.item() == pytest.approx(log1pexp(expected[second] - expected[first]), rel=1e-10)
@@ -335,11 +348,12 @@ def test_orpo_odds_are_exact_on_both_sides_of_one_half() -> None:
 
 def test_a_missing_score_is_not_a_number() -> None:
     sums = torch.zeros(4, 1)
-    assert preference(PreferenceConfig(PreferenceLoss.offset), *sums, gap=math.nan)[0].isnan().all()
-    with pytest.raises(ValueError, match="offset needs the reward model's"):
-        preference_loss(PreferenceConfig(PreferenceLoss.offset), *sums, sums[0], sums[0], sums[0], None, 0.0)
-    with pytest.raises(ValueError, match="ipo needs the reference's"):
-        preference(PreferenceConfig(PreferenceLoss.ipo), sums[0], sums[1], None, None)
+    assert preference(PreferenceConfig("offset"), *sums, gap=math.nan)[0].isnan().all()
+    pairs = PairTerms(*sums, torch.zeros(1), sums[0], sums[1])
+    with pytest.raises(ValueError, match="needs the reward model's score differences"):
+        offset_dpo_loss(pairs, beta=0.1, offset_scale=1.0)
+    with pytest.raises(ValueError, match="needs the reference's"):
+        preference(PreferenceConfig("ipo"), sums[0], sums[1], None, None)
 
 
 def test_kto_reference_point_is_the_mean_above_zero_and_a_constant() -> None:

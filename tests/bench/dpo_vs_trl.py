@@ -239,12 +239,13 @@ def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
     import verl.workers.engine_workers  # noqa: F401  its import belongs to the memory before the model
 
     from pns import config
-    from workers.training import verl_engine  # noqa: F401
+    from workers.runtime import Runtime
     from workers.training.batching import Batch, MicroBatch, micro_batch, plan
-    from workers.training.policy import Model, Preference, Rank
+    from workers.training.objectives import PreferenceObjective
+    from workers.training.rank import ModelSpec, Rank
 
     layout = config.Layout[work.side.removesuffix("-compiled")]
-    loss = Preference(config.PreferenceConfig(beta=BETA))
+    objective = PreferenceObjective("sigmoid", {"beta": BETA})
     sides = ("chosen_ids", "rejected_ids")
     prompts = [pair["prompt_ids"] for pair in work.pairs for _ in sides]
     completions = [pair[side] for pair in work.pairs for side in sides]
@@ -267,10 +268,8 @@ def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
         gradient_checkpointing=False, layout=layout, compile=work.side.endswith("-compiled")
     )
     optimizer = config.Optimizer(learning_rate=work.shape.learning_rate, clip_grad=CLIP)
-    rank.load(
-        Model(work.model, "language_model", work.device, settings, optimizer, work.steps, 0, False),
-        timeout_seconds=600,
-    )
+    runtime = Runtime(device=work.device, step_timeout_seconds=600)
+    rank.load(ModelSpec(work.model, "language_model", settings, optimizer, work.steps, 0, runtime))
     parts = lay_out()
     reference: list[np.ndarray] = [np.empty(0)] * len(prompts)
     for index, (part, values) in enumerate(zip(parts, rank.infer(parts), strict=True)):
@@ -286,7 +285,7 @@ def train_ours(work: Work, turn: Turn, ready: Callable[[], None]) -> None:
     }
     metrics: dict[str, float] | None = None
     while turn(metrics):
-        metrics = rank.train(lay_out(reference), loss, constants)
+        metrics = rank.train(lay_out(reference), objective, constants)
 
 
 # A worker: told what to do by its first line of input, then one step for every further line.
@@ -344,9 +343,9 @@ class Side:
         )
         environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if work.device == "cpu":
-            from workers.training.policy import _MALLOC
+            from workers.training.policy import ALLOCATOR_ENVIRONMENT, VERL_CPU_ENVIRONMENT
 
-            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **_MALLOC}
+            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **ALLOCATOR_ENVIRONMENT}
         if work.side in OURS:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -359,10 +358,7 @@ class Side:
                 "LOCAL_RANK": "0",
             }
             if work.device == "cpu":
-                environment |= {
-                    "VERL_PLATFORM": "cpu",
-                    "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu",
-                }
+                environment |= VERL_CPU_ENVIRONMENT
         self.name = work.side
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -462,7 +458,10 @@ def disagreement(sides: Sequence[Side], tolerance: float) -> str | None:
         if abs(side.losses[0] - math.log(2)) > tolerance:
             return f"{side.name}: the first loss is {side.losses[0]}, not ln 2"
         if not math.isclose(side.grad_norms[0], first.grad_norms[0], rel_tol=10 * tolerance):
-            return f"{side.name}: the first gradient norm is {side.grad_norms[0]}, that of {first.name} {first.grad_norms[0]}"
+            return (
+                f"{side.name}: the first gradient norm is {side.grad_norms[0]}, "
+                f"that of {first.name} {first.grad_norms[0]}"
+            )
         for step, (one, other) in enumerate(zip(side.losses, first.losses, strict=True)):
             if not abs(one - other) <= tolerance:
                 return f"{side.name}: the loss of step {step + 1} is {one}, that of {first.name} {other}"
@@ -527,20 +526,17 @@ def report(
     seconds = {side.name: statistics.median(side.seconds[arguments.warm_up :]) for side in sides}
     flops = model_flops(shape, pairs, num_parameters)
     for side in sides:
-        timed, found = side.seconds[arguments.warm_up :], memory[side.name]
-        mfu = (
-            f"  MFU {flops / seconds[side.name] / arguments.peak_tflops / 1e12:6.1%}"
-            if arguments.device == "cuda"
-            else ""
-        )
+        timed, median = side.seconds[arguments.warm_up :], seconds[side.name]
+        peak, before = memory[side.name]["peak"], memory[side.name]["before"]
+        mfu = f"  MFU {flops / median / arguments.peak_tflops / 1e12:6.1%}"
         print(
-            f"{side.name:22} {tokens / seconds[side.name]:10,.0f} tokens/s  {seconds[side.name]:7.3f} s a step ({min(timed):.3f} to "
-            f"{max(timed):.3f})  peak {found['peak']:7,.0f} MiB, {found['peak'] - found['before']:7,.0f} without libraries{mfu}"
+            f"{side.name:22} {tokens / median:10,.0f} tokens/s  {median:7.3f} s a step "
+            f"({min(timed):.3f} to {max(timed):.3f})  peak {peak:7,.0f} MiB, "
+            f"{peak - before:7,.0f} without libraries{mfu if arguments.device == 'cuda' else ''}"
         )
     packing, sharing = ceilings(pairs, shape.pairs_per_micro_batch)
-    print(
-        f"ceilings: packing {packing:.3f}, prefix sharing {sharing:.3f}; last losses: {', '.join(f'{s.losses[-1]:.6f}' for s in sides)}"
-    )
+    losses = ", ".join(f"{side.losses[-1]:.6f}" for side in sides)
+    print(f"ceilings: packing {packing:.3f}, prefix sharing {sharing:.3f}; last losses: {losses}")
 
     def ratio(slower: str | None, faster: str | None) -> float | None:
         return seconds[slower] / seconds[faster] if slower in seconds and faster in seconds else None

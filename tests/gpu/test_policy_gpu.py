@@ -13,8 +13,15 @@ import pytest
 import torch
 
 from pns import config
+from workers.runtime import Runtime
 from workers.training.batching import Batch
-from workers.training.policy import BradleyTerry, Grpo, Policy, Preference, Sft
+from workers.training.objectives import (
+    BradleyTerryObjective,
+    GrpoObjective,
+    PreferenceObjective,
+    SftObjective,
+)
+from workers.training.policy import Policy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +29,7 @@ pytestmark = [
 ]
 VOCABULARY = 64
 OPTIMIZER = config.Optimizer(learning_rate=1e-3)
+DPO = PreferenceObjective("sigmoid", {"beta": 0.1})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,8 @@ def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     dtype, layout = request.param.split("-")
     settings = config.PolicyConfig(max_tokens_per_micro_batch=512, dtype=dtype, layout=config.Layout(layout))
-    made = Policy(config.Pool(replicas=1, gpus=1.0), "cuda", settings, start_timeout_seconds=300)
+    runtime = Runtime(device="cuda", start_timeout_seconds=300)
+    made = Policy(config.Pool(replicas=1, gpus=1.0), settings, runtime)
     yield made
     made.shutdown()
     ray.shutdown()
@@ -112,10 +121,10 @@ def test_dpo_and_grpo_steps(policy: Policy, checkpoint: str) -> None:
     before = policy.log_probs(batch)
     values = {"ref_log_probs": before, "old_log_probs": before}
     given = Batch(batch.prompt_ids, batch.completion_ids, values, {"advantages": [1.0, -1.0] * 8})
-    first, *_, last = [policy.train_step(given, Preference(config.PreferenceConfig())) for _ in range(5)]
+    first, *_, last = [policy.train_step(given, DPO) for _ in range(5)]
     assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
     assert last["loss"] < first["loss"]
-    found = policy.train_step(given, Grpo(clip_low=0.2, clip_high=0.28, kl_coefficient=1e-3))
+    found = policy.train_step(given, GrpoObjective(clip_low=0.2, clip_high=0.28, kl_coefficient=1e-3))
     assert found["update_skipped"] == 0
     assert found["kl"] > 0
 
@@ -131,7 +140,7 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
         batch = rows(16)
         before = policy.reference_log_probs(batch)
         given = Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": before})
-        first, *_, last = [policy.train_step(given, Preference(config.PreferenceConfig())) for _ in range(5)]
+        first, *_, last = [policy.train_step(given, DPO) for _ in range(5)]
         assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
         assert last["loss"] < first["loss"]
         np.testing.assert_array_equal(
@@ -143,7 +152,7 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
 
 @pytest.mark.parametrize("trunk", [5, 200])
 def test_variable_length_kernel_is_torch_attention_row_by_row(trunk: int) -> None:
-    """Outputs and gradients of the two kernel calls, against one call of torch's attention a row in float32."""
+    """Outputs and gradients of the two kernel calls, against a call of torch's attention a row in float32."""
     from workers.training.attention import packed_attention, segments_of
 
     torch.manual_seed(0)
@@ -168,11 +177,11 @@ def test_restore_and_export(policy: Policy, checkpoint: str, tmp_path: Path) -> 
 
     policy.load(checkpoint, "language_model", OPTIMIZER, total_steps=10, seed=0)
     batch = rows(16)
-    policy.train_step(batch, Sft())
+    policy.train_step(batch, SftObjective())
     policy.save(tmp_path / "checkpoint")
-    first = policy.train_step(batch, Sft())
+    first = policy.train_step(batch, SftObjective())
     policy.restore(tmp_path / "checkpoint")
-    assert policy.train_step(batch, Sft())["loss"] == first["loss"]
+    assert policy.train_step(batch, SftObjective())["loss"] == first["loss"]
     weights = ray.get(policy.weights()[1])
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     policy.export(tmp_path / "model")
@@ -185,7 +194,7 @@ def test_restore_and_export(policy: Policy, checkpoint: str, tmp_path: Path) -> 
 def test_bradley_terry_learns(policy: Policy, checkpoint: str) -> None:
     policy.load(checkpoint, "score", OPTIMIZER, total_steps=20, seed=0)
     batch = rows(16)
-    first, *_, last = [policy.train_step(batch, BradleyTerry(centre=0.01)) for _ in range(15)]
+    first, *_, last = [policy.train_step(batch, BradleyTerryObjective(centre=0.01)) for _ in range(15)]
     assert first["loss"] == pytest.approx(math.log(2), abs=0.1)
     assert last["loss"] < 0.5 * first["loss"]
     assert last["accuracy"] > first["accuracy"]

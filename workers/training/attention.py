@@ -18,6 +18,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,32 +44,30 @@ class Segments:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(
-            *self.leading,
-            *(trunk + branch for trunk, branch in zip(self.trunks, self.branches, strict=True)),
-            0,
-        )
+        return max(*self.leading, *self.key_lengths, 0)
+
+    @property
+    def key_lengths(self) -> list[int]:
+        """Tokens that the last token of every further branch attends to: its trunk and itself."""
+        return [trunk + branch for trunk, branch in zip(self.trunks, self.branches, strict=True)]
 
     def indices(self, device: torch.device) -> tuple[Tensor, ...]:
         """`(ends of leading, ends of branches, keys of branches, ends of those keys)`: cumulative lengths
         int32 with a leading 0, and the tokens (trunk, then branch) that each branch attends to."""
         if device not in self._indices:
-            starts = torch.tensor((0, *self.leading)).cumsum(0)
-            at = int(starts[-1])
-            keys: list[Tensor] = []
+            starts = [0, *accumulate(self.leading)]
+            next_branch = starts[-1]
+            keys = [torch.empty(0, dtype=torch.long)]  # there may be no further branch
             for branch, family, trunk in zip(self.branches, self.families, self.trunks, strict=True):
-                keys += [
-                    torch.arange(int(starts[family]), int(starts[family]) + trunk),
-                    torch.arange(at, at + branch),
-                ]
-                at += branch
-            lengths = [trunk + branch for trunk, branch in zip(self.trunks, self.branches, strict=True)]
-            ends = [
-                torch.tensor((0, *sizes)).cumsum(0).to(torch.int32)
-                for sizes in (self.leading, self.branches, lengths)
-            ]
-            found = (ends[0], ends[1], torch.cat(keys) if keys else torch.empty(0, dtype=torch.long), ends[2])
-            self._indices[device] = tuple(tensor.to(device) for tensor in found)
+                keys.append(torch.arange(starts[family], starts[family] + trunk))
+                keys.append(torch.arange(next_branch, next_branch + branch))
+                next_branch += branch
+            leading_ends, branch_ends, key_ends = (
+                torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+                for lengths in (self.leading, self.branches, self.key_lengths)
+            )
+            indices = (leading_ends, branch_ends, torch.cat(keys), key_ends)
+            self._indices[device] = tuple(tensor.to(device) for tensor in indices)
         return self._indices[device]
 
 
@@ -89,11 +88,13 @@ def packed_attention(
     shorter than a row."""
     if sliding_window is not None and segments.longest > sliding_window:
         raise ValueError(
-            f"a row of {segments.longest} tokens is longer than the model's attention window: set policy.layout=padded"
+            f"a row of {segments.longest} tokens is longer than the model's attention window: "
+            "set policy.layout=padded"
         )
     if dropout:
         raise ValueError(
-            "attention dropout is not supported by packed rows: set attention_dropout to 0 in the model's config.json"
+            "attention dropout is not supported by packed rows: set attention_dropout to 0 in the model's "
+            "config.json"
         )
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, segments, scaling), None
@@ -113,21 +114,16 @@ def _by_row(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
 
     num_leading = len(segments.leading)
     rows = [attend(*row) for row in zip(queries[:num_leading], keys, values, strict=False)]
-    further = zip(
-        queries[num_leading:],
-        keys[num_leading:],
-        values[num_leading:],
-        segments.families,
-        segments.trunks,
-        strict=True,
-    )
-    for q, k, v, family, trunk in further:
-        k, v = (
-            torch.cat([keys[family][:, :, :trunk], k], dim=2),
-            torch.cat([values[family][:, :, :trunk], v], dim=2),
+    branches = enumerate(zip(segments.families, segments.trunks, strict=True), start=num_leading)
+    for branch, (family, trunk) in branches:
+        # Trunk and branch: the whole row.
+        row_q, k, v = (
+            torch.cat([pieces[family][:, :, :trunk], pieces[branch]], dim=2)
+            for pieces in (queries, keys, values)
         )
+        q = queries[branch]
         if trunk < q.shape[2]:  # cheaper than a mask, although the trunk's own outputs are thrown away
-            rows.append(attend(torch.cat([queries[family][:, :, :trunk], q], dim=2), k, v)[:, trunk:])
+            rows.append(attend(row_q, k, v)[:, trunk:])
         else:
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(trunk)
             rows.append(attend(q, k, v, seen))
@@ -141,22 +137,16 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scalin
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H, D)
     split = sum(segments.leading)
     longest = max(segments.leading)
-    found = _variable_length(
-        q[:split], k[:split], v[:split], leading_ends, leading_ends, longest, longest, scaling
-    )
+    leading = (q[:split], k[:split], v[:split])
+    attended = _variable_length(*leading, leading_ends, leading_ends, longest, longest, scaling)
     if segments.branches:
-        branches = _variable_length(
-            q[split:],
-            k[keys_of_branches],
-            v[keys_of_branches],
-            branch_ends,
-            key_ends,
-            max(segments.branches),
-            segments.longest,
-            scaling,
+        branches = (q[split:], k[keys_of_branches], v[keys_of_branches])
+        longest_branch = max(segments.branches)
+        of_branches = _variable_length(
+            *branches, branch_ends, key_ends, longest_branch, segments.longest, scaling
         )
-        found = torch.cat([found, branches])
-    return found.unsqueeze(0)
+        attended = torch.cat([attended, of_branches])
+    return attended.unsqueeze(0)
 
 
 def _variable_length(
@@ -169,26 +159,16 @@ def _variable_length(
     longest_k: int,
     scaling: float | None,
 ) -> Tensor:
+    """Flash attention where it is installed, else torch's own kernel for the same."""
+    lengths = (ends_q, ends_k, longest_q, longest_k)
     if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale=scaling, causal=True
-        )
+        return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scaling, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
-        q,
-        k,
-        v,
-        ends_q,
-        ends_k,
-        longest_q,
-        longest_k,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    grouped = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
 
 
 @cache
@@ -200,11 +180,15 @@ def segments_of(families: Sequence[tuple[int, Sequence[int]]]) -> Segments:
     """`Segments` of families, each the length of its trunk and of its branches (at least one, each at least
     one token)."""
     leading = tuple(trunk + branches[0] for trunk, branches in families)
-    further = [
-        (branch, place, trunk) for place, (trunk, branches) in enumerate(families) for branch in branches[1:]
-    ]
-    lengths, places, trunks = zip(*further, strict=True) if further else ((), (), ())
-    return Segments(leading, lengths, places, trunks)
+    lengths: list[int] = []
+    owners: list[int] = []
+    trunks: list[int] = []
+    for family, (trunk, branches) in enumerate(families):
+        num_further = len(branches) - 1
+        lengths += branches[1:]
+        owners += [family] * num_further
+        trunks += [trunk] * num_further
+    return Segments(leading, tuple(lengths), tuple(owners), tuple(trunks))
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise, takewhile
+from itertools import accumulate, chain, count, takewhile
 
 import numpy as np
 
@@ -21,12 +21,11 @@ from pns.errors import UserError
 class Batch:
     """Rows to train on or to score; every list has one entry per row.
 
-    `token_values` hold one number per completion token, `row_values` one per row. The losses read:
-    `old_log_probs`, `ref_log_probs` and `advantages` (a row value) for `Grpo`; `ref_log_probs` (unless the
-    loss is reference-free), if given `margin_mask` (1 for tokens that take part in the margin), and for some
-    losses `score_gap` (a row value) for `Preference`; and for `Grpo` and `Sft`, if given, `mask` (0 for
-    tokens without loss). For `Preference` and `BradleyTerry` rows come in pairs: chosen, rejected, chosen,
-    rejected, ...
+    `token_values` hold one number per completion token, `row_values` one per row. The objectives read:
+    `old_log_probs`, `ref_log_probs` and `advantages` (a row value) for GRPO; `ref_log_probs` (unless the loss
+    is reference-free), if given `margin_mask` (1 for tokens that take part in the margin), and for some
+    losses `score_gap` (a row value) for preferences; and for GRPO and SFT, if given, `mask` (0 for tokens
+    without loss). For preferences and reward models rows come in pairs: chosen, rejected, chosen, ...
     """
 
     prompt_ids: Sequence[Sequence[int]]
@@ -56,6 +55,14 @@ class Family:
         """Tokens in the packed layouts."""
         return sum(self.lengths) - self.trunk * (len(self.rows) - 1)
 
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """Tokens of each row after the trunk."""
+        return tuple(length - self.trunk for length in self.lengths)
+
+
+Unit = list[Family]  # what is not to be torn apart
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -83,6 +90,14 @@ class MicroBatch:
     num_tokens: int
     num_padded: int
 
+    @property
+    def computed_lengths(self) -> list[int]:
+        """Tokens that are computed for each row; a trunk counts with its first branch."""
+        lengths: list[int] = []
+        for trunk, branches in self.families:
+            lengths += [trunk + branches[0], *branches[1:]]
+        return lengths
+
 
 def plan(
     batch: Batch, group_size: int, ranks: int, max_tokens: int, layout: Layout
@@ -93,93 +108,113 @@ def plan(
     micro-batches; rows of similar length share a micro-batch. A micro-batch holds at most `max_tokens`
     tokens, counted as its layout holds them. Raises UserError when a group is larger than `max_tokens`.
     """
+    num_tokens = sum(map(batch.length, range(len(batch))))
+    share_of_rank = -(-num_tokens // ranks)  # a family of more tokens would leave the other ranks idle
+    units = _units(batch, group_size, min(max_tokens, share_of_rank), layout)
+    sizes = [_size([unit], layout) for unit in units]
+    if sizes and max(sizes) > max_tokens:
+        rows = "a row" if group_size == 1 else f"{group_size} rows that belong together"
+        first = next(size for size in sizes if size > max_tokens)
+        raise UserError(
+            f"{rows} of {first} tokens exceed policy.max_tokens_per_micro_batch = {max_tokens}: raise it"
+        )
+    planned = []
+    for share in _shares(sizes, ranks):
+        units_of_rank = [units[index] for index in share]
+        planned.append(_fill_micro_batches(units_of_rank, max_tokens, layout))
+    most = max(map(len, planned))
+    for micro_batches in planned:
+        _split_to(most, micro_batches, padding=[Family((-1,), (2,))] * group_size)
+    return [[list(chain.from_iterable(members)) for members in of_rank] for of_rank in planned]
+
+
+def _size(units: Sequence[Unit], layout: Layout) -> int:
+    """Tokens that a micro-batch of `units` holds."""
+    families = list(chain.from_iterable(units))
+    if layout is not Layout.padded:
+        return sum(family.tokens for family in families)
+    lengths = [length for family in families for length in family.lengths]
+    return max(lengths) * len(lengths)
+
+
+def _longest(unit: Unit) -> int:
+    return max(max(family.lengths) for family in unit)
+
+
+def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """The units of each rank, as indices into their `sizes`."""
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
-    groups = [range(start, start + group_size) for start in range(0, len(batch), group_size)]
-    units = _units(
-        batch, groups, min(max_tokens, -(-sum(map(batch.length, range(len(batch)))) // ranks)), layout
-    )
-
-    def size(members: Sequence[list[Family]]) -> int:
-        if layout is Layout.padded:
-            lengths = [length for unit in members for family in unit for length in family.lengths]
-            return max(lengths) * len(lengths)
-        return sum(family.tokens for unit in members for family in unit)
-
-    for unit in units:
-        if size([unit]) > max_tokens:
-            rows = "a row" if group_size == 1 else f"{group_size} rows that belong together"
-            raise UserError(
-                f"{rows} of {size([unit])} tokens exceed policy.max_tokens_per_micro_batch = {max_tokens}: raise it"
-            )
     if ranks == 1:
-        shares = [list(range(len(units)))]
-    elif len(units) >= ranks:
-        shares = get_seqlen_balanced_partitions([size([unit]) for unit in units], ranks, equal_size=False)
-    else:
-        shares = [[index] for index in range(len(units))] + [[] for _ in range(ranks - len(units))]
-    planned: list[list[list[list[Family]]]] = []
-    for share in shares:
-        batches: list[list[list[Family]]] = []
-        for unit in sorted(
-            (units[index] for index in share), key=lambda u: max(max(f.lengths) for f in u), reverse=True
-        ):
-            if batches and size([*batches[-1], unit]) <= max_tokens:
-                batches[-1].append(unit)
-            else:
-                batches.append([unit])
-        planned.append(batches)
-    most = max(map(len, planned))
-    padding = [Family((-1,), (2,))] * group_size
-    for batches in planned:
-        while len(batches) < most:
-            largest = max(batches, key=len, default=[])
-            if len(largest) < 2:
-                batches.append([padding])
-            else:
-                half = len(largest) // 2
-                batches[batches.index(largest)] = largest[:half]
-                batches.append(largest[half:])
-    return [[[family for unit in members for family in unit] for members in batches] for batches in planned]
+        return [list(range(len(sizes)))]
+    if len(sizes) >= ranks:
+        return get_seqlen_balanced_partitions(sizes, ranks, equal_size=False)
+    return [[rank] if rank < len(sizes) else [] for rank in range(ranks)]
 
 
-def _units(batch: Batch, groups: Sequence[range], max_tokens: int, layout: Layout) -> list[list[Family]]:
-    """What is not to be torn apart: the families of each group; in the shared layout neighbouring groups of
-    one prompt as one family, as long as it has at most `max_tokens` tokens."""
+def _fill_micro_batches(units: Sequence[Unit], max_tokens: int, layout: Layout) -> list[list[Unit]]:
+    """The longest units first, so that rows of similar length come together."""
+    micro_batches: list[list[Unit]] = []
+    for unit in sorted(units, key=_longest, reverse=True):
+        if micro_batches and _size([*micro_batches[-1], unit], layout) <= max_tokens:
+            micro_batches[-1].append(unit)
+        else:
+            micro_batches.append([unit])
+    return micro_batches
+
+
+def _split_to(count: int, micro_batches: list[list[Unit]], padding: Unit) -> None:
+    """Make `count` micro-batches of them, in place: every rank has to take part in every forward pass, as
+    they gather each other's weights."""
+    while len(micro_batches) < count:
+        largest = max(micro_batches, key=len, default=[])
+        if len(largest) < 2:
+            micro_batches.append([padding])
+            continue
+        half = len(largest) // 2
+        micro_batches[micro_batches.index(largest)] = largest[:half]
+        micro_batches.append(largest[half:])
+
+
+def _units(batch: Batch, group_size: int, max_tokens: int, layout: Layout) -> list[Unit]:
+    """The families of each group; in the shared layout neighbouring groups of one prompt as one family, as
+    long as it has at most `max_tokens` tokens."""
+    groups = [range(start, start + group_size) for start in range(0, len(batch), group_size)]
     if layout is not Layout.shared:
         return [[Family((row,), (batch.length(row),)) for row in group] for group in groups]
-    units: list[list[Family]] = []
+    units: list[Unit] = []
     for group in groups:
-        members = _share(batch, group)
-        if (
-            units
-            and len(members) == 1
-            and len(units[-1]) == 1
-            and batch.prompt_ids[units[-1][0].rows[0]] == batch.prompt_ids[group[0]]
-        ):
-            merged = _share(batch, [*units[-1][0].rows, *group])
+        unit = _families(batch, group)
+        if units and _one_prompt(batch, units[-1], unit):
+            merged = _families(batch, [*units[-1][0].rows, *group])
             if len(merged) == 1 and merged[0].tokens <= max_tokens:
                 units[-1] = merged
                 continue
-        units.append(members)
+        units.append(unit)
     return units
 
 
-def _share(batch: Batch, rows: Sequence[int]) -> list[Family]:
+def _one_prompt(batch: Batch, unit: Unit, following: Unit) -> bool:
+    """Whether both units are one family, and of one prompt."""
+    first, second = unit[0].rows[0], following[0].rows[0]
+    return len(unit) == len(following) == 1 and batch.prompt_ids[first] == batch.prompt_ids[second]
+
+
+def _families(batch: Batch, rows: Sequence[int]) -> Unit:
     """One family of rows that begin alike; a family each where they do not."""
     lengths = tuple(map(batch.length, rows))
-    trunk = min((_common(batch, rows[0], row) for row in rows[1:]), default=0)
+    trunk = min((_num_common(batch, rows[0], row) for row in rows[1:]), default=0)
     if trunk:
         return [Family(tuple(rows), lengths, min(trunk, min(lengths) - 1))]  # every branch keeps a token
     return [Family((row,), (length,)) for row, length in zip(rows, lengths, strict=True)]
 
 
-def _common(batch: Batch, one: int, other: int) -> int:
+def _num_common(batch: Batch, first: int, second: int) -> int:
     """Tokens that two rows have in common at their beginning."""
-    tokens = zip(
-        *(chain(batch.prompt_ids[row], batch.completion_ids[row]) for row in (one, other)), strict=False
-    )
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], tokens))
+    first_ids = chain(batch.prompt_ids[first], batch.completion_ids[first])
+    second_ids = chain(batch.prompt_ids[second], batch.completion_ids[second])
+    common = takewhile(lambda ids: ids[0] == ids[1], zip(first_ids, second_ids, strict=False))
+    return sum(1 for _ in common)
 
 
 def micro_batch(batch: Batch, families: Sequence[Family], layout: Layout) -> MicroBatch:
@@ -190,57 +225,59 @@ def micro_batch(batch: Batch, families: Sequence[Family], layout: Layout) -> Mic
     lengths = np.array([length for family in families for length in family.lengths])
     width = int(lengths.max()) if layout is Layout.padded else 0
     if width:
-        places = [np.arange(index * width, index * width + length) for index, length in enumerate(lengths)]
+        places = [np.arange(start, start + length) for start, length in zip(count(0, width), lengths)]
         num_held = width * len(rows)
     else:
         places = _places(families)
         num_held = sum(family.tokens for family in families)
     token_ids, position_ids = np.zeros(num_held, np.int64), np.zeros(num_held, np.int64)
+    predictors = []
     for place, prompt, completion in zip(places, prompts, completions, strict=True):
         token_ids[place] = np.fromiter((*prompt, *completion), np.int64, len(place))
         position_ids[place] = np.arange(len(place))
+        predictors.append(place[len(prompt) - 1 : -1])
     row_values = {"weight": [1.0] * len(batch), **batch.row_values}
     return MicroBatch(
         rows=np.array(rows),
         token_ids=token_ids,
         position_ids=position_ids,
         width=width,
-        families=tuple(
-            (family.trunk, tuple(length - family.trunk for length in family.lengths)) for family in families
-        ),
-        predictors=np.concatenate(
-            [place[len(prompt) - 1 : -1] for place, prompt in zip(places, prompts, strict=True)]
-        ),
+        families=tuple((family.trunk, family.branches) for family in families),
+        predictors=np.concatenate(predictors),
         labels=np.concatenate([np.asarray(completion, np.int64) for completion in completions]),
         completion_lengths=np.array([len(completion) for completion in completions]),
         last=np.array([place[-1] for place in places]),
-        token_values={
-            name: np.concatenate([values[row] if row >= 0 else (0.0,) for row in rows]).astype(np.float32)
-            for name, values in batch.token_values.items()
-        },
-        row_values={
-            name: np.array([values[row] if row >= 0 else 0.0 for row in rows], dtype=np.float32)
-            for name, values in row_values.items()
-        },
+        token_values={name: _of_tokens(values, rows) for name, values in batch.token_values.items()},
+        row_values={name: _of_rows(values, rows) for name, values in row_values.items()},
         num_tokens=int(lengths.sum()),
         num_padded=int(lengths.max()) * len(rows),
     )
 
 
+def _of_tokens(values: Sequence[Sequence[float] | np.ndarray], rows: Sequence[int]) -> np.ndarray:
+    return np.concatenate([values[row] if row >= 0 else (0.0,) for row in rows]).astype(np.float32)
+
+
+def _of_rows(values: Sequence[float], rows: Sequence[int]) -> np.ndarray:
+    return np.array([values[row] if row >= 0 else 0.0 for row in rows], dtype=np.float32)
+
+
 def _places(families: Sequence[Family]) -> list[np.ndarray]:
-    """Where the tokens of every row are: trunks with their first branches first, then the further branches."""
-    starts = list(accumulate((family.lengths[0] for family in families), initial=0))
-    at, places = starts.pop(), []
-    for family, start in zip(families, starts, strict=True):
-        places.append(np.arange(start, start + family.lengths[0]))
-        ends = accumulate((length - family.trunk for length in family.lengths[1:]), initial=at)
-        for branch_start, branch_end in pairwise(ends):
-            places.append(np.concatenate([places[-1][: family.trunk], np.arange(branch_start, branch_end)]))
-            at = branch_end
+    """Where the tokens of every row are: trunks with first branches come before all further branches."""
+    ends_of_leading = list(accumulate(family.lengths[0] for family in families))
+    next_branch = ends_of_leading[-1]
+    places: list[np.ndarray] = []
+    for family, end in zip(families, ends_of_leading, strict=True):
+        leading = np.arange(end - family.lengths[0], end)
+        places.append(leading)
+        for length in family.branches[1:]:
+            branch = np.arange(next_branch, next_branch + length)
+            places.append(np.concatenate([leading[: family.trunk], branch]))
+            next_branch += length
     return places
 
 
-def check(batch: Batch, vocab_size: int) -> None:
+def check_batch(batch: Batch, vocab_size: int) -> None:
     """Raises ValueError for an empty batch or row, values that do not fit the rows, and token ids outside the
     vocabulary."""
     if not len(batch):
@@ -250,13 +287,10 @@ def check(batch: Batch, vocab_size: int) -> None:
     for ids in (*batch.prompt_ids, *batch.completion_ids):
         if min(ids) < 0 or max(ids) >= vocab_size:
             raise ValueError(
-                f"token id {max(ids)} is outside the model's vocabulary of {vocab_size}: use the tokenizer of the model"
+                f"token id {max(ids)} is outside the model's vocabulary of {vocab_size}: "
+                "use the tokenizer of the model"
             )
-    columns: dict[str, Sequence[object]] = {
-        "completion_ids": batch.completion_ids,
-        **batch.token_values,
-        **batch.row_values,
-    }
+    columns = {"completion_ids": batch.completion_ids, **batch.token_values, **batch.row_values}
     for name, values in columns.items():
         if len(values) != len(batch):
             raise ValueError(f"the batch has {len(batch)} prompts and {len(values)} {name}")

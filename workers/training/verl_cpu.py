@@ -20,9 +20,7 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 def _device_module() -> ModuleType:
     """`torch.cpu` plus the functions of `torch.cuda` that verl calls on whatever device it has."""
     module = ModuleType("workers.training.verl_cpu.device")
-    for name in dir(torch.cpu):
-        if not name.startswith("_"):
-            setattr(module, name, getattr(torch.cpu, name))
+    vars(module).update({name: value for name, value in vars(torch.cpu).items() if name[0] != "_"})
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -30,16 +28,18 @@ def _device_module() -> ModuleType:
     def zero(*args: Any, **kwargs: Any) -> int:
         return 0
 
-    for name in ("empty_cache", "ipc_collect", "reset_peak_memory_stats", "set_device"):
-        setattr(module, name, nothing)
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
-        setattr(module, name, zero)
-    module.mem_get_info = lambda *args: (0, 0)  # type: ignore[attr-defined]
-    module.get_device_name = lambda *args: "CPU"  # type: ignore[attr-defined]
-    module.get_rng_state = lambda *args: torch.get_rng_state()  # type: ignore[attr-defined]
-    module.set_rng_state = lambda state, *args: torch.set_rng_state(state)  # type: ignore[attr-defined]
-    module.manual_seed = torch.manual_seed  # type: ignore[attr-defined]
-    module.manual_seed_all = torch.manual_seed  # type: ignore[attr-defined]
+    of_memory = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
+    vars(module).update(dict.fromkeys(of_memory, zero))
+    without_effect = ("empty_cache", "ipc_collect", "reset_peak_memory_stats", "set_device")
+    vars(module).update(dict.fromkeys(without_effect, nothing))
+    vars(module).update(
+        mem_get_info=lambda *args: (0, 0),
+        get_device_name=lambda *args: "CPU",
+        get_rng_state=lambda *args: torch.get_rng_state(),  # of a device, which torch's own has not
+        set_rng_state=lambda state, *args: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+    )
     return module
 
 

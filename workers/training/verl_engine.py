@@ -1,5 +1,4 @@
-"""What runs inside the training processes: verl's FSDP engines with our micro-batches, and our losses in
-verl's form.
+"""verl's FSDP engines with our micro-batches, and our objectives in verl's form.
 
 The engines keep verl's model building, sharding, optimizer, scheduler, mixed precision, LoRA and checkpoints.
 They differ in four things: micro-batches come ready-made (see `workers.training.batching`) and hold no
@@ -26,14 +25,13 @@ from verl.utils.py_functional import append_to_dict
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from pns.algo import losses
 from pns.errors import UserError
 from workers.training.attention import segments_of
 from workers.training.log_probs import LogProbHead
 
 if TYPE_CHECKING:
     from workers.training.batching import MicroBatch
-    from workers.training.policy import BradleyTerry, Grpo, Loss, Preference
+    from workers.training.objectives import Objective
 
 
 # Where TRL is installed, verl 0.9.1 patches a class of it that TRL 1.x no longer has, and cannot build a
@@ -68,25 +66,26 @@ class PolicyEngine(FSDPEngineWithLMHead):
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
-        scaled = [
-            key
-            for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-            if getattr(module.config, key, None)
-        ]
+        scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        scaled = [key for key in scales if getattr(module.config, key, None)]
         if scaled:
             raise UserError(
-                f"{self.model_config.local_path}: models that change their logits ({scaled[0]} in config.json) are not supported"
+                f"{self.model_config.local_path}: models that change their logits "
+                f"({scaled[0]} in config.json) are not supported"
             )
         module.set_output_embeddings(LogProbHead(module.get_output_embeddings()))
         if self.engine_config.use_torch_compile:
-            # What is elementwise; attention over packed rows has as many calls as there are rows.
-            for layer in (
-                part for part in module.modules() if type(part).__name__ in module._no_split_modules
-            ):
-                for name, part in layer.named_children():
-                    if "attn" not in name:
-                        part.compile(dynamic=True)
+            self._compile_elementwise(module)
         return module
+
+    @staticmethod
+    def _compile_elementwise(module: torch.nn.Module) -> None:
+        """Norms and feed-forward parts; attention over packed rows has as many calls as there are rows."""
+        layers = [part for part in module.modules() if type(part).__name__ in module._no_split_modules]
+        for layer in layers:
+            for name, part in layer.named_children():
+                if "attn" not in name:
+                    part.compile(dynamic=True)
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         # PEFT's wrapper passes the call on to the model that holds the head.
@@ -148,147 +147,46 @@ class ScoreEngine(PolicyEngine):
 
 
 for _device, _vendor in (("cpu", None), ("cuda", "nvidia"), ("cuda", "amd")):
-    EngineRegistry.register(model_type="language_model", backend="fsdp2", device=_device, vendor=_vendor)(
-        PolicyEngine
-    )
-    EngineRegistry.register(model_type="value_model", backend="fsdp2", device=_device, vendor=_vendor)(
-        ScoreEngine
-    )
+    for _model_type, _engine in (("language_model", PolicyEngine), ("value_model", ScoreEngine)):
+        EngineRegistry.register(_model_type, "fsdp2", _device, _vendor)(_engine)
 
 
 def tensors(micro_batch: MicroBatch, constants: dict[str, Any]) -> TensorDict:
     """One micro-batch in the form verl's engine takes, with `constants` beside it."""
-    arrays = {
-        name: getattr(micro_batch, name)
-        for name in ("token_ids", "position_ids", "predictors", "labels", "completion_lengths", "last")
-    }
+    names = ("token_ids", "position_ids", "predictors", "labels", "completion_lengths", "last")
+    arrays = {name: getattr(micro_batch, name) for name in names}
     arrays |= micro_batch.token_values | micro_batch.row_values
-    others = {
-        **constants,
-        "width": micro_batch.width,
-        "segments": None if micro_batch.width else segments_of(micro_batch.families),
-    }
+    segments = None if micro_batch.width else segments_of(micro_batch.families)
+    others = {**constants, "width": micro_batch.width, "segments": segments}
     fields = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return TensorDict(
-        {**fields, **{name: NonTensorData(value) for name, value in others.items()}}, batch_size=[]
-    )
+    fields |= {name: NonTensorData(value) for name, value in others.items()}
+    return TensorDict(fields, batch_size=[])
 
 
 def _model_inputs(micro_batch: TensorDict) -> dict[str, Any]:
-    if width := micro_batch["width"]:
-        return {
-            "input_ids": micro_batch["token_ids"].view(-1, width),
-            "attention_mask": None,
-            "position_ids": None,
-        }
+    token_ids, width = micro_batch["token_ids"], micro_batch["width"]
+    if width:
+        return {"input_ids": token_ids.view(-1, width), "attention_mask": None, "position_ids": None}
     return {
-        "input_ids": micro_batch["token_ids"].unsqueeze(0),
+        "input_ids": token_ids.unsqueeze(0),
         "position_ids": micro_batch["position_ids"].unsqueeze(0),
         "attention_mask": None,
         "segments": micro_batch["segments"],
     }
 
 
-def verl_loss(loss: Loss) -> Callable[..., tuple[Tensor, dict[str, Metric]]]:
-    """`loss` in verl's form: `(model_output, data, dp_group) -> (loss, metrics)` of one micro-batch.
+def verl_loss(objective: Objective) -> Callable[..., tuple[Tensor, dict[str, Metric]]]:
+    """`objective` in verl's form: `(model_output, data, dp_group) -> (loss, metrics)` of one micro-batch.
 
     FSDP averages gradients over ranks, so the local part of a sum over the whole batch is multiplied by the
     number of ranks; verl averages metrics over ranks and adds them over micro-batches, so they are, too.
     """
-    from workers.training import policy
-
-    adapters: dict[type, Callable[[Any, dict[str, Tensor], TensorDict], tuple[Tensor, dict[str, Tensor]]]] = {
-        policy.Grpo: _grpo,
-        policy.Preference: _preference,
-        policy.BradleyTerry: _bradley_terry,
-        policy.Sft: _sft,
-    }
-    adapter = adapters[type(loss)]
 
     def verl_form(
         model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
     ) -> tuple[Tensor, dict[str, Metric]]:
-        value, metrics = adapter(loss, model_output, data)
+        value, metrics = objective.compute(model_output, data)
         ranks = data["dp_size"]
         return value * ranks, {name: Metric("sum", metric * ranks) for name, metric in metrics.items()}
 
     return verl_form
-
-
-def _grpo(loss: Grpo, model_output: dict[str, Tensor], data: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-    return losses.grpo_loss(
-        log_probs_T=model_output["log_probs"],
-        old_log_probs_T=data["old_log_probs"],
-        ref_log_probs_T=data.get("ref_log_probs", None),
-        advantages_T=torch.repeat_interleave(data["advantages"], data["completion_lengths"]),
-        mask_T=data["mask"],
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        kl_coefficient=loss.kl_coefficient,
-        num_tokens=data["num_tokens"],
-    )
-
-
-def _sft(loss: Any, model_output: dict[str, Tensor], data: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-    return losses.sft_loss(model_output["log_probs"], data["mask"], data["num_tokens"]), {}
-
-
-def _preference(
-    loss: Preference, model_output: dict[str, Tensor], data: TensorDict
-) -> tuple[Tensor, dict[str, Tensor]]:
-    log_probs_T, lengths_B = model_output["log_probs"], data["completion_lengths"]
-    margin_T = data["margin_mask"] if "margin_mask" in data else torch.ones_like(log_probs_T)
-
-    def sums(values_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected rows."""
-        of_rows = losses.row_sums(values_T, lengths_B)
-        return of_rows[::2], of_rows[1::2]
-
-    ref_T = data.get("ref_log_probs", None)
-    nll_B = losses.length_normalised_nll(log_probs_T, lengths_B)
-    chosen_B, rejected_B = sums(log_probs_T * margin_T)
-    ref_chosen_B, ref_rejected_B = (None, None) if ref_T is None else sums(ref_T * margin_T)
-    chosen_tokens_B, rejected_tokens_B = sums(margin_T)
-    loss_B, metrics_B = losses.preference_loss(
-        loss.settings,
-        chosen_B,
-        rejected_B,
-        ref_chosen_B,
-        ref_rejected_B,
-        chosen_tokens_B,
-        rejected_tokens_B,
-        chosen_nll_B=nll_B[::2],
-        score_gap_B=data["score_gap"][::2] if "score_gap" in data else None,
-        kl=loss.kl,
-    )
-    chosen_B, rejected_B = sums(log_probs_T.detach())
-    metrics_B |= {"chosen_nll": nll_B[::2].detach(), "rejected_nll": nll_B[1::2].detach()}
-    metrics_B |= {"chosen_log_prob": chosen_B, "rejected_log_prob": rejected_B}
-    if ref_T is not None:
-        kl_T = torch.exp(ref_T - log_probs_T.detach()) - (ref_T - log_probs_T.detach()) - 1
-        metrics_B["chosen_log_ratio"] = chosen_B - sums(ref_T)[0]
-        metrics_B["kl"] = (losses.row_sums(kl_T, lengths_B) / lengths_B).view(-1, 2).mean(-1)
-    # Moments for the correlation that `train_step` makes of them.
-    margin_B, longer_B = metrics_B["margin"], (lengths_B[::2] - lengths_B[1::2]).to(loss_B.dtype)
-    metrics_B |= {
-        "_longer": longer_B,
-        "_longer_2": longer_B**2,
-        "_margin_2": margin_B**2,
-        "_margin_longer": margin_B * longer_B,
-    }
-    return _mean_over_pairs(loss_B, metrics_B, data)
-
-
-def _bradley_terry(
-    loss: BradleyTerry, model_output: dict[str, Tensor], data: TensorDict
-) -> tuple[Tensor, dict[str, Tensor]]:
-    scores = model_output["scores"]
-    loss_B, metrics_B = losses.bradley_terry_loss(scores[::2], scores[1::2], loss.centre)
-    return _mean_over_pairs(loss_B, metrics_B, data)
-
-
-def _mean_over_pairs(
-    loss_B: Tensor, metrics_B: dict[str, Tensor], data: TensorDict
-) -> tuple[Tensor, dict[str, Tensor]]:
-    weight_B = data["weight"][::2] / data["num_groups"]
-    return (loss_B * weight_B).sum(), {name: (values * weight_B).sum() for name, values in metrics_B.items()}

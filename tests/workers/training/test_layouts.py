@@ -94,7 +94,9 @@ def dpo(log_probs_T: Tensor, shift: float) -> Tensor:
     lengths = torch.tensor([len(ids) for ids in BATCH.completion_ids])
     sums = losses.row_sums(log_probs_T, lengths)
     reference = sums.detach() + shift * torch.arange(len(sums))
-    loss_B, _ = losses.dpo_loss(sums[::2], sums[1::2], reference[::2], reference[1::2], 0.5)
+    tokens, nll = (lengths[::2], lengths[1::2]), -sums[::2]
+    pairs = losses.PairTerms(sums[::2], sums[1::2], *tokens, nll, reference[::2], reference[1::2])
+    loss_B, _ = losses.dpo_loss(pairs, beta=0.5)
     return (loss_B - 0.2 * sums[::2]).mean() if shift else loss_B.mean()
 
 

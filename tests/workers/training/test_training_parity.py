@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from pns import config
+from workers.runtime import Runtime
 from workers.training.batching import Batch
-from workers.training.policy import Policy, Preference
+from workers.training.objectives import PreferenceObjective
+from workers.training.policy import Policy
 
 RECORDED: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "parity" / "trl_training.json").read_text()
 )
-MODEL = Path(__file__).parents[1] / RECORDED["model"]
+MODEL = Path(__file__).parents[3] / RECORDED["model"]
 STEPS, PAIRS = RECORDED["steps"], RECORDED["pairs_per_step"]
 
 
@@ -30,12 +32,12 @@ def policy(ray_session: None, request: pytest.FixtureRequest) -> Iterator[Policy
     settings = config.PolicyConfig(
         max_tokens_per_micro_batch=512, gradient_checkpointing=False, layout=config.Layout(request.param)
     )
-    started = Policy(config.Pool(), "cpu", settings, start_timeout_seconds=120)
+    started = Policy(config.Pool(), settings, Runtime(start_timeout_seconds=120))
     yield started
     started.shutdown()
 
 
-def ten_steps(policy: Policy, loss: Preference) -> list[dict[str, float]]:
+def ten_steps(policy: Policy, objective: PreferenceObjective) -> list[dict[str, float]]:
     optimizer = config.Optimizer(learning_rate=RECORDED["learning_rate"], clip_grad=RECORDED["clip_grad"])
     policy.load(str(MODEL), "language_model", optimizer, total_steps=STEPS, seed=0)
     prompts = [pair["prompt_ids"] for pair in RECORDED["pairs"] for _ in range(2)]
@@ -44,21 +46,15 @@ def ten_steps(policy: Policy, loss: Preference) -> list[dict[str, float]]:
     found = []
     for start in range(0, len(prompts), 2 * PAIRS):
         rows = slice(start, start + 2 * PAIRS)
-        found.append(
-            policy.train_step(
-                Batch(prompts[rows], completions[rows], {"ref_log_probs": reference[rows]}), loss
-            )
-        )
+        batch = Batch(prompts[rows], completions[rows], {"ref_log_probs": reference[rows]})
+        found.append(policy.train_step(batch, objective))
     return found
 
 
 @pytest.mark.parametrize(("policy", "name"), CASES, indirect=["policy"])
 def test_ten_steps_are_those_of_trl(policy: Policy, name: str) -> None:
     recorded = RECORDED["losses"][name]
-    found = ten_steps(
-        policy,
-        Preference(config.PreferenceConfig(loss=config.PreferenceLoss(name), **recorded["hyper_parameters"])),
-    )
+    found = ten_steps(policy, PreferenceObjective(name, recorded["hyper_parameters"]))
     for step, expected in zip(found, recorded["steps"], strict=True):
         assert step["loss"] == pytest.approx(expected["loss"], abs=1e-4)
         assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)

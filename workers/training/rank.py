@@ -1,0 +1,252 @@
+"""What runs in a training process: a verl `TrainingWorker` and the model it holds.
+
+Importing this imports verl, for which the environment has to be set before; `workers.training.policy` does.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from huggingface_hub import save_torch_state_dict
+from tensordict import NonTensorData
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.distributed import initialize_global_process_group_ray
+from verl.utils.metric import Metric
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+from pns import config
+from workers.runtime import Runtime
+from workers.training import attention
+from workers.training.batching import MicroBatch
+from workers.training.objectives import Head, Objective
+from workers.training.verl_engine import tensors, verl_loss
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `Rank.load` builds; `path` is a directory."""
+
+    path: str
+    head: Head
+    settings: config.PolicyConfig
+    optimizer: config.Optimizer | None
+    total_steps: int
+    seed: int
+    runtime: Runtime
+
+    @property
+    def lora_rank(self) -> int:
+        """0: every weight is trained. Reward models are always trained in full, their head is new."""
+        return self.settings.lora.rank if self.optimizer and self.head == "language_model" else 0
+
+    @property
+    def compute_dtype(self) -> str:
+        """ "bfloat16" or "float32": what `policy.dtype` means on the device."""
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        return "bfloat16" if self.runtime.device == "cuda" else "float32"
+
+
+def build(spec: ModelSpec) -> TrainingWorker:
+    """The model in verl's engine, sharded over the ranks, which call this together."""
+    torch.manual_seed(spec.seed)
+    training_worker = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model" if spec.head == "language_model" else "value_model",
+            model_config=_model_config(spec),
+            engine_config=_engine_config(spec),
+            optimizer_config=_optimizer_config(spec.optimizer or config.Optimizer(), spec.total_steps),
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+    training_worker.reset()
+    return training_worker
+
+
+def _model_config(spec: ModelSpec) -> HFModelConfig:
+    lora, padded = spec.settings.lora, spec.settings.layout is config.Layout.padded
+    return HFModelConfig(
+        path=spec.path,
+        load_tokenizer=False,
+        trust_remote_code=spec.runtime.trust_remote_code,
+        override_config={"attn_implementation": "sdpa" if padded else attention.NAME},
+        enable_gradient_checkpointing=spec.settings.gradient_checkpointing,
+        use_remove_padding=False,
+        lora_rank=spec.lora_rank,
+        lora_alpha=lora.alpha,
+        # PEFT knows "all-linear" as a string only.
+        target_modules=lora.targets if len(lora.targets) > 1 else lora.targets[0],
+    )
+
+
+def _engine_config(spec: ModelSpec) -> FSDPEngineConfig:
+    compute = {"bfloat16": "bf16", "float32": "fp32"}[spec.compute_dtype]
+    return FSDPEngineConfig(
+        strategy="fsdp2",
+        model_dtype="fp32",
+        mixed_precision={"param_dtype": compute, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        reshard_after_forward=spec.runtime.device == "cuda",
+        use_torch_compile=spec.settings.compile,
+        seed=spec.seed,
+    )
+
+
+def _optimizer_config(optimizer: config.Optimizer, total_steps: int) -> FSDPOptimizerConfig:
+    # verl's schedule counts steps from 1 here, so that the first step is not lost to a rate of 0; one step
+    # more keeps the last one from it. A cosine that stays at 1 is the constant schedule.
+    return FSDPOptimizerConfig(
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_scheduler_type="cosine",
+        min_lr_ratio=1.0 if optimizer.schedule == "constant" else 0.0,
+        zero_indexed_step=False,
+        total_training_steps=total_steps + 1,
+        override_optimizer_config={"fused": True},
+    )
+
+
+class Rank:
+    """One training process. A plain class; `PolicyRank` is its actor."""
+
+    training: Any = None
+    reference: Any = None
+    spec: ModelSpec
+
+    def load(self, spec: ModelSpec) -> int:
+        """Build a model, dropping the one before and its reference; returns its vocabulary's size. All ranks
+        call it together."""
+        cuda = spec.runtime.device == "cuda"
+        # verl would ask for gloo twice on a CPU, which torch refuses.
+        backend = None if cuda else "gloo"
+        initialize_global_process_group_ray(spec.runtime.step_timeout_seconds, backend=backend)
+        self.training = self.reference = None
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        self.training = build(spec)
+        self.spec = spec
+        return self.training.model_config.hf_config.get_text_config().vocab_size
+
+    def load_reference(self, spec: ModelSpec) -> None:
+        """Build a second model beside the first, which is never trained: it holds no gradients and no
+        optimizer state."""
+        self.reference = build(spec)
+
+    def infer(self, micro_batches: Sequence[MicroBatch], by_reference: bool = False) -> list[np.ndarray]:
+        """Per micro-batch: log-probabilities (C,) of its completion tokens, or scores (B,) of its rows."""
+        engine = (self.reference if by_reference and self.reference else self.training).engine
+        adapter_off = by_reference and not self.reference
+        with engine.eval_mode(), engine.disable_adapter() if adapter_off else nullcontext():
+            outputs = engine.infer_batch(self._data(micro_batches, {}))["model_output"]
+        name = "scores" if self.spec.head == "score" else "log_probs"
+        return [output[name].float().cpu().numpy() for output in outputs]
+
+    def train(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, constants: dict[str, Any]
+    ) -> dict[str, float]:
+        """One optimizer step. The metrics are those of the whole batch, the same on every rank."""
+        self.training.set_loss_fn(verl_loss(objective))
+        metrics = tu.get(self.training.train_batch(self._data(micro_batches, constants)), "metrics")
+        return {
+            name: float(Metric.aggregate_dp(value) if isinstance(value, list) else value)
+            for name, value in metrics.items()
+        }
+
+    def _data(self, micro_batches: Sequence[MicroBatch], constants: dict[str, Any]) -> Any:
+        constants = {**constants, "dp_size": self.training.engine.get_data_parallel_size()}
+        return tu.assign_non_tensor(
+            tu.get_tensordict({}),
+            micro_batches=NonTensorData([tensors(part, constants) for part in micro_batches]),
+            update_lr_scheduler=True,
+            global_token_num=constants.get("global_token_num"),
+        )
+
+    def weights(self) -> list[ray.ObjectRef]:
+        """The full weights as a dict of float32 CPU tensors under their checkpoint names, in the object
+        store; from rank 0 only."""
+        weights = self._full_weights()
+        return [ray.put(weights)] if self.training.rank == 0 else []
+
+    def _full_weights(self) -> dict[str, torch.Tensor]:
+        """Gathered on every rank, kept on rank 0; a LoRA adapter is added to the weights it adapts. A tied
+        tensor is left out."""
+        module = self.training.engine.module
+        tied = set(module._tied_weights_keys or ()) if module.config.tie_word_embeddings else set()
+        kept = {}
+        for name, tensor in module.state_dict().items():
+            full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if self.training.rank == 0 and name not in tied:
+                kept[name] = full.to("cpu", copy=True)
+        lora = self.spec.settings.lora
+        for down in [name for name in kept if name.endswith(".lora_A.default.weight")]:
+            adapted = down.removesuffix(".lora_A.default.weight")
+            update = kept.pop(f"{adapted}.lora_B.default.weight") @ kept.pop(down)
+            kept[f"{adapted}.weight"] += lora.alpha / lora.rank * update
+        return kept
+
+    def save(self, directory: str) -> None:
+        self.training.save_checkpoint(directory)
+
+    def restore(self, directory: str) -> None:
+        self.training.load_checkpoint(directory)
+
+    def export(self, directory: str) -> None:
+        """Write config, weights and tokenizer as transformers reads them; weights in the dtype the model
+        computes in."""
+        weights = self._full_weights()
+        if self.training.rank != 0:
+            return
+        own_config = self.training.engine.module.config
+        dtype = torch.bfloat16 if self.spec.compute_dtype == "bfloat16" else torch.float32
+        hf_config = type(own_config).from_dict(own_config.to_dict())
+        hf_config.dtype = dtype
+        if self.spec.head == "score":
+            architecture = AutoModelForSequenceClassification._model_mapping[type(hf_config)]
+            hf_config.architectures = [architecture.__name__]
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, directory)
+        trust_remote_code = self.spec.runtime.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(self.spec.path, trust_remote_code=trust_remote_code)
+        tokenizer.save_pretrained(directory)
+        if hf_config.pad_token_id is None:
+            hf_config.pad_token_id = tokenizer.pad_token_id
+        hf_config.save_pretrained(directory)
+        generation_config = self.training.model_config.generation_config
+        if self.spec.head == "language_model" and generation_config is not None:
+            generation_config.save_pretrained(directory)
+
+
+_on_all = register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+_on_each = register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)  # lists with one entry per rank
+
+
+class PolicyRank(Rank, Worker):
+    """`Rank` as the class of a verl worker group: each call starts on all ranks at once and returns their
+    references."""
+
+    load = _on_all(Rank.load)
+    load_reference = _on_all(Rank.load_reference)
+    infer = _on_each(Rank.infer)
+    train = _on_each(Rank.train)
+    weights = _on_all(Rank.weights)
+    save = _on_all(Rank.save)
+    restore = _on_all(Rank.restore)
+    export = _on_all(Rank.export)
