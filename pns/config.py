@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from pns.errors import UserError
 from pns.fields import FINITE, above, at_least, below, between, key, path_key, path_or_name, section, up_to
 from pns.preference_losses import PREFERENCE_LOSSES
 

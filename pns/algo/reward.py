@@ -47,7 +47,7 @@ KINDS: dict[TermKind, Kind] = {
     ),
     TermKind.judge: Kind(
         item=lambda prompt_ids, problem, completion: (problem.prompt, completion.text),
-        score=judging.coherence,
+        score=judging.rubric_score,
     ),
 }
 

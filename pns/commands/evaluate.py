@@ -1,34 +1,32 @@
-"""`pns evaluate MODEL`: the evaluate stage on any model, without a recipe. Its directory is a run directory
-with that one stage."""
+"""`pns evaluate MODEL`: the evaluate stage on any model, without a recipe. Its directory is a run's page that keeps
+its own stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pns.config import Config, Placement, Pool, to_dict
-from pns.data.benchmarks import decoding
-from pns.data.problems import ProblemSets, load_suites
-from pns.data.prompts import Prompts, apply_family, load_tokenizer
-from pns.driver import STAGES, Cluster
+from pns import driver
+from pns.algo.scores import COUNTED, SuiteScores, add_difference, grouped_by_problem, right_shares
+from pns.config import Config
+from pns.data.benchmarks import decoding, decodings
+from pns.data.problems import load_suites
 from pns.errors import UserError
-from pns.files import read_jsonl, write_json
-from pns.run.directory import RunDirectory
-from pns.run.tracking import Tracker
-from pns.stages import evaluate
-from pns.stages.context import Context
-from workers.fleet import Fleet
-from workers.metric_backends import open_backends
+from pns.files import read_json, read_jsonl, write_json
+from pns.records import Answered, from_json
+from pns.run.page import RunPage
+from pns.run.stage import ModelFiles, Plan
+from pns.stages.artefacts import Evaluation
+from pns.stages.context import Suites
+from pns.stages.evaluate import evaluate
+from pns.stages.session import session
 
-MODEL_ROLES = ("rollout", "verifier")
 
-
-def run(config: Config, against: Path | None = None) -> Path:
+def evaluate_model(config: Config, against: Path | None = None) -> Path:
     """Evaluate `config.models.backbone` on the suites of `config.data` and print the table; returns the
     directory, <runs>/<name>.
 
@@ -36,147 +34,98 @@ def run(config: Config, against: Path | None = None) -> Path:
     the directory of another evaluation of the same suites: its paired differences are added. Raises UserError
     before anything starts where the inputs are wrong.
     """
-    suites, identities = load_suites(config)
-    prompts = load_prompts(config)
-    problems = ProblemSets([], [], [], suites, identities)
-    name = Path(config.models.backbone).name
-    with RunDirectory.open(Path(config.runs) / config.name, to_dict(config)) as directory:
-        stage = STAGES["evaluate"]
-        try:
-            done = directory.is_done("evaluate", stage.sections, ())
-        except UserError as error:
-            raise UserError(
-                f"{str(error).partition(': redo')[0]}: choose another directory with out=DIR"
-            ) from None
-        earlier = read_other(against, directory, evaluate.describe(config, identities)) if against else None
-        if not done:
-            with Cluster(only_rollout(config)) as device:
-                fleet = Fleet(config, device)
-                try:
-                    tracker = Tracker(directory, config.tracking, open_backends)
-                    fleet.start(*MODEL_ROLES)
-                    with directory.stage("evaluate", stage.sections, ()):
-                        evaluate.measure(
-                            Context(config, directory, fleet, problems, prompts, tracker),
-                            {name: config.models.backbone},
-                        )
-                    tracker.close()
-                finally:
-                    fleet.shutdown()
-        scores = directory.read_json(directory.stage_dir("evaluate") / "scores.json")
+    suite_problems, identities = load_suites(config)
+    prompts = driver.load_prompts(config)
+    suites = Suites(suite_problems, identities, decodings(config, suite_problems), config.data)
+    model = Path(config.models.backbone).name
+    with RunPage.open(Path(config.runs) / config.name) as page:
+        plan = Plan(page.path / driver.STORE, config, driver.prompts_digest(prompts), page.attempts)
+        evaluation = plan(evaluate, {model: ModelFiles(config.models.backbone)}, suites)
+        earlier = read_other(against, evaluation, suites) if against else None
+        (step,) = plan.steps
+        if not step.is_done():
+            with session(config, page, [step], prompts, page.attempts) as making:
+                making.make(step)
+        scores = evaluation.scores()
         if earlier is not None:
-            other, rows = earlier
-            scores = compare(
-                scores, name, read_jsonl(directory.stage_dir("evaluate") / f"{name}.jsonl"), other, rows
-            )
-            write_json(
-                directory.path / "comparison.json",
-                {suite: found[name]["against"] for suite, found in scores.items()},
-            )
-        for item in tables(scores, name):
-            Console().print(item)
+            scores = compare_evaluations(scores, model, evaluation.completions(model), *earlier)
+            differences = {suite: models[model]["against"] for suite, models in scores.items()}
+            write_json(page.path / "comparison.json", differences)
+        for table in evaluation_tables(scores, model):
+            Console().print(table)
         for suite, identity in identities.items():
             if identity.without_answer:
                 print(f"{suite}: not asked, the source has no answer: {', '.join(identity.without_answer)}")
-        print(f"{directory.stage_dir('evaluate')}: scores.json, {name}.jsonl, browse/index.html")
-        return directory.path
+        print(f"{page.path / step.name}: scores.json, {model}.jsonl, browse/index.html")
+        return page.path
 
 
 def show_prompt(config: Config) -> None:
     """Print the first problem's prompt as the model reads it, special tokens included, and how each suite is
     decoded."""
     suites, _ = load_suites(config)
-    prompts = load_prompts(config)
+    prompts = driver.load_prompts(config)
     problem = next(iter(suites.values()))[0]
     print(prompts.render(problem))
-    print(
-        f"--- data.prompt={config.data.prompt}, {len(prompts.encode(problem))} tokens, problem {problem.id}"
-    )
+    num_tokens = len(prompts.encode(problem))
+    print(f"--- data.prompt={config.data.prompt}, {num_tokens} tokens, problem {problem.id}")
     for suite in suites:
         print(f"{suite}: {vars(decoding(config, suite))}")
 
 
-def load_prompts(config: Config) -> Prompts:
-    """The model's tokenizer with the prompt keys filled; `config.data.prompt` becomes the family's name."""
-    tokenizer = load_tokenizer(config.models.backbone, config.models.trust_remote_code)
-    config.data.prompt = apply_family(config.data, tokenizer.chat_template)
-    return Prompts(tokenizer, config.data)
-
-
-def only_rollout(config: Config) -> Config:
-    """The same with a placement in which no other role asks for a device."""
-    placement = Placement(**{f.name: getattr(config.placement, f.name) for f in fields(Placement)})
-    placement.policy = placement.reward_model = placement.judge = Pool(1, 0.0, 0.0)
-    return Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | {"placement": placement})
-
-
-def read_other(
-    path: Path, directory: RunDirectory, suites: Mapping[str, Mapping[str, Any]]
-) -> tuple[str, list[dict[str, Any]]]:
-    """Name and rows of the model that an evaluation's directory holds (or of one `<model>.jsonl` in it).
-    Raises UserError unless there is one model, asked the same `suites` with the same decoding."""
-    folder = path.parent if path.suffix == ".jsonl" else path / "evaluate"
-    files = (
-        [path]
-        if path.suffix == ".jsonl"
-        else [file for file in sorted(folder.glob("*.jsonl")) if ".unfinished" not in file.name]
-    )
+def read_other(path: Path, evaluation: Evaluation, suites: Suites) -> tuple[str, list[Answered]]:
+    """Name and rows of the model that an evaluation's directory holds (or of one `<model>.jsonl` in it). Raises
+    UserError unless there is one model, asked the same `suites` with the same decoding."""
+    one_file = path.suffix == ".jsonl"
+    folder = path.parent if one_file else path / "evaluate"
+    files = [path] if one_file else [f for f in sorted(folder.glob("*.jsonl")) if f.name != "metrics.jsonl"]
+    files = [file for file in files if ".unfinished" not in file.name]
     if len(files) != 1:
-        found = (
-            f"has {len(files)} models ({', '.join(file.name for file in files)})"
-            if files
-            else "has no finished evaluation"
-        )
-        raise UserError(f"--against {path}: {folder} {found}; name one DIR/evaluate/MODEL.jsonl")
-    if folder.resolve() == directory.stage_dir("evaluate").resolve():
+        names = ", ".join(file.name for file in files)
+        holds = f"has {len(files)} models ({names})" if files else "has no finished evaluation"
+        raise UserError(f"--against {path}: {folder} {holds}; name one DIR/evaluate/MODEL.jsonl")
+    if folder.resolve() == evaluation.directory.resolve():
         raise UserError(f"--against {path} is the evaluation itself: name another")
-    theirs = directory.read_json(folder / "suites.json")
-    for suite, mine in suites.items():
+    theirs = read_json(folder / "suites.json")
+    for suite, mine in suites.described().items():
         for what in ("sha256", "decoding"):
             if suite not in theirs or theirs[suite][what] != mine[what]:
                 other = theirs[suite][what] if suite in theirs else "absent"
                 raise UserError(
-                    f"--against {path}: {what} of {suite} is {other} there and {mine[what]} here; evaluate both in the same way"
+                    f"--against {path}: {what} of {suite} is {other} there and {mine[what]} here; evaluate both "
+                    "in the same way"
                 )
-    return files[0].stem, read_jsonl(files[0])
+    return files[0].stem, [from_json(Answered, row) for row in read_jsonl(files[0])]
 
 
-def compare(
-    scores: dict[str, dict[str, Any]],
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    other: str,
-    other_rows: Sequence[Mapping[str, Any]],
-) -> dict[str, dict[str, Any]]:
+def compare_evaluations(
+    scores: SuiteScores, name: str, rows: Sequence[Answered], other: str, other_rows: Sequence[Answered]
+) -> SuiteScores:
     """`scores` with the difference of `name` from `other`. Raises UserError unless both were asked the same
-    problems."""
+    problems as often."""
     label = other if other != name else f"{other} (other)"
-    asked: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for model, found in ((label, other_rows), (name, rows)):
-        for row in found:
-            problem = row["problem"]
-            asked.setdefault(problem["suite"], {}).setdefault(model, {}).setdefault(problem["id"], []).append(
-                row["verdict"] == "correct"
-            )
-    for suite, by_model in asked.items():
-        if len(by_model) != 2 or {p: len(s) for p, s in by_model[name].items()} != {
-            p: len(s) for p, s in by_model[label].items()
-        }:
+    accuracies: dict[str, dict[str, list[float]]] = {label: {}, name: {}}
+    for suite in dict.fromkeys(row.problem.suite for row in [*other_rows, *rows]):
+        own = [row for row in rows if row.problem.suite == suite]
+        others = [row for row in other_rows if row.problem.suite == suite]
+        if num_samples(own) != num_samples(others):
             raise UserError(
-                f"--against: the two evaluations differ in the problems or samples of {suite}; evaluate both with the same keys"
+                f"--against: the two evaluations differ in the problems or samples of {suite}; evaluate both with "
+                "the same keys"
             )
-    accuracies = {
-        model: {
-            suite: [sum(asked[suite][model][p]) / len(asked[suite][model][p]) for p in asked[suite][name]]
-            for suite in asked
-        }
-        for model in (label, name)
-    }
-    evaluate.compare(scores, accuracies, label, name)
+        shares, other_shares = right_shares(own), right_shares(others)
+        accuracies[name][suite] = list(shares.values())
+        accuracies[label][suite] = [other_shares[identity] for identity in shares]
+    add_difference(scores, accuracies, label, name)
     return scores
 
 
-def tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> list[Table]:
+def num_samples(rows: Sequence[Answered]) -> dict[str, int]:
+    """Problem id -> number of its samples."""
+    return {identity: len(own) for identity, own in grouped_by_problem(rows).items()}
+
+
+def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> list[Table]:
     """Terminal tables of one model: the suites, differences from other models, and by subject and level where
     the problems have them."""
     table = Table(
@@ -190,7 +139,7 @@ def tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> list[Table]:
             f"{100 * list(found[key].values())[-1]:.1f}" if key in found else ""
             for key in ("pass_at", "majority_at")
         ]
-        counts = [str(found[what]) for what in evaluate.COUNTED]
+        counts = [str(found[what]) for what in COUNTED]
         samples = str(found.get("samples_per_problem", ""))
         table.add_row(
             suite,

@@ -20,7 +20,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from pns.algo.pairs import num_margin_tokens, preference_rows
-from pns.config import BadPairs, Config, Data, Layout, PreferenceData
+from pns.config import BadPairs, Data, Layout, PreferenceConfig, PreferenceData
 from pns.data.decontamination import Overlaps
 from pns.data.prompts import Prompts
 from pns.errors import UserError
@@ -87,50 +87,49 @@ class LoadedPairs:
 
 
 def load_pairs(
-    config: Config,
+    settings: PreferenceConfig,
+    max_pair_tokens: int,
+    layout: Layout,
     prompts: Prompts,
     problems: Mapping[str, Problem],
-    own_pairs: Path,
+    own_pairs: Path | None,
     overlaps: Overlaps | None = None,
 ) -> LoadedPairs:
-    """The pairs of `preference.data`, or where that is empty those of the run: `own_pairs`, of the problems
-    in `problems` by id.
+    """The pairs in the run's own file `own_pairs`, of the problems in `problems` by id, or (None) those of
+    `settings.data`.
 
-    Rows from outside whose prompt is a problem in `overlaps` are dropped and counted as `in_a_suite`; the
-    run's own problems have been decontaminated before. `data.system_prompt` and `data.instruction` are put
-    around the run's own problems only: other rows are taken as they are. Raises UserError, naming file and
-    line, for what cannot be read, for a bad pair (see `filter_pairs`), and for a pair without scores where
-    the loss reads them.
+    Rows from outside whose prompt is a problem in `overlaps` are dropped and counted as `in_a_suite`; the run's
+    own problems have been decontaminated before. `data.system_prompt` and `data.instruction` are put around the
+    run's own problems only: other rows are taken as they are. Raises UserError, naming file and line, for what
+    cannot be read, for a bad pair (see `filter_pairs`), and for a pair without scores where the loss reads them.
     """
-    data = config.preference.data
-    if data.path or data.hub:
+    data = settings.data
+    if own_pairs is None:
         source = data.path or f"{data.hub}@{data.revision}, split {data.split}"
-        found = list(read_rows(data))
-        rows = [row for _, row in found]
+        located = list(read_rows(data))
+        rows = [row for _, row in located]
         if overlaps is not None:
-            found = [
-                (where, row) for where, row in found if not overlaps.of(Problem(where, question(row), ""))
+            located = [
+                (where, row) for where, row in located if not overlaps.of(Problem(where, question(row), ""))
             ]
-        encoded = [
-            encode_row(prompts.tokenizer, row, where, config.data.assistant_prefix) for where, row in found
-        ]
+        prefix = prompts.data.assistant_prefix
+        encoded = [encode_row(prompts.tokenizer, row, where, prefix) for where, row in located]
     else:
         source = "the run's pair stage"
         pairs = read_pairs(own_pairs)
-        rows = pair_rows(pairs, config.data)
-        lines = enumerate(pairs, start=1)
-        encoded = [
-            encode_pair(prompts, problems[pair.problem_id], pair, f"{own_pairs}, line {number}")
-            for number, pair in lines
-        ]
+        rows = pair_rows(pairs, prompts.data)
+        encoded = []
+        for number, pair in enumerate(pairs, start=1):
+            where = f"{own_pairs}, line {number}"
+            encoded.append(encode_pair(prompts, problems[pair.problem_id], pair, where))
     in_a_suite = len(rows) - len(encoded)
-    budget, layout = config.policy.max_tokens_per_micro_batch, config.policy.layout
-    kept, dropped = filter_pairs(encoded, config.data.max_prompt_tokens, budget, data.bad_pairs, layout)
-    if PREFERENCE_LOSSES[config.preference.loss].needs_score_gaps:
-        for pair in kept:
-            if pair.score_gap is None:
+    max_prompt_tokens = prompts.data.max_prompt_tokens
+    kept, dropped = filter_pairs(encoded, max_prompt_tokens, max_pair_tokens, data.bad_pairs, layout)
+    if PREFERENCE_LOSSES[settings.loss].needs_score_gaps:
+        for kept_pair in kept:
+            if kept_pair.score_gap is None:
                 raise UserError(
-                    f"{pair.where}: no score_chosen and score_rejected, which preference.loss={config.preference.loss} "
+                    f"{kept_pair.where}: no score_chosen and score_rejected, which preference.loss={settings.loss} "
                     "needs; choose another loss"
                 )
     return LoadedPairs(kept, {"in_a_suite": in_a_suite, **dropped}, source, len(rows), data_hash(rows))

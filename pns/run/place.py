@@ -71,7 +71,9 @@ class Place:
             if not path.is_file():
                 raise UserError(f"{path} is missing: restore it, or {way_out}")
             if _stat(path) != entry["stat"] and sha256_of_file(path) != entry["sha256"]:
-                raise UserError(f"{path} is not what the stage wrote (its hash differs): restore it, or {way_out}")
+                raise UserError(
+                    f"{path} is not what the stage wrote (its hash differs): restore it, or {way_out}"
+                )
         for stage, content in contents(made_from, self.directory.parent).items():
             if manifest["contents"].get(stage) != content:
                 raise UserError(f"{self.directory} was made from another output of {stage}: {way_out}")
@@ -158,7 +160,9 @@ def contents(made_from: Mapping[str, Any], store: Path) -> dict[str, str]:
         manifest = Place(store / described["stage"]).manifest()
         if manifest:
             hashes = {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
-            found[described["stage"]] = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+            found[described["stage"]] = hashlib.sha256(
+                json.dumps(hashes, sort_keys=True).encode()
+            ).hexdigest()
     return found
 
 
@@ -182,13 +186,17 @@ def versions() -> dict[str, str | None]:
     root = Path(__file__).parents[2]
     git = shutil.which("git")
     if git and (root / ".git").exists():
-        asked = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
         known["commit"] = asked.stdout.strip() if asked.returncode == 0 else None
     return known
 
 
 def _outputs(directory: Path) -> dict[str, dict[str, Any]]:
-    files = [(name, path) for name, path in files_below(directory) if name.split(os.sep)[0] not in NOT_OUTPUTS]
+    files = [
+        (name, path) for name, path in files_below(directory) if name.split(os.sep)[0] not in NOT_OUTPUTS
+    ]
     return {name: {"sha256": sha256_of_file(path), "stat": _stat(path)} for name, path in files}
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pns.files import read_json, read_jsonl, write_json
 
-MODELS = ("start", "rl", "preference")
+MODELS = ("backbone", "target", "result")
 SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}
 _WRITTEN = {  # key of the report: what a stage wrote
     "suites": "evaluate/scores.json",
@@ -25,18 +25,18 @@ _WRITTEN = {  # key of the report: what a stage wrote
 _COLUMNS = 3  # of plots side by side
 
 
-def write_report(run: RunDirectory, console: Console | None = None) -> dict[str, Any]:
+def write_report(run_path: Path, console: Console | None = None) -> dict[str, Any]:
     """Write report.json and plots/*.png, print the tables, and return the report.
 
-    Keys: `suites.<suite>.{start,rl,preference}.{accuracy,low,high,n}` (with "mean"),
+    Keys: `suites.<suite>.{backbone,target,result}.{accuracy,low,high,n}` (with "mean"),
     `generator.{before,after}.<figure>`, `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the
     negatives), `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `versions`. What no finished
     stage has written is left out.
     """
-    report = build_report(run.path)
-    write_json(run.path / "report.json", report)
-    plots = plot_metrics(run.path)
-    where = f"{run.path / 'report.json'}, {len(plots)} plots in {run.path / 'plots'}"
+    report = build_report(run_path)
+    write_json(run_path / "report.json", report)
+    plots = plot_metrics(run_path)
+    where = f"{run_path / 'report.json'}, {len(plots)} plots in {run_path / 'plots'}"
     (console or Console()).print(*report_tables(report), where, sep="\n")
     return report
 
@@ -47,17 +47,16 @@ def build_report(run_path: Path) -> dict[str, Any]:
     for key, name in _WRITTEN.items():
         if (run_path / name).is_file():
             report[key] = read_json(run_path / name)
-    manifests = [read_json(path) for path in run_path.glob("*/manifest.json")]
-    manifests.sort(key=lambda manifest: manifest["ended"])
+    manifests = {path.parent.name: read_json(path) for path in run_path.glob("*/manifest.json")}
+    in_order = sorted(manifests.items(), key=lambda named: named[1]["ended"])
     report["stages"] = {
-        manifest["stage"]: {"seconds": manifest["seconds"], "counts": manifest["counts"]}
-        for manifest in manifests
+        name: {"seconds": manifest["seconds"], "counts": manifest["counts"]} for name, manifest in in_order
     }
-    if manifests:
-        report["versions"] = manifests[-1]["versions"]
+    if in_order:
+        report["versions"] = in_order[-1][1]["versions"]
     if (run_path / "run.json").is_file():
         figures = read_json(run_path / "run.json")
-        report |= {key: value for key, value in figures.items() if value is not None}
+        report |= {key: figures[key] for key in ("wall_seconds", "peak_memory_gib") if figures.get(key) is not None}
     return report
 
 
@@ -97,9 +96,9 @@ def plot_metrics(run_path: Path) -> list[Path]:
         old.unlink()
     written: list[Path] = []
     rows_by_stage: dict[str, list[dict[str, Any]]] = {}
-    metrics = run_path / "metrics.jsonl"
-    for row in read_jsonl(metrics) if metrics.is_file() else []:
-        rows_by_stage.setdefault(row["stage"], []).append(row)
+    for metrics in sorted(run_path.glob("*/metrics.jsonl")):
+        for row in read_jsonl(metrics):
+            rows_by_stage.setdefault(row["stage"], []).append(row)
     for stage, rows in rows_by_stage.items():
         if len(rows) > 1:
             written.append(directory / f"{stage}.png")

@@ -44,7 +44,6 @@ class ModelFiles:
         self.model = str(model)
 
 
-
 A = TypeVar("A", bound=Artefact)
 
 

@@ -85,55 +85,6 @@ class Tracker:
         self._began, self._shown = time.monotonic(), -math.inf
         return [row["values"] for row in kept if row["stage"] == stage]
 
-    def log(self, data: dict[str, float], step: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-OpenBackends = Callable[[str, str, list[str]], Backends]
-"""(project, name of the run, backends) -> open backends."""
-
-
-class Tracker:
-    """`begin` a stage, `log` its steps, `end` it.
-
-    A row of metrics.jsonl is {"stage", "step", "time" (seconds since 1970), "values"}; a value that is not
-    finite is null there. Backends get `<stage>/<metric>` at the running number of the row, which never falls
-    from one stage to the next.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        settings: Tracking,
-        open_backends: OpenBackends | None = None,
-        out: TextIO | None = None,
-    ) -> None:
-        """Raises ValueError where `settings.backends` asks for backends and `open_backends` is missing."""
-        self._path = run.path / "metrics.jsonl"
-        self._out = out or sys.stdout
-        self._backends: Backends | None = None
-        if settings.backends:
-            if open_backends is None:
-                raise ValueError(f"tracking.backends is {settings.backends} and nothing opens them")
-            os.environ.setdefault("TENSORBOARD_DIR", str(run.path / "tensorboard"))
-            self._backends = open_backends(settings.project, run.path.name, list(map(str, settings.backends)))
-        self._stage, self._total, self._first_step, self._num_rows = "", 0, 0, 0
-        self._began = self._shown = 0.0
-
-    def begin(self, stage: str, total: int, first_step: int) -> list[Mapping[str, float | None]]:
-        """Start (or resume at `first_step`) a stage of `total` steps: rows from `first_step` on are dropped,
-        they come again. Returns the values of the steps before."""
-        rows = []
-        if self._path.is_file():
-            cut_rows(self._path)
-            rows = read_jsonl(self._path)
-        kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
-        write_jsonl(self._path, kept)
-        self._stage, self._total, self._first_step, self._num_rows = stage, total, first_step, len(kept)
-        self._began, self._shown = time.monotonic(), -math.inf
-        return [row["values"] for row in kept if row["stage"] == stage]
-
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record step `step` (from 0) of the stage."""
         values = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}

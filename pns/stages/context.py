@@ -69,7 +69,9 @@ class Suites:
 
     @cached_property
     def digest(self) -> str:
-        return json_digest([to_json({name: list(suite) for name, suite in self.problems.items()}), self.described()])
+        return json_digest(
+            [to_json({name: list(suite) for name, suite in self.problems.items()}), self.described()]
+        )
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Suite -> identity and decoding: two evaluations compare where this is the same."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pns.algo.scores import COUNTED, MEAN, summarise
-from pns.config import Config, Decoding
+from pns.config import Decoding
 from pns.data.prompts import context_tokens
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Answered, Problem, Verdict
@@ -138,8 +138,10 @@ class AnswerScorer:
             for row, key, result in zip(rows, keys, self._verifier.collect(handle), strict=True):
                 extracted = result.extracted
                 verdict, reason = final_verdict(result.verdict, result.cause, extracted, row.finish_reason)
-                own = {"extracted": extracted, "verdict": verdict, "reason": reason, "detail": result.reason}
-                whole.append((key, replace(row, **own)))
+                answered = replace(
+                    row, extracted=extracted, verdict=verdict, reason=reason, detail=result.reason
+                )
+                whole.append((key, answered))
         self._verifying = still_verifying
         return whole
 

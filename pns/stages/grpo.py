@@ -158,7 +158,9 @@ def masked_counts(rewards: Sequence[Reward]) -> dict[str, float]:
     """Masked completions by term and cause, as flat metrics."""
     report = mask_report(rewards)
     return {
-        f"masked/{term}/{cause}": float(count) for term, causes in report.items() for cause, count in causes.items()
+        f"masked/{term}/{cause}": float(count)
+        for term, causes in report.items()
+        for cause, count in causes.items()
     }
 
 

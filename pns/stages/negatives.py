@@ -25,7 +25,9 @@ from pns.stages.synthesize import (
 Source = Callable[[Plan, Config, World, TrainedModel, RewardModels], Negatives]
 
 
-def plausible(run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels) -> Negatives:
+def plausible(
+    run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels
+) -> Negatives:
     """A generator trained by reverse RL, and what it writes."""
     start: TrainedModel | ModelFiles = target
     if config.reverse_rl.start is GeneratorStart.backbone:

@@ -79,7 +79,11 @@ def preference(
 
 
 def optimise(
-    ctx: Context, settings: PreferenceConfig, pairs: Sequence[TokenPair], rows: Batch, mismatched: Batch | None
+    ctx: Context,
+    settings: PreferenceConfig,
+    pairs: Sequence[TokenPair],
+    rows: Batch,
+    mismatched: Batch | None,
 ) -> None:
     """The stage's steps, from its last complete checkpoint on."""
     policy = ctx.fleet.policy
@@ -88,7 +92,9 @@ def optimise(
         policy.restore(checkpoint.path)
         first_step = checkpoint.step
     parameters, warned = hyper_parameters(settings), ""
-    history: list[Mapping[str, float | None]] = list(ctx.track.begin("preference", settings.steps, first_step))
+    history: list[Mapping[str, float | None]] = list(
+        ctx.track.begin("preference", settings.steps, first_step)
+    )
     for step in range(first_step, settings.steps):
         indices = draw(range(len(pairs)), settings.pairs_per_step, step, ctx.seed)
         kl = 0.0
@@ -114,7 +120,8 @@ def optimise(
 
 def pair_batch(pairs: Sequence[TokenPair], margin: MarginMask) -> Batch:
     """Rows chosen, rejected, chosen, rejected, ... with the margin mask, and score gaps where all pairs have one."""
-    prompts, completions, masks, gaps = [], [], [], []
+    prompts, completions, gaps = [], [], []
+    masks: list[np.ndarray] = []
     for pair in pairs:
         prompts += [pair.prompt_ids] * 2
         completions += [pair.chosen_ids, pair.rejected_ids]
@@ -143,9 +150,7 @@ def select_pairs(rows: Batch, indices: Sequence[int]) -> Batch:
 def kept_reference(ctx: Context, model: str, rows: Batch) -> Sequence[np.ndarray]:
     """Log-probabilities of every completion token under `model`, which the policy holds untrained: from the cache
     that all runs share, or computed and kept there."""
-    return reference_log_probs(
-        ctx.fleet.policy, ctx.shared / "reference_cache", local_directory(model), rows
-    )
+    return reference_log_probs(ctx.fleet.policy, ctx.shared / "reference_cache", local_directory(model), rows)
 
 
 def stop_after_skipped(
@@ -187,7 +192,13 @@ def chosen_falls(history: Sequence[Mapping[str, float | None]]) -> str:
     ratios = [ratio for metrics in last if (ratio := metrics.get("chosen_log_ratio")) is not None]
     if ratios:
         fallen = -sum(ratios) / len(ratios)
-        return f"chosen completions are {fallen:.1f} nats less likely than at the start" if fallen > _FALLEN_NATS else ""
-    now, before = (float(np.mean([metrics["chosen_nll"] or math.nan for metrics in steps])) for steps in (last, first))
+        return (
+            f"chosen completions are {fallen:.1f} nats less likely than at the start"
+            if fallen > _FALLEN_NATS
+            else ""
+        )
+    now, before = (
+        float(np.mean([metrics["chosen_nll"] or math.nan for metrics in steps])) for steps in (last, first)
+    )
     risen = now > _RISEN * before
     return f"the NLL of chosen completions has risen from {before:.3g} to {now:.3g} a token" if risen else ""

@@ -101,9 +101,7 @@ def measure_generator(
     in_turn: list[Problem] = [fitting[i % len(fitting)] for i in range(settings.measured_samples)]
     unfinished = unfinished_rollouts(ctx, name)
     sampling = Sampling(settings.measured_temperature, 1.0, settings.max_new_tokens)
-    rollouts = roll_out(
-        ctx, in_turn, 1, sampling, settings.rules, "generator", unfinished, model=model
-    )
+    rollouts = roll_out(ctx, in_turn, 1, sampling, settings.rules, "generator", unfinished, model=model)
     figures = degeneration(rollouts) | checked_figures(rollouts, problems.checker)
     unfinished.drop(list(unfinished.rows))
     return {**figures, "num_completions": float(len(rollouts))}

@@ -60,7 +60,9 @@ def reward_model(
         quality_file = models.quality_file(name)
         if not quality_file.exists():
             own_pairs = [pair for pair in pairs if pair.problem_id in halves[name]]
-            write_json(quality_file, train_one(ctx, settings.reward_model, models, name, initial, own_pairs, prompts))
+            write_json(
+                quality_file, train_one(ctx, settings.reward_model, models, name, initial, own_pairs, prompts)
+            )
         quality[name] = read_json(quality_file)
     write_json(models.all_quality_file, quality)
     num_samples = len(fitting) * settings.reward_model.samples_per_problem
@@ -157,9 +159,7 @@ def pairwise_quality(scores_B2: np.ndarray) -> dict[str, float]:
     }
 
 
-def text_pair_batch(
-    ctx: Context, pairs: Sequence[PreferencePair], prompts: Mapping[str, Problem]
-) -> Batch:
+def text_pair_batch(ctx: Context, pairs: Sequence[PreferencePair], prompts: Mapping[str, Problem]) -> Batch:
     """Rows chosen, rejected, chosen, rejected, ..."""
     prompt_ids = [ctx.prompts.encode(prompts[pair.problem_id]) for pair in pairs]
     return Batch(

@@ -24,7 +24,9 @@ from workers.runtime import Runtime
 class Session:
     """Makes steps, one after the other, with actors that stay up between them."""
 
-    def __init__(self, config: Config, page: RunPage, fleet: Fleet, prompts: Prompts, tracker: Tracker) -> None:
+    def __init__(
+        self, config: Config, page: RunPage, fleet: Fleet, prompts: Prompts, tracker: Tracker
+    ) -> None:
         self._config, self._page = config, page
         self._fleet, self._prompts, self._tracker = fleet, prompts, tracker
 
@@ -69,7 +71,9 @@ def changed_keys(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> st
     configuration says does."""
     if before is None:
         return ""
-    was, is_now = (flat_record({key: record[key] for key in ("settings", "roles", "seed")}) for record in (before, now))
+    was, is_now = (
+        flat_record({key: record[key] for key in ("settings", "roles", "seed")}) for record in (before, now)
+    )
     keys = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
     return ", ".join(f"{key} was {was.get(key)} and is {is_now.get(key)}" for key in keys)
 

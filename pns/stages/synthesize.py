@@ -32,14 +32,20 @@ def synthesize_settings(config: Config) -> SynthesizeSettings:
 
 @stage(Negatives, synthesize_settings, lambda s: ("rollout", "verifier", *weighted_terms(s.rules)))
 def synthesize(
-    ctx: Context, settings: SynthesizeSettings, generator: TrainedModel, rewards: RewardModels, problems: Problems
+    ctx: Context,
+    settings: SynthesizeSettings,
+    generator: TrainedModel,
+    rewards: RewardModels,
+    problems: Problems,
 ) -> Negatives:
     """What the generator writes for `problems`, with every reward term, filtered."""
     load_terms(ctx, settings.rules, rewards.main)
     rollouts = sample_negatives(ctx, settings, generator.model, problems, settings.rules)
     own = settings.synthesize
     kept, counts = filter_negatives(rollouts, own.min_quantile, own.quantile_term, own.drop_box_only_flips)
-    return write_negatives(ctx, rollouts, kept, counts, "train the generator longer or sample more per problem")
+    return write_negatives(
+        ctx, rollouts, kept, counts, "train the generator longer or sample more per problem"
+    )
 
 
 def sample_negatives(

@@ -30,11 +30,8 @@ from pns.data.preference import (
 )
 from pns.data.prompts import Prompts, load_tokenizer
 from pns.errors import UserError
-<<<<<<< HEAD
-from pns.recipe import load
-=======
 from pns.files import write_jsonl
->>>>>>> h-commands
+from pns.recipe import load
 from pns.records import PreferencePair, Problem
 
 ROOT = Path(__file__).parents[2]

@@ -23,11 +23,8 @@ from pns.commands import evaluate as evaluation
 from pns.config import Decoding
 from pns.data.problems import ProblemSets, load_suites
 from pns.errors import UserError
-<<<<<<< HEAD
-from pns.recipe import load
-=======
 from pns.files import write_jsonl
->>>>>>> h-commands
+from pns.recipe import load
 from pns.records import Problem, Verdict, to_json
 from pns.run.directory import RunDirectory
 from pns.run.tracking import Tracker

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
-from workers.rollout.engine import local_directory
+from workers.checkpoints import local_directory
 from workers.runtime import Runtime
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias

@@ -1,0 +1,145 @@
+"""`pns run`, `plan`, `report`, `runs` and `gc`: a recipe's run, and what runs keep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pns.config import STAGES, Config, stages
+from pns.errors import UserError
+from pns.files import files_below, remove
+from pns.preflight import check_models
+from pns.recipe import load
+from pns.run.page import linked_places, pages
+from pns.run.place import Place, locked
+
+STORE = "stages"  # below `runs`
+
+
+def run_recipe(recipe: Path, overrides: Sequence[str], first: str | None, last: str | None) -> None:
+    """Make what is missing of the recipe's run."""
+    config = load(recipe, list(overrides))
+    check_stages(config, first, last)
+    check_early(config, last)
+    from pns import driver
+
+    driver.run(config, first, last)
+
+
+def plan_recipe(recipe: Path, overrides: Sequence[str]) -> None:
+    """Print the stages of the recipe's run with the roles they use, and the placement of all roles."""
+    config = load(recipe, list(overrides))
+    check_early(config, None)
+    from pns import driver
+    from workers.placement import placement_table
+
+    roles_by_step = driver.roles_used(config)
+    print(f"{recipe}: {Path(config.runs) / config.name}")
+    for step, step_roles in roles_by_step.items():
+        print(f"  {step:<14}{', '.join(step_roles)}")
+    roles = list(dict.fromkeys(role for step_roles in roles_by_step.values() for role in step_roles))
+    device = config.placement.device.value
+    print(placement_table(config, roles, device))
+
+
+def check_stages(config: Config, first: str | None, last: str | None) -> None:
+    """Raises UserError for --from and --until that do not fit the run."""
+    if first and last and STAGES.index(first) > STAGES.index(last):
+        raise UserError(f"--from {first} comes after --until {last}: exchange them")
+    for option, stage in (("--from", first), ("--until", last)):
+        if stage and stage not in stages(config):
+            raise UserError(f"{option} {stage}: the stages of this run are {', '.join(stages(config))}")
+
+
+def check_early(config: Config, last: str | None) -> None:
+    """What needs no heavy import to be found wrong."""
+    asked = stages(config)
+    check_models(config, asked[: asked.index(last) + 1] if last else asked)
+
+
+def report_run(directory: Path) -> None:
+    """Print the tables of a run again, and rebuild its report and plots."""
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory} is not a run directory (no config.yaml); name one like runs/tiny-qwen2")
+    from pns.run.report import write_report
+
+    write_report(directory)
+
+
+def list_runs(runs: Path) -> None:
+    """Print the runs below `runs` with their stages, and the outputs that no run leads to."""
+    own = check_runs(runs)
+    for page in pages(runs):
+        print(page.name)
+        for name, place in linked_places(page).items():
+            print(f"  {name:<14}{described_place(place)}")
+    unlinked = sorted(own - used_places(runs))
+    if unlinked:
+        print("led to by no run (pns gc removes them):")
+        for place in unlinked:
+            print(f"  {described_place(place)}")
+
+
+def collect_garbage(runs: Path, yes: bool) -> None:
+    """Remove the outputs that no run leads to, after asking; one that is being made stays."""
+    unlinked = sorted(check_runs(runs) - used_places(runs))
+    if not unlinked:
+        print(f"{runs}: every output is led to by a run")
+        return
+    for place in unlinked:
+        print(described_place(place))
+    total = sum(num_bytes(place) for place in unlinked)
+    question = f"remove these {len(unlinked)} outputs ({readable_size(total)})? [y/N] "
+    if not yes and input(question).strip().lower() not in ("y", "yes"):
+        print("nothing was removed")
+        return
+    for place in unlinked:
+        try:
+            with locked(place / "lock", "it stays"):
+                remove(place)
+        except UserError as error:
+            print(error)
+
+
+def check_runs(runs: Path) -> set[Path]:
+    """The places of all outputs below `runs`. Raises UserError where nothing has run."""
+    if not (runs / STORE).is_dir():
+        raise UserError(f"{runs} has no {STORE}/: name the directory of runs with --runs DIR")
+    return {path.resolve() for path in (runs / STORE).iterdir() if path.is_dir()}
+
+
+def used_places(runs: Path) -> set[Path]:
+    """The places that pages lead to, and those that what they lead to was made from."""
+    used = {place for page in pages(runs) for place in linked_places(page).values()}
+    for place in list(used):
+        manifest = Place(place).manifest() or {}
+        used |= {(runs / STORE / stage).resolve() for stage in manifest.get("contents", {})}
+    return used
+
+
+def described_place(place: Path) -> str:
+    """Name, state, size and age of a stage's output."""
+    manifest = Place(place).manifest()
+    state = "done" if manifest else "unfinished"
+    age = readable_age(time.time() - place.stat().st_mtime)
+    return f"{place.name:<36}{state:<12}{readable_size(num_bytes(place)):>10}{age:>10}"
+
+
+def num_bytes(place: Path) -> int:
+    return sum(path.stat().st_size for _, path in files_below(place))
+
+
+def readable_size(num: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num < 1024:
+            return f"{num:.0f} {unit}"
+        num /= 1024
+    return f"{num:.1f} GiB"
+
+
+def readable_age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
