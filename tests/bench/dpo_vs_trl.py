@@ -544,6 +544,7 @@ def report(
     best_trl = min((name for name in TRL if name in seconds), key=lambda name: seconds[name], default=None)
     best_ours = min((name for name in OURS if name in seconds), key=lambda name: seconds[name], default=None)
     packed, shared = ratio("padded", "packed"), ratio("packed", "shared")
+    libraries = (["trl"] if best_trl else []) + ["transformers", "torch", "verl"]
     result = {
         "speedup": ratio(best_trl, best_ours),
         "packing_fraction_of_ceiling": packed and packed / packing,
@@ -563,7 +564,7 @@ def report(
             "non_embedding_parameters": num_parameters,
         },
         "tokens": tokens,
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch", "verl")},
+        "versions": {name: version(name) for name in libraries},
     }
     print(json.dumps(result))
 

@@ -10,8 +10,8 @@ means over the whole batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class GrpoObjective:
     clip_high: float
     kl_coefficient: float
     group_size = 1
-    head = "language_model"
+    head: ClassVar[Head] = "language_model"
     needs = ("old_log_probs", "advantages")
 
     def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
@@ -60,7 +60,7 @@ class PreferenceObjective:
     hyper_parameters: Mapping[str, float] = field(default_factory=dict)
     kl: float = 0.0
     group_size = 2
-    head = "language_model"
+    head: ClassVar[Head] = "language_model"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -92,16 +92,15 @@ class PreferenceObjective:
     ) -> losses.PairTerms:
         lengths_B = data["completion_lengths"]
         margin_T = data["margin_mask"] if "margin_mask" in data else torch.ones_like(log_probs_T)
-        reference = (None, None) if ref_T is None else _side_sums(ref_T * margin_T, lengths_B)
-        score_gap_B = data["score_gap"][::2] if "score_gap" in data else None
-        return losses.PairTerms(
-            *_side_sums(log_probs_T * margin_T, lengths_B),
-            *_side_sums(margin_T, lengths_B),
-            chosen_nll_B,
-            *reference,
-            score_gap_B,
-            self.kl,
+        chosen_B, rejected_B = _side_sums(log_probs_T * margin_T, lengths_B)
+        chosen_tokens_B, rejected_tokens_B = _side_sums(margin_T, lengths_B)
+        pairs = losses.PairTerms(
+            chosen_B, rejected_B, chosen_tokens_B, rejected_tokens_B, chosen_nll_B, kl=self.kl
         )
+        if ref_T is not None:
+            ref_chosen_B, ref_rejected_B = _side_sums(ref_T * margin_T, lengths_B)
+            pairs = replace(pairs, ref_chosen_B=ref_chosen_B, ref_rejected_B=ref_rejected_B)
+        return replace(pairs, score_gap_B=data["score_gap"][::2]) if "score_gap" in data else pairs
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class BradleyTerryObjective:
 
     centre: float
     group_size = 2
-    head = "score"
+    head: ClassVar[Head] = "score"
     needs = ()
 
     def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
@@ -124,7 +123,7 @@ class SftObjective:
     """`pns.algo.losses.sft_loss`; the mean is over the tokens in `mask`."""
 
     group_size = 1
-    head = "language_model"
+    head: ClassVar[Head] = "language_model"
     needs = ()
 
     def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
