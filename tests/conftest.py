@@ -1,13 +1,17 @@
-"""One Ray instance for the whole test run: starting it costs seconds, and actors are shared by module
-fixtures."""
+"""What all tests share: the directory of the published problem sets, and one Ray instance, as starting it costs
+seconds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+# The published sets are no part of the project. Test modules read this variable; without the sets, tests that
+# need all of them are skipped, and others use the 32 problems of tests/cases/problems.jsonl.
+os.environ.setdefault("PNS_DATA", str(Path(__file__).parents[2] / "shared" / "data"))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -1,5 +1,5 @@
-r"""Real problems through every stage: GSM8K and MATH training problems, a byte-pair tokenizer trained on
-them, a Qwen-style chat template.
+r"""Real problems through every stage: GSM8K and MATH training problems where `PNS_DATA` has them, else our own in
+the same styles; a byte-pair tokenizer trained on them, a Qwen-style chat template.
 
 Nothing of the tiny world is in it: problems with LaTeX and figures in Asymptote, prompts too long for the
 limit, completions cut off, answers nobody can parse, judge prompts beyond the judge's context. The model has
@@ -55,10 +55,8 @@ from pns.records import Problem
 from pns.stages.evaluate import COUNTED
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(
-    not (DATA / "train").is_dir(), reason=f"the problem sets are not there: {DATA}"
-)
+TRAIN = Path(os.environ["PNS_DATA"]) / "train"
+OWN = ROOT / "tests" / "cases" / "problems.jsonl"
 
 Row = dict[str, Any]
 
@@ -139,31 +137,49 @@ def rows(path: Path) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------------- what the run is made of
 
 
+def published() -> tuple[dict[str, list[Row]], list[Row]]:
+    """The rows of each file of the run, and those that the tokenizer is trained on. Every file holds more than
+    LIMIT; broken records do not count."""
+    gsm8k, maths = rows(TRAIN / "gsm8k_train.jsonl"), rows(TRAIN / "math_train.jsonl.gz")
+    broken = [row for row in maths if not row["answer"]]
+    longest = max(maths, key=lambda row: len(row["problem"]))
+    half = [row for row in maths if row["answer"] == ANSWERS[-1]]
+    words, formulas = ([row for row in found if row["answer"] in ANSWERS[:-1]] for found in (gsm8k, maths))
+    mixed = [row for both in zip(words, formulas, strict=False) for row in both]
+    files = {
+        "train": [*half[:4], *mixed[:36]],
+        "reward": [*broken, longest, *mixed[40:80]],
+        "preference": [longest, *half[4:10], broken[0], *mixed[80:120]],
+        "gsm8k": words[-40:],
+        "math": [longest, *half[10:16], *broken, *formulas[-40:]],
+    }
+    return files, mixed[:400]
+
+
+def our_own() -> tuple[dict[str, list[Row]], list[Row]]:
+    """As `published`: all 32 problems in every file, under ids of their own."""
+    own = rows(OWN)
+    broken = {**own[-1], "id": "broken", "answer": "", "note": "no answer"}
+    figure = next(row for row in own if "[asy]" in row["problem"])
+    dots = "".join(f"dot(({x},{x * x % 101})); " for x in range(400))  # beyond the model's 2048 tokens
+    longest = {**figure, "id": "longest", "problem": figure["problem"].replace("[/asy]", f"{dots}\n[/asy]")}
+    files = {
+        "train": [longest, *own],
+        "reward": [broken, longest, *own],
+        "preference": [longest, broken, *own],
+        "gsm8k": own,
+        "math": [longest, broken, *reversed(own)],
+    }
+    named = {name: [row | {"id": f"{name}/{row['id']}"} for row in found] for name, found in files.items()}
+    return named, own
+
+
 class World:
     """The run's inputs: problems (as written to its files), tokenizer and models."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        gsm8k, maths = (
-            rows(DATA / "train" / "gsm8k_train.jsonl"),
-            rows(DATA / "train" / "math_train.jsonl.gz"),
-        )
-        broken = [row for row in maths if not row["answer"]]
-        longest = max(maths, key=lambda row: len(row["problem"]))
-        half = [row for row in maths if row["answer"] == ANSWERS[-1]]
-        common = {
-            name: [row for row in found if row["answer"] in ANSWERS[:-1]]
-            for name, found in (("gsm8k", gsm8k), ("math", maths))
-        }
-        mixed = [row for rest in zip(common["gsm8k"], common["math"], strict=False) for row in rest]
-        # Every file holds more than `limit`; broken records do not count.
-        self.files = {
-            "train": [*half[:4], *mixed[:36]],
-            "reward": [*broken, longest, *mixed[40:80]],
-            "preference": [longest, *half[4:10], broken[0], *mixed[80:120]],
-            "gsm8k": common["gsm8k"][-40:],
-            "math": [longest, *half[10:16], *broken, *common["math"][-40:]],
-        }
+        self.files, taught = published() if TRAIN.is_dir() else our_own()
         self.problems = {
             name: [row for row in found if row["answer"]][:LIMIT] for name, found in self.files.items()
         }
@@ -176,7 +192,7 @@ class World:
             self.paths[name].write_bytes(
                 gzip.compress(text.encode()) if self.paths[name].suffix == ".gz" else text.encode()
             )
-        self.tokenizer = build_tokenizer([row[key] for row in mixed[:400] for key in ("problem", "solution")])
+        self.tokenizer = build_tokenizer([row[key] for row in taught for key in ("problem", "solution")])
         self.model = make_model(len(self.tokenizer), 2048)
 
     def save(self, name: str, model: Qwen2ForCausalLM) -> None:
@@ -459,12 +475,12 @@ def samples(run: Path) -> dict[str, list[Row]]:
 
 
 def test_every_training_problem_is_read() -> None:
-    for name, num in (
-        ("gsm8k_train.jsonl", 7473),
-        ("math_train.jsonl.gz", 7498),
-    ):  # two MATH records have no answer
-        expected = [row for row in rows(DATA / "train" / name) if row["answer"]]
-        problems = read_problems(DATA / "train" / name, "train")
+    files = {OWN: 32}
+    if TRAIN.is_dir():  # two MATH records have no answer
+        files |= {TRAIN / "gsm8k_train.jsonl": 7473, TRAIN / "math_train.jsonl.gz": 7498}
+    for path, num in files.items():
+        expected = [row for row in rows(path) if row["answer"]]
+        problems = read_problems(path, "train")
         assert len(problems) == len({problem.id for problem in problems}) == num
         assert [(p.id, p.prompt, p.answer, p.solution) for p in problems] == [
             (row["id"], row["problem"], row["answer"], row["solution"]) for row in expected

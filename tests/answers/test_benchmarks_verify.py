@@ -14,7 +14,7 @@ from pns.answers.compare import same_answer
 from pns.records import AnswerRule, Verdict
 from workers.rewards.verifier import Verifier
 
-DATA = Path(os.environ.get("PNS_DATA") or Path(__file__).parents[3] / "shared" / "data")
+DATA = Path(os.environ["PNS_DATA"])
 SETS = (
     "gsm8k",
     "math500",

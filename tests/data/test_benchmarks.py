@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from pns.errors import UserError
 from pns.recipe import load
 from pns.records import AnswerRule, Problem
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(os.environ["PNS_DATA"])
 here = pytest.mark.skipif(
     not (DATA / "benchmarks").is_dir(), reason=f"the problem sets are not there: {DATA}"
 )

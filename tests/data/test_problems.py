@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pns.answers.compare import extract_boxed, same_answer
 from pns.config import Config, Data, DataSource, TinyData
-from pns.data.problems import load_problem_sets
+from pns.data.problems import load_problem_sets, read_problems
+
+OWN = Path(__file__).parents[1] / "cases" / "problems.jsonl"
 
 
 def test_only_the_tiny_world_has_a_checker(tmp_path: Path) -> None:
@@ -25,3 +28,12 @@ def test_only_the_tiny_world_has_a_checker(tmp_path: Path) -> None:
     data = Data(source=DataSource.jsonl)
     data.jsonl.train, data.jsonl.suites, data.decontaminate = str(file), {"own": str(file)}, False
     assert load_problem_sets(Config(data=data)).checker is None
+
+
+def test_our_own_problems_have_the_answers_of_their_solutions() -> None:
+    problems = read_problems(OWN, "train")
+    assert len(problems) == len({problem.prompt for problem in problems}) == 32
+    for problem in problems:
+        solution = problem.solution or ""
+        stated = extract_boxed(solution) or solution.rpartition("#### ")[2]
+        assert same_answer(problem.answer, stated), problem.id
