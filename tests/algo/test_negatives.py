@@ -20,7 +20,9 @@ def rollout(
     value: float | None = 0.0,
 ) -> Rollout:
     completion = Completion("c", problem.id, text, token_ids, (-0.1,) * len(token_ids), "stop")
-    return Rollout(0, problem, completion, Reward(value, format_ok, verdict, plausibility, coherence))
+    given = {"plausibility": plausibility, "coherence": coherence}
+    terms = {name: score for name, score in given.items() if score is not None}
+    return Rollout(0, problem, completion, Reward(value, format_ok, verdict, terms))
 
 
 WRONG_STEP = WORK.format(18, 18, 54, 54)
@@ -82,17 +84,19 @@ def test_every_rollout_is_kept_or_counted_under_one_reason() -> None:
     assert counts["box_only_flip"] == 0
 
 
-def test_plausibility_quantile() -> None:
+def test_quantile_of_a_term() -> None:
     plausibilities = [0.1, 0.2, 0.3, 0.4, None]
     rollouts = [
         rollout(WORK.format(n, n, 3 * n, 3 * n), plausibility=p)
         for n, p in enumerate(plausibilities, start=1)
     ]
     # the median of .1 .2 .3 .4 is .25
-    kept, counts = filter_negatives(rollouts, min_plausibility_quantile=0.5)
-    assert [r.reward.plausibility for r in kept] == [0.3, 0.4]
-    assert (counts["implausible"], counts["no_plausibility"]) == (2, 1)
-    assert filter_negatives([], min_plausibility_quantile=0.5)[0] == []
+    kept, counts = filter_negatives(rollouts, min_quantile=0.5)
+    assert [r.reward.terms["plausibility"] for r in kept] == [0.3, 0.4]
+    assert (counts["below_quantile"], counts["no_quantile_term"]) == (2, 1)
+    kept, counts = filter_negatives(rollouts, min_quantile=0.5, quantile_term="coherence")
+    assert (kept, counts["no_quantile_term"]) == ([], 5)
+    assert filter_negatives([], min_quantile=0.5)[0] == []
     assert len(filter_negatives(rollouts)[0]) == 5
 
 
@@ -118,8 +122,8 @@ def test_degeneration_by_hand() -> None:
             "distinct_2": 6 / 14,
             "box_only_flip_rate": 1 / 4,
             "top_offset_share": 2 / 4,
-            "reward_model_mean": 0.3,  # (.2 + .4) / 2; correct and malformed ones do not count
-            "judge_mean": 0.75,
+            "plausibility_mean": 0.3,  # (.2 + .4) / 2; correct and malformed ones do not count
+            "coherence_mean": 0.75,
         }
     )
 
@@ -128,7 +132,7 @@ def test_figures_with_nothing_to_average_are_left_out() -> None:
     figures = degeneration([rollout("broken", format_ok=False)])
     assert figures["format_rate"] == 0.0
     assert (
-        not {"reward_model_mean", "judge_mean", "top_offset_share", "box_only_flip_rate", "distinct_4"}
+        not {"plausibility_mean", "coherence_mean", "top_offset_share", "box_only_flip_rate", "distinct_4"}
         & figures.keys()
     )
     assert degeneration([]) == {}

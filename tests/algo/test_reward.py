@@ -10,18 +10,22 @@ from hypothesis import strategies as st
 from pns.algo.advantages import group_advantages
 from pns.algo.formatting import check_format
 from pns.algo.reward import (
+    KINDS,
     TooManyMaskedError,
     check_masked,
     compose,
     correctness,
     mask_report,
     masked_fraction,
+    needed,
+    weighted_terms,
 )
-from pns.config import RewardConfig, RewardWeights
-from pns.records import Reward, Verdict
+from pns.config import RewardConfig, RewardTerm, TermKind
+from pns.records import Completion, Problem, Reward, Verdict
 
 GATED = RewardConfig()
 ADDITIVE = RewardConfig(gated=False)
+MODEL_04 = RewardTerm(TermKind.reward_model, 0.4)
 
 
 @pytest.mark.parametrize(
@@ -52,73 +56,111 @@ def test_format_rules(text: str, finish: str, reason: str) -> None:
     assert (check.ok, check.reason) == (not reason, reason)
 
 
-def test_format_with_other_tags() -> None:
-    assert check_format(r"<r>a</r>\boxed{5}", "stop", ("<r>", "</r>")).ok
+def both(plausibility: float, coherence: float) -> dict[str, float]:
+    return {"plausibility": plausibility, "coherence": coherence}
 
 
 def test_gates_come_in_order() -> None:
     # malformed first, whatever else is known or missing
-    assert compose(False, Verdict.CORRECT, None, None, {}, GATED).value == -1.0
-    assert compose(False, Verdict.UNVERIFIED, None, None, {"verdict": "timeout"}, GATED).value == -1.0
+    assert compose(False, Verdict.CORRECT, {}, {}, GATED).value == -1.0
+    assert compose(False, Verdict.UNVERIFIED, {}, {"verdict": "timeout"}, GATED).value == -1.0
     # then correct: no term is needed
-    correct = compose(True, Verdict.CORRECT, None, None, {"plausibility": "actor died"}, GATED)
+    correct = compose(True, Verdict.CORRECT, {}, {"plausibility": "actor died"}, GATED)
     assert correct.value == 0.0
     assert correct.missing == {}
     # then unverified: masked, never "wrong"
-    unverified = compose(True, Verdict.UNVERIFIED, 0.9, 1.0, {"verdict": "timeout"}, GATED)
+    unverified = compose(True, Verdict.UNVERIFIED, both(0.9, 1.0), {"verdict": "timeout"}, GATED)
     assert unverified.masked
     assert unverified.missing == {"verdict": "timeout"}
     # wrong: 0.5 + 0.25 * 0.8 + 0.25 * 0.5 = 0.825
-    wrong = compose(True, Verdict.WRONG, 0.8, 0.5, {}, GATED)
+    wrong = compose(True, Verdict.WRONG, both(0.8, 0.5), {}, GATED)
     assert wrong.value == pytest.approx(0.825)
-    assert (wrong.plausibility, wrong.coherence) == (0.8, 0.5)
+    assert wrong.terms == both(0.8, 0.5)
 
 
 def test_a_missing_term_masks_unless_its_weight_is_zero() -> None:
-    one = compose(True, Verdict.WRONG, 0.8, None, {"coherence": "unparsable"}, GATED)
-    assert one.masked
-    assert one.missing == {"coherence": "unparsable"}
-    assert one.plausibility == 0.8
-    assert compose(True, Verdict.WRONG, None, None, {}, GATED).missing == {
+    masked = compose(True, Verdict.WRONG, {"plausibility": 0.8}, {"coherence": "unparsable"}, GATED)
+    assert masked.masked
+    assert masked.missing == {"coherence": "unparsable"}
+    assert masked.terms == {"plausibility": 0.8}
+    assert compose(True, Verdict.WRONG, {}, {}, GATED).missing == {
         "plausibility": "not computed",
         "coherence": "not computed",
     }
-    no_judge = RewardConfig(weights=RewardWeights(wrong=0.6, reward_model=0.4, judge=0.0))
+    no_judge = RewardConfig(wrong=0.6, terms={"plausibility": MODEL_04, "coherence": RewardTerm()})
     # 0.6 + 0.4 * 0.5 = 0.8
-    assert compose(True, Verdict.WRONG, 0.5, None, {}, no_judge).value == pytest.approx(0.8)
+    assert compose(True, Verdict.WRONG, {"plausibility": 0.5}, {}, no_judge).value == pytest.approx(0.8)
 
 
 def test_additive_form_drops_the_gate_on_correct() -> None:
     # correct: 0.5 * 0 + 0.25 * 0.8 + 0.25 * 0.4 = 0.3; wrong: 0.5 more
-    assert compose(True, Verdict.CORRECT, 0.8, 0.4, {}, ADDITIVE).value == pytest.approx(0.3)
-    assert compose(True, Verdict.WRONG, 0.8, 0.4, {}, ADDITIVE).value == pytest.approx(0.8)
-    assert compose(True, Verdict.CORRECT, None, 0.4, {"plausibility": "deadline"}, ADDITIVE).missing == {
-        "plausibility": "deadline"
+    assert compose(True, Verdict.CORRECT, both(0.8, 0.4), {}, ADDITIVE).value == pytest.approx(0.3)
+    assert compose(True, Verdict.WRONG, both(0.8, 0.4), {}, ADDITIVE).value == pytest.approx(0.8)
+    late = compose(True, Verdict.CORRECT, {"coherence": 0.4}, {"plausibility": "deadline"}, ADDITIVE)
+    assert late.missing == {"plausibility": "deadline"}
+    assert compose(True, Verdict.UNVERIFIED, both(0.8, 0.4), {}, ADDITIVE).masked
+    assert compose(False, Verdict.WRONG, both(0.8, 0.4), {}, ADDITIVE).value == -1.0
+
+
+def test_only_what_counts_is_needed() -> None:
+    terms = {
+        "plausibility": RewardTerm(TermKind.reward_model, 0.25),
+        "unused": RewardTerm(TermKind.judge, 0.0),
+        "second": RewardTerm(TermKind.reward_model, 0.1),
     }
-    assert compose(True, Verdict.UNVERIFIED, 0.8, 0.4, {}, ADDITIVE).masked
-    assert compose(False, Verdict.WRONG, 0.8, 0.4, {}, ADDITIVE).value == -1.0
+    for gated, correct in ((True, ()), (False, ("plausibility", "second"))):
+        rules = RewardConfig(terms=terms, gated=gated)
+        assert weighted_terms(rules) == ("plausibility", "second")
+        assert needed(True, Verdict.WRONG, rules) == ("plausibility", "second")
+        assert needed(True, Verdict.CORRECT, rules) == correct
+        assert needed(True, Verdict.UNVERIFIED, rules) == ()
+        assert needed(False, Verdict.WRONG, rules) == ()
+
+
+def test_terms_are_added_one_by_one_in_the_order_of_the_configuration() -> None:
+    # with compensated summation, or in another order, the last digit differs
+    weights = {"first": 0.1, "second": 0.2, "third": 0.3}
+    terms = {name: RewardTerm(TermKind.judge, weight) for name, weight in weights.items()}
+    given = {"third": 1.0, "first": 1.0, "second": 1.0}
+    value = compose(True, Verdict.WRONG, given, {}, RewardConfig(wrong=0.0, terms=terms)).value
+    assert value == 0.1 + 0.2 + 0.3
+    assert value != 0.3 + 0.2 + 0.1
+    assert value != math.fsum(weights.values())
+
+
+def test_a_kind_says_what_is_asked_and_makes_the_answer_a_score() -> None:
+    problem, completion = Problem("p", "How many?", "5"), Completion("c", "p", "text", (7, 8), (), "stop")
+    model, judge = KINDS[TermKind.reward_model], KINDS[TermKind.judge]
+    assert model.item((1, 2), problem, completion) == (1, 2, 7, 8)
+    assert judge.item((1, 2), problem, completion) == ("How many?", "text")
+    # sigmoid(ln 3) = 3 / 4
+    assert [model.score(r) for r in (0.0, math.log(3), -2000.0, 2000.0)] == pytest.approx([0.5, 0.75, 0, 1])
+    assert [judge.score(scores) for scores in ((0, 0, 0, 0), (3, 2, 1, 3), (3, 3, 3, 3))] == [0, 0.75, 1]
+    assert set(KINDS) == set(TermKind)
 
 
 @pytest.mark.parametrize("term", [math.nan, -0.1, 1.1, math.inf])
 def test_a_term_outside_its_range_is_an_error(term: float) -> None:
     with pytest.raises(ValueError, match="outside"):
-        compose(True, Verdict.WRONG, term, 0.5, {}, GATED)
+        compose(True, Verdict.WRONG, both(term, 0.5), {}, GATED)
     with pytest.raises(ValueError, match="also reported missing"):
-        compose(True, Verdict.WRONG, 0.5, 0.5, {"coherence": "deadline"}, GATED)
+        compose(True, Verdict.WRONG, both(0.5, 0.5), {"coherence": "deadline"}, GATED)
 
 
 @given(
     st.booleans(),
     st.sampled_from(Verdict),
-    st.none() | st.floats(0, 1),
-    st.none() | st.floats(0, 1),
+    st.dictionaries(st.sampled_from(["plausibility", "coherence"]), st.floats(0, 1)),
     st.booleans(),
 )
 def test_no_value_exactly_when_a_cause_is_named(
-    format_ok: bool, verdict: Verdict, plausibility: float | None, coherence: float | None, gated: bool
+    format_ok: bool, verdict: Verdict, terms: dict[str, float], gated: bool
 ) -> None:
-    reward = compose(format_ok, verdict, plausibility, coherence, {}, RewardConfig(gated=gated))
+    rules = RewardConfig(gated=gated)
+    reward = compose(format_ok, verdict, terms, {}, rules)
     assert reward.masked == bool(reward.missing)
+    if set(needed(format_ok, verdict, rules)) - terms.keys():
+        assert reward.masked
     if reward.value is not None:
         assert -1 <= reward.value <= 1
         # nothing but a verified-wrong, well-formed completion earns the wrong share

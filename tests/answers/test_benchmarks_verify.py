@@ -72,15 +72,16 @@ def test_both_verifiers_together() -> None:
     following = rows[1:] + rows[:1]
     verifier = Verifier(processes=2, limit_seconds=5)
     try:
-        own = verifier.verify_many(
+        own_handle = verifier.submit(
             [(row["answer"], rf"\boxed{{{row['answer']}}}", rule_of(row)) for row in rows]
         )
-        others = verifier.verify_many(
+        others_handle = verifier.submit(
             [
                 (row["answer"], rf"\boxed{{{other['answer']}}}", rule_of(row))
                 for row, other in zip(rows, following, strict=True)
             ]
         )
+        own, others = verifier.collect(own_handle), verifier.collect(others_handle)
     finally:
         verifier.shutdown()
     assert [result for result in own if result.verdict is not Verdict.CORRECT] == []

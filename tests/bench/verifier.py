@@ -96,7 +96,7 @@ def independent(items: list[tuple[str, str]], processes: int) -> float:
 def rate(verifier: Verifier, items: list[tuple[str, str]]) -> float:
     """Items a second of the pool; `items` are ordinary ones."""
     begin = time.monotonic()
-    verifier.verify_many(items)
+    verifier.collect(verifier.submit(items))
     return len(items) / (time.monotonic() - begin)
 
 
@@ -113,14 +113,14 @@ def main() -> None:
     verifier = Verifier(options.processes, options.limit)
     single, clean, alone = [], [], []
     try:
-        verifier.verify_many(items[:200])
+        verifier.collect(verifier.submit(items[:200]))
         for part in range(3):  # in turn, so that a busy machine slows both
             chosen = items[part::3]
             single.append(decide_all(chosen))
             clean.append(rate(verifier, chosen))
             alone.append(independent(chosen, options.processes))
         begin = time.monotonic()
-        verifier.verify_many([("5", POISON)])
+        verifier.collect(verifier.submit([("5", POISON)]))
         killed = time.monotonic() - begin
 
         every = round(100 / options.poison)

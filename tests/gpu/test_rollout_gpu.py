@@ -15,12 +15,14 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from workers.rollout.engine import Engine, Request, Sample, Sampling, perturb
+from workers.runtime import Runtime
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 VOCAB, END = 50, 1
+GPU = Runtime("cuda")
 
 
 def build_model(tied: bool, seed: int) -> Qwen2ForCausalLM:
@@ -44,16 +46,16 @@ def build_model(tied: bool, seed: int) -> Qwen2ForCausalLM:
 
 
 def transformers_engine() -> Engine:
-    from workers.rollout.pool.engine_transformers import TransformersEngine
+    from workers.rollout.engine_transformers import TransformersEngine
 
-    return TransformersEngine("cuda", "float32", max_batch=32)
+    return TransformersEngine(GPU, max_batch=32)
 
 
 def vllm_engine() -> Engine:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    from workers.rollout.pool.engine_vllm import VllmEngine
+    from workers.rollout.engine_vllm import VllmEngine
 
-    return VllmEngine("cuda", max_batch=32, memory_fraction=0.2)
+    return VllmEngine(GPU, max_batch=32, memory_fraction=0.2)
 
 
 NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

