@@ -3,7 +3,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint clean
+.PHONY: help setup demo test lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready  ## an environment in .venv with everything that demo and test need (CPU)
 
@@ -21,10 +24,14 @@ demo: setup  ## the whole method on the tiny world, at most 10 minutes on two co
 test: setup lint  ## format, lint, types and every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
-lint: setup
+lint: setup  ## format, lint and types alone; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) runs build *.egg-info
+format: setup  ## write files in the project's format, mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment, builds and caches; results in runs/ stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis

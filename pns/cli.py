@@ -110,7 +110,7 @@ def add_config(commands: Commands) -> None:
         "config", help="print keys with default, range and meaning, or a merged recipe"
     )
     subject_help = "a key or section, e.g. rl.steps or reward, or a recipe; nothing: every key"
-    parser.add_argument("subject", nargs="?", help=subject_help)
+    parser.add_argument("subject", nargs="?", default="", help=subject_help)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with a recipe: keys to change")
     parser.set_defaults(handler=handle)
 

@@ -69,7 +69,7 @@ def preference(
     if loss.needs_reference:
         rows.token_values["ref_log_probs"] = kept_reference(ctx, start.model, rows)
     mismatched = None
-    if own.loss == "kto":
+    if loss.needs_kl:
         mismatched = mismatched_rows(rows)
         mismatched.token_values["ref_log_probs"] = kept_reference(ctx, start.model, mismatched)
     optimise(ctx, own, pairs, rows, mismatched)
