@@ -106,14 +106,12 @@ def load_pairs(
     data = settings.data
     if own_pairs is None:
         source = data.path or f"{data.hub}@{data.revision}, split {data.split}"
-        located = list(read_rows(data))
-        rows = [row for _, row in located]
+        placed = list(read_rows(data))
+        rows = [row for _, row in placed]
         if overlaps is not None:
-            located = [
-                (where, row) for where, row in located if not overlaps.of(Problem(where, question(row), ""))
-            ]
+            placed = [(at, row) for at, row in placed if not overlaps.of(Problem(at, question(row), ""))]
         prefix = prompts.data.assistant_prefix
-        encoded = [encode_row(prompts.tokenizer, row, where, prefix) for where, row in located]
+        encoded = [encode_row(prompts.tokenizer, row, where, prefix) for where, row in placed]
     else:
         source = "the run's pair stage"
         pairs = read_pairs(own_pairs)
@@ -126,12 +124,10 @@ def load_pairs(
     max_prompt_tokens = prompts.data.max_prompt_tokens
     kept, dropped = filter_pairs(encoded, max_prompt_tokens, max_pair_tokens, data.bad_pairs, layout)
     if PREFERENCE_LOSSES[settings.loss].needs_score_gaps:
-        for kept_pair in kept:
-            if kept_pair.score_gap is None:
-                raise UserError(
-                    f"{kept_pair.where}: no score_chosen and score_rejected, which preference.loss={settings.loss} "
-                    "needs; choose another loss"
-                )
+        for token_pair in kept:
+            if token_pair.score_gap is None:
+                fault = f"no score_chosen and score_rejected, which preference.loss={settings.loss} needs"
+                raise UserError(f"{token_pair.where}: {fault}; choose another loss")
     return LoadedPairs(kept, {"in_a_suite": in_a_suite, **dropped}, source, len(rows), data_hash(rows))
 
 
