@@ -42,13 +42,11 @@ from pns.answers.spelling import is_prose
 from pns.records import AnswerRule, Verdict
 
 _START_SECONDS = 120.0  # for the template to import math-verify and fork a worker
-_PATIENCE_SECONDS = 0.25  # of a quick lane, in processor time, so that a busy machine sends no ordinary item to the slow lanes
+_PATIENCE_SECONDS = 0.25  # of a quick lane; processor time, so that a busy machine makes no item slow
 _BATCH = 16  # items handed to a worker at once, at most
 _MEMORY_GIB = 3  # address space of a worker
-_ROUNDING, _PRECISION = (
-    60,
-    80,
-)  # decimals that math-verify compares, digits that it computes; with 6, 1/2^99 equals 1/2^98
+# Decimals that math-verify compares, digits that it computes: with 6 decimals, 1/2^99 equals 1/2^98.
+_ROUNDING, _PRECISION = 60, 80
 _NICENESS = 5  # of a slow lane's worker: more would starve it on a busy machine
 _WARMING = r"""\frac{1}{2}
 0.5
@@ -92,11 +90,11 @@ _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
 class VerifierResult:
     """`cause` is None when the verdict is CORRECT or WRONG, else why it could not be decided:
 
-    no_answer      no boxed answer in the prediction        gold         math-verify cannot read the gold answer
-    too_long       the answer has over 2,000 characters     unparsable   math-verify cannot read the prediction's answer
-    timeout        over the limit, the worker was killed    comparison   math-verify failed while comparing
-    crashed        the worker died                          disagreement one verifier says equal, the other different
-    not_started    no worker could be started               undecided    one verifier says different, the other cannot tell
+    no_answer    no boxed answer in the prediction      gold         math-verify cannot read the gold answer
+    too_long     the answer has over 2,000 characters   unparsable   math-verify cannot read the prediction's
+    timeout      over the limit, the worker was killed  comparison   math-verify failed while comparing
+    crashed      the worker died                        disagreement one says equal, the other different
+    not_started  no worker could be started             undecided    one says different, the other cannot tell
 
     `extracted` is the prediction's boxed answer as written, None where there is none; `reason` says in words
     what the verdict rests on; `seconds` is the worker's time for the item, 0 where no worker was needed.
@@ -176,7 +174,7 @@ class Verifier:
         return self.collect(self.submit(items))
 
     def shutdown(self) -> None:
-        """Stop the processes; items that wait are cancelled. Raises TimeoutError if a process does not end."""
+        """Stop the processes; items that wait are cancelled. Raises TimeoutError if one does not end."""
         self._closing.set()
         for jobs in (self._quick, self._slow):
             while not jobs.empty():
@@ -436,7 +434,7 @@ class _Worker:
         self._connection.close()
 
 
-# --------------------------------------------------------------------------------------------- inside the template and the workers
+# What follows runs inside the template and the workers.
 
 
 def decide(gold: str, extracted: str, rule: AnswerRule = AnswerRule()) -> Decision:  # noqa: B008
