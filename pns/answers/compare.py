@@ -49,13 +49,9 @@ from pns.answers.tree import (
     Expression,
     Group,
     Matrix,
-    Negative,
     Number,
-    Product,
-    Quotient,
     Ratio,
     Relation,
-    Sum,
     Symbol,
     Tree,
     Union,
@@ -63,6 +59,7 @@ from pns.answers.tree import (
     is_numeric,
     substitute,
     walk,
+    whole,
 )
 from pns.answers.units import UNIT_LETTERS, unit_size
 from pns.records import AnswerRule
@@ -82,8 +79,7 @@ _VAGUE = {
 _POLAR = ({"yes", "no"}, {"true", "false"})
 _UNCLEAR = _VAGUE.union(*_POLAR)
 _CONVERSIONS = {3, 7, 12, 24, 60, 3600}  # beside powers of ten: ratios that may be a change of unit
-_DEGREE = Quotient((Constant("pi"), Number(Fraction(180))))
-_HUNDRED, _SIXTY = Number(Fraction(100)), Number(Fraction(60))
+_DEGREE = Constant("pi") / whole(180)
 
 
 @dataclass(frozen=True)
@@ -238,7 +234,7 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
             return Finding(False, f"different units: {a.unit} and {b.unit}")
         if dimensions_x != dimensions_y:
             return _undecided(f"units that are not known to be the same: {a.unit} and {b.unit}")
-        x, y = Product((x, Number(size_x))), Product((y, Number(size_y)))
+        x, y = x * Number(size_x), y * Number(size_y)
     same = basis.same(x, y)
     is_ambiguous = a.ambiguous or b.ambiguous
     if same:
@@ -246,10 +242,10 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         return _undecided("a letter that may be a unit or a factor") if is_letter_unit else _SAME
     if a.percent != b.percent:
         percentage, share = (a.tree, b.tree) if a.percent else (b.tree, a.tree)
-        if basis.same(percentage, Product((share, _HUNDRED))):
+        if basis.same(percentage, share * whole(100)):
             return Finding(True, "equal as percentages")
     if a.degrees != b.degrees:
-        angles = (Product((x, _DEGREE)), y) if a.degrees else (x, Product((y, _DEGREE)))
+        angles = (x * _DEGREE, y) if a.degrees else (x, y * _DEGREE)
         if basis.same(*angles):
             return Finding(True, "equal as angles")
     if not x.symbols and not y.symbols:
@@ -282,7 +278,7 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
 
 def _distance(x: Tree, y: Tree) -> Fraction | None:
     """|x - y| of two real numbers, to 50 digits where it is not rational."""
-    difference = Sum((x, Negative((y,))))
+    difference = x - y
     distance = rational(difference)
     if distance is None:
         distance = approximate(difference)
@@ -511,15 +507,14 @@ def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
     if any(isinstance(side, Expression) and side.ambiguous for side in a.sides + b.sides):
         return _undecided("an equation that is read in different ways")
     if x.symbols != y.symbols or not x.symbols:
-        is_apart = basis.same(x, y) is False and basis.same(x, Negative((y,))) is False
+        is_apart = basis.same(x, y) is False and basis.same(x, -y) is False
         reason = "equations in different variables"
         return Finding(False, reason) if is_apart else _undecided(reason)
     point: dict[str, Tree] = {}
     for index, name in enumerate(sorted(x.symbols)):
         point[name] = Number(Fraction(7 + 4 * index, 3))
     x_at_point, y_at_point = substitute(x, point), substitute(y, point)
-    products = Product((x, y_at_point)), Product((y, x_at_point))
-    if basis.same(x_at_point, ZERO) is False and basis.same(*products):
+    if basis.same(x_at_point, ZERO) is False and basis.same(x * y_at_point, y * x_at_point):
         return Finding(True, "proportional equations")
     for name in point:
         zero_x, zero_y = linear_root(x, name, point), linear_root(y, name, point)
@@ -557,7 +552,7 @@ def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:
     digits = based.digits[:_MAX_BASED_DIGITS]
     value = rational(other.tree)
     if value is None:
-        if basis.same(other.tree, Number(Fraction(int(digits)))) is False:
+        if basis.same(other.tree, whole(int(digits))) is False:
             return _DIFFERENT_NUMBERS
         return _undecided("a number in a base and an answer of another kind")
     is_in_base = all(int(digit) < based.base for digit in based.digits)
@@ -571,8 +566,7 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     if not isinstance(other, Ratio):
         are_numbers = is_numeric(other) and all(map(is_numeric, ratio.parts))
         if isinstance(other, Expression) and are_numbers and not other.ambiguous:
-            minutes = Sum((Product((first, _SIXTY)), second))
-            near = (Quotient((first, second)), Quotient((second, first)), minutes, first)
+            near = (first / second, second / first, first * whole(60) + second, first)
             if all(basis.same(value, other.tree) is False for value in near):
                 return Finding(False, "a ratio or a time and another number")
         return _undecided("a ratio or a time and an answer of another kind")
@@ -581,7 +575,7 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
         return in_order
     third, fourth = map(tree_of, other.parts)
     has_no_zero = all(basis.same(part, ZERO) is False for part in (first, second, third, fourth))
-    if has_no_zero and basis.same(Product((first, fourth)), Product((second, third))):
+    if has_no_zero and basis.same(first * fourth, second * third):
         are_clocks = ratio.clock and other.clock
         return _undecided("ratios that may be times") if are_clocks else Finding(True, "equal ratios")
     return in_order

@@ -41,6 +41,7 @@ from pns.answers.tree import (
     Tree,
     substitute,
     walk,
+    whole,
 )
 
 _MAX_BITS = 60_000  # of the numerator and the denominator of an exact value
@@ -55,7 +56,7 @@ _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
 _WHOLE = frozenset("nkmNjl")  # names that often stand for whole numbers
 _MAX_RENAMED = 3  # symbols whose renaming is tried
 _POSITIVE_POINTS, _NEGATIVE_POINTS = 3, 2
-_LOG_BASES = (ONE, Call((TEN,), "ln"), Call((Number(Fraction(2)),), "ln"))  # ln of e, 10 and 2
+_LOG_BASES = (ONE, Call((TEN,), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
 
 Point = dict[str, Fraction]
 _Evaluate = Callable[[Tree, Point], Any]

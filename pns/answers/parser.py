@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 
 from pns.answers.atoms import (
     Marks,
@@ -41,9 +40,7 @@ from pns.answers.tree import (
     Negative,
     Number,
     PlusMinus,
-    Power,
     Product,
-    Quotient,
     Ratio,
     Relation,
     Root,
@@ -56,6 +53,7 @@ from pns.answers.tree import (
     both_signs,
     letter,
     product_of,
+    whole,
 )
 from pns.answers.units import CURRENCIES, UNITS
 
@@ -163,7 +161,7 @@ class Parser(Cursor):
         value: Tree | Answer = self.sum()
         if isinstance(value, Tree):
             scale = read_unit(self, self.marks, value)
-            tree = value if scale == 1 else Product((value, Number(Fraction(scale))))
+            tree = value if scale == 1 else value * whole(scale)
             value = Expression(tree, **vars(self.marks), step=last_place(self.tokens[start : self.position]))
         self.marks = outer
         return value
@@ -182,7 +180,7 @@ class Parser(Cursor):
                 return value
             term = as_tree(value)
             if sign == "-":
-                term = Negative((term,))
+                term = -term
             elif sign:
                 self.has_signs = True
                 term = PlusMinus((term,), 1 if sign == r"\pm" else -1)
@@ -221,7 +219,7 @@ class Parser(Cursor):
                 factors.append(as_tree(self.signed_power()))
             elif self.at("/", r"\div") and not (self.marks.unit and self.peek(1).kind == "text"):
                 self.take()
-                factors = [Quotient((product_of(factors), as_tree(self.signed_power())))]
+                factors = [product_of(factors) / as_tree(self.signed_power())]
                 divided = True
             elif self.starts_factor() and not self.starts_unit(factors):
                 self.marks.ambiguous |= divided  # 1/2x
@@ -256,7 +254,7 @@ class Parser(Cursor):
     def signed_power(self) -> Tree | Answer:
         negative = self.sign()
         value = self.power()
-        return Negative((as_tree(value),)) if negative else value
+        return -as_tree(value) if negative else value
 
     def power(self) -> Tree | Answer:
         self.deepen()
@@ -267,7 +265,7 @@ class Parser(Cursor):
                     self.accept("}")
                     self.marks.degrees = True
                 else:
-                    base = Power((as_tree(base), self.exponent()))
+                    base = as_tree(base) ** self.exponent()
             elif isinstance(base, Tree) and self.at("!") and self.peek(1).value != "=":
                 self.take()
                 if self.at("!"):  # a double factorial
@@ -289,9 +287,9 @@ class Parser(Cursor):
         value = as_tree(self.atom())
         if self.accept("^", "**"):  # 9^9^9 is 9^(9^9)
             self.deepen()
-            value = Power((value, self.exponent()))
+            value = value ** self.exponent()
             self.depth -= 1
-        return Negative((value,)) if negative else value
+        return -value if negative else value
 
     def atom(self) -> Tree | Answer:
         token = self.take()
@@ -383,7 +381,7 @@ class Parser(Cursor):
         token = self.peek()
         if token.kind == "number" and len(token.value) > 1 and token.value.isdigit():
             self.tokens[self.position] = replace(token, value=token.value[1:], spaced=False)
-            return Number(Fraction(int(token.value[0])))
+            return whole(int(token.value[0]))
         return as_tree(self.atom())
 
 
@@ -404,16 +402,16 @@ def _function(parser: Parser, written: str) -> Tree:
         parser.expect({"(": ")", "{": "}", "[": "]"}[opening])
     else:
         value = _bare_argument(parser)
-    if name in TRIGONOMETRIC and power == Negative((ONE,)):
+    if name in TRIGONOMETRIC and power == -ONE:
         name, power = "a" + name, None
     call: Tree
     if name == "exp":
-        call = Power((Constant("e"), value))
+        call = Constant("e") ** value
     elif name in ("log", "lg", "ln"):
         call = _logarithm(name, value, base)
     else:
         call = Call((value,), name)
-    return call if power is None else Power((call, power))
+    return call if power is None else call**power
 
 
 def _logarithm(name: str, value: Tree, base: Tree | None) -> Tree:
@@ -421,14 +419,14 @@ def _logarithm(name: str, value: Tree, base: Tree | None) -> Tree:
     if name == "lg":
         base = TEN
     if base is not None:
-        return Quotient((logarithm, Call((base,), "ln")))
-    return Quotient((logarithm, Symbol(LOG_BASE))) if name == "log" else logarithm
+        return logarithm / Call((base,), "ln")
+    return logarithm / Symbol(LOG_BASE) if name == "log" else logarithm
 
 
 def _bare_argument(parser: Parser) -> Tree:
     r"""What a function without brackets applies to: `\sin 2 t` takes the factors up to the next function,
     sign or slash."""
-    factors: list[Tree] = [Number(Fraction(-1))] if parser.accept("-") else []
+    factors: list[Tree] = [whole(-1)] if parser.accept("-") else []
     factors.append(as_tree(parser.power()))
     while parser.starts_factor() and not parser.at("(", "{", "[", "|"):
         token = parser.peek()
@@ -441,11 +439,11 @@ def _bare_argument(parser: Parser) -> Tree:
 
 
 def _fraction(parser: Parser, _name: str) -> Tree:
-    return read_derivative(parser) or Quotient((parser.argument(), parser.argument()))
+    return read_derivative(parser) or parser.argument() / parser.argument()
 
 
 def _root(parser: Parser, name: str) -> Tree:
-    degree: Tree = Number(Fraction(3 if name == "cbrt" else 2))
+    degree: Tree = whole(3 if name == "cbrt" else 2)
     if parser.accept("["):
         degree = as_tree(parser.sum())
         parser.expect("]")
@@ -527,26 +525,14 @@ def _money(parser: Parser, name: str) -> Tree:
     return value
 
 
-def _styled(parser: Parser, _name: str) -> Tree:
-    return parser.symbol(parser.raw_group())
-
-
-def _accented(parser: Parser, name: str) -> Tree:
-    return parser.symbol(f"\\{name} {parser.raw_group()}")
-
-
-def _greek(parser: Parser, name: str) -> Tree:
-    return parser.symbol("\\" + name)
-
-
 _STYLES = "mathbf boldsymbol mathit mathcal mathsf bm"
 _ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow widehat underline"
 _Command = Callable[[Parser, str], Tree | Answer]
 _FACTORS: dict[str, _Command] = {  # commands that may follow a factor without a sign between
-    **dict.fromkeys(GREEK, _greek),
+    **dict.fromkeys(GREEK, lambda parser, name: parser.symbol("\\" + name)),
     **dict.fromkeys(FUNCTIONS, _function),
-    **dict.fromkeys(_STYLES.split(), _styled),
-    **dict.fromkeys(_ACCENTS.split(), _accented),
+    **dict.fromkeys(_STYLES.split(), lambda parser, _name: parser.symbol(parser.raw_group())),
+    **dict.fromkeys(_ACCENTS.split(), lambda parser, name: parser.symbol(f"\\{name} {parser.raw_group()}")),
     "pi": lambda _parser, name: Constant(name),
     "infty": lambda _parser, _name: INFINITY,
     "frac": _fraction,

@@ -4,12 +4,11 @@ Minerva, in one grammar."""
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from pns.answers.parser import Parser
 from pns.answers.spelling import NUMBER_WORDS, TEXT, clean, is_prose
 from pns.answers.tokens import Unreadable, split_tokens
-from pns.answers.tree import INFINITY, Answer, Expression, Number, Words, letter
+from pns.answers.tree import INFINITY, Answer, Expression, Words, letter, whole
 
 MAX_CHARACTERS = 2000
 _SPACED = r"[1-9]\d{0,2}(?: +\d{3})+"
@@ -58,7 +57,7 @@ def _read(text: str) -> Answer | None:
         is_choice = match[1].isupper() or re.search(TEXT, text)
         return Words(match[1]) if is_choice else Expression(letter(match[1]))
     if word in NUMBER_WORDS:
-        return Expression(Number(Fraction(NUMBER_WORDS[word])))
+        return Expression(whole(NUMBER_WORDS[word]))
     if word in ("infinity", r"\infty", r"+\infty", "infinite"):
         return Expression(INFINITY)
     if is_prose(bare):

@@ -17,13 +17,11 @@ from pns.answers.tree import (
     Constant,
     Expression,
     Group,
-    Negative,
     Number,
     Product,
     Quotient,
     Ratio,
     Relation,
-    Sum,
     Symbol,
     Tree,
     Union,
@@ -31,6 +29,7 @@ from pns.answers.tree import (
     is_numeric,
     substitute,
     walk,
+    whole,
 )
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -105,13 +104,13 @@ def difference_of_sides(relation: Relation) -> Tree | None:
     left, right = relation.sides[0], relation.sides[-1]
     if relation.operators != ("=",) or not isinstance(left, Expression) or not isinstance(right, Expression):
         return None
-    return Sum((left.tree, Negative((right.tree,))))
+    return left.tree - right.tree
 
 
 def linear_root(tree: Tree, name: str, values: Mapping[str, Tree]) -> tuple[Fraction, Fraction] | None:
     """Zero and slope of an expression in one of its symbols, with values for the others, if at 0, 1 and 2 it
     is linear and not constant."""
-    points = [substitute(tree, {**values, name: Number(Fraction(point))}) for point in (0, 1, 2)]
+    points = [substitute(tree, {**values, name: whole(point)}) for point in (0, 1, 2)]
     at_0, at_1, at_2 = map(rational, points)
     if at_0 is None or at_1 is None or at_2 is None or at_2 - at_1 != at_1 - at_0 or at_0 == at_1:
         return None
@@ -221,7 +220,7 @@ def _solve(relation: Relation) -> list[Interval] | None:
     left, right = relation.sides
     if not isinstance(left, Expression) or not isinstance(right, Expression):
         return None
-    difference = Sum((left.tree, Negative((right.tree,))))
+    difference = left.tree - right.tree
     if len(difference.symbols) != 1 or left.ambiguous or right.ambiguous:
         return None
     name = min(difference.symbols)

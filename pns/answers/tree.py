@@ -9,7 +9,25 @@ from functools import cached_property
 
 
 class Tree:
-    """An expression."""
+    """An expression. Operators make larger ones: `x + y` is a `Sum`."""
+
+    def __add__(self, other: Tree) -> Tree:
+        return Sum((self, other))
+
+    def __sub__(self, other: Tree) -> Tree:
+        return self + -other
+
+    def __mul__(self, other: Tree) -> Tree:
+        return Product((self, other))
+
+    def __truediv__(self, other: Tree) -> Tree:
+        return Quotient((self, other))
+
+    def __pow__(self, other: Tree) -> Tree:
+        return Power((self, other))
+
+    def __neg__(self) -> Tree:
+        return Negative((self,))
 
     @cached_property
     def symbols(self) -> frozenset[str]:
@@ -98,9 +116,13 @@ class Series(Operation):
         return low.symbols | high.symbols | (term.symbols - {self.variable})
 
 
-ZERO, ONE, TEN = (Number(Fraction(value)) for value in (0, 1, 10))
+def whole(value: int) -> Number:
+    return Number(Fraction(value))
+
+
+ZERO, ONE, TEN = map(whole, (0, 1, 10))
 INFINITY = Constant("inf")
-MINUS_INFINITY = Negative((INFINITY,))
+MINUS_INFINITY = -INFINITY
 LOG_BASE = "log base"  # the symbol that stands for ln b, where b is the base that a logarithm leaves open
 
 
@@ -224,6 +246,6 @@ def _with_sign(answer: Answer, sign: int) -> Answer:
     def signed(tree: Tree) -> Tree:
         if not isinstance(tree, PlusMinus):
             return tree
-        return tree.parts[0] if tree.sign == sign else Negative(tree.parts)
+        return tree.parts[0] if tree.sign == sign else -tree.parts[0]
 
     return replace(answer, tree=rebuild(answer.tree, signed))
