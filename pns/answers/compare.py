@@ -230,9 +230,9 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
     if a.unit and b.unit:
         size_x, dimensions_x, is_known_x = unit_size(a.unit)
         size_y, dimensions_y, is_known_y = unit_size(b.unit)
-        if dimensions_x != dimensions_y and is_known_x and is_known_y:
-            return Finding(False, f"different units: {a.unit} and {b.unit}")
         if dimensions_x != dimensions_y:
+            if is_known_x and is_known_y:
+                return Finding(False, f"different units: {a.unit} and {b.unit}")
             return _undecided(f"units that are not known to be the same: {a.unit} and {b.unit}")
         x, y = x * Number(size_x), y * Number(size_y)
     same = basis.same(x, y)
@@ -248,12 +248,12 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         angles = (x * _DEGREE, y) if a.degrees else (x, y * _DEGREE)
         if basis.same(*angles):
             return Finding(True, "equal as angles")
-    if not x.symbols and not y.symbols:
-        if same is None:
-            return _undecided("numbers of which neither equality nor difference is proved")
-        return _compare_numbers(basis, a, b, x, y)
+    are_numbers = not x.symbols and not y.symbols
     if same is None:
-        return _undecided("expressions of which neither equality nor difference is proved")
+        kind = "numbers" if are_numbers else "expressions"
+        return _undecided(f"{kind} of which neither equality nor difference is proved")
+    if are_numbers:
+        return _compare_numbers(basis, a, b, x, y)
     if is_ambiguous:
         return _TWO_READINGS
     for number, other in ((x, y), (y, x)):

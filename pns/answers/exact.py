@@ -407,21 +407,18 @@ def _residue_of_factorial(value: Fraction, prime: int, budget: Budget) -> int:
     return residue
 
 
-class _Contexts(threading.local):
-    def __init__(self) -> None:
-        self.by_digits: dict[int, Any] = {}
-
-
-_contexts = _Contexts()
+_contexts = threading.local()
 
 
 def _context(digits: int) -> Any:
     """mpmath's own state of precision, one per thread; its `huge` says whether a value of the last evaluation
     was beyond 120 bits."""
-    context = _contexts.by_digits.get(digits)
+    name = f"of_{digits}_digits"
+    context = getattr(_contexts, name, None)
     if context is None:
-        context = _contexts.by_digits[digits] = mpmath.MPContext()
+        context = mpmath.MPContext()
         context.dps = digits + 15
+        setattr(_contexts, name, context)
     context.huge = False
     return context
 

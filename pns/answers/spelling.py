@@ -40,10 +40,8 @@ GREEK = frozenset(_GREEK.split())
 _SHORT_WORDS = """and or the of for are is not per yes no odd red one two six ten all any day man men cup
 pig cow hen pen dog cat egg box way km sq pct"""
 SHORT_WORDS = frozenset(_SHORT_WORDS.split())  # of under four letters, that are no product of variables
-_NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-)
+_NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen twenty"""
 NUMBER_WORDS = {word: value for value, word in enumerate(_NUMBER_WORDS.split())}
 
 

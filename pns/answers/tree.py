@@ -65,28 +65,22 @@ class Operation(Tree):
         return frozenset().union(*[part.symbols for part in self.parts])
 
 
-class Sum(Operation):
-    pass
+class Sum(Operation): ...
 
 
-class Product(Operation):
-    pass
+class Product(Operation): ...
 
 
-class Negative(Operation):
-    """Of its one part."""
+class Negative(Operation): ...  # of its one part
 
 
-class Quotient(Operation):
-    """Numerator, denominator."""
+class Quotient(Operation): ...  # numerator, denominator
 
 
-class Power(Operation):
-    """Base, exponent."""
+class Power(Operation): ...  # base, exponent
 
 
-class Root(Operation):
-    """Radicand, degree."""
+class Root(Operation): ...  # radicand, degree
 
 
 @dataclass(frozen=True)
