@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -30,7 +30,6 @@ from pns.answers.tree import (
     Constant,
     Negative,
     Number,
-    Operation,
     Power,
     Product,
     Quotient,
@@ -46,6 +45,7 @@ from pns.answers.tree import (
 
 _MAX_BITS = 60_000  # of the numerator and the denominator of an exact value
 _MAX_FACTORIAL = 5000
+_MAX_RESIDUE_FACTORIAL = 200_000
 _MAX_TERMS = 20_000  # of a sum or product
 _MAX_MAGNITUDE = 1 << 30  # binary exponent of a numeric value, either way
 _MAX_ARGUMENT = 200  # binary exponent of the argument of a transcendental function
@@ -59,7 +59,6 @@ _POSITIVE_POINTS, _NEGATIVE_POINTS = 3, 2
 _LOG_BASES = (ONE, Call((TEN,), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
 
 Point = dict[str, Fraction]
-_Evaluate = Callable[[Tree, Point], Any]
 
 
 class Undecided(Exception):
@@ -93,23 +92,24 @@ def same_value(a: Tree, b: Tree, budget: Budget) -> bool | None:
         if not names:
             return _same_number(a, b, budget)
         return _same_function(a, b, sorted(names), budget)
-    except (Undecided, RecursionError):
+    except (Undecided, ZeroDivisionError, RecursionError):
         return None
 
 
 def rational(tree: Tree) -> Fraction | None:
     """The exact value of a rational number; None for anything else."""
     try:
-        return _exact(tree, {}, Budget())
-    except (Undecided, RecursionError):
+        value: Fraction = _Exact(Budget(), {}).value(tree)
+    except (Undecided, ZeroDivisionError, RecursionError):
         return None
+    return value
 
 
 def approximate(tree: Tree) -> Fraction | None:
     """The value of a real number to 50 digits; None where it is not real, has no value, or one too large or
     small to be written as a fraction."""
     try:
-        value = _numeric(tree, {}, Budget(), _context(_DIGITS))
+        value = _Numeric(Budget(), {}, _DIGITS).value(tree)
     except (Undecided, RecursionError):
         return None
     if isinstance(value, value.context.mpc):
@@ -140,14 +140,11 @@ def _same_infinite(a: Tree, b: Tree) -> bool | None:
 
 
 def _same_number(a: Tree, b: Tree, budget: Budget) -> bool | None:
-    try:
-        return _exact(a, {}, budget) == _exact(b, {}, budget)
-    except Undecided:
-        pass
-    same = _same_at({}, a, b, budget)
+    same = _same_exactly({}, a, b, budget)
     if same is not None:
         return same
-    residues = [(_residue(a, prime, budget), _residue(b, prime, budget)) for prime in _PRIMES]
+    moduli = [_Residue(budget, prime) for prime in _PRIMES]
+    residues = [(modulus.value(a), modulus.value(b)) for modulus in moduli]
     return all(x == y for x, y in residues)
 
 
@@ -203,9 +200,10 @@ def _renamed(a: Tree, b: Tree, points: list[Point], budget: Budget) -> bool:
 
 
 def _same_exactly(point: Point, a: Tree, b: Tree, budget: Budget) -> bool | None:
+    exact = _Exact(budget, point)
     try:
-        return _exact(a, point, budget) == _exact(b, point, budget)
-    except Undecided:
+        return bool(exact.value(a) == exact.value(b))
+    except (Undecided, ZeroDivisionError):
         return _same_at(point, a, b, budget)
 
 
@@ -213,90 +211,162 @@ def _same_at(point: Point, a: Tree, b: Tree, budget: Budget, only_real: bool = F
     """Compare numerically at one point, with 50 and with 100 digits; `only_real`: undecided where a value is
     not real."""
     differences = []
-    size: Any = 0
-    is_huge = False
     for digits in (_DIGITS, 2 * _DIGITS):
-        context = _context(digits)
+        numeric = _Numeric(budget, point, digits)
         try:
-            x, y = (_numeric(tree, point, budget, context) for tree in (a, b))
+            x, y = numeric.value(a), numeric.value(b)
         except Undecided:
             return None
-        if only_real and any(isinstance(value, context.mpc) for value in (x, y)):
+        if only_real and any(isinstance(value, numeric.mp.mpc) for value in (x, y)):
             return None
         differences.append(abs(x - y))
-        size = max(abs(x), abs(y))
-        is_huge |= context.huge
     coarse, fine = differences
-    ten = _context(2 * _DIGITS).mpf(10)
+    size, ten = max(abs(x), abs(y)), numeric.mp.mpf(10)
     is_vanishing = fine < coarse * ten ** (-_DIGITS // 2) and fine < ten**-_DIGITS
     if fine == 0 or is_vanishing or fine < size * ten**-_DIGITS:
-        return None if is_huge else True
+        return None if numeric.is_huge else True
     return False if abs(coarse - fine) < fine * ten**-6 else None
 
 
-def _exact(tree: Tree, point: Point, budget: Budget) -> Fraction:
-    budget.spend()
-    match tree:
-        case Number(value):
-            return _bounded(value, budget)
-        case Symbol(name):
-            return _bounded(_value(name, point), budget)
-        case Sum(terms):
-            total = Fraction(0)
-            for term in terms:
-                total = _bounded(total + _exact(term, point, budget), budget)
-            return total
-        case Product(factors):
-            total = Fraction(1)
-            for factor in factors:
-                total = _bounded(total * _exact(factor, point, budget), budget)
-            return total
-        case Series(_, kind):
-            values = _terms(tree, point, budget, lambda term, inner: _exact(term, inner, budget))
-            total = Fraction(kind == "prod")
-            for value in values:
-                total = _bounded(total + value if kind == "sum" else total * value, budget)
-            return total
-        case Operation(parts):
-            return _exact_operation(tree, [_exact(part, point, budget) for part in parts], budget)
-    raise Undecided
+class _Arithmetic:
+    """Values of expressions at a point, in one kind of numbers. What has no value raises Undecided, or
+    ZeroDivisionError."""
+
+    cost = 1  # of a node, in operations
+
+    def __init__(self, budget: Budget, point: Point) -> None:
+        self.budget = budget
+        self.point = point
+
+    def value(self, tree: Tree) -> Any:
+        self.budget.spend(self.cost)
+        match tree:
+            case Number(value):
+                return self.number(value)
+            case Symbol(name) if name in self.point:
+                return self.number(self.point[name])
+            case Sum(terms):
+                return self.total(map(self.value, terms))
+            case Product(factors):
+                return self.product(map(self.value, factors))
+            case Negative((part,)):
+                return self.checked(-self.value(part))
+            case Quotient((numerator, denominator)):
+                return self.divide(self.value(numerator), self.value(denominator))
+            case Power((base, exponent)):
+                return self.power(self.value(base), self.argument(exponent))
+            case Root((radicand, degree)):
+                return self.power(self.value(radicand), 1 / self.argument(degree))
+            case Call(parts, name):
+                return self.call(name, [self.argument(part) for part in parts])
+            case Series(_, kind):
+                values = self.terms(tree)
+                return self.total(values) if kind == "sum" else self.product(values)
+            case Constant(name):
+                return self.constant(name)
+        raise Undecided
+
+    def total(self, values: Iterable[Any]) -> Any:
+        total = self.number(Fraction(0))
+        for value in values:
+            total = self.checked(total + value)
+        return total
+
+    def product(self, values: Iterable[Any]) -> Any:
+        product = self.number(Fraction(1))
+        for value in values:
+            product = self.checked(product * value)
+        return product
+
+    def terms(self, series: Series) -> Iterator[Any]:
+        """The values of the terms of a series, one by one."""
+        low, high, term = series.parts
+        exact, outer = _Exact(self.budget, self.point), self.point
+        first, last = exact.value(low), exact.value(high)
+        if first.denominator != 1 or last.denominator != 1 or last - first > _MAX_TERMS:
+            raise Undecided
+        for index in range(int(first), int(last) + 1):
+            self.point = {**outer, series.variable: Fraction(index)}
+            value = self.value(term)
+            self.point = outer
+            yield value
+
+    def number(self, value: Fraction) -> Any:
+        raise NotImplementedError
+
+    def constant(self, name: str) -> Any:
+        raise Undecided
+
+    def checked(self, value: Any) -> Any:
+        """A result, if it is within the limits."""
+        return value
+
+    def divide(self, numerator: Any, denominator: Any) -> Any:
+        return self.checked(numerator / denominator)
+
+    def argument(self, tree: Tree) -> Any:
+        """The value of an exponent, or of what a function is applied to."""
+        return self.value(tree)
+
+    def power(self, base: Any, exponent: Any) -> Any:
+        raise NotImplementedError
+
+    def call(self, name: str, values: list[Any]) -> Any:
+        raise NotImplementedError
 
 
-def _exact_operation(tree: Operation, values: list[Fraction], budget: Budget) -> Fraction:
-    match tree:
-        case Negative():
-            return -values[0]
-        case Quotient():
-            numerator, denominator = values
-            if denominator == 0:
+class _Exact(_Arithmetic):
+    """Rational numbers."""
+
+    def number(self, value: Fraction) -> Fraction:
+        return self.checked(value)
+
+    def checked(self, value: Fraction) -> Fraction:
+        bits = _bits(value)
+        if bits > _MAX_BITS:
+            raise Undecided
+        self.budget.spend(bits // 256)
+        return value
+
+    def power(self, base: Fraction, exponent: Fraction) -> Fraction:
+        if exponent.denominator != 1:
+            if base < 0 or exponent.denominator > 1000:
                 raise Undecided
-            return _bounded(numerator / denominator, budget)
-        case Power():
-            return _exact_power(values[0], values[1], budget)
-        case Root():
-            radicand, degree = values
-            if degree == 0:
-                raise Undecided
-            return _exact_power(radicand, 1 / degree, budget)
-        case Call(_, name):
-            return _exact_function(name, values, budget)
-    raise Undecided
-
-
-def _exact_power(base: Fraction, exponent: Fraction, budget: Budget) -> Fraction:
-    if exponent.denominator == 1:
-        power = int(exponent)
+            roots = [_whole_root(part, exponent.denominator) for part in base.as_integer_ratio()]
+            base = Fraction(*roots)
+        power = exponent.numerator
         if power <= 0 and base == 0:
             raise Undecided
         if abs(base) in (0, 1):
             return base if power % 2 else abs(base)
         if abs(power) * _bits(base) > _MAX_BITS:
             raise Undecided
-        return _bounded(base**power, budget)
-    if base < 0 or exponent.denominator > 1000:
-        raise Undecided
-    roots = [_whole_root(part, exponent.denominator) for part in base.as_integer_ratio()]
-    return _exact_power(Fraction(*roots), Fraction(exponent.numerator), budget)
+        return self.checked(base**power)
+
+    def call(self, name: str, values: list[Fraction]) -> Fraction:
+        value = values[0]
+        if name == "abs":
+            return abs(value)
+        if name in ("floor", "ceil"):
+            return Fraction(math.floor(value) if name == "floor" else math.ceil(value))
+        if name == "ln" and value == 1:
+            return Fraction(0)
+        is_whole = all(value.denominator == 1 for value in values)
+        if name == "factorial" and is_whole and 0 <= value <= _MAX_FACTORIAL:
+            self.budget.spend(int(value) // 8)
+            return Fraction(math.factorial(int(value)))
+        if name != "binomial" or not is_whole:
+            raise Undecided
+        top, chosen = map(int, values)
+        work = max(0, min(chosen, top - chosen))
+        if not 0 <= top <= 10**6 or chosen < 0 or work > _MAX_FACTORIAL:
+            raise Undecided
+        self.budget.spend(work // 4)
+        return self.checked(Fraction(math.comb(top, chosen)))
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
 def _whole_root(value: int, degree: int) -> int:
@@ -313,193 +383,118 @@ def _whole_root(value: int, degree: int) -> int:
     return root
 
 
-def _exact_function(name: str, values: list[Fraction], budget: Budget) -> Fraction:
-    value = values[0]
-    if name == "abs":
-        return abs(value)
-    if name in ("floor", "ceil"):
-        return Fraction(math.floor(value) if name == "floor" else math.ceil(value))
-    if name == "ln" and value == 1:
-        return Fraction(0)
-    is_whole = all(value.denominator == 1 for value in values)
-    if name == "factorial" and is_whole and 0 <= value <= _MAX_FACTORIAL:
-        budget.spend(int(value) // 8)
-        return Fraction(math.factorial(int(value)))
-    if name != "binomial" or not is_whole:
+class _Residue(_Arithmetic):
+    """Rational numbers modulo a prime, for values too large to compute."""
+
+    def __init__(self, budget: Budget, prime: int) -> None:
+        super().__init__(budget, {})
+        self.prime = prime
+
+    def number(self, value: Fraction) -> int:
+        return self.divide(value.numerator, value.denominator)
+
+    def checked(self, value: int) -> int:
+        return value % self.prime
+
+    def divide(self, numerator: int, denominator: int) -> int:
+        if denominator % self.prime == 0:
+            raise Undecided
+        return numerator * pow(denominator, -1, self.prime) % self.prime
+
+    def terms(self, series: Series) -> Iterator[int]:
         raise Undecided
-    top, chosen = map(int, values)
-    if not 0 <= top <= 10**6 or chosen < 0:
-        raise Undecided
-    work = max(0, min(chosen, top - chosen))
-    if work > _MAX_FACTORIAL:
-        raise Undecided
-    budget.spend(work // 4)
-    return _bounded(Fraction(math.comb(top, chosen)), budget)
 
+    def argument(self, tree: Tree) -> Fraction:
+        value: Fraction = _Exact(self.budget, self.point).value(tree)
+        return value
 
-def _bits(value: Fraction) -> int:
-    return max(value.numerator.bit_length(), value.denominator.bit_length())
+    def power(self, base: int, exponent: Fraction) -> int:
+        if exponent.denominator != 1 or not base:
+            raise Undecided
+        return pow(base, int(exponent) % (self.prime - 1), self.prime)
 
-
-def _bounded(value: Fraction, budget: Budget) -> Fraction:
-    bits = _bits(value)
-    if bits > _MAX_BITS:
-        raise Undecided
-    budget.spend(bits // 256)
-    return value
-
-
-def _value(name: str, point: Point) -> Fraction:
-    if name not in point:
-        raise Undecided
-    return point[name]
-
-
-def _terms(series: Series, point: Point, budget: Budget, evaluate: _Evaluate) -> Iterator[Any]:
-    """The values of the terms of a series, one by one."""
-    low, high, term = series.parts
-    first, last = (_exact(limit, point, budget) for limit in (low, high))
-    if first.denominator != 1 or last.denominator != 1 or last - first > _MAX_TERMS:
-        raise Undecided
-    for index in range(int(first), int(last) + 1):
-        yield evaluate(term, {**point, series.variable: Fraction(index)})
-
-
-def _residue(tree: Tree, prime: int, budget: Budget) -> int:
-    """The value of a rational number modulo a prime, for values too large to compute."""
-    budget.spend()
-    match tree:
-        case Number(value):
-            return value.numerator * _inverse(value.denominator, prime) % prime
-        case Sum(terms):
-            return sum(_residue(term, prime, budget) for term in terms) % prime
-        case Product(factors):
-            return math.prod(_residue(factor, prime, budget) for factor in factors) % prime
-        case Negative((part,)):
-            return -_residue(part, prime, budget) % prime
-        case Quotient((numerator, denominator)):
-            inverse = _inverse(_residue(denominator, prime, budget), prime)
-            return _residue(numerator, prime, budget) * inverse % prime
-        case Power((base, exponent)):
-            power = _exact(exponent, {}, budget)
-            residue = _residue(base, prime, budget)
-            if power.denominator != 1 or not residue:
-                raise Undecided
-            return pow(residue, int(power) % (prime - 1), prime)
-        case Call((part,), "factorial"):
-            return _residue_of_factorial(_exact(part, {}, budget), prime, budget)
-    raise Undecided
-
-
-def _inverse(value: int, prime: int) -> int:
-    if value % prime == 0:
-        raise Undecided
-    return pow(value, -1, prime)
-
-
-def _residue_of_factorial(value: Fraction, prime: int, budget: Budget) -> int:
-    if value.denominator != 1 or not 0 <= value <= 200_000:
-        raise Undecided
-    budget.spend(int(value) // 20)
-    residue = 1
-    for factor in range(2, int(value) + 1):
-        residue = residue * factor % prime
-    return residue
+    def call(self, name: str, values: list[Fraction]) -> int:
+        value = values[0]
+        if name != "factorial" or value.denominator != 1 or not 0 <= value <= _MAX_RESIDUE_FACTORIAL:
+            raise Undecided
+        self.budget.spend(int(value) // 20)
+        residue = 1
+        for factor in range(2, int(value) + 1):
+            residue = residue * factor % self.prime
+        return residue
 
 
 _contexts = threading.local()
 
 
 def _context(digits: int) -> Any:
-    """mpmath's own state of precision, one per thread; its `huge` says whether a value of the last evaluation
-    was beyond 120 bits."""
+    """mpmath's own state of precision, one per thread."""
     name = f"of_{digits}_digits"
     context = getattr(_contexts, name, None)
     if context is None:
         context = mpmath.MPContext()
         context.dps = digits + 15
         setattr(_contexts, name, context)
-    context.huge = False
     return context
 
 
-def _numeric(tree: Tree, point: Point, budget: Budget, mp: Any) -> Any:
-    budget.spend(8)
-    try:
-        value = _numeric_node(tree, point, budget, mp)
-    except (ValueError, ArithmeticError, TypeError, NotImplementedError):
-        raise Undecided from None  # outside the domain, a pole, no convergence
-    if isinstance(value, mp.mpc) and abs(value.imag) <= abs(value.real) * mp.mpf(10) ** (-mp.dps + 10):
-        value = value.real
-    if not mp.isfinite(value):
-        raise Undecided
-    magnitude = mp.mag(value) if value else 0
-    if abs(magnitude) > _MAX_MAGNITUDE:
-        raise Undecided
-    if magnitude > _HUGE_BITS:
-        mp.huge = True
-    return value
+class _Numeric(_Arithmetic):
+    """Real and complex numbers of mpmath; `is_huge` once a value was beyond 120 bits."""
 
+    cost = 8
 
-def _numeric_node(tree: Tree, point: Point, budget: Budget, mp: Any) -> Any:
-    match tree:
-        case Number(value):
-            return mp.mpf(value.numerator) / value.denominator
-        case Symbol(name):
-            value = _value(name, point)
-            return mp.mpf(value.numerator) / value.denominator
-        case Constant("pi" | "e" as name):
-            return +getattr(mp, name)
-        case Constant("i"):
-            return mp.mpc(0, 1)
-        case Series(_, kind):
-            terms = _terms(tree, point, budget, lambda term, inner: _numeric(term, inner, budget, mp))
-            return sum(terms, mp.zero) if kind == "sum" else math.prod(terms, start=mp.one)
-        case Operation(parts):
-            return _numeric_operation(tree, [_numeric(part, point, budget, mp) for part in parts], mp)
-    raise Undecided
+    def __init__(self, budget: Budget, point: Point, digits: int) -> None:
+        super().__init__(budget, point)
+        self.mp = _context(digits)
+        self.is_huge = False
 
-
-def _numeric_operation(tree: Operation, values: list[Any], mp: Any) -> Any:
-    match tree:
-        case Sum():
-            return sum(values)
-        case Product():
-            return math.prod(values[1:], start=values[0])
-        case Negative():
-            return -values[0]
-        case Quotient():
-            return values[0] / values[1]
-        case Power():
-            return _numeric_power(values[0], values[1], mp)
-        case Root():
-            return _numeric_power(values[0], 1 / values[1], mp)
-        case Call(_, name):
-            return _numeric_function(name, values, mp)
-    raise Undecided
-
-
-def _numeric_power(base: Any, exponent: Any, mp: Any) -> Any:
-    if base == 0:
-        if mp.re(exponent) <= 0:
+    def value(self, tree: Tree) -> Any:
+        mp = self.mp
+        try:
+            value = super().value(tree)
+        except (ValueError, ArithmeticError, TypeError, NotImplementedError):
+            raise Undecided from None  # outside the domain, a pole, no convergence
+        if isinstance(value, mp.mpc) and abs(value.imag) <= abs(value.real) * mp.mpf(10) ** (-mp.dps + 10):
+            value = value.real
+        if not mp.isfinite(value):
             raise Undecided
-        return base * 0
-    size = abs(mp.mag(base)) + 1
-    if exponent and mp.mag(exponent) + size.bit_length() > 30:
-        raise Undecided
-    return base**exponent
-
-
-def _numeric_function(name: str, values: list[Any], mp: Any) -> Any:
-    value = values[0]
-    if name == "abs":
-        return abs(value)
-    if name != "ln" and any(value and mp.mag(value) > _MAX_ARGUMENT for value in values):
-        raise Undecided
-    if name in ("floor", "ceil"):
-        if isinstance(value, mp.mpc):
+        magnitude = mp.mag(value) if value else 0
+        if abs(magnitude) > _MAX_MAGNITUDE:
             raise Undecided
-        distance = abs(value - mp.nint(value))
-        if distance and distance < mp.mpf(10) ** (-mp.dps // 2):  # on an edge
+        self.is_huge |= magnitude > _HUGE_BITS
+        return value
+
+    def number(self, value: Fraction) -> Any:
+        return self.mp.mpf(value.numerator) / value.denominator
+
+    def constant(self, name: str) -> Any:
+        if name == "i":
+            return self.mp.mpc(0, 1)
+        if name not in ("pi", "e"):
             raise Undecided
-    return getattr(mp, name)(*values)
+        return +getattr(self.mp, name)
+
+    def power(self, base: Any, exponent: Any) -> Any:
+        mp = self.mp
+        if base == 0:
+            if mp.re(exponent) <= 0:
+                raise Undecided
+            return base * 0
+        size = abs(mp.mag(base)) + 1
+        if exponent and mp.mag(exponent) + size.bit_length() > 30:
+            raise Undecided
+        return base**exponent
+
+    def call(self, name: str, values: list[Any]) -> Any:
+        mp, value = self.mp, values[0]
+        if name == "abs":
+            return abs(value)
+        if name != "ln" and any(value and mp.mag(value) > _MAX_ARGUMENT for value in values):
+            raise Undecided
+        if name in ("floor", "ceil"):
+            if isinstance(value, mp.mpc):
+                raise Undecided
+            distance = abs(value - mp.nint(value))
+            if distance and distance < mp.mpf(10) ** (-mp.dps // 2):  # on an edge
+                raise Undecided
+        return getattr(mp, name)(*values)
