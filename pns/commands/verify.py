@@ -9,7 +9,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any, TextIO
 
-from pns.answers.compare import extract_answer
+from pns.answers.extract import extract_answer
 from pns.errors import UserError
 from pns.files import json_lines
 from pns.records import AnswerRule
@@ -24,7 +24,7 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
     A case is a JSON object with the strings `gold` and `prediction`, and may have `unordered` (true: a list
     whose order does not count), `tolerance` (a number, absolute) and `unit` (of numbers that state none). The
     prediction is a whole completion, whose last box is the answer, or a bare answer
-    (`pns.answers.compare.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
+    (`pns.answers.extract.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
     `verdict` (correct, wrong, unverified), `extracted` (null: no final answer, which is unverified), `reason`
     and `seconds` (a worker's time). Raises UserError with the line's number for input of another form; `out`
     then holds verdicts of lines before it.

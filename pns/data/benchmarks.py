@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pns.answers.compare import boxed_span
+from pns.answers.extract import boxed_span
 from pns.config import Config, Decoding
 from pns.errors import UserError
 
