@@ -23,7 +23,7 @@ from pns.run.place import Place
 
 # Keys of the configuration that decide results through a role, whatever stage uses it.
 ROLE_KEYS = {
-    "rollout": ("rollout.max_new_tokens",),
+    "rollout": ("rollout.max_new_tokens", "rollout.engine"),  # each engine draws in its own way
     "verifier": ("reward.verify_seconds",),
     "policy": ("policy.dtype", "policy.lora"),
 }
