@@ -157,7 +157,7 @@ def check_config(config: Config, samples: bool) -> None:
 def check_loss(settings: PreferenceConfig) -> None:
     """The loss is in the table, and what is set is what it reads."""
     if settings.loss not in PREFERENCE_LOSSES:
-        hint = did_you_mean(settings.loss, PREFERENCE_LOSSES) or f"; there are {', '.join(PREFERENCE_LOSSES)}"
+        hint = f"{did_you_mean(settings.loss, PREFERENCE_LOSSES)}; there are {', '.join(PREFERENCE_LOSSES)}"
         raise UserError(f"preference.loss: {settings.loss!r} is not the name of a loss{hint}")
     reads = PREFERENCE_LOSSES[settings.loss].defaults
     for name in sorted({key for entry in PREFERENCE_LOSSES.values() for key in entry.defaults}):

@@ -11,20 +11,18 @@ import pytest
 from omegaconf import OmegaConf
 
 from pns.config import (
-    LOSS_DEFAULTS,
     STAGES,
     Config,
     Decoding,
     PreferenceConfig,
-    PreferenceLoss,
     RewardTerm,
     hyper_parameters,
-    reference_free,
     stages,
     to_dict,
 )
 from pns.errors import UserError
 from pns.fields import FINITE, Range, above, at_least, below, between, check_ranges, up_to, walk_keys
+from pns.preference_losses import PREFERENCE_LOSSES
 from pns.tiny.settings import WarmStart
 
 # `per_suite` is empty by default: one suite, so that the walk meets what a suite's section has.
@@ -115,10 +113,11 @@ def test_stages_are_named_like_their_sections() -> None:
 
 
 def test_every_loss_has_its_own_defaults_and_keeps_what_is_set() -> None:
-    for loss, defaults in LOSS_DEFAULTS.items():
+    for loss, entry in PREFERENCE_LOSSES.items():
+        defaults = dict(entry.defaults)
         assert hyper_parameters(PreferenceConfig(loss)) == defaults
         for name in defaults:
             settings = PreferenceConfig(loss, **{name: 0.25})
             assert hyper_parameters(settings) == defaults | {name: 0.25}
-    assert set(LOSS_DEFAULTS) == set(PreferenceLoss)
-    assert [loss.value for loss in PreferenceLoss if reference_free(loss)] == ["simpo", "orpo"]
+    reference_free = [loss for loss, entry in PREFERENCE_LOSSES.items() if not entry.needs_reference]
+    assert reference_free == ["simpo", "orpo"]

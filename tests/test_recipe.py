@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pns.config import LOSS_DEFAULTS, Config, Dtype, to_dict
+from pns.config import Config, Dtype, to_dict
 from pns.errors import UserError
+from pns.preference_losses import PREFERENCE_LOSSES
 from pns.recipe import load, merge_layers, override_layer, resolve_path
 from pns.tiny.settings import Architecture, WarmStart, check_settings
 
@@ -183,8 +184,9 @@ def test_hyper_parameters_of_losses_have_ranges(
 
 
 def test_hyper_parameters_are_filled_in(recipe: Path) -> None:
-    for loss, defaults in LOSS_DEFAULTS.items():
-        settings = load(recipe, [f"preference.loss={loss.value}"]).preference
+    for loss, entry in PREFERENCE_LOSSES.items():
+        defaults = dict(entry.defaults)
+        settings = load(recipe, [f"preference.loss={loss}"]).preference
         assert {name: getattr(settings, name) for name in defaults} == defaults
 
 

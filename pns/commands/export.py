@@ -21,7 +21,9 @@ from pns.data.preference import canonical_line, data_hash, pair_rows, read_pairs
 from pns.errors import UserError
 from pns.files import PARTIAL, read_json, read_jsonl
 from pns.preflight import HUB_ID
+from pns.run.page import linked_places
 from pns.run.report import build_report, interval
+from pns.run.tracking import METRICS
 
 PAPER = "arXiv:2602.03516"
 _TAGS = ["preference", "dpo", "reasoning", "pns", PAPER.lower()]
@@ -78,7 +80,8 @@ def export(run_path: Path, out: Path, pairs: bool = True, model: bool = True) ->
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory; choose another, or remove it")
     run = _open(run_path)
-    if out.is_relative_to(run_path.resolve()):
+    own = [run_path.resolve(), *linked_places(run_path).values()]
+    if any(out.is_relative_to(directory) for directory in own):
         raise UserError(f"{out} is inside the run directory {run_path}; choose a place outside")
     if model:
         run.finished("preference")
@@ -176,8 +179,8 @@ def _write_model(run: _Run, directory: Path, sha256: str) -> None:
     values = {
         "manifest": manifest,
         "scores": _scores(run, report),
-        "settings": _settings(manifest, "preference."),
-        **_first_and_last_metrics(run.path / "metrics.jsonl"),
+        "settings": _settings({"preference": manifest["settings"]["preference"]}),
+        **_first_and_last_metrics(run.path / "preference" / METRICS),
     }
     readme = directory / "README.md"
     readme.unlink(missing_ok=True)  # it may be a link to the run's own file
@@ -225,10 +228,8 @@ def _card(
 
 def _hub_base(run: _Run) -> str | None:
     """The backbone's Hub id; None where it was a directory."""
-    manifests = [read_json(path) for path in run.path.glob("*/manifest.json")]
-    local = any("models.backbone" in manifest["files"] for manifest in manifests)
-    backbone = run.config.models.backbone
-    return backbone if HUB_ID.fullmatch(backbone) and not local else None
+    backbone = run.config.models.backbone  # a directory's path is absolute
+    return backbone if HUB_ID.fullmatch(backbone) else None
 
 
 def _scores(run: _Run, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,21 +242,19 @@ def _scores(run: _Run, report: Mapping[str, Any]) -> dict[str, Any]:
     for suite, scores in suites.items():
         sizes = dict.fromkeys(str(score["n"]) for score in scores.values())
         rows.append([suite, *(interval(scores.get(model)) for model in models), ", ".join(sizes)])
-    settings = _settings(manifest, "evaluate.")
+    settings = _settings({"evaluate": to_dict(run.config)["evaluate"]})
     asked = {key: value for key, value in settings.items() if "generator" not in key}
     return {"head": ["suite", *models, "n"], "rows": rows, "settings": asked}
 
 
-def _settings(manifest: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """The keys of a section a stage was made with, but those that were left empty."""
-    settings = manifest["config"].items()
-    return {key: value for key, value in settings if key.startswith(section) and value not in (None, "")}
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of nested settings, but those that were left empty."""
+    return {key: value for key, value in _leaves(values) if value not in (None, "")}
 
 
 def _first_and_last_metrics(path: Path) -> dict[str, Any]:
     """The preference stage's `steps`, and a row [name, first value, last value] for each of its `metrics`."""
-    rows = read_jsonl(path) if path.is_file() else []
-    steps = [row for row in rows if row["stage"] == "preference"]
+    steps = read_jsonl(path) if path.is_file() else []
     if not steps:
         return {"steps": [], "metrics": []}
     first, last = steps[0]["values"], steps[-1]["values"]

@@ -56,7 +56,9 @@ def build_report(run_path: Path) -> dict[str, Any]:
         report["versions"] = in_order[-1][1]["versions"]
     if (run_path / "run.json").is_file():
         figures = read_json(run_path / "run.json")
-        report |= {key: figures[key] for key in ("wall_seconds", "peak_memory_gib") if figures.get(key) is not None}
+        report |= {
+            key: figures[key] for key in ("wall_seconds", "peak_memory_gib") if figures.get(key) is not None
+        }
     return report
 
 

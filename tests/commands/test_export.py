@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from pns.data.preference import encode_pair, encode_row, load_pairs, read_rows
 from pns.data.prompts import Prompts, load_tokenizer
 from pns.files import write_json, write_jsonl
 from pns.records import PreferencePair, Problem
-from pns.run.directory import RunDirectory
+from pns.run.page import RunPage
+from pns.run.place import Place
+from pns.run.tracking import METRICS
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny" / "qwen2"
 PAIRS = [
@@ -28,43 +32,55 @@ PAIRS = [
 SCORES = {
     suite: {
         model: {"accuracy": accuracy, "low": 0.4, "high": 0.8, "n": 40}
-        for model, accuracy in (("start", 0.5), ("preference", 0.625))
+        for model, accuracy in (("backbone", 0.5), ("result", 0.625))
     }
     for suite in ("chains", "mean")
 }
 QUALITY = {"counts": {"kept": 2}, "auroc_held_out": {"pns": 0.5125}, "one_sidedness": None}
 
 
-def make_run(path: Path, config: Config, evaluated: bool = True) -> RunDirectory:
-    """A finished run: the real directory and records, and a small trained model in the place of the result."""
-    with RunDirectory.open(path, to_dict(config)) as run:
-        with run.stage("rl", ("data", "models", "rl"), ()):
-            run.count("rl", samples=9)
-        if not (config.preference.data.path or config.preference.data.hub):
-            with run.stage("pair", ("data", "pair"), ("rl",)) as directory:
-                write_jsonl(directory / "pairs.jsonl", PAIRS)
-                write_json(directory / "quality.json", QUALITY)
-                run.count("pair", samples=16, no_chosen=3)
-        with run.stage("preference", ("data", "preference"), ("rl", "pair")) as directory:
-            shutil.copytree(MODEL, directory / "model")
-            (directory / "model" / "README.md").write_text("the run's own")
-            problems = {pair.problem_id: Problem(pair.problem_id, pair.prompt, "") for pair in PAIRS}
-            prompts = Prompts(load_tokenizer(str(MODEL)), config.data)
-            write_json(
-                directory / "data.json",
-                load_pairs(config, prompts, problems, run.stage_dir("pair") / "pairs.jsonl").summary(),
-            )
-        if evaluated:
-            with run.stage("evaluate", ("data", "evaluate"), ("preference",)) as directory:
-                write_json(directory / "scores.json", SCORES)
-    rows = [
-        {"stage": "preference", "step": step, "time": 0.0, "values": {"loss": 0.6931 - step / 10}}
-        for step in range(3)
-    ]
-    write_jsonl(
-        path / "metrics.jsonl", [{"stage": "rl", "step": 0, "time": 0.0, "values": {"reward": 0.123}}, *rows]
-    )
-    return run
+def make_run(path: Path, config: Config, evaluated: bool = True) -> Path:
+    """A finished run: a real page and real places, and a small trained model in the place of the result."""
+    with RunPage.open(path) as page:
+        page.begin(config, {})
+    with made_stage(path, "rl") as place:
+        place.count(samples=9)
+        write_jsonl(place.directory / METRICS, [row("rl", 0, {"reward": 0.123})])
+    if not (config.preference.data.path or config.preference.data.hub):
+        with made_stage(path, "pair") as place:
+            write_jsonl(place.directory / "pairs.jsonl", PAIRS)
+            write_json(place.directory / "quality.json", QUALITY)
+            place.count(samples=16, no_chosen=3)
+    with made_stage(path, "preference", {"preference": to_dict(config)["preference"]}) as place:
+        shutil.copytree(MODEL, place.directory / "model")
+        (place.directory / "model" / "README.md").write_text("the run's own")
+        problems = {pair.problem_id: Problem(pair.problem_id, pair.prompt, "") for pair in PAIRS}
+        prompts = Prompts(load_tokenizer(str(MODEL)), config.data)
+        external = config.preference.data.path
+        own_pairs = None if external else path / "pair" / "pairs.jsonl"
+        limits = config.policy.max_tokens_per_micro_batch, config.policy.layout
+        loaded = load_pairs(config.preference, *limits, prompts, problems, own_pairs)
+        write_json(place.directory / "data.json", loaded.summary())
+        steps = [row("preference", step, {"loss": 0.6931 - step / 10}) for step in range(3)]
+        write_jsonl(place.directory / METRICS, steps)
+    if evaluated:
+        with made_stage(path, "evaluate") as place:
+            write_json(place.directory / "scores.json", SCORES)
+    return path
+
+
+def row(stage: str, step: int, values: dict[str, float]) -> dict[str, Any]:
+    return {"stage": stage, "step": step, "time": 0.0, "values": values}
+
+
+@contextmanager
+def made_stage(page: Path, name: str, settings: dict[str, Any] | None = None) -> Iterator[Place]:
+    """A finished stage that the page leads to."""
+    place = Place(page.parent / "stages" / f"{name}-0123")
+    made_from = {"stage": name, "settings": settings or {}, "roles": {}, "seed": 0, "inputs": []}
+    with place.making(made_from):
+        (page / name).symlink_to(place.directory)
+        yield place
 
 
 def settings(**keys: Any) -> Config:
@@ -78,7 +94,7 @@ def settings(**keys: Any) -> Config:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "demo", settings(data=Data(instruction=";")))
 
 
@@ -93,11 +109,11 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return message
 
 
-def test_pairs_load_as_they_are_and_train_the_same(run: RunDirectory, tmp_path: Path) -> None:
+def test_pairs_load_as_they_are_and_train_the_same(run: Path, tmp_path: Path) -> None:
     import datasets
     from huggingface_hub import DatasetCard
 
-    assert export(run.path, tmp_path / "out", "--pairs-only") == 0
+    assert export(run, tmp_path / "out", "--pairs-only") == 0
     out = tmp_path / "out" / "pairs"
     assert sorted(path.name for path in tmp_path.joinpath("out").rglob("*")) == [
         "README.md",
@@ -148,12 +164,12 @@ def test_pairs_load_as_they_are_and_train_the_same(run: RunDirectory, tmp_path: 
     assert "transformers" in card.text  # versions
 
 
-def test_model_loads_as_it_is(run: RunDirectory, tmp_path: Path) -> None:
+def test_model_loads_as_it_is(run: Path, tmp_path: Path) -> None:
     import torch
     from huggingface_hub import ModelCard
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert export(run.path, tmp_path / "out", "--model-only") == 0
+    assert export(run, tmp_path / "out", "--model-only") == 0
     out = tmp_path / "out" / "model"
     assert not (tmp_path / "out" / "pairs").exists()
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
@@ -163,7 +179,7 @@ def test_model_loads_as_it_is(run: RunDirectory, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(MODEL)(ids).logits)
 
-    weights = run.path / "preference" / "model" / "model.safetensors"
+    weights = run / "preference" / "model" / "model.safetensors"
     assert (out / "model.safetensors").samefile(weights)
     assert (weights.parent / "README.md").read_text() == "the run's own"
 
@@ -171,7 +187,7 @@ def test_model_loads_as_it_is(run: RunDirectory, tmp_path: Path) -> None:
     assert card.data.base_model == "owner/base"
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
-    sha256 = json.loads((run.path / "preference" / "data.json").read_text())["sha256"]
+    sha256 = json.loads((run / "preference" / "data.json").read_text())["sha256"]
     for text in (
         sha256,
         "| mean | 50.0 [40.0, 80.0] | 62.5 [40.0, 80.0] | 40 |",
@@ -196,13 +212,13 @@ def test_what_no_stage_wrote_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     shutil.copytree(MODEL, "models/base")
     config = settings()
-    config.models.backbone = "models/base"
+    config.models.backbone = str(tmp_path / "models/base")  # as a recipe's paths are after loading
     run = make_run(tmp_path / "demo", config, evaluated=False)
     (tmp_path / "out").mkdir()  # an empty one is taken
-    assert export(run.path, tmp_path / "out") == 0
+    assert export(run, tmp_path / "out") == 0
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "Scores" not in card
-    assert "base_model" not in card  # a directory, which has the form of a Hub id
+    assert "base_model" not in card  # a directory, no Hub id
     columns = (tmp_path / "out" / "pairs" / "README.md").read_text()
     assert "reverse_rl" not in columns
 
@@ -217,7 +233,7 @@ def test_external_pairs_are_given_as_they_are(tmp_path: Path, capsys: pytest.Cap
     config = settings()
     config.preference.data = PreferenceData(path=str(path), bad_pairs=BadPairs.drop)
     run = make_run(tmp_path / "demo", config)
-    assert export(run.path, tmp_path / "out") == 0
+    assert export(run, tmp_path / "out") == 0
     found = [
         row for _, row in read_rows(PreferenceData(path=str(tmp_path / "out" / "pairs" / "train.parquet")))
     ]
@@ -229,9 +245,9 @@ def test_external_pairs_are_given_as_they_are(tmp_path: Path, capsys: pytest.Cap
     assert f"Pairs from `{path}`" in (tmp_path / "out" / "model" / "README.md").read_text()
 
     write_jsonl(path, rows[:1])
-    assert "is not what stage preference" in fail(capsys, run.path, tmp_path / "out2")
+    assert "is not what stage preference" in fail(capsys, run, tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
-    assert export(run.path, tmp_path / "out2", "--model-only") == 0  # needs the recorded hash only
+    assert export(run, tmp_path / "out2", "--model-only") == 0  # needs the recorded hash only
 
 
 def test_nothing_half_written_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,27 +270,27 @@ def test_nothing_half_written_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     run = make_run(tmp_path / "demo", config)
     (tmp_path / ".partial-out").mkdir()  # of an export that was killed
     before = sorted(tmp_path.iterdir())
-    assert "no common Parquet type" in fail(capsys, run.path, tmp_path / "out")
+    assert "no common Parquet type" in fail(capsys, run, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [name for name in before if name.name != ".partial-out"]
 
 
-def test_wrong_use(run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a run directory" in fail(capsys, tmp_path, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for out in (tmp_path / "full", tmp_path / "full" / "x"):
-        assert "exists and is not an empty directory" in fail(capsys, run.path, out)
-    assert "is inside the run directory" in fail(capsys, run.path, run.path / "preference" / "model" / "out")
+        assert "exists and is not an empty directory" in fail(capsys, run, out)
+    assert "is inside the run directory" in fail(capsys, run, run / "preference" / "model" / "out")
     with pytest.raises(SystemExit) as exited:
-        export(run.path, tmp_path / "out", "--pairs-only", "--model-only")
+        export(run, tmp_path / "out", "--pairs-only", "--model-only")
     assert exited.value.code == 2
     capsys.readouterr()
-    (run.path / "preference" / "manifest.json").unlink()
-    assert "stage preference is not finished" in fail(capsys, run.path, tmp_path / "out")
-    assert export(run.path, tmp_path / "pairs", "--pairs-only") == 0
-    (run.path / "pair" / "manifest.json").unlink()
+    (run / "preference" / "manifest.json").unlink()
+    assert "stage preference is not finished" in fail(capsys, run, tmp_path / "out")
+    assert export(run, tmp_path / "pairs", "--pairs-only") == 0
+    (run / "pair" / "manifest.json").unlink()
     capsys.readouterr()
-    assert "stage pair is not finished" in fail(capsys, run.path, tmp_path / "out", "--pairs-only")
-    (run.path / "config.yaml").write_text("unknown: 1\n")
-    assert "config.yaml: Key 'unknown'" in fail(capsys, run.path, tmp_path / "out")
+    assert "stage pair is not finished" in fail(capsys, run, tmp_path / "out", "--pairs-only")
+    (run / "config.yaml").write_text("unknown: 1\n")
+    assert "config.yaml: Key 'unknown'" in fail(capsys, run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

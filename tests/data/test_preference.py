@@ -13,7 +13,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pns import config as configuration
 from pns.config import BadPairs, Config, Data, Layout, PreferenceConfig, PreferenceData
 from pns.data.decontamination import Overlaps
 from pns.data.preference import (

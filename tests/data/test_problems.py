@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pns.answers.compare import extract_boxed, same_answer
+from pns.answers.compare import same_answer
+from pns.answers.extract import extract_boxed
 from pns.config import Config, Data, DataSource, TinyData
 from pns.data.problems import load_problem_sets, read_problems
 

@@ -1,74 +1,84 @@
+"""The report of a run from what its stages wrote."""
+
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from pns.config import Config
 from pns.files import write_json, write_jsonl
-from pns.run.directory import RunDirectory
+from pns.run.page import RunPage
+from pns.run.place import Place
 from pns.run.report import write_report
+from pns.run.tracking import METRICS
 
 SCORES = {
     suite: {
         model: {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "n": 40}
-        for model, accuracy in (("start", 0.5), ("rl", 0.6), ("preference", 0.625))
+        for model, accuracy in (("backbone", 0.5), ("target", 0.6), ("result", 0.625))
     }
     for suite in ("gsm8k", "mean")
 }
 BEFORE = {
     "wrong_rate": 0.4,
     "format_rate": 0.9,
-    "reward_model_mean": 0.3,
-    "judge_mean": 0.5,
+    "plausibility_mean": 0.3,
+    "coherence_mean": 0.5,
     "single_error_share": None,
 }
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    with RunDirectory.open(tmp_path / "r", {"seed": 0}) as run:
-        with run.stage("reverse_rl", (), ()) as directory:
-            write_json(
-                directory / "generator.json", {"before": BEFORE, "after": BEFORE | {"wrong_rate": 0.9}}
-            )
-            run.count("reverse_rl", samples=3)
-        run.record_peak_memory(2.5)
-    rows = [
-        {
-            "stage": "reverse_rl",
-            "step": s,
-            "time": 0.0,
-            "values": {"reward": s / 10, "loss": None if s else 1.0},
-        }
-        for s in range(5)
-    ]
-    write_jsonl(
-        run.path / "metrics.jsonl",
-        [*rows, {"stage": "pair", "step": 0, "time": 0.0, "values": {"pairs": 5.0}}],
-    )
-    return run
+def run(tmp_path: Path) -> Path:
+    """The page of a run that has got to reverse RL."""
+    with RunPage.open(tmp_path / "r") as page:
+        page.begin(Config(), {})
+        page.save(peak_memory_gib=2.5)
+    with made_stage(page.path, "reverse_rl") as place:
+        write_json(
+            place.directory / "generator.json", {"before": BEFORE, "after": BEFORE | {"wrong_rate": 0.9}}
+        )
+        place.count(samples=3)
+        rows = []
+        for step in range(5):
+            values = {"reward": step / 10, "loss": None if step else 1.0}
+            rows.append({"stage": "reverse_rl", "step": step, "time": 0.0, "values": values})
+        write_jsonl(place.directory / METRICS, rows)
+    return page.path
 
 
-def printed(run: RunDirectory) -> str:
+@contextmanager
+def made_stage(page: Path, name: str) -> Iterator[Place]:
+    """A finished stage that the page leads to."""
+    place = Place(page.parent / "stages" / f"{name}-0123")
+    with place.making({"stage": name, "settings": {}, "roles": {}, "seed": 0, "inputs": []}):
+        (page / name).symlink_to(place.directory)
+        yield place
+
+
+def printed(run: Path) -> str:
     out = io.StringIO()
     write_report(run, Console(file=out, width=120))
     return out.getvalue()
 
 
-def test_report_of_a_whole_run(run: RunDirectory) -> None:
-    with RunDirectory.open(run.path, {"seed": 0}) as opened:
-        with opened.stage("pair", (), ("reverse_rl",)) as directory:
-            write_json(
-                directory / "scores.json", {"correct": [1.0, 2.0], "rs": [-1.0], "pns": [0.5, 1.5, 1.0]}
-            )
-            write_json(directory / "quality.json", {"one_sidedness": 0.25})
-        with opened.stage("evaluate", (), ("pair",)) as directory:
-            write_json(directory / "scores.json", SCORES)
+def test_report_of_a_whole_run(run: Path) -> None:
+    with made_stage(run, "pair") as place:
+        scores = {"correct": [1.0, 2.0], "rs": [-1.0], "pns": [0.5, 1.5, 1.0]}
+        write_json(place.directory / "scores.json", scores)
+        write_json(place.directory / "quality.json", {"one_sidedness": 0.25})
+        one_step = {"stage": "pair", "step": 0, "time": 0.0, "values": {"pairs": 5.0}}
+        write_jsonl(place.directory / METRICS, [one_step])
+    with made_stage(run, "evaluate") as place:
+        write_json(place.directory / "scores.json", SCORES)
     text = printed(run)
-    report = json.loads((run.path / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text())
     assert report["suites"] == SCORES
     assert report["generator"]["after"] == BEFORE | {"wrong_rate": 0.9}
     assert report["pairs"] == {"one_sidedness": 0.25}
@@ -79,26 +89,25 @@ def test_report_of_a_whole_run(run: RunDirectory) -> None:
     assert report["versions"]["python"]
     assert "62.5 [52.5, 72.5]" in text
     assert "wrong_rate" in text
-    plots = sorted(path.name for path in (run.path / "plots").iterdir())
+    plots = sorted(path.name for path in (run / "plots").iterdir())
     assert plots == ["reverse_rl.png", "reward_model_scores.png"]  # `pair` has one step only
     for plot in plots:
-        assert (run.path / "plots" / plot).read_bytes().startswith(b"\x89PNG")
+        assert (run / "plots" / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_of_a_run_until_reverse_rl(run: RunDirectory) -> None:
+def test_report_of_a_run_until_reverse_rl(run: Path) -> None:
     printed(run)
-    report = json.loads((run.path / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text())
     assert set(report) == {"generator", "stages", "versions", "wall_seconds", "peak_memory_gib"}
-    assert [path.name for path in (run.path / "plots").iterdir()] == ["reverse_rl.png"]
+    assert [path.name for path in (run / "plots").iterdir()] == ["reverse_rl.png"]
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
-    assert write_report(RunDirectory(tmp_path), Console(file=io.StringIO())) == {"stages": {}}
+    assert write_report(tmp_path, Console(file=io.StringIO())) == {"stages": {}}
 
 
-def test_plots_of_set_aside_stages_go(run: RunDirectory) -> None:
+def test_plots_of_stages_that_are_made_anew_go(run: Path) -> None:
     printed(run)
-    with RunDirectory.open(run.path, {"seed": 0}) as opened:
-        opened.set_aside(["reverse_rl"])
-        printed(opened)
-    assert list((run.path / "plots").iterdir()) == []
+    (run / "reverse_rl").unlink()
+    printed(run)
+    assert list((run / "plots").iterdir()) == []

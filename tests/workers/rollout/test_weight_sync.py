@@ -16,7 +16,8 @@ from pns.tiny.tokenizer import build_tokenizer
 from workers.rollout.pool import Request, RolloutPool, Sampling
 from workers.runtime import Runtime
 from workers.training.batching import Batch
-from workers.training.policy import Policy, Sft
+from workers.training.objectives import SftObjective
+from workers.training.policy import Policy
 
 TOLERANCE = 1e-4
 RUNTIME = Runtime(start_timeout_seconds=240)
@@ -73,7 +74,7 @@ def test_log_probs_agree_before_and_after_an_update(
     before = sampled_and_scored(policy, pools, prompts)
     batch = Batch(prompts, [tokenizer.encode("12+7=19")] * len(prompts))
     for _ in range(3):
-        policy.train_step(batch, Sft())
+        policy.train_step(batch, SftObjective())
     stale = policy.log_probs(before)
     version, reference = policy.weights()
     assert (

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pns.algo.losses import LossAndMetrics, PairTerms
-from pns.config import PreferenceConfig, hyper_parameters, load
+from pns.config import PreferenceConfig, hyper_parameters
 from pns.errors import UserError
 from pns.preference_losses import PREFERENCE_LOSSES, PreferenceLossEntry
+from pns.recipe import load
 from workers.training.batching import Batch
 from workers.training.objectives import (
     BradleyTerryObjective,
@@ -40,10 +41,13 @@ def difference_loss(pairs: PairTerms, beta: float) -> LossAndMetrics:
     return -margin_B, {"margin": margin_B.detach()}
 
 
+BASE = ["models.backbone=somewhere", "reward.terms.coherence.weight=0"]
+
+
 def test_a_loss_from_outside_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = PreferenceLossEntry(f"{__name__}:difference_loss", {"beta": 3.0}, needs_reference=False)
     monkeypatch.setitem(PREFERENCE_LOSSES, "difference", entry)
-    base = ["models.backbone=somewhere", "preference.loss=difference"]
+    base = [*BASE, "preference.loss=difference"]
     settings = load(None, base).preference
     assert hyper_parameters(settings) == {"beta": 3.0}
     with pytest.raises(UserError, match=r"nll_weight: 1\.0 is not read by preference.loss=difference"):
@@ -61,7 +65,7 @@ def test_a_loss_from_outside_is_one_entry_of_the_table(monkeypatch: pytest.Monke
 
 def test_an_unknown_loss_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="'simpow' is not the name of a loss; did you mean simpo"):
-        load(None, ["models.backbone=somewhere", "preference.loss=simpow"])
+        load(None, [*BASE, "preference.loss=simpow"])
 
 
 @pytest.mark.parametrize(("name", "entry"), PREFERENCE_LOSSES.items())
