@@ -37,15 +37,15 @@ class Cluster:
             device = resolve_device(self._config.placement.device, offered.get("GPU", 0))
             check_placement(self._config, self._roles, offered, device)
         except UserError:
-            ray.shutdown()
+            ray.shutdown()  # `__exit__` is not called after a failed `__enter__`
             raise
         return device
 
     def _start(self) -> str:
-        """Checked before Ray starts, which takes seconds: only the GPUs of this machine can be too few."""
         gpus = torch.cuda.device_count()
         device = resolve_device(self._config.placement.device, gpus)
         resources = local_resources(self._config, self._roles, device)
+        # Before Ray starts, which takes seconds. CPUs are logical here: only GPUs can be too few.
         check_placement(self._config, self._roles, {"CPU": resources["num_cpus"], "GPU": gpus}, device)
         ray.init(
             address="local",

@@ -69,13 +69,14 @@ class Fleet:
             if self._policy is not None:
                 stack.callback(self._policy.shutdown)
             for future in self._roles.values():
+                # One that has not begun never starts; one that is starting is waited for.
                 if not future.cancel() and future.exception() is None:
                     stack.callback(future.result().shutdown)
 
     def _started(self, role: str) -> Any:
         """The role, once it is up. Raises what any role failed with meanwhile: work that a missing role will
         end should end now."""
-        self.start([role])
+        self.start([role])  # where no stage named it before
         for future in self._roles.values():
             if future.done():
                 future.result()

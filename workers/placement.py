@@ -32,6 +32,7 @@ def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
     """`roles`, each once, in the order of the configuration. Raises UserError for one that is neither a fixed
     role nor a reward term."""
     terms = config.reward.terms
+    # A role is looked up by name alone: a term of the same name would start in the place of the role.
     if taken := [name for name in terms if name in FIXED_ROLES]:
         raise UserError(f"reward.terms.{taken[0]}: {taken[0]} is a role already; choose another name")
     known = (*FIXED_ROLES, *terms)
@@ -51,7 +52,7 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
         pools[name] = (f"reward.terms.{name}.pool", term.pool)
     asked = []
     for role in used_roles(config, roles):
-        if role == "verifier":
+        if role == "verifier":  # local processes of the driver
             continue
         key, pool = pools[role]
         gpus = 0.0 if device == "cpu" else pool.gpus
@@ -63,7 +64,8 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
 def totals(config: Config, roles: Collection[str], device: str) -> dict[str, float]:
     """{"GPU": ..., "CPU": ...}: the sums over the used roles."""
     asked = bundles(config, roles, device)
-    gpus, cpus = sum(b.replicas * b.gpus for b in asked), sum(b.replicas * b.cpus for b in asked)
+    gpus = sum(b.replicas * b.gpus for b in asked)
+    cpus = sum(b.replicas * b.cpus for b in asked)
     return {"GPU": gpus, "CPU": cpus}
 
 
@@ -72,12 +74,14 @@ def check_placement(
 ) -> None:
     """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of the used
     roles on `device`."""
-    needed, asked = totals(config, roles, device), bundles(config, roles, device)
+    needed = totals(config, roles, device)
+    asked = bundles(config, roles, device)
     for unit in ("GPU", "CPU"):
         offered = cluster_resources.get(unit, 0.0)
         if needed[unit] <= offered:
             continue
         shares = {b.role: b.replicas * (b.gpus if unit == "GPU" else b.cpus) for b in asked}
+        # The way out that frees most; a role of one replica can only ask for less.
         largest = max(asked, key=lambda b: shares[b.role])
         knob = "replicas" if largest.replicas > 1 else f"{unit.lower()}s"
         addends = " + ".join(f"{role} {share:g}" for role, share in shares.items() if share)
@@ -103,16 +107,18 @@ def resolve_device(device: Device, cluster_gpus: float) -> str:
 def local_resources(config: Config, roles: Collection[str], device: str) -> dict[str, int]:
     """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every used role to be
     placed, however few cores there are. On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
-    resources = {"num_cpus": math.ceil(totals(config, roles, device)["CPU"]) + _SPARE_CPUS}
+    num_cpus = math.ceil(totals(config, roles, device)["CPU"]) + _SPARE_CPUS
+    resources = {"num_cpus": num_cpus}
     return resources if device == "cuda" else resources | {"num_gpus": 0}
 
 
 def placement_table(config: Config, roles: Collection[str], device: str) -> str:
     """The placement as text, one role a line, for `pns plan`; the device "auto" shows what is asked for on
     GPUs."""
-    needed, asked = totals(config, roles, device), bundles(config, roles, device)
+    needed = totals(config, roles, device)
     lines = [f"{'role':<14}{'replicas':>9}{'GPUs each':>11}{'CPUs each':>11}   device: {device}"]
-    lines += [f"{b.role:<14}{b.replicas:>9}{b.gpus:>11g}{b.cpus:>11g}" for b in asked]
+    for b in bundles(config, roles, device):
+        lines.append(f"{b.role:<14}{b.replicas:>9}{b.gpus:>11g}{b.cpus:>11g}")
     total = f"total: {needed['GPU']:g} GPUs, {needed['CPU']:g} CPUs"
     if "verifier" in roles:
         total += f"; {config.placement.verifier_processes} verifier processes"

@@ -86,9 +86,11 @@ def filter_negatives(
         if reason:
             counts[reason] += 1
         else:
+            # Only what is kept counts as seen: a copy of a dropped text has that text's own reason.
             seen.add(spelling)
             kept.append(rollout)
     if min_quantile > 0:
+        # Last, so that the quantile is one of completions that could be used.
         known = [rollout for rollout in kept if quantile_term in rollout.reward.terms]
         counts["no_quantile_term"] = len(kept) - len(known)
         scores = np.array([rollout.reward.terms[quantile_term] for rollout in known], dtype=np.float64)
@@ -165,6 +167,7 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float | None:
 def _offset(rollout: Rollout) -> str:
     answer = extract_boxed(rollout.completion.text) or ""
     stated, gold = exact_value(answer), exact_value(rollout.problem.answer)
+    # Exact values: 0.1 + 0.2 and 0.3 are one offset.
     if stated is None or gold is None:
         return "answer " + normalise_answer(answer)
     return f"{stated - gold}"

@@ -60,7 +60,8 @@ def weighted_terms(rules: RewardConfig) -> tuple[str, ...]:
 def needed(format_ok: bool, verdict: Verdict, rules: RewardConfig) -> tuple[str, ...]:
     """The terms that a completion of this verdict needs for its reward. None where a gate decides alone
     (malformed; correct and `rules.gated`) or where there is no verdict."""
-    if not format_ok or verdict is Verdict.UNVERIFIED or (verdict is Verdict.CORRECT and rules.gated):
+    gated = verdict is Verdict.CORRECT and rules.gated
+    if not format_ok or gated or verdict is Verdict.UNVERIFIED:
         return ()
     return weighted_terms(rules)
 
@@ -97,7 +98,7 @@ def compose(
         value = rules.malformed
     elif verdict is Verdict.CORRECT and rules.gated:
         value = rules.correct
-    elif verdict is Verdict.UNVERIFIED:
+    elif verdict is Verdict.UNVERIFIED:  # neither correct nor wrong: no number stands for it
         causes = {VERDICT: missing.get(VERDICT, "unverified")}
     else:
         causes = {name: missing.get(name, "not computed") for name in names if name not in terms}
@@ -113,7 +114,8 @@ def correctness(format_ok: bool, verdict: Verdict, missing: Mapping[str, str] | 
     """The reward of ordinary RL (and of evaluation): 1 for a well-formed correct completion, 0 for a wrong or
     malformed one; a well-formed one that could not be verified is masked."""
     if format_ok and verdict is Verdict.UNVERIFIED:
-        return Reward(None, format_ok, verdict, missing={VERDICT: (missing or {}).get(VERDICT, "unverified")})
+        cause = (missing or {}).get(VERDICT, "unverified")
+        return Reward(None, format_ok, verdict, missing={VERDICT: cause})
     return Reward(float(format_ok and verdict is Verdict.CORRECT), format_ok, verdict)
 
 

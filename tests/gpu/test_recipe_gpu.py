@@ -29,7 +29,8 @@ def test_every_stage(tmp_path: Path, engine: str) -> None:
         "rollout.memory_fraction=0.2",
         "placement.device=cuda",
         *(f"placement.{role}.replicas=1" for role in ("rollout", "policy")),
-        *(f"placement.{role}.gpus=0.25" for role in ("rollout", "policy", "reward_model", "judge")),
+        *(f"placement.{role}.gpus=0.25" for role in ("rollout", "policy")),
+        *(f"reward.terms.{term}.pool.gpus=0.25" for term in ("plausibility", "coherence")),
         *(
             "data.tiny.num_train=40",
             "data.tiny.num_reward=60",
@@ -48,4 +49,4 @@ def test_every_stage(tmp_path: Path, engine: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads((tmp_path / "small" / "report.json").read_text())
-    assert set(report["suites"]["base"]) == {"start", "rl", "preference"}
+    assert set(report["suites"]["base"]) == {"backbone", "target", "result"}

@@ -109,7 +109,7 @@ class ScoringActor:
         self._build, self._num_tokens, self._tokens_per_batch = build, num_tokens, tokens_per_batch
         self._model: ServedModel[Any, Any] | None = None
         self._version: ModelVersion | None = None
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(1)  # one: a model takes one batch at a time
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._batches: asyncio.Task[None] | None = None
@@ -130,6 +130,7 @@ class ScoringActor:
         request = self._requests.get(request_id)
         if request is None:
             request = self._requests[request_id] = asyncio.create_task(self._enqueue(model, items))
+            # Only answered requests are forgotten: Ray repeats one that it believes lost.
             if len(self._requests) > _REMEMBERED_REQUESTS and next(iter(self._requests.values())).done():
                 self._requests.popitem(last=False)
         return await request
@@ -151,7 +152,7 @@ class ScoringActor:
                 continue
             items = [entry.item for entry in batch]
             run = loop.run_in_executor(self._thread, self._score, batch[0].model, items)
-            await asyncio.wait([run])
+            await asyncio.wait([run])  # raises nothing: the failure belongs to those who asked
             error = run.exception()
             for index, entry in enumerate(batch):
                 if entry.outcome.done():  # its request was cancelled meanwhile
@@ -167,7 +168,7 @@ class ScoringActor:
         num_tokens = 0
         while self._queue:
             first = self._queue[0]
-            if first.outcome.done():
+            if first.outcome.done():  # cancelled at a deadline
                 self._queue.popleft()
                 continue
             full = num_tokens + first.num_tokens > self._tokens_per_batch
@@ -264,8 +265,9 @@ class ScoringPool(Generic[_Item, _Value]):
         Raises UserError where the model cannot be used and TimeoutError where loading takes longer than
         `runtime.start_timeout_seconds`."""
         model = ModelVersion(self._model.number + 1 if self._model else 1, str(model_path))
-        self._wait([replica.actor.load.remote(model) for replica in self._replicas], f"to load {model_path}")
-        self._model = model
+        loading = [replica.actor.load.remote(model) for replica in self._replicas]
+        self._wait(loading, f"to load {model_path}")
+        self._model = model  # only now: where loading fails, the model before is still served
 
     def resize(self, replicas: int) -> None:
         """Start or retire replicas. New ones are ready on return; retired ones finish what they have, then
@@ -283,6 +285,7 @@ class ScoringPool(Generic[_Item, _Value]):
                 self._wait(loading, f"to load {self._model.path}")
             stack.pop_all()
         with self._lock:
+            # The idlest retire, so that little is waited for.
             self._replicas.sort(key=lambda replica: -replica.tokens_in_flight)
             kept = self._replicas[:replicas]
             self._retiring += self._replicas[replicas:]
@@ -342,7 +345,7 @@ class ScoringPool(Generic[_Item, _Value]):
         remote = ray.remote(ScoringActor).options(
             num_cpus=self._pool.cpus,
             num_gpus=self._gpus,
-            max_restarts=-1,
+            max_restarts=-1,  # a request names its model: a fresh process is as good as the old one
             max_task_retries=_TASK_RETRIES,
             max_concurrency=1000,
             runtime_env=environment,

@@ -50,7 +50,7 @@ class TransformersEngine:
                     f"request {request.id}: a prompt of {len(request.prompt_ids)} tokens leaves no room in "
                     f"{self.max_tokens}"
                 )
-        ordered = sorted(requests, key=lambda request: len(request.prompt_ids))
+        ordered = sorted(requests, key=lambda request: len(request.prompt_ids))  # little padding in a batch
         for start in range(0, len(ordered), self.max_batch):
             yield from self._generate_batch(ordered[start : start + self.max_batch], sampling)
 
@@ -69,7 +69,7 @@ class TransformersEngine:
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         cache = self._new_cache(width + sampling.max_new_tokens)
-        done = [False] * len(rows)  # rows stay in the batch after their end until a quarter of it has ended
+        done = [False] * len(rows)
         begin = 0
         for step in range(sampling.max_new_tokens):
             end = width + step
@@ -86,7 +86,9 @@ class TransformersEngine:
                 seeds = [row.seed for row in rows]
                 scores = perturb(logits, seeds, [step] * len(rows), sampling.temperature, sampling.top_p)
             chosen = scores.argmax(dim=-1)
-            chosen_log_probs = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
+            # Of the unmodified distribution: what the policy's loss compares its own with.
+            step_log_probs = logits.float().log_softmax(dim=-1)
+            chosen_log_probs = step_log_probs.gather(1, chosen[:, None])[:, 0]
             input_ids, begin = chosen[:, None], end
             drawn = zip(rows, chosen.tolist(), chosen_log_probs.tolist(), strict=True)
             for i, (row, token, log_prob) in enumerate(drawn):
@@ -103,6 +105,7 @@ class TransformersEngine:
                     yield Sample(row.id, token_ids, their_log_probs, reason, self.version)
             if all(done):
                 return
+            # Rows stay after their end until a quarter has ended: leaving costs a copy of the whole cache.
             if 4 * sum(done) >= len(rows):
                 kept = [i for i, ended in enumerate(done) if not ended]
                 index = torch.tensor(kept, device=self.device)
@@ -112,6 +115,7 @@ class TransformersEngine:
 
     def _new_cache(self, capacity: int) -> Cache:
         config = self.model.config
+        # Buffers hold every position: layers that attend to a window keep the library's own cache.
         if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             return DynamicCache(config=config)
         return Cache(layers=[_BufferLayer(capacity) for _ in range(config.num_hidden_layers)])

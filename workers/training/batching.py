@@ -143,13 +143,13 @@ def _longest(unit: Unit) -> int:
 
 def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """The units of each rank, as indices into their `sizes`."""
-    from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
-
     if ranks == 1:
         return [list(range(len(sizes)))]
-    if len(sizes) >= ranks:
-        return get_seqlen_balanced_partitions(sizes, ranks, equal_size=False)
-    return [[rank] if rank < len(sizes) else [] for rank in range(ranks)]
+    if len(sizes) < ranks:
+        return [[rank] if rank < len(sizes) else [] for rank in range(ranks)]
+    from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+
+    return get_seqlen_balanced_partitions(sizes, ranks, equal_size=False)
 
 
 def _fill_micro_batches(units: Sequence[Unit], max_tokens: int, layout: Layout) -> list[list[Unit]]:

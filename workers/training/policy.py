@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -28,9 +28,7 @@ from workers.checkpoints import local_directory
 from workers.runtime import Runtime
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias
-
-if TYPE_CHECKING:
-    from workers.training.rank import ModelSpec
+from workers.training.rank import ModelSpec, actor_class
 
 # One allocator arena that keeps its pages: a micro-batch's buffers are of the same size every time, and
 # giving them back costs page faults.
@@ -95,15 +93,13 @@ class Policy:
         from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
         from verl.single_controller.ray.base import get_master_addr_port
 
-        from workers.training.rank import PolicyRank
-
         share = pool.gpus if cuda else 1.0
         resources = RayResourcePool([pool.replicas], use_gpu=cuda, max_colocate_count=1 / share)
         resources.pgs = [self._bundles]
         first = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=0)
         address = get_master_addr_port.options(scheduling_strategy=first, num_cpus=0).remote()
         [(host, port)] = self._wait_to_start([address], "the address of the first policy process")
-        rank_class = RayClassWithInitArgs(ray.remote(PolicyRank))
+        rank_class = RayClassWithInitArgs(ray.remote(actor_class()))
         rank_class.update_options({"num_cpus": max(1.0, pool.cpus)})
         return RayWorkerGroup(
             resources,
@@ -124,8 +120,6 @@ class Policy:
         checkpoint where it has one, else drawn from `seed`. Without `optimizer` the model can score, not
         train. `total_steps` is the length of the learning-rate schedule.
         """
-        from workers.training.rank import ModelSpec
-
         path = str(local_directory(model_path))
         spec = ModelSpec(path, head, self.settings, optimizer, total_steps, seed, self._runtime)
         self._model = None

@@ -1,6 +1,6 @@
 """What runs in a training process: a verl `TrainingWorker` and the model it holds.
 
-Importing this imports verl, for which the environment has to be set before; `workers.training.policy` does.
+The driver imports this for the class of its actors, so verl is imported where it is used.
 """
 
 from __future__ import annotations
@@ -15,25 +15,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from huggingface_hub import save_torch_state_dict
-from tensordict import NonTensorData
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from verl.single_controller.base import Worker
-from verl.single_controller.base.decorator import Dispatch, register
-from verl.trainer.config import CheckpointConfig
-from verl.utils import tensordict_utils as tu
-from verl.utils.distributed import initialize_global_process_group_ray
-from verl.utils.metric import Metric
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-from verl.workers.engine_workers import TrainingWorker
 
 from pns import config
 from workers.runtime import Runtime
-from workers.training import attention
 from workers.training.batching import MicroBatch
 from workers.training.objectives import Head, Objective
-from workers.training.verl_engine import tensors, verl_loss
 
 
 @dataclass(frozen=True)
@@ -61,8 +48,14 @@ class ModelSpec:
         return "bfloat16" if self.runtime.device == "cuda" else "float32"
 
 
-def build(spec: ModelSpec) -> TrainingWorker:
-    """The model in verl's engine, sharded over the ranks, which call this together."""
+def _build(spec: ModelSpec) -> Any:
+    """The model in a verl `TrainingWorker`, sharded over the ranks, which call this together."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import TrainingWorkerConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    from workers.training import verl_engine  # noqa: F401  registers the engines
+
     torch.manual_seed(spec.seed)
     training_worker = TrainingWorker(
         TrainingWorkerConfig(
@@ -77,7 +70,11 @@ def build(spec: ModelSpec) -> TrainingWorker:
     return training_worker
 
 
-def _model_config(spec: ModelSpec) -> HFModelConfig:
+def _model_config(spec: ModelSpec) -> Any:
+    from verl.workers.config import HFModelConfig
+
+    from workers.training import attention
+
     lora, padded = spec.settings.lora, spec.settings.layout is config.Layout.padded
     return HFModelConfig(
         path=spec.path,
@@ -93,7 +90,9 @@ def _model_config(spec: ModelSpec) -> HFModelConfig:
     )
 
 
-def _engine_config(spec: ModelSpec) -> FSDPEngineConfig:
+def _engine_config(spec: ModelSpec) -> Any:
+    from verl.workers.config import FSDPEngineConfig
+
     compute = {"bfloat16": "bf16", "float32": "fp32"}[spec.compute_dtype]
     return FSDPEngineConfig(
         strategy="fsdp2",
@@ -105,7 +104,9 @@ def _engine_config(spec: ModelSpec) -> FSDPEngineConfig:
     )
 
 
-def _optimizer_config(optimizer: config.Optimizer, total_steps: int) -> FSDPOptimizerConfig:
+def _optimizer_config(optimizer: config.Optimizer, total_steps: int) -> Any:
+    from verl.workers.config import FSDPOptimizerConfig
+
     # verl's schedule counts steps from 1 here, so that the first step is not lost to a rate of 0; one step
     # more keeps the last one from it. A cosine that stays at 1 is the constant schedule.
     return FSDPOptimizerConfig(
@@ -123,7 +124,7 @@ def _optimizer_config(optimizer: config.Optimizer, total_steps: int) -> FSDPOpti
 
 
 class Rank:
-    """One training process. A plain class; `PolicyRank` is its actor."""
+    """One training process. A plain class; `actor_class` makes it an actor."""
 
     training: Any = None
     reference: Any = None
@@ -132,6 +133,8 @@ class Rank:
     def load(self, spec: ModelSpec) -> int:
         """Build a model, dropping the one before and its reference; returns its vocabulary's size. All ranks
         call it together."""
+        from verl.utils.distributed import initialize_global_process_group_ray
+
         cuda = spec.runtime.device == "cuda"
         # verl would ask for gloo twice on a CPU, which torch refuses.
         backend = None if cuda else "gloo"
@@ -140,14 +143,14 @@ class Rank:
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
-        self.training = build(spec)
+        self.training = _build(spec)
         self.spec = spec
         return self.training.model_config.hf_config.get_text_config().vocab_size
 
     def load_reference(self, spec: ModelSpec) -> None:
         """Build a second model beside the first, which is never trained: it holds no gradients and no
         optimizer state."""
-        self.reference = build(spec)
+        self.reference = _build(spec)
 
     def infer(self, micro_batches: Sequence[MicroBatch], by_reference: bool = False) -> list[np.ndarray]:
         """Per micro-batch: log-probabilities (C,) of its completion tokens, or scores (B,) of its rows."""
@@ -162,6 +165,11 @@ class Rank:
         self, micro_batches: Sequence[MicroBatch], objective: Objective, constants: dict[str, Any]
     ) -> dict[str, float]:
         """One optimizer step. The metrics are those of the whole batch, the same on every rank."""
+        from verl.utils import tensordict_utils as tu
+        from verl.utils.metric import Metric
+
+        from workers.training.verl_engine import verl_loss
+
         self.training.set_loss_fn(verl_loss(objective))
         metrics = tu.get(self.training.train_batch(self._data(micro_batches, constants)), "metrics")
         return {
@@ -170,6 +178,11 @@ class Rank:
         }
 
     def _data(self, micro_batches: Sequence[MicroBatch], constants: dict[str, Any]) -> Any:
+        from tensordict import NonTensorData
+        from verl.utils import tensordict_utils as tu
+
+        from workers.training.verl_engine import tensors
+
         constants = {**constants, "dp_size": self.training.engine.get_data_parallel_size()}
         return tu.assign_non_tensor(
             tu.get_tensordict({}),
@@ -211,6 +224,9 @@ class Rank:
     def export(self, directory: str) -> None:
         """Write config, weights and tokenizer as transformers reads them; weights in the dtype the model
         computes in."""
+        from huggingface_hub import save_torch_state_dict
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
         weights = self._full_weights()
         if self.training.rank != 0:
             return
@@ -234,19 +250,23 @@ class Rank:
             generation_config.save_pretrained(directory)
 
 
-_on_all = register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-_on_each = register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)  # lists with one entry per rank
-
-
-class PolicyRank(Rank, Worker):
+def actor_class() -> Any:
     """`Rank` as the class of a verl worker group: each call starts on all ranks at once and returns their
     references."""
+    from verl.single_controller.base import Worker
+    from verl.single_controller.base.decorator import Dispatch, register
 
-    load = _on_all(Rank.load)
-    load_reference = _on_all(Rank.load_reference)
-    infer = _on_each(Rank.infer)
-    train = _on_each(Rank.train)
-    weights = _on_all(Rank.weights)
-    save = _on_all(Rank.save)
-    restore = _on_all(Rank.restore)
-    export = _on_all(Rank.export)
+    on_all = register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    on_each = register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)  # lists with one entry per rank
+
+    class PolicyRank(Rank, Worker):
+        load = on_all(Rank.load)
+        load_reference = on_all(Rank.load_reference)
+        infer = on_each(Rank.infer)
+        train = on_each(Rank.train)
+        weights = on_all(Rank.weights)
+        save = on_all(Rank.save)
+        restore = on_all(Rank.restore)
+        export = on_all(Rank.export)
+
+    return PolicyRank
