@@ -1,4 +1,5 @@
-"""`pns tiny make OUT`: train a model of the tiny world. OUT.run beside it is a run's page that keeps its own stage."""
+"""`pns tiny make OUT`: train a model of the tiny world. OUT.run beside it is a run's page that keeps its own
+stage."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from pns.tiny.settings import TinyTask, WarmStart, check_settings
 
 def make_tiny(out: Path, words: Sequence[str]) -> None:
     """Train the model that `words` (key=value of `WarmStart`) ask for, and write it to `out`; what an
-    interruption left in OUT.run goes on. Raises UserError before anything starts where the inputs are wrong."""
+    interruption left in OUT.run goes on. Raises UserError before anything starts where an input is wrong."""
     settings = merge_layers(WarmStart, [override_layer(list(words))], "pns tiny make")
     check_settings(settings)
     if settings.task is TinyTask.judge:
@@ -53,8 +54,8 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
 
 
 def tiny_config(settings: WarmStart, out: Path) -> Config:
-    """The set-up of the roles: a process each, on CPU, which is enough for models of a megabyte and makes them
-    the same everywhere."""
+    """The set-up of the roles: a process each, on CPU, which is enough for models of a megabyte. With more,
+    the order of sums and samples would change what is made."""
     return Config(
         name=f"{out.name}.run",
         runs=str(out.parent),

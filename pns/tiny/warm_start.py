@@ -1,5 +1,5 @@
-"""Supervised training on the tiny world: a backbone that solves problems, or the judge that grades solutions by
-the checker's rubric. Neither belongs to the method: `pns tiny make` makes the models that the tiny recipes use."""
+"""Supervised training on the tiny world (`pns tiny make`): a backbone that solves problems, or the judge that
+grades solutions by the checker's rubric."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from pns.algo.judging import Scores, Template, make_nonce, render_tiny, rubric_score
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Problem, from_json
-from pns.run.stage import Artefact, Stage
+from pns.run.stage import Stage
+from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
 from pns.stages.stream import stable_seed
 from pns.tiny import world
@@ -35,21 +36,15 @@ GRADER = "coherence"
 Candidate = tuple[Problem, str]  # a problem and the text of a solution
 
 
-class WarmStarted(Artefact):
-    """A model of the tiny world, and what it was made from."""
-
-    @property
-    def model(self) -> str:
-        return str(self.directory / "model")
+class WarmStarted(TrainedModel):
+    """A model of the tiny world, what it was made from, and how well a judge agrees with the checker."""
 
     @property
     def untrained(self) -> str:
-        """The model that a backbone starts from."""
         return str(self.directory / "untrained")
 
     @property
     def quality_file(self) -> Path:
-        """How well a judge agrees with the checker."""
         return self.directory / "quality.json"
 
     def samples_file(self, split: str) -> Path:
@@ -58,20 +53,17 @@ class WarmStarted(Artefact):
 
 def warm_start_stage(settings: WarmStart) -> Stage[WarmStarted]:
     """The stage with these settings, which are no part of a run's configuration."""
-    judge_roles = ("rollout", "policy", GRADER)
-    roles = judge_roles if settings.task is TinyTask.judge else ("policy",)
+    roles = ("rollout", "policy", GRADER) if settings.task is TinyTask.judge else ("policy",)
     return Stage("warm_start", warm_start, WarmStarted, lambda config: settings, lambda settings: roles)
 
 
 def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
     """Train the model, from the last checkpoint where there is one; a judge is measured at the end."""
     made, policy = WarmStarted(ctx.directory), ctx.fleet.policy
-    sampled: list[Candidate] = []
-    if settings.task is TinyTask.judge:
-        initial = settings.samples_from
-        sampled = sampled_solutions(ctx, settings, made, "train")
-    else:
-        initial = made.untrained
+    judges = settings.task is TinyTask.judge
+    initial = settings.samples_from if judges else made.untrained
+    sampled = sampled_solutions(ctx, settings, made, "train") if judges else []
+    if not judges:
         save_untrained(settings, ctx.seed, initial)
     policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.seed)
     first_step = 0
@@ -88,12 +80,12 @@ def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
                 policy.save(directory)
     ctx.track.end()
     policy.export(made.model)
-    if settings.task is TinyTask.judge:
+    if judges:
         write_json(made.quality_file, judge_quality(ctx, settings, made))
     return made
 
 
-def make_batch(ctx: Context, settings: WarmStart, sampled: Sequence[Candidate], step: int) -> Batch:
+def make_batch(ctx: Context, settings: WarmStart, sampled: list[Candidate], step: int) -> Batch:
     """Fresh problems with their solutions; or candidates with the checker's verdicts, after the curriculum
     `sampled` ones among them."""
     problems = fresh_problems(ctx, settings, step)
@@ -102,35 +94,28 @@ def make_batch(ctx: Context, settings: WarmStart, sampled: Sequence[Candidate], 
         return Batch([ctx.prompts.encode(problem) for problem in problems], solutions)
     own = draw(sampled, settings.batch_size, step, ctx.seed) if step >= settings.curriculum_steps else []
     rng = random.Random(stable_seed(ctx.seed, "judge", step))
-    asked, verdicts = [], []
+    asked, verdicts, encode = [], [], ctx.prompts.tokenizer.encode
     for problem, text in mixed_candidates(problems, own, rng):
         nonce = make_nonce(ctx.seed, problem.prompt, text, Template.TINY)
-        asked.append(encoded(ctx, render_tiny(problem.prompt, text, nonce)))
-        verdicts.append(encoded(ctx, "".join(map(str, world.rubric(problem, text)))))
+        asked.append(encode(render_tiny(problem.prompt, text, nonce), add_special_tokens=False))
+        verdict = "".join(map(str, world.rubric(problem, text)))
+        verdicts.append(encode(verdict, add_special_tokens=False))
     return Batch(asked, verdicts)
-
-
-def encoded(ctx: Context, text: str) -> list[int]:
-    return ctx.prompts.tokenizer.encode(text, add_special_tokens=False)
 
 
 def fresh_problems(ctx: Context, settings: WarmStart, step: int) -> list[Problem]:
     """Training problems of one step. During the curriculum short ones alone: looking a quantity up is learned
     first."""
-    max_steps = world.MAX_STEPS
-    for share, num_solution_steps in CURRICULUM[settings.task]:
-        if step < share * settings.curriculum_steps:
-            max_steps = num_solution_steps
-            break
+    phases = CURRICULUM[settings.task]
+    lasting = [longest for share, longest in phases if step < share * settings.curriculum_steps]
+    max_steps = lasting[0] if lasting else world.MAX_STEPS
     seed = stable_seed(ctx.seed, "warm_start", step)
     return world.problems("train", None, settings.batch_size, seed, max_steps)
 
 
-def mixed_candidates(
-    fresh: Sequence[Problem], sampled: Sequence[Candidate], rng: random.Random
-) -> list[Candidate]:
-    """As many candidates as `fresh` problems: right solutions, solutions with a made-up error, and `sampled` ones
-    if any."""
+def mixed_candidates(fresh: list[Problem], sampled: list[Candidate], rng: random.Random) -> list[Candidate]:
+    """One for each of the `fresh` problems: a right solution, one with a made-up error, or, where there are
+    any, one that was `sampled` (of a problem of its own)."""
     candidates = []
     for index, problem in enumerate(fresh):
         kind = rng.random()
@@ -146,8 +131,7 @@ def mixed_candidates(
 def judge_quality(ctx: Context, settings: WarmStart, made: WarmStarted) -> dict[str, float]:
     """`agreement` of the trained judge with the checker on fresh candidates of the three kinds."""
     sampled = sampled_solutions(ctx, settings, made, "reward")
-    problems = [problem for problem, _ in sampled]
-    candidates = mixed_candidates(problems, sampled, random.Random(ctx.seed))
+    candidates = mixed_candidates([problem for problem, _ in sampled], sampled, random.Random(ctx.seed))
     judge = ctx.fleet.scorer(GRADER)
     judge.load(made.model)
     outcomes = judge.score([(problem.prompt, text) for problem, text in candidates], GRADING_SECONDS)
@@ -157,8 +141,8 @@ def judge_quality(ctx: Context, settings: WarmStart, made: WarmStarted) -> dict[
 
 
 def agreement(verdicts: Sequence[tuple[Scores, Scores]]) -> dict[str, float]:
-    """Of (judge's, checker's) grades: the share of identical verdicts, the mean absolute difference of the score
-    in [0, 1], and the judge's mean score of candidates that the rubric gives 1 and 0 (NaN where there are none)."""
+    """Of (judge's, checker's) grades: the share of identical verdicts, the mean absolute difference of scores
+    in [0, 1], and the judge's mean score of candidates that the rubric gives 1 and 0 (NaN where none is)."""
     judge_B = np.array([rubric_score(own) for own, _ in verdicts])
     checker_B = np.array([rubric_score(rubric) for _, rubric in verdicts])
     return {
@@ -171,8 +155,8 @@ def agreement(verdicts: Sequence[tuple[Scores, Scores]]) -> dict[str, float]:
 
 
 def sampled_solutions(ctx: Context, settings: WarmStart, made: WarmStarted, split: str) -> list[Candidate]:
-    """One sample of `samples_from` at temperature 1 for each of the split's NUM_GRADED problems, drawn once and
-    kept in the order in which rollout finished them."""
+    """One sample of `samples_from` at temperature 1 for each of the split's NUM_GRADED problems, drawn once;
+    in the order in which the one rollout process finished them, which is always the same."""
     file = made.samples_file(split)
     if not file.exists():
         problems = world.problems(split, None, NUM_GRADED[split], ctx.seed)
@@ -183,15 +167,14 @@ def sampled_solutions(ctx: Context, settings: WarmStart, made: WarmStarted, spli
         ctx.fleet.rollout.load(settings.samples_from)
         rows = []
         for samples in ctx.fleet.rollout.stream(requests, Sampling(1.0, 1.0, MAX_NEW_TOKENS)):
-            for sample in samples:
-                text = ctx.prompts.decode(sample.token_ids)
-                rows.append({"problem": problems[int(sample.id)], "text": text})
+            texts = {int(sample.id): ctx.prompts.decode(sample.token_ids) for sample in samples}
+            rows += [{"problem": problems[p], "text": text} for p, text in texts.items()]
         write_jsonl(file, rows)
     return [(from_json(Problem, row["problem"]), row["text"]) for row in read_jsonl(file)]
 
 
 def save_untrained(settings: WarmStart, seed: int, directory: str) -> None:
-    """An untrained model of the configured shape with the tiny tokenizer, saved as a Hugging Face directory."""
+    """A Hugging Face directory with an untrained model of the configured shape and the tiny tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
