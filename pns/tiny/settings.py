@@ -40,6 +40,7 @@ class WarmStart:
     curriculum_steps: int = key(
         500, "training steps on short problems alone, before all of them come; 0: none", at_least(0)
     )
+    checkpoint_every: int = key(500, "steps between checkpoints", at_least(1))
     samples_from: str = path_or_name(
         "", "judge: the model that training starts from and whose samples are graded beside made-up errors"
     )

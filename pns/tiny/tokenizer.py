@@ -32,7 +32,8 @@ _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ message['content'] }}"
     "{% elif message['role'] == 'assistant' %}{{ '" + SOLVE + "' + message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('the tiny tokenizer knows the roles user and assistant, not ' + message['role']) }}{% endif %}"
+    "{% else %}{{ raise_exception('the tiny tokenizer knows the roles user and assistant, not ' "
+    "+ message['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '" + SOLVE + "' }}{% endif %}"
 )
 

@@ -1,188 +1,186 @@
-"""Supervised start on the tiny world: a backbone that solves problems, or the judge that grades solutions by
-the checker's rubric."""
+"""Supervised training on the tiny world (`pns tiny make`): a backbone that solves problems, or the judge that
+grades solutions by the checker's rubric."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from pns.algo.judging import Template, make_nonce, render_tiny, rubric_score
-from pns.config import WarmStart
+from pns.algo.judging import Scores, Template, make_nonce, render_tiny, rubric_score
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Problem, from_json
+from pns.run.stage import Stage
+from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
-from pns.stages.scoring import sample, stable_seed
-from pns.tiny import world as tiny_world
+from pns.stages.stream import stable_seed
+from pns.tiny import world
+from pns.tiny.settings import TinyTask, WarmStart
 from pns.tiny.tokenizer import build_tokenizer
+from workers.rollout.engine import Request, Sampling
 from workers.training.batching import Batch
-from workers.training.policy import Sft
+from workers.training.objectives import SftObjective
 
 # The most solution steps of a problem until that share of `curriculum_steps`.
-CURRICULUM = {"solve": ((0.4, 2), (1.0, 3)), "judge": ((0.2, 1), (0.5, 2), (1.0, 3))}
-Row = tuple[tuple[int, ...], tuple[int, ...]]  # ids without loss, ids with loss
-Rows = Callable[[int], list[Row]]  # training step -> its rows
-
-NUM_GRADED = {
-    "train": 3000,
-    "reward": 500,
-}  # problems whose sampled solutions the judge is trained and measured on
+CURRICULUM = {TinyTask.solve: ((0.4, 2), (1.0, 3)), TinyTask.judge: ((0.2, 1), (0.5, 2), (1.0, 3))}
+# Problems whose sampled solutions the judge is trained ("train") and measured ("reward") on.
+NUM_GRADED = {"train": 3000, "reward": 500}
 CORRUPTED_SHARE, SAMPLED_SHARE = 0.35, 0.35  # of the judge's training rows; the rest are right solutions
+MAX_NEW_TOKENS = 96  # of a sampled solution
+GRADING_SECONDS = 120.0  # for the candidates that the judge is measured on
+# The reward term of the default configuration whose service grades: what is measured is what a run will use.
+GRADER = "coherence"
+
+Candidate = tuple[Problem, str]  # a problem and the text of a solution
 
 
-def run(ctx: Context) -> None:
-    """Writes `warm_start/model`; does nothing when `warm_start.steps` is 0."""
-    settings, policy, directory = ctx.config.warm_start, ctx.fleet.policy, ctx.run.stage_dir("warm_start")
-    if not settings.steps:
-        return
-    if settings.task == "solve":
-        rows = solution_rows(ctx, settings)
-        initial = str(directory / "initial")
-        save_untrained(settings, ctx.config.seed, initial)
-    else:
-        rows = graded_rows(ctx, settings)
-        initial = settings.samples_from
-    policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.config.seed)
+class WarmStarted(TrainedModel):
+    """A model of the tiny world, what it was made from, and how well a judge agrees with the checker."""
+
+    @property
+    def untrained(self) -> str:
+        return str(self.directory / "untrained")
+
+    @property
+    def quality_file(self) -> Path:
+        return self.directory / "quality.json"
+
+    def samples_file(self, split: str) -> Path:
+        return self.directory / f"samples-{split}.jsonl"
+
+
+def warm_start_stage(settings: WarmStart) -> Stage[WarmStarted]:
+    """The stage with these settings, which are no part of a run's configuration."""
+    roles = ("rollout", "policy", GRADER) if settings.task is TinyTask.judge else ("policy",)
+    return Stage("warm_start", warm_start, WarmStarted, lambda config: settings, lambda settings: roles)
+
+
+def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
+    """Train the model, from the last checkpoint where there is one; a judge is measured at the end."""
+    made, policy = WarmStarted(ctx.directory), ctx.fleet.policy
+    judges = settings.task is TinyTask.judge
+    initial = settings.samples_from if judges else made.untrained
+    sampled = sampled_solutions(ctx, settings, made, "train") if judges else []
+    if not judges:
+        save_untrained(settings, ctx.seed, initial)
+    policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.seed)
     first_step = 0
-    if checkpoint := ctx.run.latest_checkpoint("warm_start"):
+    if checkpoint := ctx.place.latest_checkpoint():
         policy.restore(checkpoint.path)
         first_step = checkpoint.step
     ctx.track.begin("warm_start", settings.steps, first_step)
     for step in range(first_step, settings.steps):
-        batch = rows(step)
-        ctx.track.log(
-            step,
-            policy.train_step(Batch([prompt for prompt, _ in batch], [answer for _, answer in batch]), Sft()),
-        )
-        if (step + 1) % 500 == 0 and step + 1 < settings.steps:
-            with ctx.run.checkpoint("warm_start", step + 1) as checkpoint_dir:
-                policy.save(checkpoint_dir)
+        batch = make_batch(ctx, settings, sampled, step)
+        ctx.track.log(step, policy.train_step(batch, SftObjective()))
+        num_done = step + 1
+        if num_done % settings.checkpoint_every == 0 and num_done < settings.steps:
+            with ctx.place.checkpoint(num_done) as directory:
+                policy.save(directory)
     ctx.track.end()
-    policy.export(directory / "model")
-    if settings.task == "judge":
-        write_json(directory / "quality.json", judge_quality(ctx, settings))
+    policy.export(made.model)
+    if judges:
+        write_json(made.quality_file, judge_quality(ctx, settings, made))
+    return made
 
 
-def solution_rows(ctx: Context, settings: WarmStart) -> Rows:
-    """step -> (prompt ids, solution ids) of fresh training problems."""
-
-    def rows(step: int) -> list[Row]:
-        problems = fresh_problems(ctx, settings, step)
-        return [(ctx.prompts.encode(p), ctx.prompts.encode_completion(str(p.solution))) for p in problems]
-
-    return rows
+def make_batch(ctx: Context, settings: WarmStart, sampled: list[Candidate], step: int) -> Batch:
+    """Fresh problems with their solutions; or candidates with the checker's verdicts, after the curriculum
+    `sampled` ones among them."""
+    problems = fresh_problems(ctx, settings, step)
+    if settings.task is TinyTask.solve:
+        solutions = [ctx.prompts.encode_completion(str(problem.solution)) for problem in problems]
+        return Batch([ctx.prompts.encode(problem) for problem in problems], solutions)
+    own = draw(sampled, settings.batch_size, step, ctx.seed) if step >= settings.curriculum_steps else []
+    rng = random.Random(stable_seed(ctx.seed, "judge", step))
+    asked, verdicts, encode = [], [], ctx.prompts.tokenizer.encode
+    for problem, text in mixed_candidates(problems, own, rng):
+        nonce = make_nonce(ctx.seed, problem.prompt, text, Template.TINY)
+        asked.append(encode(render_tiny(problem.prompt, text, nonce), add_special_tokens=False))
+        verdict = "".join(map(str, world.rubric(problem, text)))
+        verdicts.append(encode(verdict, add_special_tokens=False))
+    return Batch(asked, verdicts)
 
 
 def fresh_problems(ctx: Context, settings: WarmStart, step: int) -> list[Problem]:
     """Training problems of one step. During the curriculum short ones alone: looking a quantity up is learned
     first."""
     phases = CURRICULUM[settings.task]
-    max_steps = next(
-        (steps for share, steps in phases if step < share * settings.curriculum_steps), tiny_world.MAX_STEPS
-    )
-    return tiny_world.problems(
-        "train", None, settings.batch_size, stable_seed(ctx.config.seed, "warm_start", step), max_steps
-    )
+    lasting = [longest for share, longest in phases if step < share * settings.curriculum_steps]
+    max_steps = lasting[0] if lasting else world.MAX_STEPS
+    seed = stable_seed(ctx.seed, "warm_start", step)
+    return world.problems("train", None, settings.batch_size, seed, max_steps)
 
 
-def graded_rows(ctx: Context, settings: WarmStart) -> Rows:
-    """step -> (judge's prompt, verdict) of right solutions, made-up errors and, after the curriculum, a
-    model's samples."""
-    sampled = sampled_solutions(ctx, settings, "train")
-
-    def rows(step: int) -> list[Row]:
-        rng = random.Random(stable_seed(ctx.config.seed, "judge", step))
-        own = (
-            draw(sampled, settings.batch_size, step, ctx.config.seed)
-            if step >= settings.curriculum_steps
-            else []
-        )
-        return [
-            verdict_row(ctx, problem, text)
-            for problem, text in graded(fresh_problems(ctx, settings, step), own, rng)
-        ]
-
-    return rows
-
-
-def verdict_row(ctx: Context, problem: Problem, text: str) -> Row:
-    """The judge's prompt, and the checker's rubric as four digits."""
-    prompt = render_tiny(
-        problem.prompt, text, make_nonce(ctx.config.seed, problem.prompt, text, Template.TINY)
-    )
-    verdict = "".join(map(str, tiny_world.rubric(problem, text)))
-    encode = ctx.prompts.tokenizer.encode
-    return tuple(encode(prompt, add_special_tokens=False)), tuple(encode(verdict, add_special_tokens=False))
-
-
-def graded(
-    fresh: list[Problem], sampled: list[tuple[Problem, str]], rng: random.Random
-) -> list[tuple[Problem, str]]:
-    """As many (problem, candidate) rows as `fresh` problems: right solutions, solutions with a made-up error,
-    and `sampled` ones if any."""
-    rows = []
+def mixed_candidates(fresh: list[Problem], sampled: list[Candidate], rng: random.Random) -> list[Candidate]:
+    """One for each of the `fresh` problems: a right solution, one with a made-up error, or, where there are
+    any, one that was `sampled` (of a problem of its own)."""
+    candidates = []
     for index, problem in enumerate(fresh):
         kind = rng.random()
         if kind < SAMPLED_SHARE and sampled:
-            rows.append(sampled[index])
+            candidates.append(sampled[index])
         elif kind < SAMPLED_SHARE + CORRUPTED_SHARE:
-            rows.append((problem, tiny_world.corrupt(problem, rng, rng.choice(tiny_world.ERROR_KINDS))))
+            candidates.append((problem, world.corrupt(problem, rng, rng.choice(world.ERROR_KINDS))))
         else:
-            rows.append((problem, tiny_world.random_solution(problem, rng)))
-    return rows
+            candidates.append((problem, world.random_solution(problem, rng)))
+    return candidates
 
 
-def judge_quality(ctx: Context, settings: WarmStart) -> dict[str, float]:
-    """How well the trained judge agrees with the checker on fresh candidates of the three kinds: share of
-    identical verdicts, mean absolute difference of the score in [0, 1], and the mean score it gives to
-    candidates that the rubric gives 1 and 0."""
-    sampled = sampled_solutions(ctx, settings, "reward")
-    problems = [problem for problem, _ in sampled]
-    candidates = graded(problems, sampled, random.Random(ctx.config.seed))
-    ctx.fleet.judge.load(str(ctx.run.stage_dir("warm_start") / "model"))
-    outcomes = ctx.fleet.judge.score(
-        [(problem.prompt, text) for problem, text in candidates], ctx.config.reward.deadline_seconds
-    )
-    labels = [tiny_world.rubric(problem, text) for problem, text in candidates]
-    rows = [
-        (rubric_score(o.value), rubric_score(label), o.value == label)
-        for o, label in zip(outcomes, labels, strict=True)
-        if o.value
-    ]
-    full, none = [q for q, label, _ in rows if label == 1], [q for q, label, _ in rows if label == 0]
+def judge_quality(ctx: Context, settings: WarmStart, made: WarmStarted) -> dict[str, float]:
+    """`agreement` of the trained judge with the checker on fresh candidates of the three kinds."""
+    sampled = sampled_solutions(ctx, settings, made, "reward")
+    candidates = mixed_candidates([problem for problem, _ in sampled], sampled, random.Random(ctx.seed))
+    judge = ctx.fleet.scorer(GRADER)
+    judge.load(made.model)
+    outcomes = judge.score([(problem.prompt, text) for problem, text in candidates], GRADING_SECONDS)
+    rubrics = [world.rubric(problem, text) for problem, text in candidates]
+    pairs = zip(outcomes, rubrics, strict=True)
+    return agreement([(outcome.value, rubric) for outcome, rubric in pairs if outcome.value])
+
+
+def agreement(verdicts: Sequence[tuple[Scores, Scores]]) -> dict[str, float]:
+    """Of (judge's, checker's) grades: the share of identical verdicts, the mean absolute difference of scores
+    in [0, 1], and the judge's mean score of candidates that the rubric gives 1 and 0 (NaN where none is)."""
+    judge_B = np.array([rubric_score(own) for own, _ in verdicts])
+    checker_B = np.array([rubric_score(rubric) for _, rubric in verdicts])
     return {
-        "candidates": float(len(rows)),
-        "same_verdict": float(np.mean([same for _, _, same in rows])),
-        "absolute_difference": float(np.mean([abs(q - label) for q, label, _ in rows])),
-        "mean_of_full_marks": float(np.mean(full)),
-        "mean_of_no_marks": float(np.mean(none)),
+        "candidates": float(len(verdicts)),
+        "same_verdict": float(np.mean([own == rubric for own, rubric in verdicts])),
+        "absolute_difference": float(np.mean(np.abs(judge_B - checker_B))),
+        "mean_of_full_marks": float(np.mean(judge_B[checker_B == 1])),
+        "mean_of_no_marks": float(np.mean(judge_B[checker_B == 0])),
     }
 
 
-def sampled_solutions(ctx: Context, settings: WarmStart, split: str) -> list[tuple[Problem, str]]:
-    """One sample of `warm_start.samples_from` at temperature 1 for each of the split's NUM_GRADED problems,
-    drawn once and kept."""
-    path = ctx.run.stage_dir("warm_start") / f"samples-{split}.jsonl"
-    if not path.exists():
-        problems = tiny_world.problems(split, None, NUM_GRADED[split], ctx.config.seed)
+def sampled_solutions(ctx: Context, settings: WarmStart, made: WarmStarted, split: str) -> list[Candidate]:
+    """One sample of `samples_from` at temperature 1 for each of the split's NUM_GRADED problems, drawn once;
+    in the order in which the one rollout process finished them, which is always the same."""
+    file = made.samples_file(split)
+    if not file.exists():
+        problems = world.problems(split, None, NUM_GRADED[split], ctx.seed)
+        requests = []
+        for p, problem in enumerate(problems):
+            seed = stable_seed(ctx.seed, "graded", split, problem.id, p, 0)
+            requests.append(Request(str(p), ctx.prompts.encode(problem), seed))
         ctx.fleet.rollout.load(settings.samples_from)
-        rows: list[dict[str, Any]] = []
-        for chunk in sample(ctx, problems, 1, 1.0, ("graded", split)):
-            rows += [{"problem": problem, "text": completion.text} for _, problem, completion in chunk]
-        write_jsonl(path, rows)
-    return [(from_json(Problem, row["problem"]), row["text"]) for row in read_jsonl(path)]
+        rows = []
+        for samples in ctx.fleet.rollout.stream(requests, Sampling(1.0, 1.0, MAX_NEW_TOKENS)):
+            texts = {int(sample.id): ctx.prompts.decode(sample.token_ids) for sample in samples}
+            rows += [{"problem": problems[p], "text": text} for p, text in texts.items()]
+        write_jsonl(file, rows)
+    return [(from_json(Problem, row["problem"]), row["text"]) for row in read_jsonl(file)]
 
 
 def save_untrained(settings: WarmStart, seed: int, directory: str) -> None:
-    """An untrained model of the configured shape with the tiny tokenizer, saved as a Hugging Face directory."""
+    """A Hugging Face directory with an untrained model of the configured shape and the tiny tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = build_tokenizer()
-    classes = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
-    config = classes[settings.architecture](
+    config = AutoConfig.for_model(
+        settings.architecture.value,
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.layers,

@@ -37,7 +37,8 @@ from pns.tiny.world import (
 # Bob 12, Cal 19, Eve 57, Gus 69; Fay (6) is a distractor.
 PROBLEM = Problem(
     "p",
-    "Bob has 12. Cal has 7 more than Bob. Eve has 3 times Cal. Gus has Eve plus Bob. Fay has half of Bob. How many has Gus? ",
+    "Bob has 12. Cal has 7 more than Bob. Eve has 3 times Cal. Gus has Eve plus Bob. Fay has half of Bob. "
+    "How many has Gus? ",
     "69",
 )
 CAL, EVE, GUS = "Cal has 12+7=19. ", "Eve has 19*3=57. ", "Gus has 57+12=69. "
@@ -183,7 +184,8 @@ def test_accepts_exactly_the_right_solutions() -> None:
     them."""
     problem = Problem(
         "q",
-        "Dan has 8. Hal has 5. Ann has half of Dan. Bob has 2 times Hal. Cal has Ann plus Bob. How many has Cal? ",
+        "Dan has 8. Hal has 5. Ann has half of Dan. Bob has 2 times Hal. Cal has Ann plus Bob. "
+        "How many has Cal? ",
         "14",
     )
     forms = {"Ann": ["8/2=4"], "Bob": ["5*2=10", "2*5=10", "5+5=10"], "Cal": ["4+10=14", "10+4=14"]}
