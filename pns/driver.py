@@ -90,10 +90,10 @@ def make_steps(
         with session(config, page, pending, prompts, attempts) as making:
             report_removals(page, problem_sets)
             for step in steps:
-                if step in pending:
-                    making.make(step)
-                else:
+                if step.is_done():  # asked again at its turn: another run may have made it since
                     page.link(step)
+                else:
+                    making.make(step)
     else:
         page.begin(config, attempts)
         for step in steps:

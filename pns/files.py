@@ -1,7 +1,7 @@
 """Files that are complete or absent, JSON lines, and hashes of files.
 
-A file is written beside its place and moved there when it is whole: a reader, or the next start after a crash,
-sees the old content or all of the new one.
+A file is written beside its place and moved there when it is whole: a reader, or the next start after a
+crash, sees the old content or all of the new one.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} {_MISSING}") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON (line {error.lineno}): remove it, and run the stage that writes it again"
-        ) from error
+        way_out = "remove it, and run the stage that writes it again"
+        raise UserError(f"{path} is not valid JSON (line {error.lineno}): {way_out}") from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
@@ -92,8 +91,8 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a `.jsonl` or `.jsonl.gz` file, without its blank lines. Raises UserError,
-    which names the file and the line, for a file that cannot be read and a line that is no JSON object."""
+    """(line number from 1, object) of a `.jsonl` or `.jsonl.gz` file, without its blank lines. Raises
+    UserError, naming file and line, for a file that cannot be read and a line that is no JSON object."""
     path = Path(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -163,7 +162,7 @@ def stat_of_tree(path: Path) -> list[list[Any]]:
 
 
 def files_below(path: Path) -> list[tuple[str, Path]]:
-    """(name below `path`, file), sorted; `path` itself where it is a file; nothing where it does not exist."""
+    """(name below `path`, file), sorted; `path` itself where it is a file; none where it does not exist."""
     if path.is_file():
         return [(path.name, path)]
     files = (file for file in path.rglob("*") if file.is_file())

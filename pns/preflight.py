@@ -1,5 +1,5 @@
-"""What can be wrong with the inputs, found before any actor starts: models, tokenizers and data. Imports
-neither torch nor transformers."""
+"""What can be wrong with models and their tokenizers, found before any actor starts. Imports neither torch
+nor transformers."""
 
 from __future__ import annotations
 

@@ -47,12 +47,11 @@ from transformers import (
 )
 
 from pns.algo.judging import Template, make_nonce, render_text, verdict_parts
-from pns.config import Data
+from pns.algo.scores import COUNTED
+from pns.config import STAGES, Data
 from pns.data.problems import read_problems
 from pns.data.prompts import Prompts
-from pns.driver import STAGES
 from pns.records import Problem
-from pns.stages.evaluate import COUNTED
 
 ROOT = Path(__file__).parents[1]
 TRAIN = Path(os.environ["PNS_DATA"]) / "train"
@@ -60,7 +59,7 @@ OWN = ROOT / "tests" / "cases" / "problems.jsonl"
 
 Row = dict[str, Any]
 
-VOCABULARY = 1500
+VOCABULARY = 1500  # at most: our own problems give fewer merges
 END, PAD = "<|im_end|>", "<|endoftext|>"
 ANSWERS = ("3", "4", "5", r"\frac{1}{2}")
 LIMIT = 32  # problems of every file
@@ -69,7 +68,7 @@ MAX_NEW_TOKENS = 40
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 INSTRUCTION = "\nThink first."
 PREFIX = "<think>"
-WEIGHTS = {"wrong": 0.5, "reward_model": 0.25, "judge": 0.25}
+WRONG, WEIGHTS = 0.5, {"plausibility": 0.25, "coherence": 0.25}
 
 # As Qwen2.5 has it, without its tools.
 CHAT_TEMPLATE = (
@@ -103,7 +102,11 @@ SETTINGS: Row = {
     "rollout": {"engine": "transformers", "max_new_tokens": MAX_NEW_TOKENS, "max_batch": 64},
     "policy": {"max_tokens_per_micro_batch": 4096},
     "placement": {"device": "cpu", "verifier_processes": 1},
-    "reward": {"weights": WEIGHTS, "max_masked_fraction": 0.8},
+    "reward": {
+        "wrong": WRONG,
+        "terms": {name: {"weight": weight} for name, weight in WEIGHTS.items()},
+        "max_masked_fraction": 0.8,
+    },
     "rl": {
         "steps": 2,
         "problems_per_step": 8,
@@ -218,10 +221,8 @@ class World:
         for section, values in changes.items():
             settings[section] |= values
         settings["runs"] = str(self.directory / "runs")
-        settings["models"] = {
-            "backbone": str(self.directory / backbone),
-            "judge": str(self.directory / "judge"),
-        }
+        settings["models"] = {"backbone": str(self.directory / backbone)}
+        settings["reward"]["terms"]["coherence"]["model"] = str(self.directory / "judge")
         jsonl = {name: str(self.paths[name]) for name in ("train", "reward", "preference")}
         settings["data"]["jsonl"] = {
             **jsonl,
@@ -438,7 +439,8 @@ def masked(found: Sequence[Row]) -> Counter[str]:
 
 
 def metrics(run: Path, stage: str) -> list[dict[str, float | None]]:
-    found = [row for row in rows(run / "metrics.jsonl") if row["stage"] == stage]
+    logged = [row for file in run.glob("*/metrics.jsonl") for row in rows(file)]
+    found = [row for row in logged if row["stage"] == stage]
     assert [row["step"] for row in found] == list(range(len(found)))
     return [row["values"] for row in found]
 
@@ -615,19 +617,17 @@ def test_composite_rewards(finished: Path) -> None:
             assert reward["value"] is None
             assert set(reward["missing"]) == {"verdict"}
         else:
-            assert 0 < reward["plausibility"] < 1  # prompt and completion fit the reward model
-            if reward["coherence"] is None:
+            assert 0 < reward["terms"]["plausibility"] < 1  # prompt and completion fit the reward model
+            if "coherence" not in reward["terms"]:
                 assert reward["value"] is None
                 assert reward["missing"] == {"coherence": "too_long"}
             else:
-                assert round(12 * reward["coherence"], 9) in range(13)
-                terms = {"wrong": 1.0, "reward_model": reward["plausibility"], "judge": reward["coherence"]}
-                assert reward["value"] == pytest.approx(
-                    sum(WEIGHTS[name] * term for name, term in terms.items())
-                )
+                assert round(12 * reward["terms"]["coherence"], 9) in range(13)
+                assert not reward["missing"]
+                weighted = [WEIGHTS[name] * term for name, term in reward["terms"].items()]
+                assert reward["value"] == pytest.approx(WRONG + sum(weighted))
         if not formed or verdict != "wrong":
-            assert reward["plausibility"] is None
-            assert reward["coherence"] is None
+            assert not reward["terms"]
 
 
 def test_the_judge_misses_the_longest_and_only_those(finished: Path) -> None:
@@ -635,11 +635,11 @@ def test_the_judge_misses_the_longest_and_only_those(finished: Path) -> None:
         row
         for stage in ("reverse_rl", "synthesize")
         for row in samples(finished)[stage]
-        if row["reward"]["plausibility"] is not None
+        if "plausibility" in row["reward"]["terms"]
     ]
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for row in asked:
-        lengths[row["reward"]["coherence"] is None].append(len(row["problem"]["prompt"]))
+        lengths["coherence" not in row["reward"]["terms"]].append(len(row["problem"]["prompt"]))
     assert sum(lengths[True]) / len(lengths[True]) > sum(lengths[False]) / len(lengths[False])
 
 
@@ -647,22 +647,22 @@ def test_plausibility_is_the_reward_model_on_prompt_and_completion(finished: Pat
     model = AutoModelForSequenceClassification.from_pretrained(
         finished / "reward_model" / "main", num_labels=1
     )
-    asked = [row for row in samples(finished)["synthesize"] if row["reward"]["plausibility"] is not None][::7]
+    asked = [row for row in samples(finished)["synthesize"] if "plausibility" in row["reward"]["terms"]][::7]
     assert asked
     for row in asked:
         ids = world.prompt_ids({"problem": row["problem"]["prompt"]}) + row["completion"]["token_ids"]
         with torch.no_grad():
             hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
             score = float(model.score(hidden))
-        assert row["reward"]["plausibility"] == pytest.approx(1 / (1 + math.exp(-score)), abs=1e-4)
+        assert row["reward"]["terms"]["plausibility"] == pytest.approx(1 / (1 + math.exp(-score)), abs=1e-4)
 
 
 def test_coherence_is_the_judge_on_problem_and_completion(finished: Path, world: World) -> None:
     """The judge's likeliest digits after the prompt its template gives, with a forward pass of its own for
     each."""
     model = AutoModelForCausalLM.from_pretrained(world.directory / "judge")
-    asked = [row for row in samples(finished)["synthesize"] if row["reward"]["coherence"] is not None]
-    assert len({row["reward"]["coherence"] for row in asked}) > 2
+    asked = [row for row in samples(finished)["synthesize"] if "coherence" in row["reward"]["terms"]]
+    assert len({row["reward"]["terms"]["coherence"] for row in asked}) > 2
     digits = [world.encode(digit)[0] for digit in "0123"]
     for row in asked[::9]:
         problem, text = row["problem"]["prompt"], row["completion"]["text"]
@@ -677,7 +677,7 @@ def test_coherence_is_the_judge_on_problem_and_completion(finished: Path, world:
                 score = int(model(torch.tensor([ids])).logits[0, -1, digits].argmax())
             total += score
             ids = [*ids, digits[score], *world.encode(between)]
-        assert row["reward"]["coherence"] == pytest.approx(total / 12)
+        assert row["reward"]["terms"]["coherence"] == pytest.approx(total / 12)
 
 
 def test_metrics_of_ordinary_rl(finished: Path) -> None:
@@ -707,9 +707,9 @@ def test_metrics_of_reverse_rl(finished: Path) -> None:
         assert values["correct_rate"] == verdicts["correct"] / num
         assert values["masked_rate"] == sum(row["reward"]["value"] is None for row in found) / num
         assert {key: value for key, value in values.items() if key.startswith("masked/")} == masked(found)
-        for name, term in (("reward_model_mean", "plausibility"), ("judge_mean", "coherence")):
-            known = [row["reward"][term] for row in found if row["reward"][term] is not None]
-            assert values[name] == pytest.approx(sum(known) / len(known))
+        for term in WEIGHTS:
+            known = [row["reward"]["terms"][term] for row in found if term in row["reward"]["terms"]]
+            assert values[f"{term}_mean"] == pytest.approx(sum(known) / len(known))
 
 
 def test_masked_completions_do_not_stop_the_update(finished: Path) -> None:
@@ -842,7 +842,7 @@ def test_scores_are_the_numbers_of_right_answers(finished: Path, world: World) -
     assert set(scores) == {"gsm8k", "math", "mean"}
     totals: Counter[str] = Counter()
     by_id = {row["id"]: row for suite in ("gsm8k", "math") for row in world.problems[suite]}
-    for model in ("start", "rl", "preference"):
+    for model in ("backbone", "target", "result"):
         found = rows(finished / "evaluate" / f"{model}.jsonl")
         right: Counter[str] = Counter()
         counted: Counter[str] = Counter()
@@ -895,7 +895,7 @@ def test_models_keep_tokenizer_and_end_tokens(finished: Path, world: World) -> N
         assert (
             len(tokenizer)
             == json.loads((finished / stage / "model" / "config.json").read_text())["vocab_size"]
-            == VOCABULARY
+            == len(world.tokenizer)
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pns.answers.compare import boxed_span
+from pns.answers.extract import boxed_span
 
 THINK_TAGS = ("<think>", "</think>")  # around a completion's reasoning
 

@@ -96,9 +96,8 @@ def paired_difference(
             stop = min(start + 256, num_resamples)
             shape = (stop - start, d.size)
             resampled[start:stop] += d[random.integers(0, d.size, shape)].mean(axis=1) / len(differences)
-            flipped[start:stop] += (
-                (random.integers(0, 2, shape, dtype=np.int8) * 2 - 1) @ d / d.size / len(differences)
-            )
+            signs = random.integers(0, 2, shape, dtype=np.int8) * 2 - 1
+            flipped[start:stop] += signs @ d / d.size / len(differences)
     observed = float(np.mean([d.mean() for d in differences]))
     low, high = np.quantile(resampled, [0.025, 0.975])
     hits = int((np.abs(flipped) >= abs(observed) - 1e-12).sum())
@@ -106,10 +105,10 @@ def paired_difference(
 
 
 def _paired(before: ArrayLike, after: ArrayLike) -> NDArray[np.float64]:
-    one, other = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if one.shape != other.shape or one.ndim != 1 or not one.size:
-        raise ValueError(f"paired samples have shapes {one.shape} and {other.shape}")
-    return other - one
+    before_B, after_B = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if before_B.shape != after_B.shape or before_B.ndim != 1 or not before_B.size:
+        raise ValueError(f"paired samples have shapes {before_B.shape} and {after_B.shape}")
+    return after_B - before_B
 
 
 def majority(classes: Sequence[int | None], right: Sequence[bool]) -> float:
@@ -123,19 +122,16 @@ def majority(classes: Sequence[int | None], right: Sequence[bool]) -> float:
     if not votes:
         return 0.0
     most = max(votes.values())
-    tied = [c for c, count in votes.items() if count == most]
-    return sum(any(r for c, r in zip(classes, right, strict=True) if c == winner) for winner in tied) / len(
-        tied
-    )
+    tied = [answer for answer, count in votes.items() if count == most]
+    right_answers = {answer for answer, is_right in zip(classes, right, strict=True) if is_right}
+    return len(right_answers.intersection(tied)) / len(tied)
 
 
 def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
     """Chance that a positive's score is above a negative's, ties counting one half; 0.5: indistinguishable.
     Raises ValueError if either is empty or a score is NaN."""
-    high, low = (
-        np.asarray(positive, dtype=np.float64).ravel(),
-        np.sort(np.asarray(negative, dtype=np.float64).ravel()),
-    )
+    high = np.asarray(positive, dtype=np.float64).ravel()
+    low = np.sort(np.asarray(negative, dtype=np.float64).ravel())
     if not high.size or not low.size or np.isnan(high).any() or np.isnan(low).any():
         raise ValueError("AUROC needs scores of both classes and no NaN")
     below, up_to = np.searchsorted(low, high, side="left"), np.searchsorted(low, high, side="right")
@@ -148,15 +144,10 @@ def expected_calibration_error(
     """Mean over rows of |mean probability - share of positive outcomes| of the row's bin; bins are (0, 0.1],
     (0.1, 0.2], ... with 0 in the first (arXiv 1706.04599, equation 3). Raises ValueError for empty or unequal
     input or probabilities outside [0, 1]."""
-    probability, outcome = (
-        np.asarray(probabilities_B, dtype=np.float64),
-        np.asarray(outcomes_B, dtype=np.float64),
-    )
-    if (
-        probability.shape != outcome.shape
-        or not probability.size
-        or not ((probability >= 0) & (probability <= 1)).all()
-    ):
+    probability = np.asarray(probabilities_B, dtype=np.float64)
+    outcome = np.asarray(outcomes_B, dtype=np.float64)
+    in_range = ((probability >= 0) & (probability <= 1)).all()
+    if probability.shape != outcome.shape or not probability.size or not in_range:
         raise ValueError("calibration needs as many outcomes as probabilities in [0, 1]")
     bins = np.clip(np.ceil(probability * num_bins).astype(int) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, probability - outcome, num_bins)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pns.algo.formatting import THINK_TAGS
-from pns.answers.compare import boxed_span, exact_value, extract_boxed, normalise_answer, same_answer
+from pns.answers.compare import exact_value, normalise_answer, same_answer
+from pns.answers.extract import boxed_span, extract_boxed
 from pns.records import Rollout, Verdict
 
 REASONS = (

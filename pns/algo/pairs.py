@@ -66,19 +66,20 @@ def build_pairs(
         if not candidates or not negatives:
             counts["no_rejected" if candidates else "no_chosen"] += 1
             continue
-        found: list[PreferencePair] = []
+        own: list[PreferencePair] = []
         for candidate in candidates:
-            if len(found) == pairs_per_problem:
+            if len(own) == pairs_per_problem:
                 break
             length = len(candidate.token_ids)
-            match = next(
-                (n for n in negatives if lengths_match(length, len(n.token_ids), max_length_ratio)), None
-            )
-            if match:
-                negatives.remove(match)
-                found.append(PreferencePair(problem.id, problem.prompt, candidate.text, match.text, source))
-        counts["length_ratio"] += not found
-        pairs += found
+            for negative in negatives:
+                if lengths_match(length, len(negative.token_ids), max_length_ratio):
+                    negatives.remove(negative)
+                    own.append(
+                        PreferencePair(problem.id, problem.prompt, candidate.text, negative.text, source)
+                    )
+                    break
+        counts["length_ratio"] += not own
+        pairs += own
     counts["pairs"] = len(pairs)
     return pairs, counts
 
@@ -98,10 +99,9 @@ def divergent_tokens(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> tupl
     index = first_divergence(chosen_T, rejected_T)
     if index is None:
         return None
-    return (
-        chosen_T[index] if index < len(chosen_T) else ENDED,
-        rejected_T[index] if index < len(rejected_T) else ENDED,
-    )
+    right = chosen_T[index] if index < len(chosen_T) else ENDED
+    wrong = rejected_T[index] if index < len(rejected_T) else ENDED
+    return right, wrong
 
 
 def token_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Counter[tuple[int, int]]:
@@ -118,10 +118,8 @@ def one_sidedness(flow: Mapping[tuple[int, int], int]) -> float | None:
     total = sum(flow.values())
     if not total:
         return None
-    return (
-        sum(abs(flow.get((a, b), 0) - flow.get((b, a), 0)) for a, b in {(min(key), max(key)) for key in flow})
-        / total
-    )
+    unordered = {(min(tokens), max(tokens)) for tokens in flow}
+    return sum(abs(flow.get((a, b), 0) - flow.get((b, a), 0)) for a, b in unordered) / total
 
 
 def balance_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
@@ -177,11 +175,10 @@ def preference_rows(
     """The conversational preference format other trainers read: `prompt` (system turn if there is one, user
     turn), `chosen` and `rejected` (one assistant turn each, beginning with `assistant_prefix`)."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [
-        {
-            "prompt": [*system, {"role": "user", "content": pair.prompt}],
-            "chosen": [{"role": "assistant", "content": assistant_prefix + pair.chosen}],
-            "rejected": [{"role": "assistant", "content": assistant_prefix + pair.rejected}],
-        }
-        for pair in pairs
-    ]
+    rows = []
+    for pair in pairs:
+        prompt = [*system, {"role": "user", "content": pair.prompt}]
+        chosen = [{"role": "assistant", "content": assistant_prefix + pair.chosen}]
+        rejected = [{"role": "assistant", "content": assistant_prefix + pair.rejected}]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows

@@ -1,193 +1,85 @@
-r"""Final answers: taking them out of a completion, and an exact comparison that shares no code with
-math-verify.
+r"""An exact comparison of final answers, that shares no code with math-verify.
 
 The comparison is one of the two verifiers that must agree before an answer counts as wrong. It says "same"
 and "different" only where that is proved (`pns.answers.exact`); of everything else it says that it cannot
 tell. Conventions, where usage differs:
 
 - a list without brackets is unordered ("1, -2", the usual way to state all solutions), `(1, -2)` is ordered,
-`\{1, -2\}` is a set; - a unit, a currency sign or `x =` that only one side states does not count; two
-different units do (`5 cm`, `5 m`); - `50%` is `0.5` and `50`; `90^\circ` is `90` and `\pi/2`; - a base is
-part of the answer: `101_2` is neither `101_3` nor, decidedly, `5`; - `0.33` is not `1/3`, but a rounding is
-not called different either, unless a tolerance is given; - letters name choices: `(A)`, `\text{A}` and `A`
-are one answer; words are compared without case.
+  `\{1, -2\}` is a set;
+- a unit, a currency sign or `x =` that only one side states does not count; two different units do (`5 cm`,
+  `5 m`);
+- `50%` is `0.5` and `50`; `90^\circ` is `90` and `\pi/2`;
+- a base is part of the answer: `101_2` is neither `101_3` nor, decidedly, `5`;
+- `0.33` is not `1/3`, but a rounding is not called different either, unless a tolerance is given;
+- letters name choices: `(A)`, `\text{A}` and `A` are one answer; words are compared without case.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 from pns.answers.exact import Budget, approximate, rational, same_value
-from pns.answers.notation import (
-    MAX_CHARACTERS,
-    UNIT_LETTERS,
+from pns.answers.readings import MAX_CHARACTERS, readings
+from pns.answers.relations import (
+    Interval,
+    ascending,
+    bound_names,
+    difference_of_sides,
+    intervals,
+    linear_root,
+    named_value,
+    rename,
+    subject,
+    tree_of,
+)
+from pns.answers.spelling import spelling
+from pns.answers.tree import (
+    INFINITY,
+    ONE,
+    REALS,
+    ZERO,
+    Answer,
     Based,
-    Expr,
+    Call,
+    Constant,
+    Expression,
     Group,
     Matrix,
-    Node,
+    Number,
     Ratio,
     Relation,
+    Symbol,
     Tree,
     Union,
     Words,
-    is_number,
-    is_prose,
-    readings,
-    rebuild,
-    spelling,
-    symbols,
-    unit_size,
+    is_numeric,
+    substitute,
     walk,
+    whole,
 )
+from pns.answers.units import UNIT_LETTERS, unit_size
 from pns.records import AnswerRule
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<box>\{)|\\.|[{}]", re.DOTALL)
-_JOINED = re.compile(r"[,;]|\b(?:and|or)\b")
-_ANSWER = re.compile(r"\banswer\s*(?:is\s*:?|:|=)\s*|####\s*", re.IGNORECASE)
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_MAX_BARE = 500  # characters of a prediction without a box that is read as the answer itself
 _MAX_PAIRS = 400  # of items compared with each other
-
+_MAX_BASED_DIGITS = 500  # of a number in a base that are looked at
+_ARTICLE = re.compile(r"^(?:the )?(?:a )?(?:an )?")
 _NOTHING = {
-    "no solution",
-    "no solutions",
-    "empty set",
-    "the empty set",
-    "does not exist",
-    "no real solution",
-    "no real solutions",
-    "none",
+    *("no solution", "no solutions", "empty set", "the empty set", "does not exist", "no real solution"),
+    *("no real solutions", "none"),
 }
 _EVERYTHING = {"all real numbers", "all reals", "the set of all real numbers", "all real number"}
-_VAGUE = frozenset(
-    (
-        "none",
-        "nothing",
-        "null",
-        "empty",
-        "never",
-        "no",
-        "not",
-        "impossible",
-        "undefined",
-        "infinite",
-        "infinity",
-        "unbounded",
-        "neither",
-    )
-) | {"dne", "all", "any"}
+_VAGUE = {
+    *("none", "nothing", "null", "empty", "never", "no", "not", "impossible", "undefined", "infinite"),
+    *("infinity", "unbounded", "neither", "dne", "all", "any"),
+}
 _POLAR = ({"yes", "no"}, {"true", "false"})
+_UNCLEAR = _VAGUE.union(*_POLAR)
 _CONVERSIONS = {3, 7, 12, 24, 60, 3600}  # beside powers of ten: ratios that may be a change of unit
-_REALS = Group("()", (Expr(("-", ("inf",))), Expr(("inf",))))
-_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-
-
-def extract_boxed(text: str, think_tags: tuple[str, str] = ("<think>", "</think>")) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` whose braces balance, stripped; None where there
-    is none or it is empty.
-
-    Boxes that are joined to the last one by nothing but commas, "and" or "or" state one answer: their
-    contents, joined by ", ". A box inside a reasoning block that is never closed is not an answer. Where the
-    prompt already opens the block, put its opening before `text`.
-    """
-    text = _finished(text, think_tags)
-    spans = _boxes(text)
-    if not spans:
-        return None
-    contents = [text[slice(*spans[-1])].strip()]
-    for (_, end), (start, _) in zip(spans[-2::-1], spans[:0:-1], strict=True):
-        between = text[end + 1 : text.rfind("\\", end, start)] if text.rfind("\\", end, start) > end else ""
-        if len(between) > 40 or not _JOINED.search(between) or not _is_joint(between):
-            break
-        contents.insert(0, text[slice(*_span_ending(spans, end))].strip())
-    return ", ".join(contents) or None
-
-
-def extract_answer(text: str, think_tags: tuple[str, str] = ("<think>", "</think>")) -> str | None:
-    r"""The final answer of a completion or of a bare answer: the box (`extract_boxed`). Where there is no box
-    at all, what follows the last "answer is", "answer:" or "####" up to the end of its sentence, else the
-    text. If at most 500 characters, that is the answer, or the formula between dollar signs, `\(...\)` or
-    `\[...\]` that ends it when it is a sentence. None where there is nothing of these."""
-    finished = _finished(text, think_tags)
-    if re.search(r"\\(?:boxed|fbox)(?![A-Za-z])", finished):
-        return extract_boxed(text, think_tags)
-    final = finished.rpartition(think_tags[1])[2].strip()
-    for stated in list(_ANSWER.finditer(final))[-1:]:
-        final = re.split(r"\.\s+(?=[A-Z<])|\n|<\|", final[stated.end() :].strip(), maxsplit=1)[0].strip()
-    if len(final) > _MAX_BARE:
-        return None
-    final = final.rstrip(". \n")
-    formulas = list(_FORMULA.finditer(final))
-    around = re.sub(r"[^A-Za-z' .,;!?-]", "", _FORMULA.sub(" ", final)).strip()
-    if (
-        formulas
-        and formulas[-1].end() == len(final)
-        and ((not around and len(formulas) == 1) or is_prose(around))
-    ):
-        return next(part for part in formulas[-1].groups() if part).strip() or None
-    return final or None
-
-
-def boxed_span(text: str) -> tuple[int, int] | None:
-    """Start and end of the content of the last box of `text` whose braces balance; `end` is the position of
-    its closing brace."""
-    spans = _boxes(text)
-    return spans[-1] if spans else None
-
-
-def _finished(text: str, think_tags: tuple[str, str]) -> str:
-    """The text without a reasoning block that is never closed."""
-    opening, closing = think_tags
-    unclosed = text.find(opening, text.rfind(closing) + 1)
-    return text if unclosed < 0 else text[:unclosed]
-
-
-def _boxes(text: str) -> list[tuple[int, int]]:
-    """Spans of the contents of all balanced boxes, by their start."""
-    opened: list[int | None] = []  # per open brace: start of the content if the brace opens a box
-    spans = []
-    for match in _BOX.finditer(text):
-        if match["box"]:
-            opened.append(match.end())
-        elif match[0] == "{":
-            opened.append(None)
-        elif match[0] == "}" and opened:
-            start = opened.pop()
-            if start is not None:
-                spans.append((start, match.start()))
-    return sorted(spans)
-
-
-def normalise_answer(answer: str) -> str:
-    """One spelling of equal answers: exact numbers as `n` or `n/d` without separators and units (percents
-    keep `%`), anything else without TeX decoration and spaces, words in lower case. Idempotent."""
-    text = answer
-    for _ in range(10):
-        number = _stated_number(text)
-        previous, text = (
-            text,
-            spelling(text) if number is None else str(number[0]) + ("%" if number[1] else ""),
-        )
-        if text == previous:
-            break
-    return text
-
-
-def exact_value(answer: str) -> Fraction | None:
-    """The rational number an answer states (percents in percent, units dropped), None where it states none."""
-    number = _stated_number(answer)
-    return number[0] if number else None
-
-
-def same_answer(gold: str, prediction: str, rule: AnswerRule = AnswerRule()) -> bool | None:  # noqa: B008
-    """Whether two final answers are the same; None where that cannot be decided here. Never raises;
-    milliseconds at most on any text."""
-    return compare_answers(gold, prediction, rule).same
+_DEGREE = Constant("pi") / whole(180)
 
 
 @dataclass(frozen=True)
@@ -201,823 +93,546 @@ class Finding:
     doubtful: bool = False
 
 
-def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule()) -> Finding:  # noqa: B008
-    """`same_answer` with its reason."""
-    if not gold.strip() or not prediction.strip():
-        return Finding(None, "an empty answer")
-    if max(len(gold), len(prediction)) > MAX_CHARACTERS:
-        return Finding(None, f"an answer of over {MAX_CHARACTERS} characters")
-    golds, predictions = readings(gold), readings(prediction)
-    if spelling(gold) == spelling(prediction):
-        return Finding(True, "the same text")
-    if not golds or not predictions:
-        return Finding(None, f"the {'prediction' if golds else 'gold answer'} is not in a notation read here")
-    comparison = _Comparison(rule)
-    findings = [comparison.compare(comparison.with_unit(x), y) for x in golds for y in predictions]
-    if (
-        min(len(golds), len(predictions)) > 1
-        and findings[0].same is False
-        and any(finding.same for finding in findings)
-    ):
-        return _undecided("numbers with separators, or lists")  # 100,200 and 200,100
-    for same in (True, None):
-        for finding in findings:
-            if finding.same is same:
-                return finding
-    return findings[0]
-
-
-def _stated_number(answer: str) -> tuple[Fraction, bool] | None:
-    for node in readings(answer)[:1]:
-        if isinstance(node, Relation) and len(node.sides) == 2 and (named := _named(node)):
-            node = named[1]
-        if isinstance(node, Expr) and not symbols(node.tree) and (value := rational(node.tree)) is not None:
-            return value, node.percent
-    return None
-
-
-SAME, DIFFERENT = Finding(True, "equal"), Finding(False, "different")
+_SAME = Finding(True, "equal")
+_DIFFERENT = Finding(False, "different")
+_DIFFERENT_NUMBERS = Finding(False, "different numbers")
+_TWO_READINGS = Finding(None, "an expression that is read in different ways", doubtful=True)
 
 
 def _undecided(reason: str) -> Finding:
     return Finding(None, reason, doubtful=True)
 
 
-class _Comparison:
-    def __init__(self, rule: AnswerRule) -> None:
-        self.rule = rule
-        self.budget = Budget()
-
-    def with_unit(self, node: Node) -> Node:
-        """The gold answer's node with the rule's unit, if it is a number that has none."""
-        if isinstance(node, Expr) and self.rule.unit and not (node.unit or node.percent or node.degrees):
-            unit = re.sub(r"[\s${}\\]", "", self.rule.unit)
-            return (
-                replace(node, percent=True)
-                if unit == "%"
-                else replace(node, degrees=True)
-                if unit == "^circ"
-                else replace(node, unit=unit)
-            )
-        return node
-
-    def compare(self, a: Node, b: Node) -> Finding:
-        """The gold answer's node and the prediction's."""
-        if a == b:
-            return SAME
-        for x, y in ((a, b), (b, a)):
-            if isinstance(x, Relation) and not isinstance(y, Relation):
-                return self.relation_with(x, y)
-            if isinstance(x, Words) and not isinstance(y, Words):
-                return self.words_with(x.text, y)
-        if isinstance(a, Relation) and isinstance(b, Relation):
-            return self.relations(a, b)
-        if isinstance(a, Words) and isinstance(b, Words):
-            return _same_words(a.text, b.text)
-        for x, y in ((a, b), (b, a)):
-            if isinstance(x, Matrix):
-                return self.matrix_with(x, y)
-            if isinstance(x, Based):
-                return self.based_with(x, y)
-            if isinstance(x, Ratio):
-                return self.ratio_with(x, y)
-        if isinstance(a, Expr) and isinstance(b, Expr):
-            return self.expressions(a, b)
-        if isinstance(a, Union) or isinstance(b, Union):
-            return self.sets(a, b)
-        if isinstance(a, Group) and isinstance(b, Group):
-            return self.groups(a, b)
-        group, other = (a, b) if isinstance(a, Group) else (b, a)
-        if isinstance(group, Group) and isinstance(other, Expr):
-            return self.group_with(group, other)
-        return _undecided("answers of different kinds")
-
-    # --------------------------------------------------------------------------------------------------------- expressions
-
-    def expressions(self, a: Expr, b: Expr) -> Finding:
-        x, y = a.tree, b.tree
-        if a.unit and b.unit:
-            (size_x, dimensions_x, known_x), (size_y, dimensions_y, known_y) = (
-                unit_size(a.unit),
-                unit_size(b.unit),
-            )
-            if dimensions_x != dimensions_y:
-                if known_x and known_y:
-                    return Finding(False, f"different units: {a.unit} and {b.unit}")
-                return _undecided(f"units that are not known to be the same: {a.unit} and {b.unit}")
-            x, y = ("*", x, ("n", size_x)), ("*", y, ("n", size_y))
-        same = self.values(x, y)
-        if same:
-            if bool(a.unit) != bool(b.unit) and (a.ambiguous or b.ambiguous):
-                return _undecided("a letter that may be a unit or a factor")
-            return SAME
-        if a.percent != b.percent and (self.percents(a, b) or self.percents(b, a)):
-            return Finding(True, "equal as percentages")
-        if a.degrees != b.degrees and self.values(
-            ("*", x, ("/", ("pi",), ("n", Fraction(180)))) if a.degrees else x,
-            ("*", y, ("/", ("pi",), ("n", Fraction(180)))) if b.degrees else y,
-        ):
-            return Finding(True, "equal as angles")
-        if is_number(x) and is_number(y):
-            return self.numbers(a, b, x, y, same)
-        if same is None:
-            return _undecided("expressions of which neither equality nor difference is proved")
-        if a.ambiguous or b.ambiguous:
-            return _undecided("an expression that is read in different ways")
-        for number, other in ((x, y), (y, x)):
-            if (
-                is_number(number)
-                and symbols(other)
-                and symbols(other) <= set(UNIT_LETTERS)
-                and self.values(number, _without_symbols(other))
-            ):
-                return _undecided("a symbol that may be a unit")
-        return DIFFERENT
-
-    def percents(self, percent: Expr, other: Expr) -> bool:
-        return percent.percent and self.values(percent.tree, ("*", other.tree, ("n", Fraction(100)))) is True
-
-    def values(self, x: Tree, y: Tree) -> bool | None:
-        if x == y:
-            return True
-        same = same_value(x, y, self.budget)
-        if not same and self.rule.tolerance and is_number(x) and is_number(y):
-            distance = _distance(x, y)
-            if distance is not None:
-                return bool(distance <= Fraction(repr(self.rule.tolerance)))
-        return same
-
-    def numbers(self, a: Expr, b: Expr, x: Tree, y: Tree, same: bool | None) -> Finding:
-        if same is None:
-            return _undecided("numbers of which neither equality nor difference is proved")
-        if not self.rule.tolerance and (distance := _distance(x, y)) is not None:
-            for rounded, other in ((a, b), (b, a)):
-                if (
-                    rounded.step
-                    and not (other.step and other.step >= rounded.step)
-                    and _is_rounding(rounded, other, distance)
-                ):
-                    return _undecided("one number may be a rounding of the other")
-        if (
-            bool(a.unit) != bool(b.unit)
-            and (exact_x := rational(x))
-            and (exact_y := rational(y))
-            and _is_conversion(exact_x / exact_y)
-        ):
-            return _undecided("one number may be the other in another unit")
-        if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
-            return _undecided("an expression that is read in different ways")
-        return Finding(False, "different numbers")
-
-    # ---------------------------------------------------------------------------------------------------------- lists and sets
-
-    def groups(self, a: Group, b: Group) -> Finding:
-        brackets = {a.brackets if a.brackets != "or" else "", b.brackets if b.brackets != "or" else ""}
-        if "or" in (a.brackets, b.brackets) and any(
-            isinstance(item, Relation) and item.operators[0] != "=" for item in a.items + b.items
-        ):
-            return self.sets(a, b)
-        if brackets & {"[)", "(]"}:
-            return self.sets(a, b)
-        if brackets <= {"", "{}"}:
-            if not a.items or not b.items:
-                return SAME if a.items == b.items else DIFFERENT
-            return self.unordered(a.items, b.items)
-        if self.rule.unordered and "" in brackets:
-            return self.unordered(a.items, b.items)
-        if len(brackets) > 1:
-            found = self.ordered(a.items, b.items)
-            if found.same:
-                return _undecided("the same items in different brackets")
-            if brackets == {"()", "[]"}:
-                return found
-            return (
-                DIFFERENT
-                if self.unordered(a.items, b.items).same is False
-                else _undecided("the same items in different brackets")
-            )
-        return self.ordered(a.items, b.items)
-
-    def ordered(self, a: Sequence[Node], b: Sequence[Node]) -> Finding:
-        if len(a) != len(b):
-            return Finding(False, "a different number of items")
-        return _all(self.compare(x, y) for x, y in zip(a, b, strict=True))
-
-    def unordered(self, a: Sequence[Node], b: Sequence[Node]) -> Finding:
-        a, b = _flat(a), _flat(b)
-        if len(a) * len(b) > _MAX_PAIRS:
-            return _undecided("lists too long to compare")
-        if _named_apart(a) != _named_apart(b):  # x=1, y=2 and 1, 2: the names give the order
-            return (
-                self.ordered(a, b)
-                if self.ordered(a, b).same
-                else _undecided("a list with names and one without")
-            )
-        found = [[self.compare(x, y) for y in b] for x in a]
-        free = set(range(len(b)))
-        matched = 0
-        for row in found:
-            match = next((column for column in sorted(free) if row[column].same), None)
-            if match is not None:
-                free.discard(match)
-                matched += 1
-        if matched == len(a) == len(b):
-            return SAME
-        columns = list(zip(*found, strict=True))
-        if any(all(finding.same is False for finding in line) for line in [*found, *columns]):
-            return Finding(False, "an item that the other list lacks")
-        if any(finding.same is None for row in found for finding in row):
-            return _undecided("lists with items that may be the same")
-        return _undecided("lists that repeat items differently")
-
-    def group_with(self, group: Group, other: Expr) -> Finding:
-        if not group.items:
-            return DIFFERENT
-        if group.brackets in ("", "or", "{}"):
-            found = [self.compare(item, other) for item in _flat(group.items)]
-            if all(finding.same is False for finding in found) or (
-                len(_flat(group.items)) > 1 and any(finding.same is False for finding in found)
-            ):
-                return Finding(False, "one answer and several")
-            return SAME if len(found) == 1 and found[0].same else _undecided("one answer and a set")
-        return (
-            DIFFERENT
-            if group.brackets in ("[)", "(]") or len(group.items) > 1
-            else _undecided("answers of different kinds")
-        )
-
-    def sets(self, a: Node, b: Node) -> Finding:
-        """Unions of intervals and points, inequalities."""
-        for node in (a, b):
-            if isinstance(node, Expr):
-                return (
-                    _undecided("a set and an expression")
-                    if node.ambiguous or symbols(node.tree)
-                    else Finding(False, "a set and a number")
-                )
-        x, y = _intervals(a), _intervals(b)
-        if x is None or y is None:
-            return _undecided("sets of a form that is not read here")
-        x, y = self.merged(x), self.merged(y)
-        if len(x) != len(y):
-            numbers = all(
-                is_number(_tree(end)) for interval in (*x, *y) for end in (interval.low, interval.high)
-            )
-            return (
-                Finding(False, "sets of different parts")
-                if numbers
-                else _undecided("unions of different length")
-            )
-        found = []
-        for mine, theirs in zip(x, y, strict=True):
-            ends = [self.compare(mine.low, theirs.low), self.compare(mine.high, theirs.high)]
-            closed = mine.closed == theirs.closed
-            found.append(
-                _all([*ends, SAME if closed else Finding(False, "an end that belongs to one set only")])
-            )
-        return _all(found)
-
-    def merged(self, intervals: list[_Interval]) -> list[_Interval]:
-        """Ascending intervals with those joined that touch."""
-        found = intervals[:1]
-        for interval in intervals[1:]:
-            last = found[-1]
-            if (last.closed[1] or interval.closed[0]) and self.compare(last.high, interval.low).same:
-                found[-1] = _Interval(last.low, interval.high, (last.closed[0], interval.closed[1]))
-            else:
-                found.append(interval)
-        return found
-
-    # ---------------------------------------------------------------------------------------------------------------- relations
-
-    def relations(self, a: Relation, b: Relation) -> Finding:
-        if a.operators[0] in ("=", "in") and b.operators[0] in ("=", "in"):
-            return self.equations(a, b)
-        if "=" in (a.operators[0], b.operators[0]):
-            return _undecided("an equation and an inequality")
-        x, y = _subject(a), _subject(b)
-        if x is None or y is None:
-            return self.chains(a, b)
-        if _intervals(a) is None or _intervals(b) is None:
-            return self.chains(a, b)
-        found = self.sets(a, b)
-        return (
-            found
-            if symbols(x) == symbols(y) or found.same is False
-            else _undecided("the same inequality of different names")
-        )
-
-    def chains(self, a: Relation, b: Relation) -> Finding:
-        """b > a > c and c < a < b."""
-
-        def ascending(relation: Relation) -> Relation:
-            if all(operator in (">", ">=") for operator in relation.operators):
-                return Relation(
-                    tuple(_FLIPPED[operator] for operator in reversed(relation.operators)),
-                    relation.sides[::-1],
-                )
-            return relation
-
-        x, y = ascending(a), ascending(b)
-        if x.operators == y.operators:
-            found = self.ordered(x.sides, y.sides)
-            if found.same:
-                return found
-            same_members = self.unordered(x.sides, y.sides).same
-            if len(x.sides) > 2 and same_members and found.same is False and set(x.operators) == {"<"}:
-                return Finding(False, "another order")
-        return _undecided("inequalities of which nothing is proved")
-
-    def equations(self, a: Relation, b: Relation) -> Finding:
-        x, y = _named(a), _named(b)
-        if x and y:
-            names = _bound(x[0], y[0])
-            value = y[1] if names is None else _rename(y[1], *names)
-            found = self.compare(x[1], value)
-            if x[0] == y[0] or names is not None:
-                if found.same is not False or isinstance(x[1], Group):
-                    return found
-                if (is_number(_tree(x[1])) and is_number(_tree(y[1]))) or x[0].endswith(")"):
-                    return found
-                zero = self.zero_sets(a, b)
-                return zero if zero.same else found if not found.doubtful else zero
-            if found.same and not (isinstance(x[1], Expr) and not is_number(x[1].tree)):
-                return _undecided("the same value under different names")
-            if found.same is False and is_number(_tree(x[1])) and is_number(_tree(y[1])):
-                return found
-        return self.zero_sets(a, b)
-
-    def zero_sets(self, a: Relation, b: Relation) -> Finding:
-        """Two equations with the same solutions: proportional sides, or each linear in a variable and zero
-        where the other is."""
-        x, y = _difference(a), _difference(b)
-        if x is None or y is None:
-            return _undecided("equations of a form that is not read here")
-        if any(part.ambiguous for relation in (a, b) for part in relation.sides if isinstance(part, Expr)):
-            return _undecided("an equation that is read in different ways")
-        if symbols(x) != symbols(y) or not symbols(x):
-            apart = self.values(x, y) is False and self.values(x, ("-", y)) is False
-            return (
-                Finding(False, "equations in different variables")
-                if apart
-                else _undecided("equations in different variables")
-            )
-        names = sorted(symbols(x))
-        point = {name: ("n", Fraction(7 + 4 * index, 3)) for index, name in enumerate(names)}
-        x0, y0 = (_at(tree, point) for tree in (x, y))
-        if self.values(x0, ("n", Fraction(0))) is False and self.values(("*", x, y0), ("*", y, x0)):
-            return Finding(True, "proportional equations")
-        for name in names:
-            fixed = {other: value for other, value in point.items() if other != name}
-            ends = [
-                [rational(_at(tree, {**fixed, name: ("n", Fraction(n))})) for n in (0, 1, 2)]
-                for tree in (x, y)
-            ]
-            roots = [_linear_root(values) for values in ends]
-            if None not in roots and roots[0] != roots[1]:
-                return Finding(False, "equations with different solutions")
-        return _undecided("equations of which neither equality nor difference is proved")
-
-    def relation_with(self, relation: Relation, other: Node) -> Finding:
-        if relation.operators[0] not in ("=", "in"):
-            if isinstance(other, Group | Union):
-                return self.sets(relation, other)
-            if isinstance(other, Words) and other.text in _EVERYTHING | _NOTHING:
-                return _undecided("words and an inequality")
-            if (
-                isinstance(other, Expr)
-                and is_number(other.tree)
-                and _intervals(relation) is not None
-                and relation.operators[0] != "!="
-            ):
-                return Finding(False, "an inequality and a number")
-            return _undecided("an inequality and an answer of another kind")
-        named = _named(relation)
-        if named:
-            return self.compare(named[1], other)
-        difference = _difference(relation)
-        if (
-            difference is not None
-            and isinstance(other, Expr)
-            and not other.ambiguous
-            and is_number(other.tree)
-        ):
-            names = symbols(difference)
-            if len(names) > 1 or (
-                names and self.values(_at(difference, {min(names): other.tree}), ("n", Fraction(0))) is False
-            ):
-                return Finding(False, "an equation and a number")
-        return _undecided("an equation and an answer of another kind")
-
-    # --------------------------------------------------------------------------------------------------------------- other kinds
-
-    def matrix_with(self, matrix: Matrix, other: Node) -> Finding:
-        if isinstance(other, Matrix):
-            if [len(row) for row in matrix.rows] != [len(row) for row in other.rows]:
-                return Finding(False, "matrices of different shape")
-            return _all(
-                self.compare(x, y)
-                for row, line in zip(matrix.rows, other.rows, strict=True)
-                for x, y in zip(row, line, strict=True)
-            )
-        if (
-            isinstance(other, Group)
-            and other.brackets in ("()", "[]")
-            and all(len(row) == 1 for row in matrix.rows)
-        ):
-            return self.ordered([row[0] for row in matrix.rows], other.items)
-        if (
-            isinstance(other, Group)
-            and other.items
-            and all(isinstance(item, Group) and item.brackets == "[]" for item in other.items)
-        ):
-            return self.matrix_with(
-                matrix, Matrix(tuple(item.items for item in other.items if isinstance(item, Group)))
-            )
-        return (
-            DIFFERENT
-            if isinstance(other, Expr) and is_number(other.tree)
-            else _undecided("a matrix and an answer of another kind")
-        )
-
-    def based_with(self, based: Based, other: Node) -> Finding:
-        if isinstance(other, Based):
-            if based.base != other.base:
-                return Finding(False, "different bases")
-            return (
-                SAME
-                if based.digits.casefold() == other.digits.casefold()
-                else Finding(False, "different digits")
-            )
-        if isinstance(other, Expr) and not is_number(other.tree) and not other.ambiguous:
-            return Finding(False, "a number in a base and an expression")
-        value = rational(other.tree) if isinstance(other, Expr) else None
-        if value is None:
-            if (
-                isinstance(other, Expr)
-                and is_number(other.tree)
-                and self.values(other.tree, ("n", Fraction(int(based.digits[:500])))) is False
-            ):
-                return Finding(False, "different numbers")
-            return _undecided("a number in a base and an answer of another kind")
-        digits = int(based.digits[:500])
-        meant = (
-            int(based.digits[:500], based.base)
-            if all(int(digit) < based.base for digit in based.digits)
-            else None
-        )
-        return (
-            _undecided("the base is not stated on both sides")
-            if value in (digits, meant)
-            else Finding(False, "different numbers")
-        )
-
-    def ratio_with(self, ratio: Ratio, other: Node) -> Finding:
-        if (
-            isinstance(other, Expr)
-            and not other.ambiguous
-            and all(is_number(_tree(part)) for part in (other, *ratio.parts))
-        ):
-            first, second = map(_tree, ratio.parts[:2])
-            near = (
-                ("/", first, second),
-                ("/", second, first),
-                ("+", ("*", first, ("n", Fraction(60))), second),
-                first,
-            )
-            if all(self.values(value, other.tree) is False for value in near):
-                return Finding(False, "a ratio or a time and another number")
-        if not isinstance(other, Ratio):
-            return _undecided("a ratio or a time and an answer of another kind")
-        found = self.ordered(ratio.parts, other.parts)
-        if found.same or len(ratio.parts) != 2 or len(other.parts) != 2:
-            return found
-        first, second, third, fourth = (_tree(part) for part in (*ratio.parts, *other.parts))
-        whole = all(self.values(part, ("n", Fraction(0))) is False for part in (first, second, third, fourth))
-        if whole and self.values(("*", first, fourth), ("*", second, third)):
-            return (
-                _undecided("ratios that may be times")
-                if ratio.clock and other.clock
-                else Finding(True, "equal ratios")
-            )
-        return found
-
-    def words_with(self, text: str, other: Node) -> Finding:
-        if text in _NOTHING and isinstance(other, Group) and not other.items:
-            return SAME
-        if text in _EVERYTHING:
-            return SAME if other == _REALS else _undecided("words and a formula")
-        if (
-            isinstance(other, Group)
-            and other.brackets in ("", "or")
-            and any(isinstance(item, Words) for item in other.items)
-        ):
-            return _undecided("words and a list of words")
-        if set(text.split()) & _VAGUE or text in _NOTHING:
-            return _undecided("words that may state the same")
-        if len(text) == 1:
-            if isinstance(other, Expr) and other.tree[0] in ("s", "e", "i"):
-                name = other.tree[1] if other.tree[0] == "s" else other.tree[0]
-                return (
-                    SAME
-                    if name == text
-                    else _undecided("two letters")
-                    if name.casefold() == text.casefold()
-                    else DIFFERENT
-                )
-            return _undecided("a letter that may name a choice")
-        if (
-            isinstance(other, Expr)
-            and not other.unit
-            and not other.ambiguous
-            and not any(part[0] == "inf" for part in walk(other.tree))
-        ):
-            return Finding(False, "words and a formula")
-        return _undecided("words and a formula")
-
-
-# ------------------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _all(found: Any) -> Finding:
-    """All parts the same, one different, or neither proved."""
-    found = list(found)
-    for same in (False, None):
-        for finding in found:
-            if finding.same is same:
+def _first(findings: Iterable[Finding], *verdicts: bool | None) -> Finding | None:
+    """The first finding with the first of these verdicts that any has."""
+    findings = list(findings)
+    for verdict in verdicts:
+        for finding in findings:
+            if finding.same is verdict:
                 return finding
-    return SAME
+    return None
 
 
-def _is_joint(between: str) -> bool:
-    return (
-        re.fullmatch(
-            r"(?:[\s$,;]|\\[()\[\], ]|\\quad|\\qquad|\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}|\band\b|\bor\b)*",
-            between,
-        )
-        is not None
-    )
+def _all_of(findings: Iterable[Finding]) -> Finding:
+    """All the same, one different, or neither proved."""
+    return _first(findings, False, None) or _SAME
 
 
-def _span_ending(spans: Sequence[tuple[int, int]], end: int) -> tuple[int, int]:
-    return next(span for span in spans if span[1] == end)
+def normalise_answer(answer: str) -> str:
+    """One spelling of equal answers: exact numbers as `n` or `n/d` without separators and units (percents
+    keep `%`), anything else without TeX decoration and spaces, words in lower case. Idempotent."""
+    text = answer
+    for _ in range(10):
+        number = _stated_number(text)
+        previous = text
+        text = str(number[0]) + ("%" if number[1] else "") if number else spelling(text)
+        if text == previous:
+            break
+    return text
+
+
+def exact_value(answer: str) -> Fraction | None:
+    """The rational number an answer states (percents in percent, units dropped); None where there is none."""
+    number = _stated_number(answer)
+    return number[0] if number else None
+
+
+def _stated_number(answer: str) -> tuple[Fraction, bool] | None:
+    for reading in readings(answer)[:1]:
+        if isinstance(reading, Relation) and len(reading.sides) == 2 and (named := named_value(reading)):
+            reading = named[1]
+        if isinstance(reading, Expression) and not reading.tree.symbols:
+            value = rational(reading.tree)
+            return None if value is None else (value, reading.percent)
+    return None
+
+
+def same_answer(gold: str, prediction: str, rule: AnswerRule = AnswerRule()) -> bool | None:  # noqa: B008
+    """Whether two final answers are the same; None where that cannot be decided here. Never raises;
+    milliseconds at most on any text."""
+    return compare_answers(gold, prediction, rule).same
+
+
+def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule()) -> Finding:  # noqa: B008
+    """`same_answer` with its reason."""
+    if not gold.strip() or not prediction.strip():
+        return Finding(None, "an empty answer")
+    if max(len(gold), len(prediction)) > MAX_CHARACTERS:
+        return Finding(None, f"an answer of over {MAX_CHARACTERS} characters")
+    if spelling(gold) == spelling(prediction):
+        return Finding(True, "the same text")
+    golds, predictions = readings(gold), readings(prediction)
+    if not golds or not predictions:
+        return Finding(None, f"the {'prediction' if golds else 'gold answer'} is not in a notation read here")
+    basis = _Basis(rule)
+    golds = [_with_unit(reading, rule.unit) for reading in golds]
+    findings = [_compare(basis, a, b) for a in golds for b in predictions]
+    likeliest, best = findings[0], _first(findings, True, None) or findings[0]
+    if min(len(golds), len(predictions)) > 1 and likeliest.same is False and best.same:
+        return _undecided("numbers with separators, or lists")  # 100,200 and 200,100
+    return best
+
+
+def _with_unit(answer: Answer, unit: str) -> Answer:
+    """The gold answer with the rule's unit, if it is a number that has none."""
+    if not unit or not isinstance(answer, Expression) or answer.unit or answer.percent or answer.degrees:
+        return answer
+    unit = re.sub(r"[\s${}\\]", "", unit)
+    if unit == "%":
+        return replace(answer, percent=True)
+    return replace(answer, degrees=True) if unit == "^circ" else replace(answer, unit=unit)
+
+
+@dataclass
+class _Basis:
+    """What one comparison goes by: the benchmark's rule, and the work that is left to it."""
+
+    rule: AnswerRule
+    budget: Budget = field(default_factory=Budget)
+
+    def same(self, x: Tree, y: Tree) -> bool | None:
+        same = same_value(x, y, self.budget)
+        if same or not self.rule.tolerance or x.symbols or y.symbols:
+            return same
+        distance = _distance(x, y)
+        return same if distance is None else distance <= Fraction(repr(self.rule.tolerance))
+
+
+def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
+    """The gold answer and the prediction, or parts of them."""
+    if a == b:
+        return _SAME
+    for x, y in ((a, b), (b, a)):
+        if isinstance(x, Relation):
+            return _compare_relation(basis, x, y)
+        if isinstance(x, Words):
+            return _compare_words(x.text, y)
+    for x, y in ((a, b), (b, a)):
+        if isinstance(x, Matrix):
+            return _compare_matrix(basis, x, y)
+        if isinstance(x, Based):
+            return _compare_based(basis, x, y)
+        if isinstance(x, Ratio):
+            return _compare_ratio(basis, x, y)
+    if isinstance(a, Union) or isinstance(b, Union):
+        return _compare_sets(basis, a, b)
+    if isinstance(a, Group):
+        return _compare_group(basis, a, b)
+    if isinstance(b, Group):
+        return _compare_group(basis, b, a)
+    assert isinstance(a, Expression)
+    assert isinstance(b, Expression)
+    return _compare_expressions(basis, a, b)
+
+
+def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding:
+    x, y = a.tree, b.tree
+    if a.unit and b.unit:
+        size_x, dimensions_x, is_known_x = unit_size(a.unit)
+        size_y, dimensions_y, is_known_y = unit_size(b.unit)
+        if dimensions_x != dimensions_y:
+            if is_known_x and is_known_y:
+                return Finding(False, f"different units: {a.unit} and {b.unit}")
+            return _undecided(f"units that are not known to be the same: {a.unit} and {b.unit}")
+        x, y = x * Number(size_x), y * Number(size_y)
+    same = basis.same(x, y)
+    is_ambiguous = a.ambiguous or b.ambiguous
+    if same:
+        is_letter_unit = is_ambiguous and bool(a.unit) != bool(b.unit)
+        return _undecided("a letter that may be a unit or a factor") if is_letter_unit else _SAME
+    if a.percent != b.percent:
+        percentage, share = (a.tree, b.tree) if a.percent else (b.tree, a.tree)
+        if basis.same(percentage, share * whole(100)):
+            return Finding(True, "equal as percentages")
+    if a.degrees != b.degrees:
+        angles = (x * _DEGREE, y) if a.degrees else (x, y * _DEGREE)
+        if basis.same(*angles):
+            return Finding(True, "equal as angles")
+    are_numbers = not x.symbols and not y.symbols
+    if same is None:
+        kind = "numbers" if are_numbers else "expressions"
+        return _undecided(f"{kind} of which neither equality nor difference is proved")
+    if are_numbers:
+        return _compare_numbers(basis, a, b, x, y)
+    if is_ambiguous:
+        return _TWO_READINGS
+    for number, other in ((x, y), (y, x)):
+        if not number.symbols and other.symbols <= UNIT_LETTERS:
+            names = [part.name for part in walk(other) if isinstance(part, Symbol)]
+            if basis.same(number, substitute(other, dict.fromkeys(names, ONE))):
+                return _undecided("a symbol that may be a unit")
+    return _DIFFERENT
+
+
+def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tree) -> Finding:
+    """Two numbers that differ; `x` and `y` are their values in a unit of both."""
+    distance = None if basis.rule.tolerance else _distance(x, y)
+    if distance is not None and (_is_rounding(a, b, distance) or _is_rounding(b, a, distance)):
+        return _undecided("one number may be a rounding of the other")
+    if bool(a.unit) != bool(b.unit) and _is_conversion(x, y):
+        return _undecided("one number may be the other in another unit")
+    if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
+        return _TWO_READINGS
+    return _DIFFERENT_NUMBERS
 
 
 def _distance(x: Tree, y: Tree) -> Fraction | None:
     """|x - y| of two real numbers, to 50 digits where it is not rational."""
-    difference: Tree = ("+", x, ("-", y))
-    exact = rational(difference)
-    if exact is not None:
-        return abs(exact)
-    value = approximate(difference)
-    if value is None or not hasattr(value, "man_exp"):
-        return None
-    mantissa, exponent = value.man_exp
-    return abs(Fraction(int(mantissa)) * Fraction(2) ** int(exponent)) if abs(exponent) < 10_000 else None
+    difference = x - y
+    distance = rational(difference)
+    if distance is None:
+        distance = approximate(difference)
+    return None if distance is None else abs(distance)
 
 
-def _is_rounding(rounded: Expr, other: Expr, distance: Fraction) -> bool:
+def _is_rounding(rounded: Expression, other: Expression, distance: Fraction) -> bool:
     """Whether a decimal may be the other number rounded to the nearest, or cut off."""
-    step = rounded.step or Fraction(0)
+    step = rounded.step
+    if not step or (other.step and other.step >= step):
+        return False
     if distance * 2 <= step:
         return True
-    cut = rational(("f", "abs", rounded.tree))
-    size = approximate(("f", "abs", other.tree))
-    return distance < step and cut is not None and size is not None and cut * size.context.mpf(1) < size
+    cut = rational(Call((rounded.tree,), "abs"))
+    size = approximate(Call((other.tree,), "abs"))
+    return distance < step and cut is not None and size is not None and cut < size
 
 
-def _is_conversion(ratio: Fraction) -> bool:
-    size = Fraction(abs(ratio.numerator), ratio.denominator)
-    whole = max(size, 1 / size)
-    return whole.denominator == 1 and (
-        whole.numerator in _CONVERSIONS or str(whole.numerator).strip("0") == "1"
-    )
-
-
-def _without_symbols(tree: Tree) -> Tree:
-    return rebuild(tree, lambda part: ("n", Fraction(1)) if part[0] == "s" else part)
-
-
-def _tree(node: Node) -> Tree:
-    return node.tree if isinstance(node, Expr) else ("s", "")
-
-
-def _flat(items: Sequence[Node]) -> list[Node]:
-    found: list[Node] = []
-    for item in items:
-        if isinstance(item, Group) and item.brackets in ("", "or"):
-            found += _flat(item.items)
-        else:
-            found.append(item)
-    return found
-
-
-def _named_apart(items: Sequence[Node]) -> bool:
-    names = [
-        named[0]
-        for item in items
-        if isinstance(item, Relation) and item.operators[0] == "=" and (named := _named(item))
-    ]
-    return len(set(names)) > 1
-
-
-def _named(relation: Relation) -> tuple[str, Node] | None:
-    """Name and value of `x = 5`, `f(x) = 2x`, `(p, q) = (3, 2)`, `5 = x`, `x \\in [0, 1]`; of `x = 5 + 5 =
-    10` the last value."""
-    if set(relation.operators) - {"=", "in"}:
-        return None
-    first, last = relation.sides[0], relation.sides[-1]
-    if _is_name(first):
-        return _name(first), last
-    if len(relation.sides) == 2 and relation.operators == ("=",) and _is_name(last):
-        return _name(last), first
-    return None
-
-
-def _is_name(node: Node) -> bool:
-    if isinstance(node, Group):
-        return bool(node.items) and all(isinstance(item, Expr) and item.tree[0] == "s" for item in node.items)
-    if isinstance(node, Words):
-        return len(node.text) == 1
-    if isinstance(node, Ratio):
-        return all(map(_is_name, node.parts))
-    if not isinstance(node, Expr) or node.unit or not symbols(node.tree):
+def _is_conversion(x: Tree, y: Tree) -> bool:
+    """Whether one number may be the other in another unit."""
+    exact_x, exact_y = rational(x), rational(y)
+    if not exact_x or not exact_y:
         return False
-    return all(
-        part[0] in ("s", "e", "i", "f", "*", "/") and part[:2] != ("f", "ln") for part in walk(node.tree)
-    )
+    ratio = abs(exact_x / exact_y)
+    factor = max(ratio, 1 / ratio)
+    is_power_of_ten = factor == 10 ** round(math.log10(factor.numerator))
+    return is_power_of_ten or factor in _CONVERSIONS
 
 
-def _name(node: Node) -> str:
-    if isinstance(node, Expr) and node.tree[0] == "s":
-        return str(node.tree[1])
-    return node.text if isinstance(node, Words) else repr(node)
+def _compare_group(basis: _Basis, group: Group, other: Answer) -> Finding:
+    if isinstance(other, Group):
+        return _compare_groups(basis, group, other)
+    if not group.items:
+        return _DIFFERENT
+    if group.brackets not in ("", "or", "{}"):
+        is_several = group.brackets in ("[)", "(]") or len(group.items) > 1
+        return _DIFFERENT if is_several else _undecided("answers of different kinds")
+    verdicts = [_compare(basis, item, other).same for item in _flat(group.items)]
+    if all(same is False for same in verdicts) or (len(verdicts) > 1 and False in verdicts):
+        return Finding(False, "one answer and several")
+    return _SAME if verdicts == [True] else _undecided("one answer and a set")
 
 
-def _bound(a: str, b: str) -> tuple[str, str] | None:
-    """The arguments of `f(x)` and `f(n)`, where only they differ."""
-    x, y = (re.fullmatch(r"(.+)\((\w+)\)", name) for name in (a, b))
-    return (x[2], y[2]) if x and y and x[1] == y[1] and x[2] != y[2] else None
-
-
-def _rename(node: Node, new: str, old: str) -> Node:
-    def change(tree: Tree) -> Tree:
-        return ("s", new) if tree == ("s", old) else tree
-
-    return replace(node, tree=rebuild(node.tree, change)) if isinstance(node, Expr) else node
-
-
-def _at(tree: Tree, point: dict[str, Tree]) -> Tree:
-    change: Callable[[Tree], Tree] = lambda part: point.get(part[1], part) if part[0] == "s" else part  # noqa: E731
-    return rebuild(tree, change)
-
-
-def _difference(relation: Relation) -> Tree | None:
-    if relation.operators != ("=",) or not all(isinstance(side, Expr) for side in relation.sides):
-        return None
-    left, right = (_tree(side) for side in relation.sides)
-    return ("+", left, ("-", right))
-
-
-def _subject(relation: Relation) -> Tree | None:
-    """What an inequality is about: its one side with symbols, in a chain the middle one."""
-    if relation.operators[0] == "in":
-        return _tree(relation.sides[0])
-    if len(relation.sides) == 3:
-        return _tree(relation.sides[1])
-    with_symbols = [
-        side for side in relation.sides if isinstance(side, Expr | Words) and not is_number(_tree(side))
+def _compare_groups(basis: _Basis, a: Group, b: Group) -> Finding:
+    kinds = {a.brackets, b.brackets}
+    inequalities = [
+        item for item in a.items + b.items if isinstance(item, Relation) and item.operators[0] != "="
     ]
-    if len(with_symbols) == 1:
-        return _tree(with_symbols[0])
-    return _tree(relation.sides[0]) if _tree(relation.sides[0])[0] == "s" else None
+    if kinds & {"[)", "(]"} or ("or" in kinds and inequalities):
+        return _compare_sets(basis, a, b)
+    is_list = bool(kinds & {"", "or"})
+    if kinds <= {"", "or", "{}"}:
+        if not a.items or not b.items:
+            return _SAME if a.items == b.items else _DIFFERENT
+        return _compare_unordered(basis, a.items, b.items)
+    if basis.rule.unordered and is_list:
+        return _compare_unordered(basis, a.items, b.items)
+    in_order = _compare_ordered(basis, a.items, b.items)
+    if a.brackets == b.brackets:
+        return in_order
+    if in_order.same:
+        return _undecided("the same items in different brackets")
+    if kinds == {"()", "[]"}:
+        return in_order
+    if _compare_unordered(basis, a.items, b.items).same is False:
+        return _DIFFERENT
+    return _undecided("the same items in different brackets")
 
 
-@dataclass(frozen=True)
-class _Interval:
-    low: Node
-    high: Node
-    closed: tuple[bool, bool]
+def _compare_ordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
+    if len(a) != len(b):
+        return Finding(False, "a different number of items")
+    return _all_of(_compare(basis, x, y) for x, y in zip(a, b, strict=True))
 
 
-_INFINITE = Expr(("inf",))
-_MINUS_INFINITE = Expr(("-", ("inf",)))
+def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
+    a, b = _flat(a), _flat(b)
+    if len(a) * len(b) > _MAX_PAIRS:
+        return _undecided("lists too long to compare")
+    if _has_names(a) != _has_names(b):  # x=1, y=2 and 1, 2: the names give the order
+        in_order = _compare_ordered(basis, a, b)
+        return in_order if in_order.same else _undecided("a list with names and one without")
+    rows = [[_compare(basis, x, y).same for y in b] for x in a]
+    free = list(range(len(b)))
+    for row in rows:
+        matches = [column for column in free if row[column]]
+        if matches:
+            free.remove(matches[0])
+    if not free and len(a) == len(b):
+        return _SAME
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if any({False}.issuperset(line) for line in rows + columns):
+        return Finding(False, "an item that the other list lacks")
+    if any(None in row for row in rows):
+        return _undecided("lists with items that may be the same")
+    return _undecided("lists that repeat items differently")
 
 
-def _intervals(node: Node) -> list[_Interval] | None:
-    """The intervals of a set of reals in ascending order where their ends are numbers; None for what is not
-    such a set."""
-    if isinstance(node, Union) or (isinstance(node, Group) and node.brackets == "or"):
-        parts = [_intervals(part) for part in (node.parts if isinstance(node, Union) else node.items)]
-        found = [interval for part in parts if part is not None for interval in part]
-        if any(part is None for part in parts):
-            return None
-        keys = [
-            approximate(_tree(interval.low)) if _tree(interval.low) != ("-", ("inf",)) else float("-inf")
-            for interval in found
-        ]
-        if any(key is None or not _is_real(key) for key in keys):
-            return found
-        return [interval for _, interval in sorted(zip(keys, found, strict=True), key=lambda pair: pair[0])]
-    if isinstance(node, Group):
-        if node.brackets == "{}":
-            return [_Interval(item, item, (True, True)) for item in node.items] or None
-        if len(node.items) != 2 or node.brackets not in ("()", "[]", "[)", "(]"):
-            return None
-        low, high = node.items
-        return [_Interval(low, high, (node.brackets[0] == "[", node.brackets[1] == "]"))]
-    if isinstance(node, Relation):
-        return _relation_intervals(node)
-    return None
+def _flat(items: Sequence[Answer]) -> list[Answer]:
+    """The items with those of bare lists among them in their place."""
+    flat: list[Answer] = []
+    for item in items:
+        is_list = isinstance(item, Group) and item.brackets in ("", "or")
+        flat += _flat(item.items) if isinstance(item, Group) and is_list else [item]
+    return flat
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, float) or hasattr(value, "man_exp")
+def _has_names(items: Sequence[Answer]) -> bool:
+    """Whether equations give the items different names."""
+    equations = [item for item in items if isinstance(item, Relation) and item.operators[0] == "="]
+    names = {named[0] for equation in equations if (named := named_value(equation))}
+    return len(names) > 1
 
 
-def _relation_intervals(relation: Relation) -> list[_Interval] | None:
-    operators, sides = relation.operators, relation.sides
-    if operators == ("in",):
-        return _intervals(sides[1])
-    if _subject(relation) is None:
-        return None
-    if len(sides) == 3:
-        if all(operator in (">", ">=") for operator in operators):
-            operators, sides = tuple(_FLIPPED[operator] for operator in reversed(operators)), sides[::-1]
-        if not all(operator in ("<", "<=") for operator in operators):
-            return None
-        return [_Interval(sides[0], sides[2], (operators[0] == "<=", operators[1] == "<="))]
-    if len(sides) != 2:
-        return None
-    operator = operators[0]
-    bound = sides[1]
-    if is_number(_tree(sides[0])) and isinstance(sides[0], Expr):
-        operator, bound = _FLIPPED.get(operator, operator), sides[0]
-    subject = _subject(relation)
-    if subject is None or subject[0] != "s":
-        return _solved(relation)
-    if operator == "!=":
-        return [
-            _Interval(_MINUS_INFINITE, bound, (False, False)),
-            _Interval(bound, _INFINITE, (False, False)),
-        ]
-    if operator in ("<", "<="):
-        return [_Interval(_MINUS_INFINITE, bound, (False, operator == "<="))]
-    if operator in (">", ">="):
-        return [_Interval(bound, _INFINITE, (operator == ">=", False))]
-    return None
+def _compare_sets(basis: _Basis, a: Answer, b: Answer) -> Finding:
+    """Unions of intervals and points, inequalities."""
+    for answer in (a, b):
+        if isinstance(answer, Expression):
+            is_number = not answer.ambiguous and not answer.tree.symbols
+            return (
+                Finding(False, "a set and a number") if is_number else _undecided("a set and an expression")
+            )
+    x, y = intervals(a), intervals(b)
+    if x is None or y is None:
+        return _undecided("sets of a form that is not read here")
+    x, y = _merged(basis, x), _merged(basis, y)
+    if len(x) != len(y):
+        if all(is_numeric(interval.low) and is_numeric(interval.high) for interval in (*x, *y)):
+            return Finding(False, "sets of different parts")
+        return _undecided("unions of different length")
+    findings = []
+    for mine, theirs in zip(x, y, strict=True):
+        low, high = _compare(basis, mine.low, theirs.low), _compare(basis, mine.high, theirs.high)
+        is_open_alike = mine.closed == theirs.closed
+        ends = _SAME if is_open_alike else Finding(False, "an end that belongs to one set only")
+        findings.append(_all_of([low, high, ends]))
+    return _all_of(findings)
 
 
-def _linear_root(values: Sequence[Fraction | None]) -> Fraction | None:
-    """The zero of a function with these values at 0, 1, 2 if it is linear and not constant."""
-    at_0, at_1, at_2 = values
-    if at_0 is None or at_1 is None or at_2 is None or at_2 - at_1 != at_1 - at_0 or at_0 == at_1:
-        return None
-    return -at_0 / (at_1 - at_0)
+def _merged(basis: _Basis, parts: list[Interval]) -> list[Interval]:
+    """Ascending intervals with those joined that touch."""
+    merged = parts[:1]
+    for interval in parts[1:]:
+        last = merged[-1]
+        if (last.closed[1] or interval.closed[0]) and _compare(basis, last.high, interval.low).same:
+            merged[-1] = Interval(last.low, interval.high, (last.closed[0], interval.closed[1]))
+        else:
+            merged.append(interval)
+    return merged
 
 
-def _solved(relation: Relation) -> list[_Interval] | None:
-    """An inequality that is linear in its one symbol: 2x - 1 > 5."""
-    if not all(isinstance(side, Expr) and not side.ambiguous for side in relation.sides):
-        return None
-    difference: Tree = ("+", _tree(relation.sides[0]), ("-", _tree(relation.sides[1])))
-    names = symbols(difference)
-    if len(names) != 1:
-        return None
-    name = min(names)
-    values = [rational(_at(difference, {name: ("n", Fraction(n))})) for n in (0, 1, 2)]
-    root = _linear_root(values)
-    beyond = rational(_at(difference, {name: ("n", Fraction(1009, 3))}))
-    slope = (values[1] or Fraction(0)) - (values[0] or Fraction(0))
-    if root is None or beyond != slope * (Fraction(1009, 3) - root):  # not linear
-        return None
-    operator = relation.operators[0]
-    flipped = operator if slope > 0 else _FLIPPED.get(operator, operator)
-    return _relation_intervals(Relation((flipped,), (Expr(("s", name)), Expr(("n", root)))))
+def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Finding:
+    if isinstance(other, Relation):
+        return _compare_relations(basis, relation, other)
+    if relation.operators[0] not in ("=", "in"):
+        if isinstance(other, Group | Union):
+            return _compare_sets(basis, relation, other)
+        if isinstance(other, Words) and other.text in _EVERYTHING | _NOTHING:
+            return _undecided("words and an inequality")
+        if is_numeric(other) and relation.operators[0] != "!=" and intervals(relation) is not None:
+            return Finding(False, "an inequality and a number")
+        return _undecided("an inequality and an answer of another kind")
+    if named := named_value(relation):
+        return _compare(basis, named[1], other)
+    difference = difference_of_sides(relation)
+    if difference is not None and isinstance(other, Expression) and is_numeric(other) and not other.ambiguous:
+        names = difference.symbols
+        at_number = substitute(difference, {min(names): other.tree}) if names else difference
+        if len(names) > 1 or (names and basis.same(at_number, ZERO) is False):
+            return Finding(False, "an equation and a number")
+    return _undecided("an equation and an answer of another kind")
+
+
+def _compare_relations(basis: _Basis, a: Relation, b: Relation) -> Finding:
+    if a.operators[0] in ("=", "in") and b.operators[0] in ("=", "in"):
+        return _compare_equations(basis, a, b)
+    if "=" in (a.operators[0], b.operators[0]):
+        return _undecided("an equation and an inequality")
+    x, y = subject(a), subject(b)
+    if x is None or y is None or intervals(a) is None or intervals(b) is None:
+        return _compare_chains(basis, ascending(a), ascending(b))
+    finding = _compare_sets(basis, a, b)
+    if x.symbols == y.symbols or finding.same is False:
+        return finding
+    return _undecided("the same inequality of different names")
+
+
+def _compare_chains(basis: _Basis, a: Relation, b: Relation) -> Finding:
+    """Inequalities whose sides are no ends of intervals: c < a < b."""
+    if a.operators == b.operators:
+        in_order = _compare_ordered(basis, a.sides, b.sides)
+        if in_order.same:
+            return in_order
+        has_same_sides = _compare_unordered(basis, a.sides, b.sides).same
+        if len(a.sides) > 2 and has_same_sides and in_order.same is False and set(a.operators) == {"<"}:
+            return Finding(False, "another order")
+    return _undecided("inequalities of which nothing is proved")
+
+
+def _compare_equations(basis: _Basis, a: Relation, b: Relation) -> Finding:
+    named_a, named_b = named_value(a), named_value(b)
+    if not named_a or not named_b:
+        return _compare_solutions(basis, a, b)
+    (name_a, x), (name_b, y) = named_a, named_b
+    arguments = bound_names(name_a, name_b)
+    finding = _compare(basis, x, rename(y, *arguments) if arguments else y)
+    are_numbers = is_numeric(x) and is_numeric(y)
+    if name_a == name_b or arguments:
+        if finding.same is not False or isinstance(x, Group) or are_numbers or name_a.endswith(")"):
+            return finding
+        solutions = _compare_solutions(basis, a, b)
+        return solutions if solutions.same or finding.doubtful else finding
+    if finding.same and (is_numeric(x) or not isinstance(x, Expression)):
+        return _undecided("the same value under different names")
+    if finding.same is False and are_numbers:
+        return finding
+    return _compare_solutions(basis, a, b)
+
+
+def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
+    """Two equations with the same solutions: proportional sides, or each linear in a variable and zero where
+    the other is."""
+    x, y = difference_of_sides(a), difference_of_sides(b)
+    if x is None or y is None:
+        return _undecided("equations of a form that is not read here")
+    if any(isinstance(side, Expression) and side.ambiguous for side in a.sides + b.sides):
+        return _undecided("an equation that is read in different ways")
+    if x.symbols != y.symbols or not x.symbols:
+        is_apart = basis.same(x, y) is False and basis.same(x, -y) is False
+        reason = "equations in different variables"
+        return Finding(False, reason) if is_apart else _undecided(reason)
+    point: dict[str, Tree] = {}
+    for index, name in enumerate(sorted(x.symbols)):
+        point[name] = Number(Fraction(7 + 4 * index, 3))
+    x_at_point, y_at_point = substitute(x, point), substitute(y, point)
+    if basis.same(x_at_point, ZERO) is False and basis.same(x * y_at_point, y * x_at_point):
+        return Finding(True, "proportional equations")
+    for name in point:
+        zero_x, zero_y = linear_root(x, name, point), linear_root(y, name, point)
+        if zero_x and zero_y and zero_x[0] != zero_y[0]:
+            return Finding(False, "equations with different solutions")
+    return _undecided("equations of which neither equality nor difference is proved")
+
+
+def _compare_matrix(basis: _Basis, matrix: Matrix, other: Answer) -> Finding:
+    if isinstance(other, Matrix):
+        if [len(row) for row in matrix.rows] != [len(row) for row in other.rows]:
+            return Finding(False, "matrices of different shape")
+        pairs = zip(matrix.rows, other.rows, strict=True)
+        return _all_of([_compare_ordered(basis, row, other_row) for row, other_row in pairs])
+    if is_numeric(other):
+        return _DIFFERENT
+    if isinstance(other, Group):
+        if other.brackets in ("()", "[]") and all(len(row) == 1 for row in matrix.rows):
+            return _compare_ordered(basis, [row[0] for row in matrix.rows], other.items)
+        rows = [item.items for item in other.items if isinstance(item, Group) and item.brackets == "[]"]
+        if rows and len(rows) == len(other.items):
+            return _compare_matrix(basis, matrix, Matrix(tuple(rows)))
+    return _undecided("a matrix and an answer of another kind")
+
+
+def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:
+    if isinstance(other, Based):
+        if based.base != other.base:
+            return Finding(False, "different bases")
+        return _SAME if based.digits == other.digits else Finding(False, "different digits")
+    if not isinstance(other, Expression) or (other.tree.symbols and other.ambiguous):
+        return _undecided("a number in a base and an answer of another kind")
+    if other.tree.symbols:
+        return Finding(False, "a number in a base and an expression")
+    digits = based.digits[:_MAX_BASED_DIGITS]
+    value = rational(other.tree)
+    if value is None:
+        if basis.same(other.tree, whole(int(digits))) is False:
+            return _DIFFERENT_NUMBERS
+        return _undecided("a number in a base and an answer of another kind")
+    is_in_base = all(int(digit) < based.base for digit in based.digits)
+    if value == int(digits) or (is_in_base and value == int(digits, based.base)):
+        return _undecided("the base is not stated on both sides")
+    return _DIFFERENT_NUMBERS
+
+
+def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
+    first, second = map(tree_of, ratio.parts[:2])
+    if not isinstance(other, Ratio):
+        are_numbers = is_numeric(other) and all(map(is_numeric, ratio.parts))
+        if isinstance(other, Expression) and are_numbers and not other.ambiguous:
+            near = (first / second, second / first, first * whole(60) + second, first)
+            if all(basis.same(value, other.tree) is False for value in near):
+                return Finding(False, "a ratio or a time and another number")
+        return _undecided("a ratio or a time and an answer of another kind")
+    in_order = _compare_ordered(basis, ratio.parts, other.parts)
+    if in_order.same or len(ratio.parts) != 2 or len(other.parts) != 2:
+        return in_order
+    third, fourth = map(tree_of, other.parts)
+    has_no_zero = all(basis.same(part, ZERO) is False for part in (first, second, third, fourth))
+    if has_no_zero and basis.same(first * fourth, second * third):
+        are_clocks = ratio.clock and other.clock
+        return _undecided("ratios that may be times") if are_clocks else Finding(True, "equal ratios")
+    return in_order
+
+
+def _compare_words(text: str, other: Answer) -> Finding:
+    if isinstance(other, Words):
+        return _same_words(text, other.text)
+    if text in _NOTHING and isinstance(other, Group) and not other.items:
+        return _SAME
+    if text in _EVERYTHING:
+        return _SAME if other == REALS else _undecided("words and a formula")
+    if isinstance(other, Group) and other.brackets in ("", "or"):
+        has_words = any(isinstance(item, Words) for item in other.items)
+        if has_words:
+            return _undecided("words and a list of words")
+    if text in _NOTHING or not _VAGUE.isdisjoint(text.split()):
+        return _undecided("words that may state the same")
+    if len(text) == 1:
+        return _compare_letter(text, tree_of(other))
+    if not isinstance(other, Expression) or other.unit or other.ambiguous or INFINITY in walk(other.tree):
+        return _undecided("words and a formula")
+    return Finding(False, "words and a formula")
+
+
+def _compare_letter(text: str, other: Tree) -> Finding:
+    match other:
+        case Symbol(name) | Constant("e" | "i" as name) if name:
+            if name == text:
+                return _SAME
+            return _undecided("two letters") if name.casefold() == text.casefold() else _DIFFERENT
+    return _undecided("a letter that may name a choice")
 
 
 def _same_words(a: str, b: str) -> Finding:
     """Two different words. Not decided: letters that differ in case only, abbreviations, plurals, words for
     "there is none"."""
-    if a == b:
-        return Finding(True, "the same words")
+    same = Finding(True, "the same words")
     x, y = a.casefold(), b.casefold()
-    if x == y and len(x) > 1:
-        return Finding(True, "the same words")
+    if a == b or (x == y and len(x) > 1):
+        return same
     if {x, y} in _POLAR:
         return Finding(False, "opposite words")
-    if x in _NOTHING and y in _NOTHING and {x, y} & {"no solutions", "no solution"} == {x, y}:
-        return Finding(True, "the same words")
-    for article in ("the ", "a ", "an "):
-        x, y = x.removeprefix(article), y.removeprefix(article)
+    if {x, y} == {"no solution", "no solutions"}:
+        return same
+    x, y = _ARTICLE.sub("", x), _ARTICLE.sub("", y)
     if x == y and len(x) > 1:
-        return Finding(True, "the same words")
+        return same
     if len(x) == 1 and len(y) == 1:
+        is_other_case = x == y
         return (
-            _undecided("two letters that differ in case") if x == y else Finding(False, "different letters")
+            _undecided("two letters that differ in case")
+            if is_other_case
+            else Finding(False, "different letters")
         )
-    if (set(x.split()) | set(y.split())) & (_VAGUE | _POLAR[0] | _POLAR[1]):
-        return _undecided("words that may state the same")
-    if x.startswith(y) or y.startswith(x) or len(x.split()) > 1 or len(y.split()) > 1:
+    words = x.split() + y.split()
+    is_abbreviation = x.startswith(y) or y.startswith(x)
+    if is_abbreviation or len(words) > 2 or not _UNCLEAR.isdisjoint(words):
         return _undecided("words that may state the same")
     return Finding(False, "different words")

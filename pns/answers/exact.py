@@ -14,31 +14,56 @@ import itertools
 import math
 import random
 import threading
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
 import mpmath
 
-from pns.answers.notation import Tree, rebuild, symbols, walk
+from pns.answers.tree import (
+    INFINITY,
+    LOG_BASE,
+    MINUS_INFINITY,
+    ONE,
+    TEN,
+    Call,
+    Constant,
+    Negative,
+    Number,
+    Power,
+    Product,
+    Quotient,
+    Root,
+    Series,
+    Sum,
+    Symbol,
+    Tree,
+    substitute,
+    walk,
+    whole,
+)
 
 _MAX_BITS = 60_000  # of the numerator and the denominator of an exact value
 _MAX_FACTORIAL = 5000
-_MAX_MAGNITUDE = 1 << 24  # binary exponent of a numeric value
+_MAX_RESIDUE_FACTORIAL = 200_000
+_MAX_TERMS = 20_000  # of a sum or product
+_MAX_MAGNITUDE = 1 << 30  # binary exponent of a numeric value, either way
 _MAX_ARGUMENT = 200  # binary exponent of the argument of a transcendental function
+_MAX_RATIONAL = 10_000  # binary exponent of a numeric value that is turned into a fraction, either way
 _DIGITS = 50
 _HUGE_BITS = 120  # numeric values beyond these are not called equal
 _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
 _WHOLE = frozenset("nkmNjl")  # names that often stand for whole numbers
 _MAX_RENAMED = 3  # symbols whose renaming is tried
-_REALS_P = 3
+_POSITIVE_POINTS, _NEGATIVE_POINTS = 3, 2
+_LOG_BASES = (ONE, Call((TEN,), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
+
+Point = dict[str, Fraction]
 
 
 class Undecided(Exception):
-    """No value: undefined, too large, too much work, or a function that is not known."""
-
-
-class NotRational(Exception):
-    """The value is not rational, or not found to be."""
+    """No value: undefined, too large, too much work, a function that is not known, or not rational where that
+    is wanted."""
 
 
 class Budget:
@@ -53,460 +78,423 @@ class Budget:
             raise Undecided
 
 
-Point = dict[str, Any]
-
-
 def same_value(a: Tree, b: Tree, budget: Budget) -> bool | None:
     """Whether two expressions are equal for all values of their symbols. None: not decided, among others
     where they would be equal with other names of the symbols, or only at whole numbers."""
     if a == b:
         return True
-    if any(part[0] == "inf" for part in itertools.chain(walk(a), walk(b))):
+    if INFINITY in walk(a) or INFINITY in walk(b):
         return _same_infinite(a, b)
     try:
-        names = symbols(a) | symbols(b)
-        if "log base" in names:
+        names = a.symbols | b.symbols
+        if LOG_BASE in names:
             return _same_in_all_bases(a, b, budget)
         if not names:
             return _same_number(a, b, budget)
         return _same_function(a, b, sorted(names), budget)
-    except (Undecided, RecursionError):
+    except (Undecided, ZeroDivisionError, RecursionError):
         return None
 
 
 def rational(tree: Tree) -> Fraction | None:
     """The exact value of a rational number; None for anything else."""
     try:
-        return _exact(tree, {}, Budget())
-    except (Undecided, NotRational, RecursionError):
+        value: Fraction = _Exact(Budget(), {}).value(tree)
+    except (Undecided, ZeroDivisionError, RecursionError):
         return None
+    return value
 
 
-def approximate(tree: Tree) -> Any:
-    """The value of a number to 50 digits as an mpmath number (complex where it is not real); None where it
-    has none."""
+def approximate(tree: Tree) -> Fraction | None:
+    """The value of a real number to 50 digits; None where it is not real, has no value, or one too large or
+    small to be written as a fraction."""
     try:
-        return _numeric(tree, {}, Budget(), _context(_DIGITS))
+        value = _Numeric(Budget(), {}, _DIGITS).value(tree)
     except (Undecided, RecursionError):
         return None
+    if isinstance(value, value.context.mpc):
+        return None
+    mantissa, exponent = value.man_exp
+    if abs(exponent) >= _MAX_RATIONAL:
+        return None
+    return Fraction(int(mantissa)) * Fraction(2) ** int(exponent)
 
 
 def _same_in_all_bases(a: Tree, b: Tree, budget: Budget) -> bool | None:
     """`log` without a base may be natural, decimal or binary: proved is what holds for all three."""
-    found = set()
-    for base in (("n", Fraction(1)), ("f", "ln", ("n", Fraction(10))), ("f", "ln", ("n", Fraction(2)))):
-        x, y = (
-            rebuild(tree, lambda part, base=base: base if part == ("s", "log base") else part)
-            for tree in (a, b)
-        )  # type: ignore[misc]
-        found.add(same_value(x, y, budget))
-    return found.pop() if len(found) == 1 else None
+    verdicts = set()
+    for base in _LOG_BASES:
+        x, y = (substitute(tree, {LOG_BASE: base}) for tree in (a, b))
+        verdicts.add(same_value(x, y, budget))
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 def _same_infinite(a: Tree, b: Tree) -> bool | None:
-    signs = [1 if tree == ("inf",) else -1 if tree == ("-", ("inf",)) else 0 for tree in (a, b)]
-    if all(signs):
-        return signs[0] == signs[1]
-    finite = b if signs[0] else a
-    if any(signs) and not any(part[0] == "inf" for part in walk(finite)) and not symbols(finite):
-        return False
-    return None
+    infinite = (INFINITY, MINUS_INFINITY)
+    if a in infinite and b in infinite:
+        return a == b
+    if a not in infinite and b not in infinite:
+        return None
+    other = b if a in infinite else a
+    return None if other.symbols or INFINITY in walk(other) else False
 
 
 def _same_number(a: Tree, b: Tree, budget: Budget) -> bool | None:
-    try:
-        return _exact(a, {}, budget) == _exact(b, {}, budget)
-    except (Undecided, NotRational):
-        pass
-    found = _same_at({}, a, b, budget)
-    if found is not None:
-        return found
-    try:
-        residues = [(_residue(a, prime, budget), _residue(b, prime, budget)) for prime in _PRIMES]
-    except (Undecided, NotRational):
-        return None
+    same = _same_exactly({}, a, b, budget)
+    if same is not None:
+        return same
+    moduli = [_Residue(budget, prime) for prime in _PRIMES]
+    residues = [(modulus.value(a), modulus.value(b)) for modulus in moduli]
     return all(x == y for x, y in residues)
 
 
 def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool | None:
-    generator = random.Random(",".join(names))
-    whole = [
-        {
-            name: Fraction(value)
-            for name, value in zip(
-                names, generator.sample(range(2, 12 + 2 * len(names)), len(names)), strict=True
-            )
-        }
-        for _ in range(3)
-    ]
-    at_whole = [_same_exactly(point, a, b, budget) for point in whole]
+    generator = random.Random(",".join(names))  # the same points for the same names
+    whole_points = []
+    for _ in range(3):
+        values = generator.sample(range(2, 12 + 2 * len(names)), len(names))
+        whole_points.append({name: Fraction(value) for name, value in zip(names, values, strict=True)})
+    at_whole = [_same_exactly(point, a, b, budget) for point in whole_points]
     if False in at_whole:
-        return None if _renamed(a, b, whole, budget) else False
-    rationals = [
-        {
-            name: Fraction(generator.randint(10**6, 10**7), generator.randint(10**6, 4 * 10**6)) * sign
-            for name in names
-        }
-        for sign in (1, 1, 1, -1, -1)
-    ]
-    found = [_same_at(point, a, b, budget) for point in rationals[:_REALS_P]]
-    if False in found:
-        if (True in at_whole and _WHOLE & set(names)) or any(
-            _integral(part) for tree in (a, b) for part in walk(tree)
-        ):
+        return None if _renamed(a, b, whole_points, budget) else False
+    points: list[Point] = []
+    for sign in [1] * _POSITIVE_POINTS + [-1] * _NEGATIVE_POINTS:
+        point = {}
+        for name in names:
+            numerator = generator.randint(10**6, 10**7)
+            point[name] = Fraction(numerator, generator.randint(10**6, 4 * 10**6)) * sign
+        points.append(point)
+    at_positive = [_same_at(point, a, b, budget) for point in points[:_POSITIVE_POINTS]]
+    if False in at_positive:
+        may_be_whole = True in at_whole and not _WHOLE.isdisjoint(names)
+        if may_be_whole or any(_is_of_whole_numbers(part) for part in (*walk(a), *walk(b))):
             return None
-        return None if _renamed(a, b, rationals[:1], budget) else False
-    if found.count(True) < 2:
+        return None if _renamed(a, b, points[:1], budget) else False
+    if at_positive.count(True) < 2:
         return None
-    negative = [_same_at(point, a, b, budget, only_real=True) for point in rationals[_REALS_P:]]
-    return None if False in negative else True
+    at_negative = [_same_at(point, a, b, budget, only_real=True) for point in points[_POSITIVE_POINTS:]]
+    return None if False in at_negative else True
 
 
-def _integral(tree: Tree) -> bool:
+def _is_of_whole_numbers(tree: Tree) -> bool:
     """Whether its meaning may be limited to whole numbers, so that other points prove nothing."""
-    return (
-        tree[0] in ("sum", "prod")
-        or (tree[0] == "f" and tree[1] in ("factorial", "binomial", "floor", "ceil"))
-        or (tree[0] == "^" and tree[1][0] == "-" and bool(symbols(tree[2])))
-    )
+    match tree:
+        case Series():
+            return True
+        case Call(_, name):
+            return name in ("factorial", "binomial", "floor", "ceil")
+        case Power((Negative(), exponent)):
+            return bool(exponent.symbols)
+    return False
 
 
 def _renamed(a: Tree, b: Tree, points: list[Point], budget: Budget) -> bool:
     """Whether b equals a with its symbols called otherwise: 2n and 2k."""
-    mine, theirs = symbols(a), symbols(b)
-    if mine == theirs or len(mine) != len(theirs) or len(mine) > _MAX_RENAMED:
+    if a.symbols == b.symbols or len(a.symbols) != len(b.symbols) or len(a.symbols) > _MAX_RENAMED:
         return False
-    for order in itertools.permutations(sorted(mine)):
-        names = dict(zip(sorted(theirs), order, strict=True))
-        renamed = rebuild(
-            b,
-            lambda tree, names=names: ("s", names.get(tree[1], tree[1])) if tree[0] == "s" else tree,  # type: ignore[misc]
-        )
-        if all((_same_exactly(point, a, renamed, budget)) is True for point in points):
+    for names in itertools.permutations(sorted(a.symbols)):
+        renamed = substitute(b, dict(zip(sorted(b.symbols), map(Symbol, names), strict=True)))
+        if all(_same_exactly(point, a, renamed, budget) is True for point in points):
             return True
     return False
 
 
 def _same_exactly(point: Point, a: Tree, b: Tree, budget: Budget) -> bool | None:
+    exact = _Exact(budget, point)
     try:
-        return _exact(a, point, budget) == _exact(b, point, budget)
-    except (NotRational, Undecided):
+        return bool(exact.value(a) == exact.value(b))
+    except (Undecided, ZeroDivisionError):
         return _same_at(point, a, b, budget)
 
 
 def _same_at(point: Point, a: Tree, b: Tree, budget: Budget, only_real: bool = False) -> bool | None:
     """Compare numerically at one point, with 50 and with 100 digits; `only_real`: undecided where a value is
     not real."""
-    differences, sizes = [], []
-    huge = False
+    differences = []
     for digits in (_DIGITS, 2 * _DIGITS):
-        context = _context(digits)
+        numeric = _Numeric(budget, point, digits)
         try:
-            x, y = (_numeric(tree, point, budget, context) for tree in (a, b))
+            x, y = numeric.value(a), numeric.value(b)
         except Undecided:
             return None
-        if only_real and any(isinstance(value, context.mpc) for value in (x, y)):
+        if only_real and any(isinstance(value, numeric.mp.mpc) for value in (x, y)):
             return None
-        difference, size = abs(x - y), max(abs(x), abs(y))
-        differences.append(difference)
-        sizes.append(size)
-        huge |= context.huge
+        differences.append(abs(x - y))
     coarse, fine = differences
-    size = sizes[1]
-    tiny = _context(2 * _DIGITS).mpf(10)
-    if (
-        fine == 0
-        or fine < size * tiny ** (-_DIGITS)
-        or (fine < coarse * tiny ** (-_DIGITS // 2) and fine < tiny ** (-_DIGITS))
-    ):
-        return None if huge else True
-    return False if abs(coarse - fine) < fine * tiny**-6 else None
+    size, ten = max(abs(x), abs(y)), numeric.mp.mpf(10)
+    is_vanishing = fine < coarse * ten ** (-_DIGITS // 2) and fine < ten**-_DIGITS
+    if fine == 0 or is_vanishing or fine < size * ten**-_DIGITS:
+        return None if numeric.is_huge else True
+    return False if abs(coarse - fine) < fine * ten**-6 else None
 
 
-# -------------------------------------------------------------------------------------------------------------------- exact values
+class _Arithmetic:
+    """Values of expressions at a point, in one kind of numbers. What has no value raises Undecided, or
+    ZeroDivisionError."""
 
+    cost = 1  # of a node, in operations
 
-def _exact(tree: Tree, point: Point, budget: Budget) -> Fraction:
-    budget.spend()
-    head = tree[0]
-    if head == "n":
-        return _bounded(tree[1], budget)
-    if head == "s":
-        return _bounded(Fraction(_value(tree[1], point)), budget)
-    if head == "+":
-        total = Fraction(0)
-        for part in tree[1:]:
-            total = _bounded(total + _exact(part, point, budget), budget)
+    def __init__(self, budget: Budget, point: Point) -> None:
+        self.budget = budget
+        self.point = point
+
+    def value(self, tree: Tree) -> Any:
+        self.budget.spend(self.cost)
+        match tree:
+            case Number(value):
+                return self.number(value)
+            case Symbol(name) if name in self.point:
+                return self.number(self.point[name])
+            case Sum(terms):
+                return self.total(map(self.value, terms))
+            case Product(factors):
+                return self.product(map(self.value, factors))
+            case Negative((part,)):
+                return self.checked(-self.value(part))
+            case Quotient((numerator, denominator)):
+                return self.divide(self.value(numerator), self.value(denominator))
+            case Power((base, exponent)):
+                return self.power(self.value(base), self.argument(exponent))
+            case Root((radicand, degree)):
+                return self.power(self.value(radicand), 1 / self.argument(degree))
+            case Call(parts, name):
+                return self.call(name, [self.argument(part) for part in parts])
+            case Series(_, kind):
+                values = self.terms(tree)
+                return self.total(values) if kind == "sum" else self.product(values)
+            case Constant(name):
+                return self.constant(name)
+        raise Undecided
+
+    def total(self, values: Iterable[Any]) -> Any:
+        total = self.number(Fraction(0))
+        for value in values:
+            total = self.checked(total + value)
         return total
-    if head == "*":
-        product = Fraction(1)
-        for part in tree[1:]:
-            product = _bounded(product * _exact(part, point, budget), budget)
+
+    def product(self, values: Iterable[Any]) -> Any:
+        product = self.number(Fraction(1))
+        for value in values:
+            product = self.checked(product * value)
         return product
-    if head == "-":
-        return -_exact(tree[1], point, budget)
-    if head == "/":
-        numerator, denominator = _exact(tree[1], point, budget), _exact(tree[2], point, budget)
-        if denominator == 0:
+
+    def terms(self, series: Series) -> Iterator[Any]:
+        """The values of the terms of a series, one by one."""
+        low, high, term = series.parts
+        exact, outer = _Exact(self.budget, self.point), self.point
+        first, last = exact.value(low), exact.value(high)
+        if first.denominator != 1 or last.denominator != 1 or last - first > _MAX_TERMS:
             raise Undecided
-        return _bounded(numerator / denominator, budget)
-    if head == "^":
-        return _exact_power(_exact(tree[1], point, budget), _exact(tree[2], point, budget), budget)
-    if head == "root":
-        degree = _exact(tree[2], point, budget)
-        if degree == 0:
-            raise Undecided
-        return _exact_power(_exact(tree[1], point, budget), 1 / degree, budget)
-    if head == "f":
-        return _exact_function(tree[1], [_exact(part, point, budget) for part in tree[2:]], budget)
-    if head in ("sum", "prod"):
-        return _series(
-            tree, point, lambda body, inner: _exact(body, inner, budget), budget, Fraction(head == "prod")
-        )
-    raise NotRational
+        for index in range(int(first), int(last) + 1):
+            self.point = {**outer, series.variable: Fraction(index)}
+            value = self.value(term)
+            self.point = outer
+            yield value
+
+    def number(self, value: Fraction) -> Any:
+        raise NotImplementedError
+
+    def constant(self, name: str) -> Any:
+        raise Undecided
+
+    def checked(self, value: Any) -> Any:
+        """A result, if it is within the limits."""
+        return value
+
+    def divide(self, numerator: Any, denominator: Any) -> Any:
+        return self.checked(numerator / denominator)
+
+    def argument(self, tree: Tree) -> Any:
+        """The value of an exponent, or of what a function is applied to."""
+        return self.value(tree)
+
+    def power(self, base: Any, exponent: Any) -> Any:
+        raise NotImplementedError
+
+    def call(self, name: str, values: list[Any]) -> Any:
+        raise NotImplementedError
 
 
-def _exact_power(base: Fraction, exponent: Fraction, budget: Budget) -> Fraction:
-    if exponent.denominator == 1:
-        power = int(exponent)
-        if (power < 0 and base == 0) or (power == 0 and base == 0):
+class _Exact(_Arithmetic):
+    """Rational numbers."""
+
+    def number(self, value: Fraction) -> Fraction:
+        return self.checked(value)
+
+    def checked(self, value: Fraction) -> Fraction:
+        bits = _bits(value)
+        if bits > _MAX_BITS:
+            raise Undecided
+        self.budget.spend(bits // 256)
+        return value
+
+    def power(self, base: Fraction, exponent: Fraction) -> Fraction:
+        if exponent.denominator != 1:
+            if base < 0 or exponent.denominator > 1000:
+                raise Undecided
+            roots = [_whole_root(part, exponent.denominator) for part in base.as_integer_ratio()]
+            base = Fraction(*roots)
+        power = exponent.numerator
+        if power <= 0 and base == 0:
             raise Undecided
         if abs(base) in (0, 1):
             return base if power % 2 else abs(base)
-        bits = max(abs(base.numerator).bit_length(), base.denominator.bit_length())
-        if abs(power) * bits > _MAX_BITS:
-            raise NotRational
-        return _bounded(base**power, budget)
-    if base < 0 or exponent.denominator > 1000:
-        raise NotRational
-    roots = [_whole_root(part, exponent.denominator) for part in (base.numerator, base.denominator)]
-    return _exact_power(Fraction(*roots), Fraction(exponent.numerator), budget)
+        if abs(power) * _bits(base) > _MAX_BITS:
+            raise Undecided
+        return self.checked(base**power)
+
+    def call(self, name: str, values: list[Fraction]) -> Fraction:
+        value = values[0]
+        if name == "abs":
+            return abs(value)
+        if name in ("floor", "ceil"):
+            return Fraction(math.floor(value) if name == "floor" else math.ceil(value))
+        if name == "ln" and value == 1:
+            return Fraction(0)
+        is_whole = all(value.denominator == 1 for value in values)
+        if name == "factorial" and is_whole and 0 <= value <= _MAX_FACTORIAL:
+            self.budget.spend(int(value) // 8)
+            return Fraction(math.factorial(int(value)))
+        if name != "binomial" or not is_whole:
+            raise Undecided
+        top, chosen = map(int, values)
+        work = max(0, min(chosen, top - chosen))
+        if not 0 <= top <= 10**6 or chosen < 0 or work > _MAX_FACTORIAL:
+            raise Undecided
+        self.budget.spend(work // 4)
+        return self.checked(Fraction(math.comb(top, chosen)))
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
 def _whole_root(value: int, degree: int) -> int:
     if degree == 2:
         root = math.isqrt(value)
+    elif value.bit_length() > 1000:
+        raise Undecided
+    elif value.bit_length() < 50:
+        root = round(value ** (1 / degree))
     else:
-        if value.bit_length() > 1000:
-            raise NotRational
-        root = (
-            round(value ** (1 / degree))
-            if value.bit_length() < 50
-            else int(mpmath.nint(_context(400).root(value, degree)))
-        )
+        root = int(mpmath.nint(_context(400).root(value, degree)))
     if root**degree != value:
-        raise NotRational
+        raise Undecided
     return root
 
 
-def _exact_function(name: str, values: list[Fraction], budget: Budget) -> Fraction:
-    value = values[0]
-    if name == "abs":
-        return abs(value)
-    if name == "floor":
-        return Fraction(math.floor(value))
-    if name == "ceil":
-        return Fraction(math.ceil(value))
-    if name == "factorial" and value.denominator == 1 and 0 <= value <= _MAX_FACTORIAL:
-        budget.spend(int(value) // 8)
-        return Fraction(math.factorial(int(value)))
-    if (
-        name == "binomial"
-        and value.denominator == values[1].denominator == 1
-        and values[1] >= 0
-        and abs(value) <= 10**6
-    ):
-        top, chosen = int(value), int(values[1])
-        if 0 <= top < chosen:
-            return Fraction(0)
-        if top < 0:
-            raise NotRational
-        if min(chosen, top - chosen) > _MAX_FACTORIAL:
-            raise NotRational
-        budget.spend(min(chosen, top - chosen) // 4)
-        return _bounded(Fraction(math.comb(top, chosen)), budget)
-    if name == "ln" and value == 1:
-        return Fraction(0)
-    raise NotRational
+class _Residue(_Arithmetic):
+    """Rational numbers modulo a prime, for values too large to compute."""
 
+    def __init__(self, budget: Budget, prime: int) -> None:
+        super().__init__(budget, {})
+        self.prime = prime
 
-def _bounded(value: Fraction, budget: Budget) -> Fraction:
-    bits = max(abs(value.numerator).bit_length(), value.denominator.bit_length())
-    if bits > _MAX_BITS:
-        raise NotRational
-    budget.spend(bits // 256)
-    return value
+    def number(self, value: Fraction) -> int:
+        return self.divide(value.numerator, value.denominator)
 
+    def checked(self, value: int) -> int:
+        return value % self.prime
 
-def _value(name: str, point: Point) -> Any:
-    if name not in point:
+    def divide(self, numerator: int, denominator: int) -> int:
+        if denominator % self.prime == 0:
+            raise Undecided
+        return numerator * pow(denominator, -1, self.prime) % self.prime
+
+    def terms(self, series: Series) -> Iterator[int]:
         raise Undecided
-    return point[name]
 
+    def argument(self, tree: Tree) -> Fraction:
+        value: Fraction = _Exact(self.budget, self.point).value(tree)
+        return value
 
-def _series(tree: Tree, point: Point, evaluate: Any, budget: Budget, start: Any) -> Any:
-    head, name, low, high, body = tree
-    limits = []
-    for limit in (low, high):
-        try:
-            value = _exact(limit, point, budget)
-        except NotRational:
-            raise Undecided from None
-        if value.denominator != 1:
-            raise Undecided
-        limits.append(int(value))
-    if limits[1] - limits[0] > 20_000:
-        raise Undecided
-    total: Any = start
-    for index in range(limits[0], limits[1] + 1):
-        found = evaluate(body, {**point, name: Fraction(index)})
-        total = total + found if head == "sum" else total * found
-        if isinstance(total, Fraction):
-            _bounded(total, budget)
-    return total
-
-
-# ---------------------------------------------------------------------------------------------------------------- residues, numerics
-
-
-def _residue(tree: Tree, prime: int, budget: Budget) -> int:
-    """The value of a rational number modulo a prime, for values too large to compute."""
-    budget.spend()
-    head = tree[0]
-    if head == "n":
-        if tree[1].denominator % prime == 0:
-            raise Undecided
-        return tree[1].numerator * pow(tree[1].denominator, -1, prime) % prime
-    if head == "+":
-        return sum(_residue(part, prime, budget) for part in tree[1:]) % prime
-    if head == "*":
-        return math.prod(_residue(part, prime, budget) for part in tree[1:]) % prime
-    if head == "-":
-        return -_residue(tree[1], prime, budget) % prime
-    if head == "/":
-        denominator = _residue(tree[2], prime, budget)
-        if not denominator:
-            raise Undecided
-        return _residue(tree[1], prime, budget) * pow(denominator, -1, prime) % prime
-    if head == "^":
-        exponent = _exact(tree[2], {}, budget)
-        base = _residue(tree[1], prime, budget)
+    def power(self, base: int, exponent: Fraction) -> int:
         if exponent.denominator != 1 or not base:
-            raise NotRational
-        return pow(base, int(exponent) % (prime - 1), prime)
-    if head == "f" and tree[1] == "factorial":
-        value = _exact(tree[2], {}, budget)
-        if value.denominator != 1 or not 0 <= value <= 200_000:
-            raise NotRational
-        budget.spend(int(value) // 20)
-        product = 1
+            raise Undecided
+        return pow(base, int(exponent) % (self.prime - 1), self.prime)
+
+    def call(self, name: str, values: list[Fraction]) -> int:
+        value = values[0]
+        if name != "factorial" or value.denominator != 1 or not 0 <= value <= _MAX_RESIDUE_FACTORIAL:
+            raise Undecided
+        self.budget.spend(int(value) // 20)
+        residue = 1
         for factor in range(2, int(value) + 1):
-            product = product * factor % prime
-        return product
-    raise NotRational
+            residue = residue * factor % self.prime
+        return residue
 
 
-class _Contexts(threading.local):
-    def __init__(self) -> None:
-        self.by_digits: dict[int, Any] = {}
-
-
-_contexts = _Contexts()
+_contexts = threading.local()
 
 
 def _context(digits: int) -> Any:
-    """mpmath's own state of precision, one per thread; its `huge` says whether a value of the last evaluation
-    was beyond 120 bits."""
-    context = _contexts.by_digits.get(digits)
+    """mpmath's own state of precision, one per thread."""
+    name = f"of_{digits}_digits"
+    context = getattr(_contexts, name, None)
     if context is None:
-        context = _contexts.by_digits[digits] = mpmath.MPContext()
+        context = mpmath.MPContext()
         context.dps = digits + 15
-    context.huge = False
+        setattr(_contexts, name, context)
     return context
 
 
-def _numeric(tree: Tree, point: Point, budget: Budget, mp: Any) -> Any:
-    budget.spend(8)
-    try:
-        value = _numeric_node(tree, point, budget, mp)
-    except (
-        ValueError,
-        ArithmeticError,
-        TypeError,
-        NotImplementedError,
-    ):  # outside the domain, a pole, no convergence
-        raise Undecided from None
-    if isinstance(value, mp.mpc) and abs(value.imag) <= abs(value.real) * mp.mpf(10) ** (-mp.dps + 10):
-        value = value.real
-    if not mp.isfinite(value):
-        raise Undecided
-    magnitude = mp.mag(value) if value else 0
-    if magnitude > _MAX_MAGNITUDE * 64 or magnitude < -_MAX_MAGNITUDE * 64:
-        raise Undecided
-    if magnitude > _HUGE_BITS:
-        mp.huge = True
-    return value
+class _Numeric(_Arithmetic):
+    """Real and complex numbers of mpmath; `is_huge` once a value was beyond 120 bits."""
 
+    cost = 8
 
-def _numeric_node(tree: Tree, point: Point, budget: Budget, mp: Any) -> Any:
-    head = tree[0]
-    if head in ("n", "s"):
-        value = tree[1] if head == "n" else _value(tree[1], point)
-        return mp.mpf(value.numerator) / value.denominator
-    if head == "pi":
-        return +mp.pi
-    if head == "e":
-        return +mp.e
-    if head == "i":
-        return mp.mpc(0, 1)
-    if head in ("sum", "prod"):
-        return _series(
-            tree, point, lambda body, inner: _numeric(body, inner, budget, mp), budget, mp.mpf(head == "prod")
-        )
-    values = [_numeric(part, point, budget, mp) for part in tree[1:] if isinstance(part, tuple)]
-    if head == "+":
-        return sum(values)
-    if head == "*":
-        return math.prod(values[1:], start=values[0])
-    if head == "-":
-        return -values[0]
-    if head == "/":
-        return values[0] / values[1]
-    if head == "root":
-        return _numeric_power(values[0], 1 / values[1], mp)
-    if head == "^":
-        return _numeric_power(values[0], values[1], mp)
-    if head == "f":
-        return _numeric_function(tree[1], values, mp)
-    raise Undecided
+    def __init__(self, budget: Budget, point: Point, digits: int) -> None:
+        super().__init__(budget, point)
+        self.mp = _context(digits)
+        self.is_huge = False
 
-
-def _numeric_power(base: Any, exponent: Any, mp: Any) -> Any:
-    if base == 0:
-        if mp.re(exponent) <= 0:
+    def value(self, tree: Tree) -> Any:
+        mp = self.mp
+        try:
+            value = super().value(tree)
+        except (ValueError, ArithmeticError, TypeError, NotImplementedError):
+            raise Undecided from None  # outside the domain, a pole, no convergence
+        if isinstance(value, mp.mpc) and abs(value.imag) <= abs(value.real) * mp.mpf(10) ** (-mp.dps + 10):
+            value = value.real
+        if not mp.isfinite(value):
             raise Undecided
-        return base * 0
-    size = abs(mp.mag(base)) + 1
-    if exponent and mp.mag(exponent) + size.bit_length() > 30:
-        raise Undecided
-    return base**exponent
+        magnitude = mp.mag(value) if value else 0
+        if abs(magnitude) > _MAX_MAGNITUDE:
+            raise Undecided
+        self.is_huge |= magnitude > _HUGE_BITS
+        return value
 
+    def number(self, value: Fraction) -> Any:
+        return self.mp.mpf(value.numerator) / value.denominator
 
-def _numeric_function(name: str, values: list[Any], mp: Any) -> Any:
-    value = values[0]
-    if any(value and mp.mag(value) > _MAX_ARGUMENT for value in values) and name not in ("ln", "abs"):
-        raise Undecided
-    if name in ("floor", "ceil"):
-        whole = mp.nint(value)
-        if isinstance(value, mp.mpc) or (
-            value != whole and abs(value - whole) < mp.mpf(10) ** (-mp.dps // 2)
-        ):
-            raise Undecided  # on an edge
-        return mp.floor(value) if name == "floor" else mp.ceil(value)
-    if name == "abs":
-        return abs(value)
-    if name == "factorial":
-        return mp.factorial(value)
-    if name == "binomial":
-        return mp.binomial(*values)
-    return getattr(mp, name)(value)
+    def constant(self, name: str) -> Any:
+        if name == "i":
+            return self.mp.mpc(0, 1)
+        if name not in ("pi", "e"):
+            raise Undecided
+        return +getattr(self.mp, name)
+
+    def power(self, base: Any, exponent: Any) -> Any:
+        mp = self.mp
+        if base == 0:
+            if mp.re(exponent) <= 0:
+                raise Undecided
+            return base * 0
+        size = abs(mp.mag(base)) + 1
+        if exponent and mp.mag(exponent) + size.bit_length() > 30:
+            raise Undecided
+        return base**exponent
+
+    def call(self, name: str, values: list[Any]) -> Any:
+        mp, value = self.mp, values[0]
+        if name == "abs":
+            return abs(value)
+        if name != "ln" and any(value and mp.mag(value) > _MAX_ARGUMENT for value in values):
+            raise Undecided
+        if name in ("floor", "ceil"):
+            if isinstance(value, mp.mpc):
+                raise Undecided
+            distance = abs(value - mp.nint(value))
+            if distance and distance < mp.mpf(10) ** (-mp.dps // 2):  # on an edge
+                raise Undecided
+        return getattr(mp, name)(*values)

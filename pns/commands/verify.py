@@ -9,7 +9,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any, TextIO
 
-from pns.answers.compare import extract_answer
+from pns.answers.extract import extract_answer
 from pns.errors import UserError
 from pns.files import json_lines
 from pns.records import AnswerRule
@@ -24,7 +24,7 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
     A case is a JSON object with the strings `gold` and `prediction`, and may have `unordered` (true: a list
     whose order does not count), `tolerance` (a number, absolute) and `unit` (of numbers that state none). The
     prediction is a whole completion, whose last box is the answer, or a bare answer
-    (`pns.answers.compare.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
+    (`pns.answers.extract.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
     `verdict` (correct, wrong, unverified), `extracted` (null: no final answer, which is unverified), `reason`
     and `seconds` (a worker's time). Raises UserError with the line's number for input of another form; `out`
     then holds verdicts of lines before it.
@@ -48,9 +48,8 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
             for number, case in json_lines(cases):
                 gold, prediction, rule = _checked_case(case, f"{cases}, line {number}")
                 answer = extract_answer(gold) if "\\boxed" in gold else gold
-                waiting.append(
-                    verifier.submit_extracted([(answer or gold, extract_answer(prediction), rule)])
-                )
+                request = (answer or gold, extract_answer(prediction), rule)
+                waiting.append(verifier.submit_extracted([request]))
                 while waiting and (len(waiting) >= _IN_FLIGHT or verifier.done(waiting[0])):
                     _write(file, verifier.collect(waiting.popleft())[0], counts)
             while waiting:
@@ -58,12 +57,9 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
     finally:
         verifier.shutdown()
     total, seconds = counts.total(), time.monotonic() - begin
-    shares = ", ".join(
-        f"{count} {verdict} ({count / max(1, total):.1%})" for verdict, count in counts.items()
-    )
-    print(
-        f"{total} cases: {shares}; {seconds:.1f} s, {total / seconds:.0f} a second -> {out}", file=sys.stderr
-    )
+    shares = [f"{count} {verdict} ({count / max(1, total):.1%})" for verdict, count in counts.items()]
+    speed = f"{seconds:.1f} s, {total / seconds:.0f} a second"
+    print(f"{total} cases: {', '.join(shares)}; {speed} -> {out}", file=sys.stderr)
     return dict(counts)
 
 
@@ -77,8 +73,8 @@ def _opened(out: Path) -> TextIO:
 def _checked_case(case: dict[str, Any], where: str) -> tuple[str, str, AnswerRule]:
     for field in ("gold", "prediction"):
         if not isinstance(case.get(field), str):
-            found = f"a {type(case[field]).__name__}" if field in case else "missing"
-            raise UserError(f"{where}: {field} is {found}; it must be a string")
+            kind = f"a {type(case[field]).__name__}" if field in case else "missing"
+            raise UserError(f"{where}: {field} is {kind}; it must be a string")
     unordered, tolerance, unit = (
         case.get("unordered", False),
         case.get("tolerance", 0),
@@ -86,11 +82,8 @@ def _checked_case(case: dict[str, Any], where: str) -> tuple[str, str, AnswerRul
     )
     if not isinstance(unordered, bool):
         raise UserError(f"{where}: unordered is {unordered!r}; it must be true or false")
-    if (
-        isinstance(tolerance, bool)
-        or not isinstance(tolerance, int | float)
-        or not 0 <= tolerance < float("inf")
-    ):
+    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if not is_number or not 0 <= tolerance < float("inf"):
         raise UserError(f"{where}: tolerance is {tolerance!r}; it must be a number of at least 0")
     if not isinstance(unit, str):
         raise UserError(f"{where}: unit is {unit!r}; it must be a string")

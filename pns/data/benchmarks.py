@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pns.answers.compare import boxed_span
+from pns.answers.extract import boxed_span
 from pns.config import Config, Decoding
 from pns.errors import UserError
 
@@ -42,9 +42,8 @@ def _boxed(value: Any) -> str:
 def _only(value: Any) -> str:
     """OlympiadBench: a list of one."""
     if len(value) != 1:
-        raise UserError(
-            f"olympiadbench: a record has {len(value)} final answers, one is expected; use a local copy with data.root=DIR"
-        )
+        fault = f"olympiadbench: a record has {len(value)} final answers, one is expected"
+        raise UserError(f"{fault}; use a local copy with data.root=DIR")
     return str(value[0])
 
 
@@ -192,9 +191,8 @@ TRAINING_SETS: dict[str, ProblemSet] = {
 def content_hash(pairs: Iterable[tuple[str, str]]) -> str:
     """sha256 over the (problem, answer) pairs of a set, in any order: their JSON, one a line, sorted; spaces
     at the ends and the form of newlines do not count."""
-    lines = sorted(
-        json.dumps([_canonical(problem), _canonical(answer)], ensure_ascii=False) for problem, answer in pairs
-    )
+    canonical = ([_canonical(problem), _canonical(answer)] for problem, answer in pairs)
+    lines = sorted(json.dumps(pair, ensure_ascii=False) for pair in canonical)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -204,11 +202,11 @@ def _canonical(text: str) -> str:
 
 def decodings(config: Config, suites: Iterable[str]) -> dict[str, Decoding]:
     """`decoding` of each suite. Raises UserError also for a key of evaluate.per_suite that is no suite."""
-    found = {suite: decoding(config, suite) for suite in suites}
+    by_suite = {suite: decoding(config, suite) for suite in suites}
     for name in config.evaluate.per_suite:
-        if name not in found:
-            raise UserError(f"evaluate.per_suite.{name}: no such suite; there are {', '.join(found)}")
-    return found
+        if name not in by_suite:
+            raise UserError(f"evaluate.per_suite.{name}: no such suite; there are {', '.join(by_suite)}")
+    return by_suite
 
 
 def decoding(config: Config, suite: str) -> Decoding:
@@ -218,17 +216,16 @@ def decoding(config: Config, suite: str) -> Decoding:
     named = suite in config.data.benchmarks
     own = config.evaluate.per_suite.get(suite, Decoding())
     chain = (own, config.evaluate, BENCHMARKS[suite].decoding if named else _GREEDY)
-    values = {
-        name: next((value for layer in chain if (value := getattr(layer, name)) is not None), None)
-        for name in ("samples_per_problem", "temperature", "top_p")
-    }
+    values = {}
+    for name in ("samples_per_problem", "temperature", "top_p"):
+        stated = (getattr(layer, name) for layer in chain)
+        values[name] = next((value for value in stated if value is not None), None)
     tokens = own.max_new_tokens or config.evaluate.max_new_tokens or config.rollout.max_new_tokens
-    found = replace(Decoding(**values), max_new_tokens=tokens)
-    if found.temperature == 0 and found.samples_per_problem != 1:
-        raise UserError(
-            f"evaluate: {suite} asks for {found.samples_per_problem} samples at temperature 0, which would all be the same: set "
-            f"evaluate.per_suite.{suite}.temperature above 0 or its samples_per_problem to 1"
-        )
-    if found.top_p == 0:
+    complete = replace(Decoding(**values), max_new_tokens=tokens)
+    if complete.temperature == 0 and complete.samples_per_problem != 1:
+        fault = f"{suite} asks for {complete.samples_per_problem} samples at temperature 0"
+        way_out = f"set evaluate.per_suite.{suite}.temperature above 0 or its samples_per_problem to 1"
+        raise UserError(f"evaluate: {fault}, which would all be the same: {way_out}")
+    if complete.top_p == 0:
         raise UserError(f"evaluate: top_p of {suite} is 0; it lies in (0, 1]")
-    return found
+    return complete

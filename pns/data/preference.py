@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,12 @@ def load_pairs(
     data = settings.data
     if own_pairs is None:
         source = data.path or f"{data.hub}@{data.revision}, split {data.split}"
-        located = list(read_rows(data))
-        rows = [row for _, row in located]
+        placed = list(read_rows(data))
+        rows = [row for _, row in placed]
         if overlaps is not None:
-            located = [
-                (where, row) for where, row in located if not overlaps.of(Problem(where, question(row), ""))
-            ]
+            placed = [(at, row) for at, row in placed if not overlaps.of(Problem(at, question(row), ""))]
         prefix = prompts.data.assistant_prefix
-        encoded = [encode_row(prompts.tokenizer, row, where, prefix) for where, row in located]
+        encoded = [encode_row(prompts.tokenizer, row, where, prefix) for where, row in placed]
     else:
         source = "the run's pair stage"
         pairs = read_pairs(own_pairs)
@@ -126,45 +124,39 @@ def load_pairs(
     max_prompt_tokens = prompts.data.max_prompt_tokens
     kept, dropped = filter_pairs(encoded, max_prompt_tokens, max_pair_tokens, data.bad_pairs, layout)
     if PREFERENCE_LOSSES[settings.loss].needs_score_gaps:
-        for kept_pair in kept:
-            if kept_pair.score_gap is None:
-                raise UserError(
-                    f"{kept_pair.where}: no score_chosen and score_rejected, which preference.loss={settings.loss} "
-                    "needs; choose another loss"
-                )
+        for token_pair in kept:
+            if token_pair.score_gap is None:
+                fault = f"no score_chosen and score_rejected, which preference.loss={settings.loss} needs"
+                raise UserError(f"{token_pair.where}: {fault}; choose another loss")
     return LoadedPairs(kept, {"in_a_suite": in_a_suite, **dropped}, source, len(rows), data_hash(rows))
 
 
 def question(row: Mapping[str, Any]) -> str:
     """What the user asks in a row, as text; empty where the row is malformed."""
     asked = row.get("prompt") or row.get("chosen")
-    if isinstance(asked, list):
-        return "\n".join(
-            str(message.get("content"))
-            for message in asked
-            if isinstance(message, dict) and message.get("role") == "user"
-        )
-    return asked if isinstance(asked, str) else ""
+    if not isinstance(asked, list):
+        return asked if isinstance(asked, str) else ""
+    messages = [message for message in asked if isinstance(message, dict)]
+    return "\n".join(str(message.get("content")) for message in messages if message.get("role") == "user")
 
 
 def read_pairs(path: Path) -> list[PreferencePair]:
     """The run's own pairs. Raises UserError if there are none."""
     pairs = [from_json(PreferencePair, row) for row in read_jsonl(path)]
     if not pairs:
-        raise UserError(
-            f"preference: {path} has no pairs; raise synthesize.samples_per_problem or pair.samples_per_problem"
-        )
+        way_out = "raise synthesize.samples_per_problem or pair.samples_per_problem"
+        raise UserError(f"preference: {path} has no pairs; {way_out}")
     return pairs
 
 
 def pair_rows(pairs: Sequence[PreferencePair], data: Data) -> list[dict[str, Any]]:
     """The run's own pairs as conversational rows, with every column they have a value for."""
     asked = [replace(pair, prompt=pair.prompt + data.instruction) for pair in pairs]
-    extra = ("problem_id", "source", "margin_end", "score_chosen", "score_rejected")
-    return [
-        row | {key: getattr(pair, key) for key in extra if getattr(pair, key) is not None}
-        for row, pair in zip(preference_rows(asked, data.system_prompt), pairs, strict=True)
-    ]
+    rows: list[dict[str, Any]] = []
+    for row, pair in zip(preference_rows(asked, data.system_prompt), pairs, strict=True):
+        values = {key: getattr(pair, key) for key in COLUMNS[3:]}  # those that describe the pair
+        rows.append(row | {key: value for key, value in values.items() if value is not None})
+    return rows
 
 
 def read_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -178,9 +170,9 @@ def read_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
         lines = json_lines(settings.path)
         rows = ((f"{settings.path}, line {number}", row) for number, row in lines)
     empty = True
-    for item in islice(rows, settings.limit or None):
+    for placed in islice(rows, settings.limit or None):
         empty = False
-        yield item
+        yield placed
     if empty:
         raise UserError(f"{settings.path or settings.hub}: no pairs in it")
 
@@ -205,13 +197,12 @@ def _hub_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
 
     name = f"{settings.hub}@{settings.revision[:_SHORT_REVISION]}"
     try:
-        found = datasets.load_dataset(settings.hub, revision=settings.revision, split=settings.split)
+        rows = datasets.load_dataset(settings.hub, revision=settings.revision, split=settings.split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         message = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"preference.data.hub: split {settings.split!r} of {name} cannot be loaded: {message}"
-        ) from error
-    for number, row in enumerate(found.select_columns(_known(found.column_names)), start=1):
+        fault = f"split {settings.split!r} of {name} cannot be loaded"
+        raise UserError(f"preference.data.hub: {fault}: {message}") from error
+    for number, row in enumerate(rows.select_columns(_known(rows.column_names)), start=1):
         yield f"{name}, row {number}", row
 
 
@@ -245,13 +236,10 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
     elif all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
         prompt, sides = _render(tokenizer, values, where)
     else:
-        kinds = ", ".join(
-            f"{key!r} is {'missing' if value is None else type(value).__name__}"
-            for key, value in values.items()
-        )
-        raise UserError(
-            f"{where}: {kinds}; a pair is three strings or three lists of messages ('prompt' may then be left out)"
-        )
+        types = {key: "missing" if value is None else type(value).__name__ for key, value in values.items()}
+        kinds = ", ".join(f"{key!r} is {name}" for key, name in types.items())
+        way_out = "a pair is three strings or three lists of messages ('prompt' may then be left out)"
+        raise UserError(f"{where}: {kinds}; {way_out}")
     prefix = assistant_prefix if all(side.text.startswith(assistant_prefix) for side in sides) else ""
     texts = [side.text.removeprefix(prefix) for side in sides]
     chosen_ids, rejected_ids = (_completion_ids(tokenizer, text) for text in texts)
@@ -259,27 +247,22 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
     margin_end = _margin_end(row, values["rejected"], where)
     if margin_end is not None and rejected_ids:
         if sides[1].start is None:
-            raise UserError(
-                f"{where}: the chat template changes the rejected text, so that margin_end has no place in it; remove margin_end"
-            )
+            fault = "the chat template changes the rejected text, so that margin_end has no place in it"
+            raise UserError(f"{where}: {fault}; remove margin_end")
         offsets = tokenizer(texts[1], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        margin_tokens = num_margin_tokens(
-            [start + len(prefix) for start, _ in offsets], sides[1].start + margin_end
-        )
+        token_starts = [start + len(prefix) for start, _ in offsets]
+        margin_tokens = num_margin_tokens(token_starts, sides[1].start + margin_end)
     prompt_ids = _prompt_ids(tokenizer, prompt + prefix, plain) if prompt else ()
     return TokenPair(prompt_ids, chosen_ids, rejected_ids, margin_tokens, _score_gap(row, where), where)
 
 
 def encode_pair(prompts: Prompts, problem: Problem, pair: PreferencePair, where: str) -> TokenPair:
     """A pair of the run as token ids, the prompt as in its rollouts."""
-    chosen_ids, rejected_ids = (
-        prompts.encode_completion(text) if text.strip() else () for text in (pair.chosen, pair.rejected)
-    )
-    margin_tokens = (
-        None
-        if pair.margin_end is None
-        else num_margin_tokens(prompts.token_starts(pair.rejected), pair.margin_end)
-    )
+    sides = (pair.chosen, pair.rejected)
+    chosen_ids, rejected_ids = (prompts.encode_completion(text) if text.strip() else () for text in sides)
+    margin_tokens = None
+    if pair.margin_end is not None:
+        margin_tokens = num_margin_tokens(prompts.token_starts(pair.rejected), pair.margin_end)
     return TokenPair(prompts.encode(problem), chosen_ids, rejected_ids, margin_tokens, pair.score_gap, where)
 
 
@@ -295,52 +278,46 @@ class _Side:
 def _render(tokenizer: Any, values: Mapping[str, Any], where: str) -> tuple[str, list[_Side]]:
     """The prompt's text ("": blank) and both sides of a conversational row."""
     if not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: the pair is conversational and the model's tokenizer has no chat template; give plain strings"
-        )
+        fault = "the pair is conversational and the model's tokenizer has no chat template"
+        raise UserError(f"{where}: {fault}; give plain strings")
     turns = [_messages(values[side], side, where) for side in SIDES]
     if values["prompt"] is None:
         longest = min(map(len, turns)) - 1  # a completion stays on either side
         common = next((i for i in range(longest) if turns[0][i] != turns[1][i]), longest)
         prompt, turns = turns[0][:common], [side[common:] for side in turns]
         if not prompt:
-            raise UserError(
-                f"{where}: 'prompt' is missing, and 'chosen' and 'rejected' do not begin with the same messages"
-            )
+            fault = "'prompt' is missing, and 'chosen' and 'rejected' do not begin with the same messages"
+            raise UserError(f"{where}: {fault}")
     else:
         prompt = _messages(values["prompt"], "prompt", where)
     if prompt[-1]["role"] == "assistant":
-        raise UserError(
-            f"{where}: the prompt ends with an assistant message; the assistant's turn belongs to 'chosen' and 'rejected'"
-        )
+        fault = "the prompt ends with an assistant message"
+        raise UserError(f"{where}: {fault}; the assistant's turn belongs to 'chosen' and 'rejected'")
     for side, messages in zip(SIDES, turns, strict=True):
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
-                f"{where}: {side!r} must be one assistant message after the prompt; it is {len(messages)} ({roles})"
-            )
+            wanted = f"{side!r} must be one assistant message after the prompt"
+            raise UserError(f"{where}: {wanted}; it is {len(messages)} ({roles})")
     try:
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         wholes = [tokenizer.apply_chat_template([*prompt, *messages], tokenize=False) for messages in turns]
     except TemplateError as error:
         raise UserError(f"{where}: the model's chat template refuses the messages: {error}") from error
-    sides = [
-        _side(tokenizer, before, whole, turn[0]["content"], where)
-        for whole, turn in zip(wholes, turns, strict=True)
-    ]
+    contents = [messages[0]["content"] for messages in turns]
+    both = zip(wholes, contents, strict=True)
+    sides = [_side(tokenizer, before, whole, content, where) for whole, content in both]
     return before if prompt[-1]["content"].strip() else "", sides
 
 
 def _side(tokenizer: Any, before: str, whole: str, content: str, where: str) -> _Side:
     """What a template adds to the prompt `before` in the conversation `whole`, up to the end token."""
     if not whole.startswith(before):
-        place = next(
-            (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
-            min(len(before), len(whole)),
-        )
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+        start = len(list(same))
+        change = f"{before[start : start + 20]!r} becomes {whole[start : start + 20]!r}"
         raise UserError(
-            f"{where}: the chat template renders the prompt otherwise once the assistant's turn follows (from character {place}: "
-            f"{before[place : place + 20]!r} becomes {whole[place : place + 20]!r}); give the pair as plain strings"
+            f"{where}: the chat template renders the prompt otherwise once the assistant's turn follows "
+            f"(from character {start}: {change}); give the pair as plain strings"
         )
     if not content.strip():
         return _Side("", 0)
@@ -349,22 +326,20 @@ def _side(tokenizer: Any, before: str, whole: str, content: str, where: str) -> 
     if end_token and not after.strip():
         return _Side(text, len(text) - len(content) if text.endswith(content) else None)
     if added.count(content) != 1:
-        raise UserError(
-            f"{where}: the chat template ends the assistant's turn without the end token {tokenizer.eos_token!r}, and its text "
-            "cannot be found in the turn; give the pair as plain strings"
-        )
+        fault = f"the chat template ends the assistant's turn without the end token {tokenizer.eos_token!r}"
+        way_out = "give the pair as plain strings"
+        raise UserError(f"{where}: {fault}, and its text cannot be found in the turn; {way_out}")
     start = added.index(content)
     return _Side(added[: start + len(content)], start)
 
 
 def _messages(value: Any, key: str, where: str) -> Messages:
     """The messages without keys that are null (a Parquet file has every key in every message)."""
-    if not value or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    ):
+    messages = [message for message in value or () if isinstance(message, dict)]
+    texts = [text for message in messages for text in (message.get("role"), message.get("content"))]
+    if not value or len(messages) != len(value) or not all(isinstance(text, str) for text in texts):
         raise UserError(f'{where}: {key!r} must be a list of messages {{"role": TEXT, "content": TEXT}}')
-    return [{name: item for name, item in message.items() if item is not None} for message in value]
+    return [_without_nulls(message) for message in value]
 
 
 def _prompt_ids(tokenizer: Any, text: str, plain: bool) -> tuple[int, ...]:
@@ -384,9 +359,8 @@ def _margin_end(row: Mapping[str, Any], rejected: Any, where: str) -> int | None
     value = row.get("margin_end")
     length = len(rejected if isinstance(rejected, str) else rejected[-1]["content"])
     if value is not None and (type(value) is not int or not 0 < value <= length):
-        raise UserError(
-            f"{where}: margin_end is {value!r}; it counts characters of the rejected text, from 1 to {length}"
-        )
+        wanted = f"it counts characters of the rejected text, from 1 to {length}"
+        raise UserError(f"{where}: margin_end is {value!r}; {wanted}")
     return value
 
 
@@ -396,9 +370,8 @@ def _score_gap(row: Mapping[str, Any], where: str) -> float | None:
         return None
     chosen, rejected = scores
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
-        raise UserError(
-            f"{where}: score_chosen is {chosen!r} and score_rejected {rejected!r}; give two finite numbers or neither"
-        )
+        fault = f"score_chosen is {chosen!r} and score_rejected {rejected!r}"
+        raise UserError(f"{where}: {fault}; give two finite numbers or neither")
     return float(chosen) - float(rejected)
 
 
@@ -427,56 +400,44 @@ def filter_pairs(
     kept: list[TokenPair] = []
     dropped = dict.fromkeys(CAUSES, 0)
     for pair in pairs:
-        fault = _fault(pair, max_prompt_tokens, max_pair_tokens, pair_tokens(pair, layout))
-        if fault is None:
+        cause, message = _fault(pair, max_prompt_tokens, max_pair_tokens, pair_tokens(pair, layout))
+        if not cause:
             kept.append(pair)
         elif bad is BadPairs.drop:
-            dropped[fault[0]] += 1
+            dropped[cause] += 1
         else:
-            raise UserError(
-                f"{pair.where}: {fault[1]}, or drop and count such pairs with preference.data.bad_pairs=drop"
-            )
+            way_out = "or drop and count such pairs with preference.data.bad_pairs=drop"
+            raise UserError(f"{pair.where}: {message}, {way_out}")
     if not kept:
-        counts = (
-            ", ".join(f"{cause} {count}" for cause, count in dropped.items() if count) or "there were none"
-        )
-        raise UserError(
-            f"preference: no pair is left to train on ({counts}); mend the data, or raise the limits that were exceeded"
-        )
+        counts = ", ".join(f"{cause} {count}" for cause, count in dropped.items() if count)
+        way_out = "mend the data, or raise the limits that were exceeded"
+        raise UserError(f"preference: no pair is left to train on ({counts or 'there were none'}); {way_out}")
     return kept, dropped
 
 
-def _fault(
-    pair: TokenPair, max_prompt_tokens: int, max_pair_tokens: int, num_tokens: int
-) -> tuple[str, str] | None:
-    """(cause, message) of a bad pair."""
-    parts = {"prompt": pair.prompt_ids, "chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
-    for name, ids in parts.items():
-        if len(ids) < (1 if name == "prompt" else 2):  # a completion has the end token at least
-            return "empty_side", f"{name!r} is blank: mend or remove the pair"
-    for name in SIDES:
-        end, inner = parts[name][-1], parts[name][:-1]
-        if end in inner:
-            return (
-                "end_token_inside",
-                f"token {inner.index(end) + 1} of {len(inner) + 1} of {name!r} is the end token: mend or remove the pair",
-            )
+def _fault(pair: TokenPair, max_prompt_tokens: int, max_pair_tokens: int, num_tokens: int) -> tuple[str, str]:
+    """(cause, message) of a bad pair; both empty for a good one."""
+    sides = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
+    mend = "mend or remove the pair"
+    if not pair.prompt_ids:
+        return "empty_side", f"'prompt' is blank: {mend}"
+    for name, ids in sides.items():
+        if len(ids) < 2:  # a completion has the end token at least
+            return "empty_side", f"{name!r} is blank: {mend}"
+    for name, ids in sides.items():
+        end_at = ids.index(ids[-1]) + 1
+        if end_at < len(ids):
+            return "end_token_inside", f"token {end_at} of {len(ids)} of {name!r} is the end token: {mend}"
     if pair.chosen_ids == pair.rejected_ids:
-        return (
-            "identical_sides",
-            f"'chosen' and 'rejected' are the same {len(pair.chosen_ids)} tokens: mend or remove the pair",
-        )
-    if len(pair.prompt_ids) > max_prompt_tokens:
-        return (
-            "prompt_too_long",
-            f"the prompt has {len(pair.prompt_ids)} tokens, data.max_prompt_tokens is {max_prompt_tokens}: raise it",
-        )
+        length = len(pair.chosen_ids)
+        return "identical_sides", f"'chosen' and 'rejected' are the same {length} tokens: {mend}"
+    if (length := len(pair.prompt_ids)) > max_prompt_tokens:
+        limit = f"data.max_prompt_tokens is {max_prompt_tokens}"
+        return "prompt_too_long", f"the prompt has {length} tokens, {limit}: raise it"
     if num_tokens > max_pair_tokens:
-        return (
-            "pair_too_long",
-            f"the pair takes {num_tokens} tokens, policy.max_tokens_per_micro_batch is {max_pair_tokens}: raise it",
-        )
-    return None
+        limit = f"policy.max_tokens_per_micro_batch is {max_pair_tokens}"
+        return "pair_too_long", f"the pair takes {num_tokens} tokens, {limit}: raise it"
+    return "", ""
 
 
 def canonical_line(row: Mapping[str, Any]) -> str:
@@ -484,10 +445,9 @@ def canonical_line(row: Mapping[str, Any]) -> str:
     columns that have a value, keys sorted, scores as floats."""
     known = {key: row[key] for key in COLUMNS if row.get(key) is not None}
     known |= {key: float(known[key]) for key in ("score_chosen", "score_rejected") if key in known}
-    return (
-        json.dumps(_without_nulls(known), sort_keys=True, ensure_ascii=False, allow_nan=False, default=str)
-        + "\n"
-    )
+    values = _without_nulls(known)
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False, default=str)
+    return f"{text}\n"
 
 
 def data_hash(rows: Iterable[Mapping[str, Any]]) -> str:

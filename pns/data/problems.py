@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class ProblemSets:
     """The run's problems: `train` for RL, `reward` for the reward models, `preference` for synthesis and
     pairs, `suites` for evaluation.
 
-    `removed` are the overlaps with benchmarks for which problems of each training part were left out. `checker`
-    judges derivations step by step, where the problems are of a kind that allows it."""
+    `removed` are the overlaps with benchmarks for which problems of each training part were left out.
+    `checker` judges derivations step by step, where the problems are of a kind that allows it."""
 
     train: list[Problem]
     reward: list[Problem]
@@ -79,9 +80,8 @@ def load_problem_sets(config: Config) -> ProblemSets:
         for part in TRAINING:
             kept, removed[part] = decontaminate(parts[part], overlaps)
             if not kept:
-                raise UserError(
-                    f"data.jsonl.{part}: every problem of {names[part]} is also in a suite; name another file"
-                )
+                fault = f"every problem of {names[part]} is also in a suite"
+                raise UserError(f"data.jsonl.{part}: {fault}; name another file")
             parts[part] = kept
     train, reward, preference = (parts[part] for part in TRAINING)
     return ProblemSets(train, reward, preference, suites, identities, removed)
@@ -132,9 +132,8 @@ def load_named(
         source, records, pinned, count = str(path), list(read_records(path)), False, expected.count
     else:
         if expected.hub is None:
-            raise UserError(
-                f"{name}: no Hub copy of it is known; name a directory that has {name}.jsonl with data.root=DIR"
-            )
+            way_out = f"name a directory that has {name}.jsonl with data.root=DIR"
+            raise UserError(f"{name}: no Hub copy of it is known; {way_out}")
         revision = data.revisions.get(name, expected.hub.revision)
         source = f"hf://{expected.hub.repository}@{revision}"
         records = list(read_hub(name, expected.hub, revision))
@@ -145,15 +144,15 @@ def load_named(
         )
     digest = content_hash((record["problem"], record["answer"]) for record in records)
     if not pinned and digest != expected.sha256:
+        fault = f"has sha256 {digest[:16]}..., {expected.sha256[:16]}... is expected"
+        way_out = "fetch the set again, or name one of your own under data.jsonl.suites"
         raise UserError(
-            f"{name}: the content of {source} has sha256 {digest[:16]}..., {expected.sha256[:16]}... is expected, "
-            "and its scores would not compare: fetch the set again, or name one of your own under data.jsonl.suites"
+            f"{name}: the content of {source} {fault}, and its scores would not compare: {way_out}"
         )
     problems = [problem for record in records if (problem := to_problem(record, name))]
     asked = {problem.id for problem in problems}
-    return problems, Identity(
-        source, count, digest, tuple(record["id"] for record in records if record["id"] not in asked)
-    )
+    without_answer = tuple(record["id"] for record in records if record["id"] not in asked)
+    return problems, Identity(source, count, digest, without_answer)
 
 
 def read_problems(path: Path, suite: str, limit: int = 0) -> list[Problem]:
@@ -163,21 +162,18 @@ def read_problems(path: Path, suite: str, limit: int = 0) -> list[Problem]:
     problem or an answer is an error, as is a malformed line, a duplicate id or a file without problems.
     Raises UserError.
     """
-    found: list[Problem] = []
-    for record in read_records(path):
-        if problem := to_problem(record, suite):
-            found.append(problem)
-        if limit and len(found) == limit:
-            break
-    if not found:
+    answered = (problem for record in read_records(path) if (problem := to_problem(record, suite)))
+    problems = list(islice(answered, limit or None))
+    if not problems:
         raise UserError(f"{path}: no problems in it; name a file with one JSON object a line")
-    return found
+    return problems
 
 
 def to_problem(record: Mapping[str, Any], suite: str) -> Problem | None:
-    """The problem of a checked record; None for one that its source marks as broken and that has no answer."""
+    """The problem of a checked record; None for one marked as broken that has no answer."""
     if record.get("note") and not record["answer"]:
         return None
+    tolerance, unit = float(record.get("error") or 0), str(record.get("unit") or "").strip("$")
     return Problem(
         record["id"],
         record["problem"],
@@ -186,11 +182,7 @@ def to_problem(record: Mapping[str, Any], suite: str) -> Problem | None:
         record.get("solution"),
         str(record.get("subject") or ""),
         str(record.get("level") or "").removeprefix("Level "),
-        AnswerRule(
-            bool(record.get("multiple")),
-            float(record.get("error") or 0),
-            str(record.get("unit") or "").strip("$"),
-        ),
+        AnswerRule(bool(record.get("multiple")), tolerance, unit),
     )
 
 
@@ -208,20 +200,19 @@ def read_hub(name: str, hub: Hub, revision: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    origin = f"{hub.repository} at {revision}"
     seen: set[str] = set()
     index = 0
     for config in hub.configs:
         try:
             rows = load_dataset(hub.repository, config, split=hub.split, revision=revision)
         except (DatasetsError, OSError, ValueError) as error:
-            raise UserError(
-                f"{name}: {hub.repository} at {revision} cannot be fetched ({str(error).splitlines()[0]}); name a directory with "
-                f"{name}.jsonl with data.root=DIR"
-            ) from error
+            fault = f"{origin} cannot be fetched ({str(error).splitlines()[0]})"
+            way_out = f"name a directory with {name}.jsonl with data.root=DIR"
+            raise UserError(f"{name}: {fault}; {way_out}") from error
         if missing := set(hub.fields.values()) - set(rows.column_names):
-            raise UserError(
-                f"{name}: {hub.repository} at {revision} has no field {sorted(missing)[0]!r}; use the pinned revision"
-            )
+            fault = f"{origin} has no field {sorted(missing)[0]!r}"
+            raise UserError(f"{name}: {fault}; use the pinned revision")
         for row in rows:
             record = {key: row[field] for key, field in hub.fields.items()}
             record["answer"] = hub.answer(record["answer"])
@@ -237,9 +228,8 @@ def _checked(record: dict[str, Any], where: str, identity: str, seen: set[str]) 
         if not isinstance(record.get(key), str):
             raise UserError(f"{where}: field {key!r} is missing or not a string")
     record["id"] = str(record.get("id", identity))
-    if not (record.get("note") and not record["answer"]) and not (
-        record["problem"].strip() and record["answer"].strip()
-    ):
+    broken = record.get("note") and not record["answer"]
+    if not broken and not (record["problem"].strip() and record["answer"].strip()):
         raise UserError(f"{where}: empty problem or answer; remove the line")
     if record["id"] in seen:
         raise UserError(f"{where}: id {record['id']!r} occurs twice; ids must be unique")
@@ -252,12 +242,13 @@ def removals(removed: Mapping[str, Iterable[Overlap]]) -> dict[str, Any]:
     them each suite accounts for, and the overlaps."""
     report = {}
     for part, overlaps in removed.items():
-        found = list(overlaps)
-        by_suite = Counter(suite for suite, _ in {(overlap.suite, overlap.train_id) for overlap in found})
+        listed = list(overlaps)
+        pairs = {(overlap.suite, overlap.train_id) for overlap in listed}
+        by_suite = Counter(suite for suite, _ in pairs)
         report[part] = {
-            "problems": len({overlap.train_id for overlap in found}),
+            "problems": len({train_id for _, train_id in pairs}),
             "by_suite": dict(sorted(by_suite.items())),
-            "overlaps": [vars(overlap) for overlap in found],
+            "overlaps": [vars(overlap) for overlap in listed],
         }
     return report
 
@@ -283,25 +274,24 @@ def _benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iter
         yield from problems
     if data.root:
         for name in BENCHMARKS.keys() - suites.keys():
-            if _candidates(name, Path(data.root), only_present=True):
+            if any(path.is_file() for path in _candidates(name, Path(data.root))):
                 yield from load_named(name, data)[0]
 
 
 def _identity(source: str, problems: list[Problem]) -> Identity:
-    return Identity(
-        source, len(problems), content_hash((problem.prompt, problem.answer) for problem in problems)
-    )
+    sha256 = content_hash((problem.prompt, problem.answer) for problem in problems)
+    return Identity(source, len(problems), sha256)
 
 
 def _local_file(name: str, root: Path) -> Path:
-    if not (found := _candidates(name, root, only_present=True)):
-        raise UserError(
-            f"{name}: {_candidates(name, root)[0]} does not exist; data.root names a directory that has the file"
-        )
-    return found[0]
+    candidates = _candidates(name, root)
+    for path in candidates:
+        if path.is_file():
+            return path
+    way_out = "data.root names a directory that has the file"
+    raise UserError(f"{name}: {candidates[0]} does not exist; {way_out}")
 
 
-def _candidates(name: str, root: Path, only_present: bool = False) -> list[Path]:
+def _candidates(name: str, root: Path) -> list[Path]:
     folder = "benchmarks" if name in BENCHMARKS else "train"
-    paths = [base / f"{name}{suffix}" for base in (root / folder, root) for suffix in (".jsonl", ".jsonl.gz")]
-    return [path for path in paths if path.is_file()] if only_present else paths
+    return [base / f"{name}{suffix}" for base in (root / folder, root) for suffix in (".jsonl", ".jsonl.gz")]

@@ -70,14 +70,12 @@ def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
     filled = _KEYS | FAMILIES[name]
     for key, empty in _KEYS.items():
         if getattr(data, key) not in (empty, filled[key]):
-            raise UserError(
-                f"data.{key} is set and data.prompt is {data.prompt}: set data.prompt=none, or leave the key to the family"
-            )
+            way_out = "set data.prompt=none, or leave the key to the family"
+            raise UserError(f"data.{key} is set and data.prompt is {data.prompt}: {way_out}")
         setattr(data, key, filled[key])
     if data.chat_template and chat_template is None:
-        raise UserError(
-            f"data.prompt: {name} needs a chat template and the model's tokenizer has none; use data.prompt=base"
-        )
+        fault = f"{name} needs a chat template and the model's tokenizer has none"
+        raise UserError(f"data.prompt: {fault}; use data.prompt=base")
     return name
 
 
@@ -95,21 +93,16 @@ class Prompts:
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """The conversation before the assistant's turn."""
-        system = [{"role": "system", "content": self._data.system_prompt}] if self._data.system_prompt else []
-        return [
-            *system,
-            {"role": "user", "content": self._data.problem_prefix + problem.prompt + self._data.instruction},
-        ]
+        data = self._data
+        system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
+        return [*system, {"role": "user", "content": data.problem_prefix + problem.prompt + data.instruction}]
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
         messages = self.messages(problem)
         if not self._data.chat_template:
-            return tuple(
-                self.tokenizer.encode(
-                    messages[-1]["content"] + self._data.assistant_prefix, add_special_tokens=True
-                )
-            )
+            text = messages[-1]["content"] + self._data.assistant_prefix
+            return tuple(self.tokenizer.encode(text, add_special_tokens=True))
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
         )
@@ -136,10 +129,8 @@ class Prompts:
         """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
         end token."""
         completion = text.removeprefix(self._data.assistant_prefix)
-        offsets = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        return [start + len(text) - len(completion) for start, _ in offsets]
+        encoded = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+        return [start + len(text) - len(completion) for start, _ in encoded["offset_mapping"]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of completion ids, without the end token and other special tokens, with
@@ -149,12 +140,12 @@ class Prompts:
     def fitting(self, problems: list[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
         Raises UserError if none has."""
-        kept = [problem for problem in problems if len(self.encode(problem)) <= self._data.max_prompt_tokens]
+        limit = self._data.max_prompt_tokens
+        lengths = [len(self.encode(problem)) for problem in problems]
+        kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= limit]
         if not kept:
-            shortest = min(len(self.encode(problem)) for problem in problems)
-            raise UserError(
-                f"data.max_prompt_tokens: {self._data.max_prompt_tokens}; the shortest of {len(problems)} prompts has {shortest}: raise it"
-            )
+            shortest = f"the shortest of {len(problems)} prompts has {min(lengths)}"
+            raise UserError(f"data.max_prompt_tokens: {limit}; {shortest}: raise it")
         return kept, len(problems) - len(kept)
 
 
@@ -162,11 +153,8 @@ def context_tokens(path: str, trust_remote_code: bool = False) -> int:
     """The most tokens, prompt and completion together, that the model of a directory or Hub id takes."""
     from transformers import AutoConfig
 
-    return int(
-        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        .get_text_config()
-        .max_position_embeddings
-    )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().max_position_embeddings)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:

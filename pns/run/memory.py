@@ -1,4 +1,4 @@
-"""Peak memory of this process and all its descendants together: driver, Ray and every actor of a local run."""
+"""Peak memory of this process and all its descendants: driver, Ray and every actor of a local run."""
 
 from __future__ import annotations
 

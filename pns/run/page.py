@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pns.config import Config, to_dict
+from pns.errors import UserError
 from pns.files import read_json, remove, replacing, write_json
 from pns.run.place import Place, locked
 from pns.run.stage import Step
@@ -59,6 +60,8 @@ class RunPage:
         """Make the step's name lead to its place. The link is relative: `runs` can be moved as a whole."""
         if not self.leads_to(step):
             link = self.path / step.name
+            if link.exists() and not link.is_symlink():  # nothing that we did not put there is removed
+                raise UserError(f"{link} is no link: move it away, or choose another run with name=NAME")
             remove(link)
             link.symlink_to(os.path.relpath(step.place.directory, self.path))
 
@@ -84,6 +87,6 @@ def pages(runs: Path) -> list[Path]:
 
 
 def linked_places(page: Path) -> dict[str, Path]:
-    """Name -> directory of every stage that a page leads to."""
-    links = [path for path in page.iterdir() if path.is_symlink()]
+    """Name -> directory of every stage that a page leads to and that is still there."""
+    links = [path for path in page.iterdir() if path.is_symlink() and path.is_dir()]
     return {link.name: link.resolve() for link in sorted(links)}

@@ -85,6 +85,8 @@ class Place:
         without error. Raises UserError while another process makes it (one that has died does not)."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory / "lock", "wait for it to end, then run again: its output will be used"):
+            if self.manifest() is not None:
+                raise UserError(f"{self.directory} was finished meanwhile: run again, and it will be used")
             for leftover in [*self.directory.rglob(f"{PARTIAL}*")]:
                 remove(leftover)
             progress = self.directory / "progress.json"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pns import cli
-from pns.answers.compare import extract_answer, same_answer
+from pns.answers.compare import same_answer
+from pns.answers.extract import extract_answer
 from pns.records import AnswerRule
 
 CASES = Path(__file__).parents[1] / "cases" / "answers.jsonl"

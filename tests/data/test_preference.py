@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pns.config import BadPairs, Config, Data, Layout, PreferenceConfig, PreferenceData, PreferenceLoss
+from pns import config as configuration
+from pns.config import BadPairs, Config, Data, Layout, PreferenceConfig, PreferenceData
 from pns.data.decontamination import Overlaps
 from pns.data.preference import (
     CAUSES,
@@ -419,7 +420,7 @@ def test_load_own_pairs(tmp_path: Path) -> None:
         "pairs": 2,
         "dropped": dict.fromkeys(("in_a_suite", *CAUSES), 0),
     }
-    config.preference = PreferenceConfig(loss=PreferenceLoss.offset)
+    config.preference = PreferenceConfig(loss="offset")
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2: no score_chosen and score_rejected"):
         load_pairs(config, prompts, problems, own)
     own.write_text("")

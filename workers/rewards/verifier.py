@@ -36,8 +36,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pns.answers.compare import compare_answers, extract_boxed
-from pns.answers.notation import is_prose
+from pns.answers.compare import compare_answers
+from pns.answers.extract import extract_boxed
+from pns.answers.spelling import is_prose
 from pns.records import AnswerRule, Verdict
 
 _START_SECONDS = 120.0  # for the template to import math-verify and fork a worker

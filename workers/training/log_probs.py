@@ -58,27 +58,26 @@ class _LogProbs(torch.autograd.Function):
         (gradient_C,) = gradients
         hidden_CH, weight_VH, labels_C, normalisers_C = ctx.saved_tensors
         hidden_gradient_CH = torch.empty_like(hidden_CH)
-        weight_gradient_VH = (
-            torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
+        weight_gradient_VH = None
+        if ctx.needs_input_grad[1]:  # summed in float32: the pieces are many
+            weight_gradient_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         for rows in _pieces(len(hidden_CH), ctx.size):
             hidden = hidden_CH[rows].to(weight_VH.dtype)
             logits = (hidden @ weight_VH.T).float()
+            # The gradient of the logits, in their place: (onehot(y) - p) times that of log p_y.
             logits.sub_(normalisers_C[rows, None]).exp_().mul_(-gradient_C[rows, None])
             logits.scatter_add_(-1, labels_C[rows, None], gradient_C[rows, None])
             logits = logits.to(weight_VH.dtype)
             hidden_gradient_CH[rows] = (logits @ weight_VH).to(hidden_CH.dtype)
             if weight_gradient_VH is None:
                 continue
-            if weight_VH.dtype == torch.float32:
+            if weight_VH.dtype == torch.float32:  # in place, which takes one dtype only
                 weight_gradient_VH.addmm_(logits.T, hidden)
             else:
                 weight_gradient_VH += logits.T @ hidden
-        return (
-            hidden_gradient_CH,
-            None if weight_gradient_VH is None else weight_gradient_VH.to(weight_VH.dtype),
-            None,
-        )
+        if weight_gradient_VH is not None:
+            weight_gradient_VH = weight_gradient_VH.to(weight_VH.dtype)
+        return hidden_gradient_CH, weight_gradient_VH, None
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:

@@ -51,7 +51,7 @@ class PolicyEngine(FSDPEngineWithLMHead):
         batch_losses: list[float] = []
         metrics: dict[str, Any] = {}
         for index, micro_batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
+            last = index == len(micro_batches) - 1  # the ranks' gradients are added up once a step
             with nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=last):
                 loss, output = self.forward_step(
                     micro_batch, loss_function=loss_function, forward_only=forward_only
@@ -113,7 +113,7 @@ class ScoreEngine(PolicyEngine):
 
         config = self.model_config.hf_config
         config.num_labels = 1
-        config.classifier_dropout = 0.0
+        config.classifier_dropout = 0.0  # the token classifiers of some architectures have one by default
         with get_init_weight_context_manager(
             use_meta_tensor=not config.tie_word_embeddings, mesh=self.device_mesh
         )():

@@ -47,6 +47,12 @@ def verifier_processes(of: int | None = None) -> set[psutil.Process]:
     return found
 
 
+def assert_gone(others: set[psutil.Process]) -> None:
+    """Killed processes take a while to go."""
+    _, alive = psutil.wait_procs(verifier_processes() - others, timeout=60)
+    assert alive == []
+
+
 @pytest.fixture
 def others() -> set[psutil.Process]:
     """The processes of other verifiers."""
@@ -113,8 +119,7 @@ def test_poison_does_not_delay_or_fail_others_and_leaves_no_process(others: set[
     processes = verifier_processes() - others
     assert 3 <= len(processes) <= 4  # the template, a worker of each quick lane and perhaps of the slow one
     verifier.shutdown()
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert alive == []
+    assert_gone(others)
 
 
 def test_killed_processes_cost_one_item_at_most(others: set[psutil.Process]) -> None:
@@ -136,7 +141,7 @@ def test_killed_processes_cost_one_item_at_most(others: set[psutil.Process]) -> 
             assert verify(verifier, [("1/2", box("0.25"))])[0].verdict is WRONG
     finally:
         verifier.shutdown()
-    assert verifier_processes() <= others
+    assert_gone(others)
 
 
 def test_an_item_over_the_patience_gets_the_whole_limit_and_delays_no_other(
@@ -155,7 +160,7 @@ def test_an_item_over_the_patience_gets_the_whole_limit_and_delays_no_other(
         assert time.monotonic() - begin >= 10
     finally:
         verifier.shutdown()
-    assert verifier_processes() <= others
+    assert_gone(others)
 
 
 def test_results_keep_their_order_and_say_why(verifier: Verifier) -> None:
@@ -217,7 +222,7 @@ def test_shutdown_cancels_what_waits(others: set[psutil.Process]) -> None:
     handle = verifier.submit([("5", box(POISON))] * 50)
     verifier.shutdown()
     assert sum(future.cancelled() for future in handle) >= 47
-    assert verifier_processes() <= others
+    assert_gone(others)
 
 
 def _template_and_workers(others: set[psutil.Process]) -> tuple[psutil.Process, list[psutil.Process]]:

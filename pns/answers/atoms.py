@@ -1,0 +1,263 @@
+"""The smallest parts of an answer, read from its tokens: numbers, names and units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from pns.answers.spelling import GREEK, NUMBER_WORDS
+from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
+from pns.answers.tree import Based, Number, Symbol, Tree, letter
+from pns.answers.units import CURRENCIES, UNIT_LETTERS
+
+_MAX_DIGITS = 2000  # of one number
+_MAX_EXPONENT = 3000  # of scientific notation
+_FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a letter is a function, not a factor
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"dozen": 12} | {name: 10**power for name, power in _POWERS.items()}
+
+
+@dataclass
+class Marks:
+    """What an expression has besides its tree, as in `Expression`; filled in while it is read."""
+
+    unit: str = ""
+    percent: bool = False
+    degrees: bool = False
+    ambiguous: bool = False
+
+
+def number_value(written: str) -> Fraction:
+    mantissa, _, exponent = written.casefold().partition("e")
+    if len(mantissa) > _MAX_DIGITS or abs(int(exponent[:9] or 0)) > _MAX_EXPONENT:
+        raise Unreadable
+    whole, _, decimals = mantissa.partition(".")
+    return Fraction(int((whole + decimals) or 0), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0)
+
+
+def read_number(cursor: Cursor, token: Token) -> Number | Based:
+    """The number that begins with a token: with its base, its fraction or its repeating decimals."""
+    written = token.value
+    value = number_value(written)
+    if cursor.accept("_"):
+        base = _read_base(cursor)
+        if not 2 <= base <= 36 or not re.fullmatch(r"\d+", written):
+            raise Unreadable
+        return Based(written.lstrip("0") or "0", base)
+    before_fraction = cursor.peek().kind == "number" and cursor.peek(1).value == "/"
+    if before_fraction or (written.isdigit() and cursor.at(r"\frac")):
+        return _read_mixed(cursor, value) or Number(value)
+    if "." in written and cursor.accept(r"\overline", r"\bar", r"\dot"):
+        repeating = _fraction_digits(cursor)
+        if repeating is None or not repeating.isdigit() or len(repeating) > 50:
+            raise Unreadable
+        places = len(written.partition(".")[2])
+        return Number(value + Fraction(int(repeating), (10 ** len(repeating) - 1) * 10**places))
+    return Number(value)
+
+
+def _read_base(cursor: Cursor) -> int:
+    braced = cursor.accept("{")
+    bracketed = cursor.accept("(")
+    token = cursor.take()
+    base = NUMBER_WORDS.get(token.word, 0)
+    if token.kind == "number" and token.value.isdigit():
+        base = int(token.value[:4])
+    if bracketed:
+        cursor.expect(")")
+    if braced:
+        cursor.expect("}")
+    return base
+
+
+def _read_mixed(cursor: Cursor, whole: Fraction) -> Number | None:
+    r"""`1\frac{4}{5}` and `3 1/2`: a proper fraction of two plain numbers after a whole number adds to it."""
+    start = cursor.position
+    if cursor.accept(r"\frac"):
+        digits = [_fraction_digits(cursor), _fraction_digits(cursor)]
+    else:
+        numerator_digits, _slash, denominator_digits = cursor.take(), cursor.take(), cursor.take()
+        digits = [numerator_digits.value, denominator_digits.value]
+    if all(part and re.fullmatch(r"\d{1,9}", part) for part in digits) and not cursor.at("^", "!"):
+        numerator, denominator = (int(part or 0) for part in digits)
+        if 0 < numerator < denominator:
+            return Number(whole + Fraction(numerator, denominator))
+    cursor.position = start
+    return None
+
+
+def _fraction_digits(cursor: Cursor) -> str | None:
+    r"""The digits of a `\frac` argument; None where it is anything else."""
+    token = cursor.peek()
+    if token.kind == "number":
+        if len(token.value) > 1 and token.value.isdigit():  # \frac12
+            cursor.tokens[cursor.position] = replace(token, value=token.value[1:], spaced=False)
+            cursor.tokens.insert(cursor.position, replace(token, value=token.value[0]))
+        return cursor.take().value
+    if token.value == "{" and cursor.peek(1).kind == "number" and cursor.peek(2).value == "}":
+        cursor.position += 3
+        return cursor.peek(-2).value
+    return None
+
+
+def last_place(tokens: Sequence[Token]) -> Fraction | None:
+    """The place value of the last digit of a decimal, plain or scientific; None where the tokens are anything
+    else."""
+    signs = ("-", "+", "$", r"\$", r"\%", "%", "{", "}")
+    values = [token.value for token in tokens if token.value not in signs and token.kind != "text"]
+    if not values or "." not in values[0] or not re.fullmatch(r"[\d.]+(?:[eE][+-]?\d+)?", values[0]):
+        return None
+    mantissa, _, exponent = values[0].casefold().partition("e")
+    power = int(exponent or 0)
+    if len(values) > 1 and values[1] not in ("^", r"\circ"):
+        is_times_ten = values[1] in (r"\times", r"\cdot", "*") and values[2:3] == ["10"]
+        if len(values) != 5 or not is_times_ten or not values[4].isdigit():
+            return None
+        sign = -1 if any(token.value == "-" for token in tokens[-4:]) else 1
+        power = sign * int(values[4][:4])
+    if abs(power) > _MAX_EXPONENT:
+        return None
+    return Fraction(10) ** (power - len(mantissa.partition(".")[2]))
+
+
+def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
+    """The symbol that begins with `name`, with its index, its primes and the argument of a function."""
+    plain = name
+    if cursor.accept("_"):
+        name += "_" + cursor.raw_group()
+    while cursor.at("'", "^"):
+        exponent = cursor.peek(2 if cursor.peek(1).value == "{" else 1)
+        if cursor.accept("'"):
+            name += "'"
+        elif exponent.value == r"\prime":
+            cursor.take()
+            name += "'" * cursor.raw_group().count("prime")
+        else:
+            break
+    if plain in _FUNCTION_LETTERS:
+        ahead = [cursor.peek(place).value for place in range(6)]
+        if ahead == ["^", "{", "-", "1", "}", "("]:
+            cursor.position += 5
+            name += "^-1"
+    if cursor.at("(") and (argument := _read_argument(cursor, plain)):
+        marks.ambiguous |= plain not in _FUNCTION_LETTERS
+        return Symbol(name + argument)
+    return letter(name)
+
+
+def _read_argument(cursor: Cursor, name: str) -> str:
+    """The bracket of `f(x)`, `I(0)` as text; "" where it is a factor: `n(n+1)`."""
+    if name in ("e", "i"):
+        return ""
+    closing = 2
+    if name in _FUNCTION_LETTERS:
+        closing, level = 0, 1
+        while level:
+            closing += 1
+            token = cursor.peek(closing)
+            if token.kind == "end":
+                raise Unreadable
+            level += {"(": 1, ")": -1}.get(token.value, 0)
+    else:
+        inner = cursor.peek(1)
+        is_simple = inner.kind in ("number", "letter") or inner.value[1:] in GREEK
+        if not is_simple or cursor.peek(closing).value != ")":
+            return ""
+    tokens = cursor.tokens[cursor.position + 1 : cursor.position + closing]
+    cursor.position += closing + 1
+    return "(" + "".join(token.value for token in tokens) + ")"
+
+
+def read_derivative(cursor: Cursor) -> Symbol | None:
+    r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel. None where they are
+    a fraction's."""
+    start = cursor.position
+    signs = ("d", r"\partial")
+    if cursor.peek().value != "{" or cursor.peek(1).value not in signs:
+        return None
+    upper = cursor.raw_group()
+    if cursor.peek().value == "{" and cursor.peek(1).value in signs:
+        return Symbol(f"{upper}/{cursor.raw_group()}")
+    cursor.position = start
+    return None
+
+
+def skip_set_builder(cursor: Cursor) -> None:
+    r"""Skip `x |` and `x \in R :` of a set given by a condition."""
+    start = cursor.position
+    if cursor.peek().kind != "letter":
+        return
+    cursor.take()
+    if cursor.accept(r"\in"):
+        cursor.take()
+        if cursor.at("{"):
+            cursor.raw_group()
+    if not cursor.accept("|", r"\mid", ":", r"\vert"):
+        cursor.position = start
+
+
+def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
+    """Read the unit after an expression into the marks; returns the factor of words like "million"."""
+    if cursor.accept(r"\%", "%"):
+        marks.percent = True
+    if cursor.peek().value in CURRENCIES and not marks.unit:
+        marks.unit = CURRENCIES[cursor.take().value]
+    if tree.symbols:
+        token = cursor.peek()
+        if token.kind in ("text", "word") and token.word not in SEPARATORS:
+            marks.unit = cursor.take().word
+            marks.ambiguous = True
+        return 1
+    scale = 1
+    parts: list[str] = []
+    while True:
+        if parts and cursor.peek().value == "/" and cursor.peek(1).kind in ("text", "word", "letter"):
+            parts.append(cursor.take().value)
+            continue
+        words = cursor.peek().word.split()
+        if not parts and at_unit_letter(cursor):
+            words = [cursor.peek().value.casefold()]
+            marks.ambiguous = True
+        if not words or (len(words) == 1 and words[0] in SEPARATORS):
+            break
+        cursor.take()
+        if words[0].rstrip(".") in ("percent", "pct", "percentage") and not parts:
+            marks.percent = True
+            continue
+        while words and words[0] in _SCALES:
+            scale *= _SCALES[words.pop(0)]
+        power = _read_unit_power(cursor)
+        if words:
+            parts.append(" ".join(words) + power)
+        cursor.accept(".")
+    marks.unit = " ".join([marks.unit, *parts]).strip()
+    return scale
+
+
+def _read_unit_power(cursor: Cursor) -> str:
+    if cursor.peek(1).value == r"\circ" or not cursor.accept("^"):
+        return ""
+    braced = cursor.accept("{")
+    sign = "-" if cursor.accept("-") else ""
+    token = cursor.take()
+    if token.kind != "number":
+        raise Unreadable
+    if braced:
+        cursor.expect("}")
+    return "^" + sign + token.value
+
+
+def at_unit_letter(cursor: Cursor) -> bool:
+    """Whether a single letter after a number may be its unit: `5 m`, `5 m^2` and nothing behind it."""
+    token = cursor.peek()
+    if token.kind != "letter" or not token.spaced or token.value not in UNIT_LETTERS:
+        return False
+    behind = 1
+    if cursor.peek(1).value == "^":
+        behind += 4 if cursor.peek(2).value == "{" else 2
+    following = cursor.peek(behind)
+    if following.value == "/":
+        return cursor.peek(behind + 1).kind in ("text", "letter")
+    return following.kind == "end" or following.value in (",", ";", ")", "]")

@@ -1,0 +1,235 @@
+"""What equations and inequalities say: the value of a name, a set of reals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+
+from pns.answers.exact import approximate, rational
+from pns.answers.tree import (
+    INFINITY,
+    MINUS_INFINITY,
+    Answer,
+    Call,
+    Constant,
+    Expression,
+    Group,
+    Number,
+    Product,
+    Quotient,
+    Ratio,
+    Relation,
+    Symbol,
+    Tree,
+    Union,
+    Words,
+    is_numeric,
+    substitute,
+    walk,
+    whole,
+)
+
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+_NO_TREE = Symbol("")
+_PROBE = Fraction(1009, 3)  # where a function that is linear at 0, 1 and 2 is looked at again
+
+
+def tree_of(answer: Answer) -> Tree:
+    """The tree of an expression, a symbol without a name for any other answer."""
+    return answer.tree if isinstance(answer, Expression) else _NO_TREE
+
+
+def named_value(relation: Relation) -> tuple[str, Answer] | None:
+    r"""Name and value of `x = 5`, `f(x) = 2x`, `(p, q) = (3, 2)`, `5 = x`, `x \in [0, 1]`; of `x = 5 + 5 =
+    10` the last value."""
+    if not {"=", "in"}.issuperset(relation.operators):
+        return None
+    first, last = relation.sides[0], relation.sides[-1]
+    if _is_name(first):
+        return _name(first), last
+    if relation.operators == ("=",) and _is_name(last):
+        return _name(last), first
+    return None
+
+
+def _is_name(answer: Answer) -> bool:
+    if isinstance(answer, Group):
+        return bool(answer.items) and all(_symbol_of(item) for item in answer.items)
+    if isinstance(answer, Words):
+        return len(answer.text) == 1
+    if isinstance(answer, Ratio):
+        return all(map(_is_name, answer.parts))
+    if not isinstance(answer, Expression) or answer.unit or not answer.tree.symbols:
+        return False
+    return all(map(_is_part_of_name, walk(answer.tree)))
+
+
+def _is_part_of_name(tree: Tree) -> bool:
+    match tree:
+        case Call(_, name):
+            return name != "ln"
+        case Constant(name):
+            return name in ("e", "i")
+    return isinstance(tree, Symbol | Product | Quotient)
+
+
+def _symbol_of(answer: Answer) -> str | None:
+    """The name that is all of an expression."""
+    if isinstance(answer, Expression) and isinstance(answer.tree, Symbol):
+        return answer.tree.name
+    return None
+
+
+def _name(answer: Answer) -> str:
+    return answer.text if isinstance(answer, Words) else _symbol_of(answer) or repr(answer)
+
+
+def bound_names(a: str, b: str) -> tuple[str, str] | None:
+    """The arguments of `f(x)` and `f(n)`, where only they differ."""
+    x, y = (re.fullmatch(r"(.+)\((\w+)\)", name) for name in (a, b))
+    return (x[2], y[2]) if x and y and x[1] == y[1] and x[2] != y[2] else None
+
+
+def rename(answer: Answer, new: str, old: str) -> Answer:
+    if not isinstance(answer, Expression):
+        return answer
+    return replace(answer, tree=substitute(answer.tree, {old: Symbol(new)}))
+
+
+def difference_of_sides(relation: Relation) -> Tree | None:
+    """Left minus right of an equation of two expressions."""
+    left, right = relation.sides[0], relation.sides[-1]
+    if relation.operators != ("=",) or not isinstance(left, Expression) or not isinstance(right, Expression):
+        return None
+    return left.tree - right.tree
+
+
+def linear_root(tree: Tree, name: str, values: Mapping[str, Tree]) -> tuple[Fraction, Fraction] | None:
+    """Zero and slope of an expression in one of its symbols, with values for the others, if at 0, 1 and 2 it
+    is linear and not constant."""
+    points = [substitute(tree, {**values, name: whole(point)}) for point in (0, 1, 2)]
+    at_0, at_1, at_2 = map(rational, points)
+    if at_0 is None or at_1 is None or at_2 is None or at_2 - at_1 != at_1 - at_0 or at_0 == at_1:
+        return None
+    slope = at_1 - at_0
+    return -at_0 / slope, slope
+
+
+def subject(relation: Relation) -> Tree | None:
+    """What an inequality is about: its one side with symbols, in a chain the middle one."""
+    trees = [tree_of(side) for side in relation.sides]
+    if relation.operators[0] == "in":
+        return trees[0]
+    if len(trees) == 3:
+        return trees[1]
+    sides = [side for side in relation.sides if isinstance(side, Expression | Words) and not is_numeric(side)]
+    if len(sides) == 1:
+        return tree_of(sides[0])
+    return trees[0] if isinstance(trees[0], Symbol) else None
+
+
+def ascending(relation: Relation) -> Relation:
+    """A chain of > and >= the other way round."""
+    if not {">", ">="}.issuperset(relation.operators):
+        return relation
+    operators = tuple(_FLIPPED[operator] for operator in reversed(relation.operators))
+    return Relation(operators, relation.sides[::-1])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """`closed`: whether its low and its high end belong to it."""
+
+    low: Answer
+    high: Answer
+    closed: tuple[bool, bool]
+
+
+_above = partial(Interval, high=Expression(INFINITY))
+_below = partial(Interval, Expression(MINUS_INFINITY))
+
+
+def intervals(answer: Answer) -> list[Interval] | None:
+    """The intervals of a set of reals in ascending order where their ends are numbers; None for what is not
+    such a set."""
+    if isinstance(answer, Union):
+        return _united(answer.parts)
+    if isinstance(answer, Relation):
+        return _solution(answer)
+    if not isinstance(answer, Group):
+        return None
+    if answer.brackets == "or":
+        return _united(answer.items)
+    if answer.brackets == "{}":
+        return [Interval(item, item, (True, True)) for item in answer.items] or None
+    if len(answer.items) != 2 or not answer.brackets:
+        return None
+    low, high = answer.items
+    return [Interval(low, high, (answer.brackets[0] == "[", answer.brackets[1] == "]"))]
+
+
+def _united(parts: tuple[Answer, ...]) -> list[Interval] | None:
+    united: list[Interval] = []
+    for part in parts:
+        of_part = intervals(part)
+        if of_part is None:
+            return None
+        united += of_part
+    lows: list[tuple[Fraction | float, int]] = []
+    for index, interval in enumerate(united):
+        low = tree_of(interval.low)
+        value = float("-inf") if low == MINUS_INFINITY else approximate(low)
+        if value is None:
+            return united
+        lows.append((value, index))
+    return [united[index] for _, index in sorted(lows)]
+
+
+def _solution(relation: Relation) -> list[Interval] | None:
+    """The reals of which a relation is true."""
+    if relation.operators == ("in",):
+        return intervals(relation.sides[1])
+    about = subject(relation)
+    if about is None or len(relation.sides) > 3:
+        return None
+    if len(relation.sides) == 3:
+        chain = ascending(relation)
+        if not {"<", "<="}.issuperset(chain.operators):
+            return None
+        low, _, high = chain.sides
+        return [Interval(low, high, (chain.operators[0] == "<=", chain.operators[1] == "<="))]
+    if not isinstance(about, Symbol):
+        return _solve(relation)
+    operator, bound = relation.operators[0], relation.sides[1]
+    if is_numeric(relation.sides[0]):
+        operator, bound = _FLIPPED.get(operator, operator), relation.sides[0]
+    if operator == "!=":
+        return [_below(bound, (False, False)), _above(bound, closed=(False, False))]
+    if operator in ("<", "<="):
+        return [_below(bound, (False, operator == "<="))]
+    if operator in (">", ">="):
+        return [_above(bound, closed=(operator == ">=", False))]
+    return None
+
+
+def _solve(relation: Relation) -> list[Interval] | None:
+    """The reals of which an inequality is true that is linear in its one symbol: 2x - 1 > 5."""
+    left, right = relation.sides
+    if not isinstance(left, Expression) or not isinstance(right, Expression):
+        return None
+    difference = left.tree - right.tree
+    if len(difference.symbols) != 1 or left.ambiguous or right.ambiguous:
+        return None
+    name = min(difference.symbols)
+    root_and_slope = linear_root(difference, name, {})
+    if root_and_slope is None:
+        return None
+    root, slope = root_and_slope
+    if rational(substitute(difference, {name: Number(_PROBE)})) != slope * (_PROBE - root):
+        return None
+    operator = relation.operators[0]
+    operator = operator if slope > 0 else _FLIPPED.get(operator, operator)
+    return _solution(Relation((operator,), (Expression(Symbol(name)), Expression(Number(root)))))

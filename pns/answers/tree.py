@@ -1,0 +1,245 @@
+"""What an answer is once it is read: expressions as trees, and the forms of answer that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+
+
+class Tree:
+    """An expression. Operators make larger ones: `x + y` is a `Sum`."""
+
+    def __add__(self, other: Tree) -> Tree:
+        return Sum((self, other))
+
+    def __sub__(self, other: Tree) -> Tree:
+        return self + -other
+
+    def __mul__(self, other: Tree) -> Tree:
+        return Product((self, other))
+
+    def __truediv__(self, other: Tree) -> Tree:
+        return Quotient((self, other))
+
+    def __pow__(self, other: Tree) -> Tree:
+        return Power((self, other))
+
+    def __neg__(self) -> Tree:
+        return Negative((self,))
+
+    @cached_property
+    def symbols(self) -> frozenset[str]:
+        """The names of its free symbols; none for a number."""
+        return frozenset()
+
+
+@dataclass(frozen=True)
+class Number(Tree):
+    value: Fraction
+
+
+@dataclass(frozen=True)
+class Symbol(Tree):
+    name: str
+
+    @cached_property
+    def symbols(self) -> frozenset[str]:
+        return frozenset((self.name,))
+
+
+@dataclass(frozen=True)
+class Constant(Tree):
+    name: str  # pi, e, i, inf
+
+
+@dataclass(frozen=True)
+class Operation(Tree):
+    """An expression made of others."""
+
+    parts: tuple[Tree, ...]
+
+    @cached_property
+    def symbols(self) -> frozenset[str]:
+        return frozenset().union(*[part.symbols for part in self.parts])
+
+
+class Sum(Operation): ...
+
+
+class Product(Operation): ...
+
+
+class Negative(Operation): ...  # of its one part
+
+
+class Quotient(Operation): ...  # numerator, denominator
+
+
+class Power(Operation): ...  # base, exponent
+
+
+class Root(Operation): ...  # radicand, degree
+
+
+@dataclass(frozen=True)
+class PlusMinus(Operation):
+    """Its one part with either sign; `sign` is the upper one, so that -1 is a minus-plus."""
+
+    sign: int
+
+
+@dataclass(frozen=True)
+class Call(Operation):
+    """A function by its name, applied to the parts."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Series(Operation):
+    """A sum or product of terms; the parts are the first index, the last one and the term."""
+
+    kind: str  # sum, prod
+    variable: str
+
+    @cached_property
+    def symbols(self) -> frozenset[str]:
+        low, high, term = self.parts
+        return low.symbols | high.symbols | (term.symbols - {self.variable})
+
+
+def whole(value: int) -> Number:
+    return Number(Fraction(value))
+
+
+ZERO, ONE, TEN = map(whole, (0, 1, 10))
+INFINITY = Constant("inf")
+MINUS_INFINITY = -INFINITY
+LOG_BASE = "log base"  # the symbol that stands for ln b, where b is the base that a logarithm leaves open
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A number or an expression. `step` is the place value of the last digit of a plain decimal (1/100 for
+    2.54), None for anything else. `ambiguous`: conventions differ (1/2x, f(x)), so that a difference found
+    under one reading proves nothing."""
+
+    tree: Tree
+    unit: str = ""
+    percent: bool = False
+    degrees: bool = False
+    ambiguous: bool = False
+    step: Fraction | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    text: str
+
+
+@dataclass(frozen=True)
+class Based:
+    """Digits with a base as subscript: `204_5`."""
+
+    digits: str
+    base: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`7:32`; `clock` where it may be a time of day: two digits after the colon."""
+
+    parts: tuple[Answer, ...]
+    clock: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """`brackets` "()", "[]", "[)", "(]" ordered, "{}" a set, "" a bare list ("or" if separated by "or")."""
+
+    brackets: str
+    items: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    rows: tuple[tuple[Answer, ...], ...]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """sides[0] operators[0] sides[1] ...; operators are =, <, >, <=, >=, !=, in."""
+
+    operators: tuple[str, ...]
+    sides: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Union:
+    parts: tuple[Answer, ...]
+
+
+Answer = Expression | Words | Based | Ratio | Group | Matrix | Relation | Union
+EMPTY_SET = Group("{}", ())
+REALS = Group("()", (Expression(MINUS_INFINITY), Expression(INFINITY)))
+
+
+def letter(name: str) -> Tree:
+    """The symbol of a name, or the constant that the letter stands for."""
+    return Constant(name) if name in ("e", "i") else Symbol(name)
+
+
+def product_of(factors: list[Tree]) -> Tree:
+    return factors[0] if len(factors) == 1 else Product(tuple(factors))
+
+
+def is_numeric(answer: Answer) -> bool:
+    """Whether it is an expression without free symbols."""
+    return isinstance(answer, Expression) and not answer.tree.symbols
+
+
+def walk(tree: Tree) -> Iterator[Tree]:
+    yield tree
+    if isinstance(tree, Operation):
+        for part in tree.parts:
+            yield from walk(part)
+
+
+def rebuild(tree: Tree, change: Callable[[Tree], Tree]) -> Tree:
+    """The tree with `change` applied to every node, leaves first."""
+    if isinstance(tree, Operation):
+        tree = replace(tree, parts=tuple(rebuild(part, change) for part in tree.parts))
+    return change(tree)
+
+
+def substitute(tree: Tree, values: Mapping[str, Tree]) -> Tree:
+    """The tree with a value in place of every symbol that has one."""
+    return rebuild(tree, lambda part: values.get(part.name, part) if isinstance(part, Symbol) else part)
+
+
+def both_signs(answer: Answer) -> list[Answer]:
+    """The two values of an answer with plus-minus signs, [answer] for any other; in a list they are two more
+    items."""
+    if isinstance(answer, Group) and answer.brackets in ("", "or", "{}"):
+        values = [value for item in answer.items for value in both_signs(item)]
+        return [replace(answer, items=tuple(values))]
+    signed = [_with_sign(answer, sign) for sign in (1, -1)]
+    return signed if signed[0] != signed[1] else [answer]
+
+
+def _with_sign(answer: Answer, sign: int) -> Answer:
+    if isinstance(answer, Relation):
+        return replace(answer, sides=tuple(_with_sign(side, sign) for side in answer.sides))
+    if isinstance(answer, Group):
+        return replace(answer, items=tuple(_with_sign(item, sign) for item in answer.items))
+    if not isinstance(answer, Expression):
+        return answer
+
+    def signed(tree: Tree) -> Tree:
+        if not isinstance(tree, PlusMinus):
+            return tree
+        return tree.parts[0] if tree.sign == sign else -tree.parts[0]
+
+    return replace(answer, tree=rebuild(answer.tree, signed))
