@@ -326,10 +326,9 @@ def _side(tokenizer: Any, before: str, whole: str, content: str, where: str) -> 
     if end_token and not after.strip():
         return _Side(text, len(text) - len(content) if text.endswith(content) else None)
     if added.count(content) != 1:
-        raise UserError(
-            f"{where}: the chat template ends the assistant's turn without the end token "
-            f"{tokenizer.eos_token!r}, and its text cannot be found in the turn; give the pair as plain strings"
-        )
+        fault = f"the chat template ends the assistant's turn without the end token {tokenizer.eos_token!r}"
+        way_out = "give the pair as plain strings"
+        raise UserError(f"{where}: {fault}, and its text cannot be found in the turn; {way_out}")
     start = added.index(content)
     return _Side(added[: start + len(content)], start)
 
