@@ -6,8 +6,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pns import recipe
-from pns.config import Config, PreferenceLoss, reference_free, to_dict
-from pns.data.problems import load_problem_sets
-from pns.driver import prompts
+from pns import cli, recipe
+from pns.config import Config
+from pns.driver import load_prompts
 from pns.errors import UserError
-from pns.run.directory import RunDirectory, read_jsonl
+from pns.files import read_jsonl
+from pns.preference_losses import PREFERENCE_LOSSES
+from pns.run.place import Place
+from pns.run.stage import ModelFiles
 from pns.run.tracking import Tracker
-from pns.stages import preference
-from pns.stages.context import Context
+from pns.stages.artefacts import PreferenceTrained
+from pns.stages.context import Context, Problems
+from pns.stages.preference import chosen_falls, preference
 from pns.tiny import world as tiny_world
 from workers.fleet import Fleet
+from workers.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "recipes" / "tiny" / "qwen2"
 SMALL = [
-    "data.tiny.num_test_per_suite=1",
     "placement.policy.replicas=1",
     "preference.steps=3",
     "preference.pairs_per_step=4",
@@ -61,19 +63,20 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(ray_session: None) -> Iterator[Fleet]:
-    made = Fleet(load(["preference.loss=sigmoid", "preference.nll_weight=null"]), "cpu")
+    made = Fleet(load(["preference.loss=sigmoid", "preference.nll_weight=null"]), Runtime("cpu"))
     yield made
     made.shutdown()
 
 
 def load(overrides: list[str]) -> Config:
-    return recipe.load(
-        ROOT / "recipes/tiny-qwen2.yaml",
-        [*SMALL, f"models.backbone={ROOT / 'recipes/tiny/qwen2'}", *overrides],
-    )
+    return recipe.load(ROOT / "recipes/tiny-qwen2.yaml", [*SMALL, f"models.backbone={MODEL}", *overrides])
 
 
 Train = Callable[..., tuple[Path, list[dict[str, Any]], str]]
+
+
+def no_backends(*_: Any) -> Any:
+    raise AssertionError("no tracking backend is asked for")
 
 
 @pytest.fixture
@@ -84,51 +87,47 @@ def train(fleet: Fleet, pairs: Path, tmp_path: Path) -> Train:
     def run(
         *overrides: str, name: str = "run", loss: str = "sigmoid"
     ) -> tuple[Path, list[dict[str, Any]], str]:
-        settings = [
-            f"runs={tmp_path}",
-            f"name={name}",
-            f"preference.data.path={pairs}",
-            f"preference.loss={loss}",
-            "preference.nll_weight=null",
-        ]
-        config, out = load([*settings, *overrides]), io.StringIO()
+        given = [f"preference.data.path={pairs}", f"preference.loss={loss}", "preference.nll_weight=null"]
+        config, out = load([*given, *overrides]), io.StringIO()
         fleet.policy.settings = config.policy
-        with RunDirectory.open(tmp_path / name, to_dict(config)) as directory:
-            tracker = Tracker(directory, config.tracking, out=out)
-            ctx = Context(config, directory, fleet, load_problem_sets(config), prompts(config), tracker)
-            with directory.stage("preference", ("preference",), ()):
-                preference.run(ctx)
-        return (
-            tmp_path / name / "preference",
-            [row["values"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")],
-            out.getvalue(),
-        )
+        place = Place(tmp_path / name)
+        with place.making({"inputs": []}):
+            tracker = Tracker(tmp_path, config.tracking, no_backends, out=out)
+            tracker.enter(place.directory)
+            ctx = Context(config.seed, place, fleet, load_prompts(config), tracker, shared=tmp_path)
+            settings = preference.settings(config)
+            trained = preference.make(ctx, settings, ModelFiles(MODEL), None, Problems([]), None)
+        assert isinstance(trained, PreferenceTrained)
+        steps = [row["values"] for row in read_jsonl(place.directory / "metrics.jsonl")]
+        return place.directory, steps, out.getvalue()
 
     return run
 
 
-@pytest.mark.parametrize("loss", PreferenceLoss)
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_every_loss_trains_and_only_those_with_a_reference_make_one(
-    loss: PreferenceLoss, train: Train, tmp_path: Path
+    loss: str, train: Train, tmp_path: Path
 ) -> None:
     directory, steps, _ = train(
         "preference.optimizer.learning_rate=1e-3",
         "preference.pairs_per_step=6",
         "preference.steps=6",
         "preference.optimizer.warmup_steps=0",
-        loss=loss.value,
+        loss=loss,
     )
+    entry = PREFERENCE_LOSSES[loss]
     assert len(steps) == 6
     assert all(math.isfinite(step["loss"]) and step["update_skipped"] == 0 for step in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert steps[-1]["margin"] > steps[0]["margin"] or reference_free(loss)  # they weigh other things, too
+    # Losses without a reference weigh other things, too.
+    assert steps[-1]["margin"] > steps[0]["margin"] or not entry.needs_reference
     assert (directory / "model" / "model.safetensors").is_file()
-    if loss in (PreferenceLoss.sigmoid, PreferenceLoss.length_normalised):
+    if loss in ("sigmoid", "length_normalised"):
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    if loss is PreferenceLoss.kto:
+    if entry.needs_kl:
         assert steps[0]["kto_kl"] == pytest.approx(0, abs=1e-6)  # the policy is the reference
     cached = len(list((tmp_path / "reference_cache").glob("*")))
-    assert cached == {PreferenceLoss.simpo: 0, PreferenceLoss.orpo: 0, PreferenceLoss.kto: 2}.get(loss, 1)
+    assert cached == entry.needs_reference + entry.needs_kl
 
 
 def test_kto_estimates_its_kl_on_mismatched_pairs(
@@ -271,28 +270,16 @@ def test_falling_chosen_completions_are_warned_about_once(train: Train) -> None:
     falling = float(np.mean([step["chosen_log_ratio"] for step in steps[-10:]])) < -1
     assert falling
     assert shown.count("chosen completions are") == 1
-    assert preference.chosen_falls([{"chosen_log_ratio": 0.5}] * 12) == ""
-    assert preference.chosen_falls([{"chosen_log_ratio": -9.0}] * 9) == ""
-    assert "from 1 to 2 a token" in preference.chosen_falls(
-        [{"chosen_nll": 1.0}] * 10 + [{"chosen_nll": 2.0}] * 10
-    )
+    assert chosen_falls([{"chosen_log_ratio": 0.5}] * 12) == ""
+    assert chosen_falls([{"chosen_log_ratio": -9.0}] * 9) == ""
+    assert "from 1 to 2 a token" in chosen_falls([{"chosen_nll": 1.0}] * 10 + [{"chosen_nll": 2.0}] * 10)
 
 
-def test_given_pairs_leave_out_the_stages_that_make_them(pairs: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "pns.cli",
-            *arguments,
-            "recipes/tiny-qwen2.yaml",
-            f"preference.data.path={pairs}",
-        ]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-    assert "stages preference -> evaluate" in run("plan").stdout
-    refused = run("run", "--from", "pair")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(
-        "pns: --from pair: with pairs from preference.data the stages are preference, evaluate"
+def test_given_pairs_leave_out_the_stages_that_make_them(
+    pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(ROOT / "recipes/tiny-qwen2.yaml"), f"preference.data.path={pairs}"]
+    assert cli.main(["run", "--from", "pair", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(
+        "pns: --from pair: the stages of this run are preference, evaluate"
     )

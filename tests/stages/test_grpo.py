@@ -1,0 +1,239 @@
+"""The loop of RL: what a step samples, rewards and trains on, and that an interrupted stage goes on without a step
+skipped, repeated or sampled twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pns.algo.reward import TooManyMaskedError
+from pns.config import GrpoConfig
+from pns.files import read_json, read_jsonl
+from pns.records import Rollout
+from pns.stages import grpo
+from pns.stages.artefacts import TrainedModel
+from pns.stages.context import draw
+from workers.training.objectives import GrpoObjective
+
+SMALL = {
+    "steps": 5,
+    "problems_per_step": 2,
+    "completions_per_problem": 2,
+    "checkpoint_every": 2,
+    "kl_coefficient": 0.0,
+}
+
+
+def half_right(bench: Any) -> None:
+    """Every second completion is right: each group has an advantage."""
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(
+        10 + int(problem[1:]) if sample % 2 else 77
+    )
+
+
+def trained(bench: Any, settings: Mapping[str, Any], **options: Any) -> TrainedModel:
+    """The stage's artefact, made from "backbone"."""
+    run = grpo.GrpoRun("rl", GrpoConfig(**SMALL | settings), 30, options.get("max_masked", 0.5))
+    stop = options.get("stop", lambda step, metrics: False)
+    problems = list(bench.problems(6).problems)
+    with bench.making() as ctx:
+        artefact = TrainedModel(ctx.directory)
+        grpo.train(ctx, run, artefact, "backbone", problems, grpo.accuracy, stop)
+    return artefact
+
+
+def steps_of(rollouts: Sequence[Rollout]) -> list[int]:
+    return [rollout.step for rollout in rollouts]
+
+
+def metrics_of(artefact: TrainedModel) -> list[dict[str, float]]:
+    rows = read_jsonl(artefact.directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["values"] for row in rows]
+
+
+def test_steps_draw_sample_train_and_hand_over_the_weights(bench: Any) -> None:
+    half_right(bench)
+    artefact = trained(bench, {})
+    policy, rollout = bench.fleet.policy, bench.fleet.rollout
+    assert policy.loads == [("backbone", "language_model", 5, bench.seed)]
+    assert rollout.loaded == ["backbone"]
+    assert rollout.updates == [f"backbone+{step}" for step in range(1, 6)]
+    assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
+    assert not policy.references
+    rollouts = artefact.rollouts()
+    assert steps_of(rollouts) == [step for step in range(5) for _ in range(4)]
+    for step in range(5):
+        drawn = draw(bench.problems(6).problems, 2, step, bench.seed)
+        own = [r.problem.id for r in rollouts if r.step == step]
+        assert own == [problem.id for problem in drawn for _ in range(2)]
+        # Sampled with the weights of the step before.
+        assert {r.completion.weights_version for r in rollouts if r.step == step} == {step}
+    assert not list(artefact.directory.glob("*unfinished*"))
+    for values in metrics_of(artefact):
+        assert (values["accuracy"], values["reward"], values["no_update"]) == (0.5, 0.5, 0.0)
+        assert values["completion_tokens"] > 0
+
+
+def test_the_batch_is_what_was_sampled(bench: Any) -> None:
+    half_right(bench)
+    artefact = trained(bench, {"steps": 1, "clip_low": 0.1, "clip_high": 0.3, "updates_per_step": 2})
+    [(batch, objective), (again, _)] = bench.fleet.policy.trained
+    assert again is batch
+    assert objective == GrpoObjective(0.1, 0.3, 0.0)
+    rollouts = artefact.rollouts()
+    assert batch.completion_ids == [r.completion.token_ids for r in rollouts]
+    assert batch.prompt_ids == [bench.prompts.encode(r.problem) for r in rollouts]
+    assert batch.token_values == {"old_log_probs": [r.completion.log_probs for r in rollouts]}
+    assert batch.row_values["advantages"] == pytest.approx([-1, 1, -1, 1], rel=1e-3)
+
+
+def test_a_kl_term_needs_the_reference_and_rows_without_advantage(bench: Any) -> None:
+    trained(bench, {"steps": 1, "kl_coefficient": 0.1})  # all are right: no advantage
+    assert bench.fleet.policy.references == ["backbone"]
+    [(batch, objective)] = bench.fleet.policy.trained
+    assert objective.kl_coefficient == 0.1
+    assert batch.row_values["advantages"] == [0.0] * 4
+    assert all(np.all(row == -2) for row in batch.token_values["ref_log_probs"])
+
+
+def test_rows_without_advantage_or_reward_take_no_part(bench: Any) -> None:
+    """Of four problems one is right every time, one has a masked completion, one is mixed, one wrong."""
+    answers = {"p0": ("10", "10"), "p1": (bench.undecided, "11"), "p2": ("12", "3"), "p3": ("3", "3")}
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(answers[problem][sample % 2])
+    run = grpo.GrpoRun("rl", GrpoConfig(**SMALL | {"steps": 1, "problems_per_step": 4}), 30, 0.5)
+    with bench.making() as ctx:
+        artefact = TrainedModel(ctx.directory)
+        problems = list(bench.problems(4).problems)
+        grpo.train(ctx, run, artefact, "backbone", problems, grpo.accuracy, lambda step, metrics: False)
+    [(batch, _)] = bench.fleet.policy.trained
+    mixed = [r.completion.token_ids for r in artefact.rollouts() if r.problem.id == "p2"]
+    assert batch.completion_ids == mixed
+    [values] = metrics_of(artefact)
+    assert values["masked/verdict/timeout"] == 1
+    assert (values["masked_rate"], values["accuracy"]) == (1 / 8, 0.5)
+
+
+def test_a_step_without_any_advantage_is_no_update(bench: Any) -> None:
+    artefact = trained(bench, {"steps": 2})
+    assert not bench.fleet.policy.trained
+    assert [values["no_update"] for values in metrics_of(artefact)] == [1.0, 1.0]
+    assert bench.fleet.rollout.updates == ["backbone+0", "backbone+0"]
+
+
+def test_stop_is_told_every_step_and_ends_the_stage(bench: Any) -> None:
+    half_right(bench)
+    told: list[int] = []
+
+    def stop(step: int, metrics: Mapping[str, float | None]) -> bool:
+        told.append(step)
+        return step == 2
+
+    artefact = trained(bench, {}, stop=stop)
+    assert told == [0, 1, 2]
+    assert len(metrics_of(artefact)) == 3
+    assert read_json(artefact.directory / "model" / "weights.json") == "backbone+3"
+
+
+def test_too_many_masked_completions_stop_before_the_update(bench: Any) -> None:
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(bench.undecided)
+    with pytest.raises(TooManyMaskedError, match="rl, step 0: 4 of 4 completions have no reward"):
+        trained(bench, {})
+    assert not bench.fleet.policy.trained
+    assert not (bench.store / "stage" / "rollouts.jsonl").exists()
+
+
+@pytest.mark.parametrize("interrupted", range(5))
+def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted: int) -> None:
+    """Checkpoints after steps 2 and 4. The update of step `interrupted` fails: its rollouts are kept, and so are
+    those since the checkpoint."""
+    half_right(bench)
+    told: list[int] = []
+
+    def stop(step: int, metrics: Mapping[str, float | None]) -> bool:
+        told.append(step)
+        return False
+
+    bench.fleet.policy.interrupt_at = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trained(bench, {})
+    sampled = bench.fleet.rollout.take_asked()
+    assert len(sampled) == 4 * (interrupted + 1)
+    before = [rollout for rollout in read_jsonl(bench.store / "stage" / "rollouts.jsonl")]
+    artefact = trained(bench, {}, stop=stop)
+    first = interrupted // 2 * 2
+    assert bench.fleet.policy.restored == ([first] if first else [])
+    if first:
+        updates = bench.fleet.rollout.updates[interrupted:]
+        assert updates[0] == f"backbone+{first}"  # rollout has the checkpoint's weights before it samples
+    assert told == [0, 1, 2, 3, 4]
+    rollouts = artefact.rollouts()
+    assert steps_of(rollouts) == [step for step in range(5) for _ in range(4)]
+    assert len({(r.step, r.completion.id) for r in rollouts}) == 20
+    assert read_jsonl(artefact.rollouts_file)[: len(before)] == before  # used again, not sampled again
+    assert len(bench.fleet.rollout.take_asked()) == 20 - len(sampled)
+    assert len(metrics_of(artefact)) == 5
+    assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
+
+
+def test_an_interruption_while_sampling_loses_no_completion(bench: Any) -> None:
+    """In the second step, with three of four completions there."""
+    half_right(bench)
+    stream = bench.fleet.rollout.stream
+
+    def cut_in_the_second_step(requests: Any, sampling: Any) -> Any:
+        bench.fleet.rollout.interrupt_after = 3 if requests[0].id.startswith("1/") else None
+        return stream(requests, sampling)
+
+    bench.fleet.rollout.stream = cut_in_the_second_step
+    with pytest.raises(KeyboardInterrupt):
+        trained(bench, {})
+    bench.fleet.rollout.stream = stream
+    bench.fleet.rollout.take_asked()
+    artefact = trained(bench, {})
+    asked = bench.fleet.rollout.take_asked()
+    assert [key.split("/")[0] for key in asked] == ["1"] + ["2"] * 4 + ["3"] * 4 + ["4"] * 4
+    assert steps_of(artefact.rollouts()) == [step for step in range(5) for _ in range(4)]
+
+
+def test_masked_rollouts_after_the_checkpoint_are_asked_again(bench: Any) -> None:
+    undecided = bench.solution(bench.undecided)
+    bench.fleet.rollout.write = lambda problem, sample, model: [undecided, bench.solution(3)][sample % 2]
+    bench.fleet.policy.interrupt_at = None
+    run_stopped = pytest.raises(KeyboardInterrupt)
+
+    def stop(step: int, metrics: Mapping[str, float | None]) -> bool:
+        if step == 1:
+            raise KeyboardInterrupt
+        return False
+
+    with run_stopped:
+        trained(bench, {"checkpoint_every": 1}, stop=stop)
+    assert len(bench.fleet.rollout.take_asked()) == 8
+    half_right(bench)
+    artefact = trained(bench, {"checkpoint_every": 1})
+    asked = bench.fleet.rollout.take_asked()
+    again = [key for key in asked if key.startswith("1/")]
+    assert len(again) == 2
+    assert all(int(key.rsplit("#", 1)[1]) % 2 == 0 for key in again)
+    assert not any(key.startswith("0/") for key in asked)  # before the checkpoint: as they were
+    masked = [r.step for r in artefact.rollouts() if r.reward.masked]
+    assert masked == [0, 0]
+
+
+def test_rates_over_all_completions(bench: Any) -> None:
+    texts = [bench.malformed, bench.solution(10), bench.solution(bench.undecided), bench.solution(3) + "..."]
+    bench.fleet.rollout.write = lambda problem, sample, model: texts[sample]
+    run = grpo.GrpoRun("rl", GrpoConfig(**SMALL | {"steps": 1, "problems_per_step": 1}), 30, 0.5)
+    run.settings.completions_per_problem = 4
+    with bench.making() as ctx:
+        artefact = TrainedModel(ctx.directory)
+        problems = list(bench.problems(1).problems)
+        grpo.train(ctx, run, artefact, "backbone", problems, grpo.accuracy, lambda step, metrics: False)
+    [values] = metrics_of(artefact)
+    expected = {"accuracy": 0.25, "format_rate": 0.5, "masked_rate": 0.25, "truncated_rate": 0.25}
+    assert {name: values[name] for name in expected} == expected
+    assert values["reward"] == pytest.approx(1 / 3)

@@ -1,0 +1,167 @@
+"""Rewards of completions: what each gate asks for, which causes mask, and one deadline for everything that is
+still open."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from pns.config import Config, Pool, RewardConfig, RewardTerm, TermKind
+from pns.records import Rollout, Verdict
+from pns.stages.scoring import by_problem, by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
+from workers.rollout.engine import Sampling
+
+SAMPLING = Sampling(1.0, 1.0, 30)
+GATES = ["malformed", "correct", "unverified", "wrong"]
+
+
+def rules_of(terms: dict[str, RewardTerm], **numbers: Any) -> RewardConfig:
+    """As stages get them: through `reward_rules`."""
+    return reward_rules(Config(reward=RewardConfig(wrong=0.5, terms=terms, **numbers)))
+
+
+def two_terms(plausibility: float = 0.25, coherence: float = 0.25) -> dict[str, RewardTerm]:
+    return {
+        "plausibility": RewardTerm(TermKind.reward_model, plausibility),
+        "coherence": RewardTerm(TermKind.judge, coherence, "judge"),
+    }
+
+
+def scored(bench: Any, texts: list[str], rules: RewardConfig | None) -> list[Rollout]:
+    """The rollouts of one problem, whose answer is 10, with these completions."""
+    bench.fleet.rollout.write = lambda problem, sample, model: texts[sample]
+    bench.fleet.rollout.chunk = 1
+    with bench.making() as ctx:
+        problems = list(bench.problems(1).problems)
+        return roll_out(ctx, problems, len(texts), SAMPLING, rules, "name", unfinished_rollouts(ctx))
+
+
+def every_gate(bench: Any) -> list[str]:
+    return [bench.malformed, *(bench.solution(answer) for answer in (10, bench.undecided, 11))]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_ordinary_reward_asks_no_term(bench: Any, late: bool) -> None:
+    bench.fleet.verifier.late = late
+    rewards = [rollout.reward for rollout in scored(bench, every_gate(bench), None)]
+    assert [reward.value for reward in rewards] == [0.0, 1.0, None, 0.0]
+    assert [reward.format_ok for reward in rewards] == [False, True, True, True]
+    assert rewards[2].missing == {"verdict": "timeout"}
+    assert len(bench.fleet.verifier.asked) == 3  # a malformed one is not verified
+    assert not bench.fleet.scorers
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_each_gate_of_the_composite_reward(bench: Any, late: bool) -> None:
+    bench.fleet.verifier.late = late
+    bench.fleet.scorer("plausibility").value = lambda item: math.log(3)
+    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 0, 0)
+    rollouts = scored(bench, every_gate(bench), rules_of(two_terms()))
+    rewards = dict(zip(GATES, (rollout.reward for rollout in rollouts), strict=True))
+    assert rewards["malformed"].value == -1.0
+    assert rewards["correct"].value == 0.0
+    assert (rewards["unverified"].value, rewards["unverified"].missing) == (None, {"verdict": "timeout"})
+    assert rewards["wrong"].value == pytest.approx(0.5 + 0.25 * 0.75 + 0.25 * 0.5)
+    assert rewards["wrong"].terms == {"plausibility": pytest.approx(0.75), "coherence": 0.5}
+    assert not any(rewards[gate].terms for gate in ("malformed", "correct", "unverified"))
+    # Only the wrong one is asked about, with what each kind of service reads.
+    wrong = rollouts[3]
+    prompt_ids = bench.prompts.encode(wrong.problem)
+    assert bench.fleet.scorer("plausibility").asked == [(*prompt_ids, *wrong.completion.token_ids)]
+    assert bench.fleet.scorer("coherence").asked == [(wrong.problem.prompt, wrong.completion.text)]
+
+
+def test_without_the_gate_a_right_completion_earns_the_terms(bench: Any) -> None:
+    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 3, 3)
+    rollouts = scored(bench, every_gate(bench), rules_of(two_terms(), gated=False))
+    values = [rollout.reward.value for rollout in rollouts]
+    assert values == [-1.0, pytest.approx(0.375), None, pytest.approx(0.875)]
+    assert len(bench.fleet.scorer("coherence").asked) == 2
+
+
+def test_a_completion_that_was_cut_off_is_malformed(bench: Any) -> None:
+    [rollout] = scored(bench, [bench.solution(11) + "..."], rules_of(two_terms()))
+    assert rollout.completion.finish_reason == "length"
+    assert rollout.reward.value == -1.0
+    assert not bench.fleet.verifier.asked
+
+
+def test_a_term_of_weight_0_is_not_asked(bench: Any) -> None:
+    rollouts = scored(bench, [bench.solution(11)] * 20, rules_of(two_terms(coherence=0.0)))
+    assert len(bench.fleet.scorer("plausibility").asked) == 20
+    assert "coherence" not in bench.fleet.scorers
+    assert all(rollout.reward.terms.keys() == {"plausibility"} for rollout in rollouts)
+    assert [rollout.reward.value for rollout in rollouts] == [pytest.approx(0.5 + 0.25 * 0.5)] * 20
+
+
+def test_rules_are_without_what_does_not_bear_on_the_reward() -> None:
+    terms = two_terms(coherence=0.0)
+    terms["plausibility"].pool = Pool(replicas=7)
+    rules = rules_of(terms)
+    assert rules.terms == {"plausibility": RewardTerm(TermKind.reward_model, 0.25)}
+    assert terms["plausibility"].pool.replicas == 7
+
+
+def test_two_reward_models_and_a_judge(bench: Any) -> None:
+    """Another term is data: each is asked in its own service, loaded with its own model."""
+    terms = two_terms() | {"style": RewardTerm(TermKind.reward_model, 0.125, "other/model")}
+    rules = rules_of(terms)
+    bench.fleet.scorer("plausibility").value = lambda item: math.log(3)
+    bench.fleet.scorer("style").value = lambda item: -math.log(3)
+    bench.fleet.scorer("coherence").value = lambda item: (1, 1, 1, 0)
+    with bench.making("loading") as ctx:
+        load_terms(ctx, rules, "own/main")
+    assert bench.fleet.scorer("plausibility").loaded == ["own/main"]
+    # The others name their models: the fleet has loaded them.
+    assert not bench.fleet.scorer("style").loaded
+    assert not bench.fleet.scorer("coherence").loaded
+    [rollout] = scored(bench, [bench.solution(11)], rules)
+    expected = {"plausibility": 0.75, "coherence": 0.25, "style": 0.25}
+    assert rollout.reward.terms == pytest.approx(expected)
+    assert rollout.reward.value == pytest.approx(0.5 + 0.25 * 0.75 + 0.25 * 0.25 + 0.125 * 0.25)
+    assert bench.fleet.scorer("style").asked == bench.fleet.scorer("plausibility").asked
+
+
+def test_a_missing_term_masks_with_its_cause(bench: Any) -> None:
+    """The other term is kept, and a completion that has both is not touched."""
+    long = bench.solution(11, "So Ann=3. So Ann=3. ")
+    bench.fleet.scorer("coherence").value = lambda item: None if item[1] == long else (3, 3, 3, 3)
+    masked, whole = scored(bench, [long, bench.solution(12)], rules_of(two_terms()))
+    assert (masked.reward.value, masked.reward.missing) == (None, {"coherence": "too_long"})
+    assert masked.reward.terms == {"plausibility": 0.5}
+    assert (whole.reward.value, whole.reward.missing) == (pytest.approx(0.875), {})
+
+
+def test_rows_come_while_a_service_hangs(bench: Any) -> None:
+    """What needs no term is whole, and kept, before the services are waited for."""
+    bench.fleet.scorer("plausibility").hangs = bench.fleet.scorer("coherence").hangs = True
+    rules = rules_of(two_terms(), deadline_seconds=0.01)
+    rollouts = scored(bench, [bench.solution(11), bench.malformed, bench.solution(10)], rules)
+    assert [rollout.reward.value for rollout in rollouts] == [None, -1.0, 0.0]
+    kept = (bench.store / "stage" / "rollouts.unfinished.jsonl").read_text().splitlines()
+    assert len(kept) == 2  # the masked one is asked again after an interruption
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_both_services_hung_wait_one_deadline_for_everything(bench: Any, late: bool) -> None:
+    """Ten chunks and two services: the seconds that they are given add up to one limit at most."""
+    services = [bench.fleet.scorer(name) for name in ("plausibility", "coherence")]
+    for service in services:
+        service.hangs = True
+    bench.fleet.verifier.late = late
+    rollouts = scored(bench, [bench.solution(11)] * 10, rules_of(two_terms(), deadline_seconds=0.2))
+    given = [seconds for service in services for seconds in service.given_seconds]
+    assert len(given) == 20
+    assert 0 < sum(given) <= 0.2
+    causes = {"plausibility": "deadline", "coherence": "deadline"}
+    assert all(rollout.reward.missing == causes for rollout in rollouts)
+
+
+def test_rollouts_by_verdict_and_problem(bench: Any) -> None:
+    rollouts = scored(bench, [*every_gate(bench), bench.solution(12)], None)
+    assert by_verdict(rollouts, Verdict.WRONG) == [rollouts[3], rollouts[4]]
+    assert by_verdict(rollouts, Verdict.CORRECT) == [rollouts[1]]
+    assert by_verdict(rollouts, Verdict.UNVERIFIED) == [rollouts[2]]  # not the malformed one
+    assert by_problem(rollouts[:2]) == {"p0": [rollouts[0].completion, rollouts[1].completion]}
