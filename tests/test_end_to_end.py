@@ -1,5 +1,5 @@
-"""A cut-down tiny recipe through every stage: killed once in the middle of reverse RL, resumed, and run again
-when it is done."""
+"""A cut-down tiny recipe through every stage, as processes: killed once in the middle of reverse RL and resumed;
+a second arm on the same runs directory; and a changed key."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 
-from pns.config import STAGES as NAMED_STAGES
+from pns import driver
+from pns.config import STAGES, Config
 from pns.data.problems import load_problem_sets
-from pns.driver import STAGES
+from pns.errors import UserError
 from pns.recipe import load
+from pns.run.page import linked_places
 from pns.stages.context import draw
 
 ROOT = Path(__file__).parents[1]
+RECIPE = "recipes/tiny-qwen2.yaml"
 SMALL = [
     "name=small",
     "data.tiny.num_train=40",
@@ -42,186 +45,184 @@ SMALL = [
     "evaluate.generator_samples=40",
     "tracking.backends=[tensorboard]",
 ]
+LIMIT_SECONDS = 1500  # of one process; a minute where nothing else runs
+MODELS = ("backbone", "target", "result")
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pns.cli", "run", "recipes/tiny-qwen2.yaml", *SMALL, *arguments]
+def command(runs: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "pns.cli", "run", RECIPE, *SMALL, f"runs={runs}", *overrides]
+
+
+def run(runs: Path, *overrides: str) -> str:
+    """Make a run; what it printed."""
+    done = subprocess.run(
+        command(runs, *overrides),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def small(page: Path) -> Config:
+    return load(ROOT / RECIPE, [*SMALL, f"runs={page.parent}"])
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def reached(run: Path, stage: str, step: int) -> bool:
-    return any(row["stage"] == stage and row["step"] >= step for row in rows(run / "metrics.jsonl"))
+def written_at(runs: Path) -> dict[Path, int]:
+    """File -> time of its last change in ns."""
+    files = [path for path in runs.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory after a kill in reverse RL (past its first checkpoint) and a resume."""
+    """The run's page after a kill in reverse RL, past its first checkpoint, and a resume."""
     runs = tmp_path_factory.mktemp("runs")
-    run, log = runs / "small", runs / "log"
+    page, log = runs / "small", runs / "log"
     with open(log, "w") as out:
-        killed = subprocess.Popen(
-            command(f"runs={runs}"), cwd=ROOT, stdout=out, stderr=out, start_new_session=True
-        )
-        deadline = time.monotonic() + 300
+        killed = subprocess.Popen(command(runs), cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        metrics = page / "reverse_rl" / "metrics.jsonl"
         try:
-            while not reached(run, "reverse_rl", 2):
+            while len(metrics.read_text().splitlines() if metrics.exists() else []) < 3:
                 assert killed.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.2)
+                time.sleep(0.05)
         finally:
             os.killpg(killed.pid, signal.SIGKILL)
             killed.wait()
-    assert not (run / "reverse_rl" / "manifest.json").exists()
-    rl_manifest = (run / "rl" / "manifest.json").read_bytes()
-    done = subprocess.run(command(f"runs={runs}"), cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert (run / "rl" / "manifest.json").read_bytes() == rl_manifest, "a finished stage was run again"
-    return run
-
-
-def test_the_command_names_the_drivers_stages() -> None:
-    assert tuple(STAGES) == NAMED_STAGES
-
-
-def test_a_failed_start_changes_nothing(finished: Path) -> None:
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in finished.rglob("*")
-        if path.is_file() and path.name != "lock"
-    }
-    for arguments, word in ((["placement.device=cuda"], "placement.device"), (["rl.steps=7"], "rl.steps")):
-        failing = command(f"runs={finished.parent}", "--from", "preference", *arguments)
-        done = subprocess.run(
-            failing,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert done.returncode == 2
-        assert word in done.stderr
-    assert {
-        path: path.stat().st_mtime_ns
-        for path in finished.rglob("*")
-        if path.is_file() and path.name != "lock"
-    } == before
+    assert not (page / "reverse_rl" / "manifest.json").exists()
+    before = linked_places(page)
+    times = written_at(before["rl"]) | written_at(before["reward_model"])
+    run(runs)
+    after = linked_places(page)
+    assert {name: after[name] for name in before} == before
+    assert times.items() <= written_at(runs / driver.STORE).items(), "a finished stage was made again"
+    return page
 
 
 def test_every_stage_has_its_manifest(finished: Path) -> None:
-    for stage in STAGES:
-        manifest = json.loads((finished / stage / "manifest.json").read_text())
-        assert manifest["seconds"] >= 0
-        assert manifest["versions"]["ray"]
+    assert set(linked_places(finished)) == set(STAGES)
+    for name in STAGES:
+        manifest = json.loads((finished / name / "manifest.json").read_text())
+        assert manifest["outputs"]
+        assert not list((finished / name).rglob("*unfinished*"))
 
 
 def test_no_step_is_skipped_or_repeated(finished: Path) -> None:
-    config = load(ROOT / "recipes/tiny-qwen2.yaml", SMALL)
+    config = small(finished)
     problems = load_problem_sets(config).train
     for stage, settings in (("rl", config.rl), ("reverse_rl", config.reverse_rl)):
-        found = rows(finished / stage / "rollouts.jsonl")
+        sampled = [(row["step"], row["problem"]["id"]) for row in rows(finished / stage / "rollouts.jsonl")]
+        expected = []
         for step in range(settings.steps):
-            expected = [p.id for p in draw(problems, settings.problems_per_step, step, config.seed)]
-            sampled = [row["problem"]["id"] for row in found if row["step"] == step]
-            assert sampled == [
-                identity for identity in expected for _ in range(settings.completions_per_problem)
-            ]
-        assert len(found) == settings.steps * settings.problems_per_step * settings.completions_per_problem
-        logged = [row["step"] for row in rows(finished / "metrics.jsonl") if row["stage"] == stage]
+            for problem in draw(problems, settings.problems_per_step, step, config.seed):
+                expected += [(step, problem.id)] * settings.completions_per_problem
+        assert sampled == expected
+        logged = [row["step"] for row in rows(finished / stage / "metrics.jsonl")]
         assert logged == list(range(settings.steps))
 
 
 def test_rollouts_hold_every_term(finished: Path) -> None:
     rewards = [row["reward"] for row in rows(finished / "reverse_rl" / "rollouts.jsonl")]
-    wrong = [r for r in rewards if r["format_ok"] and r["verdict"] == "wrong"]
+    rules = small(finished).reward
+    wrong = [reward for reward in rewards if reward["format_ok"] and reward["verdict"] == "wrong"]
     assert wrong
-    weights = load(ROOT / "recipes/tiny-qwen2.yaml", SMALL).reward.weights
     for reward in wrong:
-        assert reward["value"] == pytest.approx(
-            weights.wrong
-            + weights.reward_model * reward["plausibility"]
-            + weights.judge * reward["coherence"]
-        )
-    assert all(r["value"] == -1 for r in rewards if not r["format_ok"])
-    assert all(r["value"] == 0 for r in rewards if r["format_ok"] and r["verdict"] == "correct")
+        terms = sum(term.weight * reward["terms"][name] for name, term in rules.terms.items())
+        assert reward["value"] == pytest.approx(rules.wrong + terms)
+    assert all(reward["value"] == -1 for reward in rewards if not reward["format_ok"])
+    right = [reward for reward in rewards if reward["format_ok"] and reward["verdict"] == "correct"]
+    assert all(reward["value"] == 0 and not reward["terms"] for reward in right)
 
 
 def test_negatives_are_wrong_and_pairs_are_right_over_wrong(finished: Path) -> None:
-    for negative in rows(finished / "synthesize" / "negatives.jsonl"):
+    negatives = rows(finished / "synthesize" / "negatives.jsonl")
+    assert negatives
+    for negative in negatives:
         assert f"\\boxed{{{negative['problem']['answer']}}}" not in negative["completion"]["text"]
-    pairs = rows(finished / "pair" / "pairs.jsonl")
-    answers = {
-        row["problem"]["id"]: row["problem"]["answer"] for row in rows(finished / "pair" / "rollouts.jsonl")
-    }
+    pairs, problems = rows(finished / "pair" / "pairs.jsonl"), rows(finished / "pair" / "rollouts.jsonl")
+    answers = {row["problem"]["id"]: row["problem"]["answer"] for row in problems}
     assert pairs
     for pair in pairs:
         boxed = f"\\boxed{{{answers[pair['problem_id']]}}}"
         assert boxed in pair["chosen"]
         assert boxed not in pair["rejected"]
-    exported = rows(finished / "pair" / "preference.jsonl")
-    assert [row["chosen"][0]["content"] for row in exported] == [pair["chosen"] for pair in pairs]
+    standard = rows(finished / "pair" / "preference.jsonl")
+    assert [row["chosen"][0]["content"] for row in standard] == [pair["chosen"] for pair in pairs]
 
 
 def test_report(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     assert len(report["suites"]) == 8
     for suite in report["suites"].values():
-        for model in ("start", "rl", "preference"):
+        for model in MODELS:
             assert 0 <= suite[model]["low"] <= suite[model]["accuracy"] <= suite[model]["high"] <= 1
+    figures = {"wrong_rate", "format_rate", "plausibility_mean", "coherence_mean", "single_error_share"}
     for when in ("before", "after"):
-        assert {"wrong_rate", "format_rate", "reward_model_mean", "judge_mean", "single_error_share"} <= set(
-            report["generator"][when]
-        )
+        assert figures <= set(report["generator"][when])
     assert set(report["stages"]) == set(STAGES)
-    assert 0.5 < report["peak_memory_gib"] < 12
+    assert 0.5 < report["peak_memory_gib"] < 24
     assert report["wall_seconds"] > 0
-    assert list(finished.rglob("*.png"))
-    assert list(finished.rglob("events.out.tfevents*"))
+    assert list((finished / "plots").glob("*.png"))
+    assert list((finished / "tensorboard").rglob("events.out.tfevents*"))
 
 
 def test_a_score_equals_a_hand_count(finished: Path) -> None:
     scores = json.loads((finished / "evaluate" / "scores.json").read_text())
-    completions = rows(finished / "evaluate" / "preference.jsonl")
+    completions = rows(finished / "evaluate" / "result.jsonl")
     for suite in ("short", "mul"):
         own = [row for row in completions if row["problem"]["suite"] == suite]
-        right = [
-            row
-            for row in own
-            if row["completion"].rpartition("\\boxed{")[2].rstrip("}") == row["problem"]["answer"]
-        ]
-        assert scores[suite]["preference"]["n"] == len(own) == 4
-        assert scores[suite]["preference"]["accuracy"] == len(right) / 4
+        boxed = [row["completion"].rpartition("\\boxed{")[2].rstrip("}") for row in own]
+        right = [answer == row["problem"]["answer"] for answer, row in zip(boxed, own, strict=True)]
+        assert scores[suite]["result"]["n"] == len(own) == 4
+        assert scores[suite]["result"]["accuracy"] == sum(right) / 4
 
 
-def test_second_run_does_nothing(finished: Path) -> None:
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in finished.rglob("*")
-        if path.is_file() and path.name != "lock"
-    }
-    done = subprocess.run(
-        command(f"runs={finished.parent}"), cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0
-    assert "every stage is done" in done.stdout
-    assert {
-        path: path.stat().st_mtime_ns
-        for path in finished.rglob("*")
-        if path.is_file() and path.name != "lock"
-    } == before
+def test_a_finished_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = written_at(finished.parent)
+    assert driver.run(small(finished)) == finished
+    assert "every stage is done" in capsys.readouterr().out
+    assert written_at(finished.parent) == before
 
 
-def test_changed_configuration_is_not_reused(finished: Path) -> None:
-    done = subprocess.run(
-        command(f"runs={finished.parent}", "preference.beta=0.2"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert "preference.beta" in done.stderr
-    assert "--from preference" in done.stderr
+def test_damage_is_said_before_anything_starts(finished: Path) -> None:
+    report = finished / "reward_model" / "quality.json"
+    text = report.read_bytes()
+    report.write_bytes(text[:10])
+    try:
+        with pytest.raises(UserError, match=r"quality.json is not what .*--from reward_model"):
+            driver.run(small(finished))
+    finally:
+        report.write_bytes(text)
+    assert driver.run(small(finished)) == finished
+
+
+def test_a_second_arm_makes_only_what_is_not_shared(finished: Path) -> None:
+    runs = finished.parent
+    before = written_at(runs)
+    run(runs, "negatives=rs", "name=rs")
+    first, second = linked_places(finished), linked_places(runs / "rs")
+    assert {name for name in second if second[name] == first[name]} == {"rl", "reward_model"}
+    assert set(second) == set(STAGES) - {"reverse_rl"}
+    assert before.items() <= written_at(runs).items(), "the second arm changed what the first one has"
+    assert "generator" not in json.loads((runs / "rs" / "report.json").read_text())
+
+
+def test_a_changed_key_makes_its_stage_and_what_follows_anew(finished: Path) -> None:
+    runs = finished.parent
+    before, old = written_at(runs / driver.STORE), linked_places(finished)
+    said = run(runs, "preference.nll_weight=2.0")
+    new = linked_places(finished)
+    assert {name for name in new if new[name] != old[name]} == {"preference", "evaluate"}
+    assert before.items() <= written_at(runs / driver.STORE).items(), "an output of before was changed"
+    assert "nll_weight was 5.0 and is 2.0" in said
+    run_of_before = driver.run(small(finished))  # back to what is there: links only
+    assert linked_places(run_of_before) == old
