@@ -64,6 +64,7 @@ from pns.answers.tree import (
 from pns.answers.units import UNIT_LETTERS, unit_size
 from pns.records import AnswerRule
 
+_MAX_WRITTEN = 10**4300  # longer integers Python does not turn into text
 _MAX_PAIRS = 400  # of items compared with each other
 _MAX_BASED_DIGITS = 500  # of a number in a base that are looked at
 _ARTICLE = re.compile(r"^(?:the )?(?:a )?(?:an )?")
@@ -123,9 +124,11 @@ def normalise_answer(answer: str) -> str:
     keep `%`), anything else without TeX decoration and spaces, words in lower case. Idempotent."""
     text = answer
     for _ in range(10):
-        number = _stated_number(text)
-        previous = text
-        text = str(number[0]) + ("%" if number[1] else "") if number else spelling(text)
+        previous, number = text, _stated_number(text)
+        if number and max(map(abs, number[0].as_integer_ratio())) < _MAX_WRITTEN:
+            text = f"{number[0]}%" if number[1] else str(number[0])
+        else:
+            text = spelling(text)
         if text == previous:
             break
     return text
@@ -166,7 +169,10 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
         return Finding(None, f"the {'prediction' if golds else 'gold answer'} is not in a notation read here")
     basis = _Basis(rule)
     golds = [_with_unit(reading, rule.unit) for reading in golds]
-    findings = [_compare(basis, a, b) for a in golds for b in predictions]
+    try:
+        findings = [_compare(basis, a, b) for a in golds for b in predictions]
+    except RecursionError:
+        return _undecided("answers too deeply nested to compare")
     likeliest, best = findings[0], _first(findings, True, None) or findings[0]
     if min(len(golds), len(predictions)) > 1 and likeliest.same is False and best.same:
         return _undecided("numbers with separators, or lists")  # 100,200 and 200,100
