@@ -138,21 +138,21 @@ def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
             break
     if plain in _FUNCTION_LETTERS:
         ahead = [cursor.peek(place).value for place in range(6)]
-        if ahead == ["^", "{", "-", "1", "}", "("]:
+        if ahead == ["^", "{", "-", "1", "}", "("]:  # f^{-1}(x), the inverse function
             cursor.position += 5
             name += "^-1"
     if cursor.at("(") and (argument := _read_argument(cursor, plain)):
-        marks.ambiguous |= plain not in _FUNCTION_LETTERS
+        marks.ambiguous |= plain not in _FUNCTION_LETTERS  # a(x) may be a product
         return Symbol(name + argument)
     return letter(name)
 
 
 def _read_argument(cursor: Cursor, name: str) -> str:
     """The bracket of `f(x)`, `I(0)` as text; "" where it is a factor: `n(n+1)`."""
-    if name in ("e", "i"):
+    if name in ("e", "i"):  # e(1+i) is a product
         return ""
     closing = 2
-    if name in _FUNCTION_LETTERS:
+    if name in _FUNCTION_LETTERS:  # f(2x+1): anything up to the bracket that closes
         closing, level = 0, 1
         while level:
             closing += 1
@@ -162,7 +162,7 @@ def _read_argument(cursor: Cursor, name: str) -> str:
             level += {"(": 1, ")": -1}.get(token.value, 0)
     else:
         inner = cursor.peek(1)
-        is_simple = inner.kind in ("number", "letter") or inner.value[1:] in GREEK
+        is_simple = inner.kind in ("number", "letter") or inner.value[1:] in GREEK  # I(0), x(t), V(\theta)
         if not is_simple or cursor.peek(closing).value != ")":
             return ""
     tokens = cursor.tokens[cursor.position + 1 : cursor.position + closing]
@@ -213,20 +213,20 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
     scale = 1
     parts: list[str] = []
     while True:
-        if parts and cursor.peek().value == "/" and cursor.peek(1).kind in ("text", "word", "letter"):
+        if parts and cursor.peek().value == "/" and cursor.peek(1).kind in ("text", "word", "letter"):  # km/h
             parts.append(cursor.take().value)
             continue
         words = cursor.peek().word.split()
         if not parts and at_unit_letter(cursor):
             words = [cursor.peek().value.casefold()]
             marks.ambiguous = True
-        if not words or (len(words) == 1 and words[0] in SEPARATORS):
+        if not words or (len(words) == 1 and words[0] in SEPARATORS):  # "5 and 6"
             break
         cursor.take()
         if words[0].rstrip(".") in ("percent", "pct", "percentage") and not parts:
             marks.percent = True
             continue
-        while words and words[0] in _SCALES:
+        while words and words[0] in _SCALES:  # "5 million dollars"
             scale *= _SCALES[words.pop(0)]
         power = _read_unit_power(cursor)
         if words:
@@ -256,7 +256,7 @@ def at_unit_letter(cursor: Cursor) -> bool:
         return False
     behind = 1
     if cursor.peek(1).value == "^":
-        behind += 4 if cursor.peek(2).value == "{" else 2
+        behind += 4 if cursor.peek(2).value == "{" else 2  # m^{2}, m^2
     following = cursor.peek(behind)
     if following.value == "/":
         return cursor.peek(behind + 1).kind in ("text", "letter")

@@ -64,9 +64,10 @@ from pns.answers.tree import (
 from pns.answers.units import UNIT_LETTERS, unit_size
 from pns.records import AnswerRule
 
+_MAX_WRITTEN = 10**4300  # longer integers Python does not turn into text
 _MAX_PAIRS = 400  # of items compared with each other
 _MAX_BASED_DIGITS = 500  # of a number in a base that are looked at
-_ARTICLE = re.compile(r"^(?:the )?(?:a )?(?:an )?")
+_ARTICLE = re.compile(r"^(?:the )?(?:a )?(?:an )?")  # "the east" and "east" are the same
 _NOTHING = {
     *("no solution", "no solutions", "empty set", "the empty set", "does not exist", "no real solution"),
     *("no real solutions", "none"),
@@ -76,7 +77,7 @@ _VAGUE = {
     *("none", "nothing", "null", "empty", "never", "no", "not", "impossible", "undefined", "infinite"),
     *("infinity", "unbounded", "neither", "dne", "all", "any"),
 }
-_POLAR = ({"yes", "no"}, {"true", "false"})
+_POLAR = ({"yes", "no"}, {"true", "false"})  # opposites, in each set
 _UNCLEAR = _VAGUE.union(*_POLAR)
 _CONVERSIONS = {3, 7, 12, 24, 60, 3600}  # beside powers of ten: ratios that may be a change of unit
 _DEGREE = Constant("pi") / whole(180)
@@ -123,9 +124,11 @@ def normalise_answer(answer: str) -> str:
     keep `%`), anything else without TeX decoration and spaces, words in lower case. Idempotent."""
     text = answer
     for _ in range(10):
-        number = _stated_number(text)
-        previous = text
-        text = str(number[0]) + ("%" if number[1] else "") if number else spelling(text)
+        previous, number = text, _stated_number(text)
+        if number and max(map(abs, number[0].as_integer_ratio())) < _MAX_WRITTEN:
+            text = f"{number[0]}%" if number[1] else str(number[0])
+        else:
+            text = spelling(text)
         if text == previous:
             break
     return text
@@ -166,7 +169,10 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
         return Finding(None, f"the {'prediction' if golds else 'gold answer'} is not in a notation read here")
     basis = _Basis(rule)
     golds = [_with_unit(reading, rule.unit) for reading in golds]
-    findings = [_compare(basis, a, b) for a in golds for b in predictions]
+    try:
+        findings = [_compare(basis, a, b) for a in golds for b in predictions]
+    except RecursionError:
+        return _undecided("answers too deeply nested to compare")
     likeliest, best = findings[0], _first(findings, True, None) or findings[0]
     if min(len(golds), len(predictions)) > 1 and likeliest.same is False and best.same:
         return _undecided("numbers with separators, or lists")  # 100,200 and 200,100
@@ -204,7 +210,7 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
         return _SAME
     for x, y in ((a, b), (b, a)):
         if isinstance(x, Relation):
-            return _compare_relation(basis, x, y)
+            return _compare_relation(basis, x, y)  # first, as x = (1, 2) may stand for (1, 2)
         if isinstance(x, Words):
             return _compare_words(x.text, y)
     for x, y in ((a, b), (b, a)):
@@ -234,7 +240,7 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
             if is_known_x and is_known_y:
                 return Finding(False, f"different units: {a.unit} and {b.unit}")
             return _undecided(f"units that are not known to be the same: {a.unit} and {b.unit}")
-        x, y = x * Number(size_x), y * Number(size_y)
+        x, y = x * Number(size_x), y * Number(size_y)  # 5 m and 500 cm
     same = basis.same(x, y)
     is_ambiguous = a.ambiguous or b.ambiguous
     if same:
@@ -242,11 +248,11 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         return _undecided("a letter that may be a unit or a factor") if is_letter_unit else _SAME
     if a.percent != b.percent:
         percentage, share = (a.tree, b.tree) if a.percent else (b.tree, a.tree)
-        if basis.same(percentage, share * whole(100)):
+        if basis.same(percentage, share * whole(100)):  # 50% and 0.5
             return Finding(True, "equal as percentages")
     if a.degrees != b.degrees:
         angles = (x * _DEGREE, y) if a.degrees else (x, y * _DEGREE)
-        if basis.same(*angles):
+        if basis.same(*angles):  # 90^\circ and \pi/2
             return Finding(True, "equal as angles")
     are_numbers = not x.symbols and not y.symbols
     if same is None:
@@ -269,7 +275,7 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
     distance = None if basis.rule.tolerance else _distance(x, y)
     if distance is not None and (_is_rounding(a, b, distance) or _is_rounding(b, a, distance)):
         return _undecided("one number may be a rounding of the other")
-    if bool(a.unit) != bool(b.unit) and _is_conversion(x, y):
+    if bool(a.unit) != bool(b.unit) and _is_conversion(x, y):  # 5 and 500 cm
         return _undecided("one number may be the other in another unit")
     if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
         return _TWO_READINGS
@@ -327,7 +333,7 @@ def _compare_groups(basis: _Basis, a: Group, b: Group) -> Finding:
     inequalities = [
         item for item in a.items + b.items if isinstance(item, Relation) and item.operators[0] != "="
     ]
-    if kinds & {"[)", "(]"} or ("or" in kinds and inequalities):
+    if kinds & {"[)", "(]"} or ("or" in kinds and inequalities):  # x < 1 or x > 2
         return _compare_sets(basis, a, b)
     is_list = bool(kinds & {"", "or"})
     if kinds <= {"", "or", "{}"}:
@@ -341,7 +347,7 @@ def _compare_groups(basis: _Basis, a: Group, b: Group) -> Finding:
         return in_order
     if in_order.same:
         return _undecided("the same items in different brackets")
-    if kinds == {"()", "[]"}:
+    if kinds == {"()", "[]"}:  # a vector is written with either
         return in_order
     if _compare_unordered(basis, a.items, b.items).same is False:
         return _DIFFERENT
@@ -364,7 +370,7 @@ def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) 
     rows = [[_compare(basis, x, y).same for y in b] for x in a]
     free = list(range(len(b)))
     for row in rows:
-        matches = [column for column in free if row[column]]
+        matches = [column for column in free if row[column]]  # each item of b serves once
         if matches:
             free.remove(matches[0])
     if not free and len(a) == len(b):
@@ -441,7 +447,7 @@ def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Findi
         if is_numeric(other) and relation.operators[0] != "!=" and intervals(relation) is not None:
             return Finding(False, "an inequality and a number")
         return _undecided("an inequality and an answer of another kind")
-    if named := named_value(relation):
+    if named := named_value(relation):  # x = 5 and 5
         return _compare(basis, named[1], other)
     difference = difference_of_sides(relation)
     if difference is not None and isinstance(other, Expression) and is_numeric(other) and not other.ambiguous:
@@ -459,7 +465,7 @@ def _compare_relations(basis: _Basis, a: Relation, b: Relation) -> Finding:
         return _undecided("an equation and an inequality")
     x, y = subject(a), subject(b)
     if x is None or y is None or intervals(a) is None or intervals(b) is None:
-        return _compare_chains(basis, ascending(a), ascending(b))
+        return _compare_chains(basis, ascending(a), ascending(b))  # a > b > c and c < b < a
     finding = _compare_sets(basis, a, b)
     if x.symbols == y.symbols or finding.same is False:
         return finding
@@ -483,7 +489,7 @@ def _compare_equations(basis: _Basis, a: Relation, b: Relation) -> Finding:
     if not named_a or not named_b:
         return _compare_solutions(basis, a, b)
     (name_a, x), (name_b, y) = named_a, named_b
-    arguments = bound_names(name_a, name_b)
+    arguments = bound_names(name_a, name_b)  # f(x) = 2x and f(n) = 2n
     finding = _compare(basis, x, rename(y, *arguments) if arguments else y)
     are_numbers = is_numeric(x) and is_numeric(y)
     if name_a == name_b or arguments:
@@ -491,7 +497,7 @@ def _compare_equations(basis: _Basis, a: Relation, b: Relation) -> Finding:
             return finding
         solutions = _compare_solutions(basis, a, b)
         return solutions if solutions.same or finding.doubtful else finding
-    if finding.same and (is_numeric(x) or not isinstance(x, Expression)):
+    if finding.same and (is_numeric(x) or not isinstance(x, Expression)):  # x = 5 and y = 5
         return _undecided("the same value under different names")
     if finding.same is False and are_numbers:
         return finding
@@ -532,7 +538,7 @@ def _compare_matrix(basis: _Basis, matrix: Matrix, other: Answer) -> Finding:
     if is_numeric(other):
         return _DIFFERENT
     if isinstance(other, Group):
-        if other.brackets in ("()", "[]") and all(len(row) == 1 for row in matrix.rows):
+        if other.brackets in ("()", "[]") and all(len(row) == 1 for row in matrix.rows):  # a column
             return _compare_ordered(basis, [row[0] for row in matrix.rows], other.items)
         rows = [item.items for item in other.items if isinstance(item, Group) and item.brackets == "[]"]
         if rows and len(rows) == len(other.items):
@@ -632,7 +638,7 @@ def _same_words(a: str, b: str) -> Finding:
             else Finding(False, "different letters")
         )
     words = x.split() + y.split()
-    is_abbreviation = x.startswith(y) or y.startswith(x)
+    is_abbreviation = x.startswith(y) or y.startswith(x)  # "cube" and "cubes"
     if is_abbreviation or len(words) > 2 or not _UNCLEAR.isdisjoint(words):
         return _undecided("words that may state the same")
     return Finding(False, "different words")

@@ -99,7 +99,7 @@ class Parser(Cursor):
         items = [self.relation()]
         kind = ""
         while (separator := self.separator()) is not None:
-            if self.peek().kind == "end" or self.peek().value in _CLOSING:
+            if self.peek().kind == "end" or self.peek().value in _CLOSING:  # "1, 2,"
                 break
             kind = kind or separator
             items.append(self.relation())
@@ -118,7 +118,7 @@ class Parser(Cursor):
 
     def relation(self) -> Answer:
         operators: list[str] = []
-        self.accept(r"\approx", "=")
+        self.accept(r"\approx", "=")  # "= 5"
         sides = [self.union()]
         while self.peek().kind in ("operator", "command") and (operator := _RELATIONS.get(self.peek().value)):
             self.take()
@@ -127,7 +127,7 @@ class Parser(Cursor):
         while "~" in operators:  # what follows is rounded
             index = operators.index("~")
             if index == 0 and isinstance(sides[0], Expression) and sides[0].tree.symbols:
-                operators[0] = "="
+                operators[0] = "="  # x \approx 0.3
             else:
                 operators, sides = operators[:index], sides[: index + 1]
         if not operators:
@@ -138,7 +138,7 @@ class Parser(Cursor):
 
     def union(self) -> Answer:
         parts = [self.ratio()]
-        while self.accept(r"\cup") or (isinstance(parts[-1], Group) and self.accept("U")):
+        while self.accept(r"\cup") or (isinstance(parts[-1], Group) and self.accept("U")):  # [0,1)U(2,3)
             parts.append(self.ratio())
         return parts[0] if len(parts) == 1 else Union(tuple(parts))
 
@@ -156,7 +156,7 @@ class Parser(Cursor):
 
     def quantity(self) -> Answer:
         """A sum with its unit, or a bracket, a matrix, words."""
-        outer, self.marks = self.marks, Marks()
+        outer, self.marks = self.marks, Marks()  # those of a part do not hold for the whole
         start = self.position
         value: Tree | Answer = self.sum()
         if isinstance(value, Tree):
@@ -171,7 +171,7 @@ class Parser(Cursor):
         terms: list[Tree] = []
         while True:
             sign = self.term_sign()
-            if terms and not sign and self.peek(-1).value != "+":
+            if terms and not sign and self.peek(-1).value != "+":  # two minuses after a term are no sign
                 break
             value = self.product()
             has_next = self.at("+", "-", r"\pm", r"\mp")
@@ -209,7 +209,7 @@ class Parser(Cursor):
     def product(self) -> Tree | Answer:
         value = self.signed_power()
         if not isinstance(value, Tree):
-            if self.starts_factor() or self.at("*", "/", r"\cdot", r"\times"):
+            if self.starts_factor() or self.at("*", "/", r"\cdot", r"\times"):  # (1, 2) x
                 raise Unreadable
             return value
         factors = [value]
@@ -236,7 +236,7 @@ class Parser(Cursor):
             return len(factors) == 1 and isinstance(first, Number) and at_unit_letter(self)
         are_numbers = not any(factor.symbols for factor in factors)
         if token.kind == "text":
-            return token.value not in ("e", "i") and (len(token.value) != 1 or are_numbers)
+            return token.value not in ("e", "i") and (len(token.value) != 1 or are_numbers)  # \text{e} is e
         return token.kind == "word" and are_numbers
 
     def starts_factor(self) -> bool:
@@ -245,9 +245,9 @@ class Parser(Cursor):
             is_union = token.value == "U" and self.peek(1).value in "(["
             return not is_union and token.word not in SEPARATORS
         if token.kind == "number":
-            return self.peek(-1).kind != "number"
+            return self.peek(-1).kind != "number"  # "3 4" is no product
         if token.kind == "operator":
-            return token.value in ("(", "{", "[") or (token.value == "|" and not self.bars)
+            return token.value in ("(", "{", "[") or (token.value == "|" and not self.bars)  # else it closes
         is_opening = token.value in (r"\lvert", r"\langle")
         return token.kind == "command" and (is_opening or token.value[1:] in _FACTORS)
 
@@ -261,12 +261,12 @@ class Parser(Cursor):
         base = self.atom()
         while True:
             if self.accept("^", "**"):
-                if self.accept(r"\circ") or self.accept_both("{", r"\circ"):
+                if self.accept(r"\circ") or self.accept_both("{", r"\circ"):  # 90^\circ, 90^{\circ}
                     self.accept("}")
                     self.marks.degrees = True
                 else:
                     base = as_tree(base) ** self.exponent()
-            elif isinstance(base, Tree) and self.at("!") and self.peek(1).value != "=":
+            elif isinstance(base, Tree) and self.at("!") and self.peek(1).value != "=":  # 5!, not 5 != 6
                 self.take()
                 if self.at("!"):  # a double factorial
                     raise Unreadable
@@ -322,7 +322,7 @@ class Parser(Cursor):
             raise Unreadable
         if len(word) < 4 and word in UNITS:  # a unit's name, read as a product of letters
             return Product(tuple(letter(name) for name in token.value))
-        if token.value.isupper() or self.at("=") or self.peek(-2).value == "=":
+        if token.value.isupper() or self.at("=") or self.peek(-2).value == "=":  # AB, speed = 5
             return self.symbol(token.value)
         raise Unreadable  # a sentence
 
@@ -352,7 +352,7 @@ class Parser(Cursor):
         return answer.tree
 
     def bracket(self, opening: str) -> Tree | Answer:
-        bars, self.bars = self.bars, 0
+        bars, self.bars = self.bars, 0  # a bar in here closes none that was opened outside
         closing = (r"\}", r"\rbrace") if opening == "{" else (")", "]", r"\rangle")
         if opening == "{":
             if self.accept(*closing):
@@ -370,9 +370,9 @@ class Parser(Cursor):
         if isinstance(answer, Group) and answer.brackets in ("", "or"):
             return Group(brackets, answer.items)
         if opening == "{":
-            is_condition = isinstance(answer, Relation) and answer.operators[0] != "="
+            is_condition = isinstance(answer, Relation) and answer.operators[0] != "="  # \{x : x > 1\}
             return answer if is_condition else Group("{}", (answer,))
-        if brackets not in ("()", "[]"):
+        if brackets not in ("()", "[]"):  # an interval has two ends
             raise Unreadable
         return self.inside(answer)
 
@@ -402,7 +402,7 @@ def _function(parser: Parser, written: str) -> Tree:
         parser.expect({"(": ")", "{": "}", "[": "]"}[opening])
     else:
         value = _bare_argument(parser)
-    if name in TRIGONOMETRIC and power == -ONE:
+    if name in TRIGONOMETRIC and power == -ONE:  # \sin^{-1} x is the angle, not 1/\sin x
         name, power = "a" + name, None
     call: Tree
     if name == "exp":
@@ -416,7 +416,7 @@ def _function(parser: Parser, written: str) -> Tree:
 
 def _logarithm(name: str, value: Tree, base: Tree | None) -> Tree:
     logarithm = Call((value,), "ln")
-    if name == "lg":
+    if name == "lg":  # log to the base 10
         base = TEN
     if base is not None:
         return logarithm / Call((base,), "ln")
@@ -433,7 +433,7 @@ def _bare_argument(parser: Parser) -> Tree:
         if token.value[1:] in FUNCTIONS or token.kind in ("text", "word"):
             break
         factors.append(as_tree(parser.power()))
-    if parser.at("/", "*", "(", r"\cdot", r"\times"):
+    if parser.at("/", "*", "(", r"\cdot", r"\times"):  # \sin x/2
         parser.marks.ambiguous = True
     return product_of(factors)
 
@@ -447,7 +447,7 @@ def _root(parser: Parser, name: str) -> Tree:
     if parser.accept("["):
         degree = as_tree(parser.sum())
         parser.expect("]")
-    if parser.peek().kind == "number":
+    if parser.peek().kind == "number":  # \sqrt12 is \sqrt{12}, though not in TeX
         return Root((Number(number_value(parser.take().value)), degree))
     return Root((parser.argument(), degree))
 
@@ -519,7 +519,7 @@ def _angle(parser: Parser, _name: str) -> Tree:
 
 def _money(parser: Parser, name: str) -> Tree:
     value = as_tree(parser.atom())
-    if parser.marks.unit:
+    if parser.marks.unit:  # \$5 \$
         raise Unreadable
     parser.marks.unit = CURRENCIES["\\" + name]
     return value

@@ -72,7 +72,7 @@ def _is_part_of_name(tree: Tree) -> bool:
         case Call(_, name):
             return name != "ln"
         case Constant(name):
-            return name in ("e", "i")
+            return name in ("e", "i")  # letters that often are variables
     return isinstance(tree, Symbol | Product | Quotient)
 
 
@@ -124,7 +124,7 @@ def subject(relation: Relation) -> Tree | None:
     if relation.operators[0] == "in":
         return trees[0]
     if len(trees) == 3:
-        return trees[1]
+        return trees[1]  # 1 < x < 2
     sides = [side for side in relation.sides if isinstance(side, Expression | Words) and not is_numeric(side)]
     if len(sides) == 1:
         return tree_of(sides[0])
@@ -182,7 +182,7 @@ def _united(parts: tuple[Answer, ...]) -> list[Interval] | None:
     for index, interval in enumerate(united):
         low = tree_of(interval.low)
         value = float("-inf") if low == MINUS_INFINITY else approximate(low)
-        if value is None:
+        if value is None:  # ends with symbols have no order
             return united
         lows.append((value, index))
     return [united[index] for _, index in sorted(lows)]
@@ -196,17 +196,17 @@ def _solution(relation: Relation) -> list[Interval] | None:
     if about is None or len(relation.sides) > 3:
         return None
     if len(relation.sides) == 3:
-        chain = ascending(relation)
+        chain = ascending(relation)  # 2 > x > 1
         if not {"<", "<="}.issuperset(chain.operators):
             return None
         low, _, high = chain.sides
         return [Interval(low, high, (chain.operators[0] == "<=", chain.operators[1] == "<="))]
     if not isinstance(about, Symbol):
-        return _solve(relation)
+        return _solve(relation)  # 2x - 1 > 5
     operator, bound = relation.operators[0], relation.sides[1]
-    if is_numeric(relation.sides[0]):
+    if is_numeric(relation.sides[0]):  # 1 < x
         operator, bound = _FLIPPED.get(operator, operator), relation.sides[0]
-    if operator == "!=":
+    if operator == "!=":  # all but one
         return [_below(bound, (False, False)), _above(bound, closed=(False, False))]
     if operator in ("<", "<="):
         return [_below(bound, (False, operator == "<="))]

@@ -62,12 +62,12 @@ def split_tokens(answer: str) -> list[Token]:
 def _split_letters(run: str, spaced: bool) -> list[Token]:
     is_greek = run in GREEK and len(run) > 2
     if run in FUNCTIONS or run in ("sqrt", "pi", "cbrt", "infty", "binom") or is_greek:
-        return [Token("command", "\\" + run, spaced)]
+        return [Token("command", "\\" + run, spaced)]  # sin, \sin
     word = run.casefold()
     if word in ("inf", "oo", "infinity"):
         return [Token("command", r"\infty", spaced)]
     if len(run) >= 4 or (len(run) > 1 and (word in SHORT_WORDS or word in UNITS)):
-        return [Token("word", run, spaced)]
+        return [Token("word", run, spaced)]  # apples, cm
     return [Token("letter", letter, spaced and index == 0) for index, letter in enumerate(run)]
 
 

@@ -177,6 +177,7 @@ def test_normal_form_and_value() -> None:
     assert normalise_answer(r"50\,\%") == "50%"
     assert normalise_answer(r"\text{Evelyn}") == "evelyn"
     assert normalise_answer("x^{2} + 1") == "x^2+1"
+    assert normalise_answer(r"10^{5000}\%") == r"10^{5000}\%"  # too long to be written out
     assert exact_value("18 apples") == 18
     assert exact_value(r"-\frac{1}{3}") == Fraction(-1, 3)
     assert exact_value(r"\sqrt{2}") is None
@@ -248,6 +249,13 @@ def test_any_formula_is_compared_alike_in_both_directions_and_in_bounded_time(a:
     assert time.process_time() - started < 1
     assert forth is back
     assert same_answer(a, a) is not False
+
+
+def test_what_is_too_deep_or_too_long_for_python_is_not_decided() -> None:
+    deep = "1" + "/2" * 250
+    assert same_answer(f"{deep}, 3", f"3, {deep}") is not False
+    assert same_answer("1 cm", "10^{5000}") is None
+    assert same_answer("7 cm", "10^{5000}") is False
 
 
 def test_hostile_texts_cost_little() -> None:
