@@ -1,4 +1,5 @@
-"""The `pns` command. Nothing heavy is imported before the arguments and the configuration are known to be right."""
+"""The `pns` command. Nothing heavy is imported before the arguments and the configuration are known to be
+right."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ Commands = Any  # argparse's collection of subparsers, which has no public name
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 on success, 2 for wrong use with one line on stderr, 130 after Ctrl-C; other errors keep their
-    traceback."""
+    """Exit code 0 on success, 2 for wrong use with one line on stderr, 130 after Ctrl-C; other errors keep
+    their traceback."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     takes_overrides = "overrides" in options

@@ -1,7 +1,7 @@
 """The method, and how a run of it is made.
 
-`method` reads like the paper's section: stages called with values. It is called with a `Plan`, which notes the
-steps; then those whose output is not there are made.
+`method` reads like the paper's section: stages called with values. It is called with a `Plan`, which notes
+the steps; then those whose output is not there are made.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ STORE = "stages"  # below `runs`: where all runs keep what their stages made
 
 
 def method(run: Plan, config: Config, world: World) -> None:
-    """RL of the backbone, reward models from its solutions, negatives, and preference optimisation on pairs of the
-    two (arXiv 2602.03516); with pairs from outside, preference optimisation of the backbone alone."""
+    """RL of the backbone, reward models from its solutions, negatives, and preference optimisation on pairs
+    of the two (arXiv 2602.03516); with pairs from outside, preference optimisation of the backbone alone."""
     backbone = world.backbone
     if external_pairs(config):
         decontaminated = config.data.decontaminate and config.data.source is DataSource.jsonl

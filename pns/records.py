@@ -127,8 +127,9 @@ class PreferencePair:
 class Answered:
     """One sampled completion of an evaluation (text up to `data.stop`) and what became of it.
 
-    `reason` says why the verdict is what it is: `equal`, `different`, `truncated`, `no_answer` or `prompt_too_long`
-    (wrong), or the verifier's cause (unverified); `detail` is what the verifier says of the answers, in words.
+    `reason` says why the verdict is what it is: `equal`, `different`, `truncated`, `no_answer` or
+    `prompt_too_long` (wrong), or the verifier's cause (unverified); `detail` is what the verifier says of the
+    answers, in words.
     """
 
     problem: Problem

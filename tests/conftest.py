@@ -1,5 +1,5 @@
-"""What all tests share: the directory of the published problem sets, and one Ray instance, as starting it costs
-seconds."""
+"""What all tests share: the directory of the published problem sets, and one Ray instance, as starting it
+costs seconds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A cut-down tiny recipe through every stage, as processes: killed once in the middle of reverse RL and resumed;
-a second arm on the same runs directory; and a changed key."""
+"""A cut-down tiny recipe through every stage, as processes: killed once in the middle of reverse RL and
+resumed; a second arm on the same runs directory; and a changed key."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-r"""Real problems through every stage: GSM8K and MATH training problems where `PNS_DATA` has them, else our own in
-the same styles; a byte-pair tokenizer trained on them, a Qwen-style chat template.
+r"""Real problems through every stage: GSM8K and MATH training problems where `PNS_DATA` has them, else our
+own in the same styles; a byte-pair tokenizer trained on them, a Qwen-style chat template.
 
 Nothing of the tiny world is in it: problems with LaTeX and figures in Asymptote, prompts too long for the
 limit, completions cut off, answers nobody can parse, judge prompts beyond the judge's context. The model has
@@ -141,8 +141,8 @@ def rows(path: Path) -> list[Row]:
 
 
 def published() -> tuple[dict[str, list[Row]], list[Row]]:
-    """The rows of each file of the run, and those that the tokenizer is trained on. Every file holds more than
-    LIMIT; broken records do not count."""
+    """The rows of each file of the run, and those that the tokenizer is trained on. Every file holds more
+    than LIMIT; broken records do not count."""
     gsm8k, maths = rows(TRAIN / "gsm8k_train.jsonl"), rows(TRAIN / "math_train.jsonl.gz")
     broken = [row for row in maths if not row["answer"]]
     longest = max(maths, key=lambda row: len(row["problem"]))

@@ -26,10 +26,11 @@ def summarise(
 ) -> SuiteScores:
     """Figures per suite and model, and under "mean" their unweighted mean over suites.
 
-    `accuracy` (pass@1: the mean over problems of the share of right samples) with its 95 % interval [`low`, `high`]
-    (Wilson over the n problems, which is on the safe side with several samples), counts of completions, how they
-    were decoded; with several samples `pass_at` and `majority_at`; `by_subject` and `by_level` where the problems
-    have them; `against` earlier models: paired difference, 95 % interval, p-value and verdict.
+    `accuracy` (pass@1: the mean over problems of the share of right samples) with its 95 % interval [`low`,
+    `high`] (Wilson over the n problems, which is on the safe side with several samples), counts of
+    completions, how they were decoded; with several samples `pass_at` and `majority_at`; `by_subject` and
+    `by_level` where the problems have them; `against` earlier models: paired difference, 95 % interval,
+    p-value and verdict.
     """
     scores: SuiteScores = {suite: {} for suite in [*decodings, MEAN]}
     accuracies: dict[str, dict[str, list[float]]] = {}
@@ -49,8 +50,8 @@ def summarise(
 
 
 def add_difference(scores: SuiteScores, accuracies: Accuracies, earlier: str, name: str) -> None:
-    """Add to the figures of `name` its difference from `earlier`, whose accuracies are those of the same problems
-    in the same order."""
+    """Add to the figures of `name` its difference from `earlier`, whose accuracies are those of the same
+    problems in the same order."""
     suites = [suite for suite in scores if suite != MEAN]
     for suite in scores:
         compared = suites if suite == MEAN else [suite]
@@ -98,8 +99,8 @@ def figures_of_samples(problems: Sequence[Sequence[Answered]], num_samples: int)
 
 
 def answer_classes(rows: Sequence[Answered]) -> list[int | None]:
-    """The answers of one problem's samples as numbers, equal ones the same; None without one. Right answers are
-    equal to each other; of others only those that `same_answer` finds equal."""
+    """The answers of one problem's samples as numbers, equal ones the same; None without one. Right answers
+    are equal to each other; of others only those that `same_answer` finds equal."""
     rule = rows[0].problem.rule
     representatives: list[tuple[bool, str]] = []
     classes: list[int | None] = []

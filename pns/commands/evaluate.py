@@ -1,5 +1,5 @@
-"""`pns evaluate MODEL`: the evaluate stage on any model, without a recipe. Its directory is a run's page that keeps
-its own stage."""
+"""`pns evaluate MODEL`: the evaluate stage on any model, without a recipe. Its directory is a run's page that
+keeps its own stage."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def show_prompt(config: Config) -> None:
 
 
 def read_other(path: Path, evaluation: Evaluation, suites: Suites) -> tuple[str, list[Answered]]:
-    """Name and rows of the model that an evaluation's directory holds (or of one `<model>.jsonl` in it). Raises
-    UserError unless there is one model, asked the same `suites` with the same decoding."""
+    """Name and rows of the model that an evaluation's directory holds (or of one `<model>.jsonl` in it).
+    Raises UserError unless there is one model, asked the same `suites` with the same decoding."""
     one_file = path.suffix == ".jsonl"
     folder = path.parent if one_file else path / "evaluate"
     files = [path] if one_file else [f for f in sorted(folder.glob("*.jsonl")) if f.name != "metrics.jsonl"]

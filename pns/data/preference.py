@@ -98,10 +98,11 @@ def load_pairs(
     """The pairs in the run's own file `own_pairs`, of the problems in `problems` by id, or (None) those of
     `settings.data`.
 
-    Rows from outside whose prompt is a problem in `overlaps` are dropped and counted as `in_a_suite`; the run's
-    own problems have been decontaminated before. `data.system_prompt` and `data.instruction` are put around the
-    run's own problems only: other rows are taken as they are. Raises UserError, naming file and line, for what
-    cannot be read, for a bad pair (see `filter_pairs`), and for a pair without scores where the loss reads them.
+    Rows from outside whose prompt is a problem in `overlaps` are dropped and counted as `in_a_suite`; the
+    run's own problems have been decontaminated before. `data.system_prompt` and `data.instruction` are put
+    around the run's own problems only: other rows are taken as they are. Raises UserError, naming file and
+    line, for what cannot be read, for a bad pair (see `filter_pairs`), and for a pair without scores where
+    the loss reads them.
     """
     data = settings.data
     if own_pairs is None:

@@ -117,8 +117,8 @@ class Place:
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
-        """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the block
-        ends without error; the last two are kept."""
+        """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the
+        block ends without error; the last two are kept."""
         parent = self.directory / "checkpoints"
         target, partial = parent / f"step-{step:08d}", parent / f"{PARTIAL}step-{step:08d}"
         remove(partial)
@@ -177,8 +177,8 @@ def _stage_inputs(inputs: Any) -> Iterator[dict[str, Any]]:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a git
-    checkout."""
+    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a
+    git checkout."""
     known: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONS_OF:
         try:

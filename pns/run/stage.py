@@ -1,9 +1,10 @@
 """Stages as functions of values, kept by content.
 
 A stage is a function of a context, its settings and the values it is given; it returns an artefact. Where its
-output lies is a digest of everything that decides it: its settings, the set-up of the roles it uses that bears
-on results, the seed, the prompts, and the digests of its inputs. The method is a function that calls a `Plan`
-with stages and values; nothing is made while it does, so that what is missing is known before anything starts.
+output lies is a digest of everything that decides it: its settings, the set-up of the roles it uses that
+bears on results, the seed, the prompts, and the digests of its inputs. The method is a function that calls a
+`Plan` with stages and values; nothing is made while it does, so that what is missing is known before anything
+starts.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Step:
 
 
 class Plan:
-    """The steps of a run, noted as the method calls it; the value of a call is the artefact that will be there.
+    """The steps of a run, noted as the method calls it; the value of a call is the artefact that will be
+    there.
 
     `attempts` counts, per step, how often `--from` asked for it to be made anew: it is part of the digest, so
     that nothing that another run reads is overwritten.
@@ -110,8 +112,8 @@ class Plan:
         self.steps: list[Step] = []
 
     def __call__(self, stage: Stage[A], *inputs: Any, name: str = "") -> A:
-        """The artefact of `stage` for `inputs`: artefacts of earlier calls, models, problems, or a dict of them.
-        `name` tells apart two uses of one stage in a run."""
+        """The artefact of `stage` for `inputs`: artefacts of earlier calls, models, problems, or a dict of
+        them. `name` tells apart two uses of one stage in a run."""
         name = name or stage.name
         if name in (step.name for step in self.steps):
             raise ValueError(f"two steps of the run are called {name}")

@@ -45,8 +45,8 @@ class Tracker:
     """`enter` a stage's directory, `begin` a series of steps, `log` its steps, `end` it.
 
     A row of metrics.jsonl is {"stage", "step", "time" (seconds since 1970), "values"}; a value that is not
-    finite is null there. Backends get `<stage>/<metric>` at the running number of the row, which never falls from
-    one stage to the next.
+    finite is null there. Backends get `<stage>/<metric>` at the running number of the row, which never falls
+    from one stage to the next.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Tracker:
         self._path = directory / METRICS
 
     def begin(self, stage: str, total: int, first_step: int) -> list[Mapping[str, float | None]]:
-        """Start (or resume at `first_step`) a series of `total` steps: rows from `first_step` on are dropped, they
-        come again. Returns the values of the steps before."""
+        """Start (or resume at `first_step`) a series of `total` steps: rows from `first_step` on are dropped,
+        they come again. Returns the values of the steps before."""
         rows = []
         if self._path.is_file():
             cut_rows(self._path)

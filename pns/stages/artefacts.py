@@ -68,7 +68,8 @@ class RewardModels(Artefact):
 
 
 class Negatives(Artefact):
-    """Wrong completions that may serve as rejected sides, all that were sampled, and why the others were dropped."""
+    """Wrong completions that may serve as rejected sides, all that were sampled, and why the others were
+    dropped."""
 
     @property
     def negatives_file(self) -> Path:

@@ -1,9 +1,10 @@
-"""Accuracy of models on every suite: sampling, verdicts, statistics. `pns evaluate` runs the same stage on one model.
+"""Accuracy of models on every suite: sampling, verdicts, statistics. `pns evaluate` runs the same stage on
+one model.
 
-A completion is correct when the verifier finds its final answer equal to the gold one. Cut off at the token limit
-or without a final answer it is wrong, and counted under that name; so is a problem whose prompt fills the model's
-context, which is not asked. A completion whose answer the verifier cannot decide is `unverified`: no right answer,
-counted and listed. The number of problems never shrinks.
+A completion is correct when the verifier finds its final answer equal to the gold one. Cut off at the token
+limit or without a final answer it is wrong, and counted under that name; so is a problem whose prompt fills
+the model's context, which is not asked. A completion whose answer the verifier cannot decide is `unverified`:
+no right answer, counted and listed. The number of problems never shrinks.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def evaluate(
 def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: Suites) -> None:
     """Write the rows of every sample of every problem, in order.
 
-    The seed of a sample follows from the run's seed, the problem and the sample's number alone, so neither the
-    order, the number of replicas nor an interruption changes it.
+    The seed of a sample follows from the run's seed, the problem and the sample's number alone, so neither
+    the order, the number of replicas nor an interruption changes it.
     """
     longest = context_tokens(model, ctx.fleet.runtime.trust_remote_code)
     rows: dict[str, Answered] = {}

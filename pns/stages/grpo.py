@@ -1,5 +1,5 @@
-"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights to
-rollout."""
+"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights
+to rollout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ StopCondition = Callable[[int, Mapping[str, float | None]], bool]
 
 @dataclass(frozen=True)
 class GrpoRun:
-    """What one use of the loop is: its name in metrics and seeds, settings, limits, and the reward (None: ordinary)."""
+    """What one use of the loop is: its name in metrics and seeds, settings, limits, and the reward (None:
+    ordinary)."""
 
     name: str
     settings: GrpoConfig
@@ -104,7 +105,8 @@ def train(
 
 
 def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step: int) -> None:
-    """Steps after the checkpoint are made again, from the rollouts that they had; masked ones are asked again."""
+    """Steps after the checkpoint are made again, from the rollouts that they had; masked ones are asked
+    again."""
     if not trained.rollouts_file.exists():
         return
     cut_rows(trained.rollouts_file)
@@ -123,9 +125,9 @@ def sync_weights(ctx: Context) -> None:
 def update(ctx: Context, settings: GrpoConfig, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """`settings.updates_per_step` optimizer steps on one batch of rollouts.
 
-    The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also corrects
-    what differs between the engines. Masked rows take no part; rows without advantage take part only where a KL
-    term pulls on them.
+    The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also
+    corrects what differs between the engines. Masked rows take no part; rows without advantage take part only
+    where a KL term pulls on them.
     """
     rewards_PG = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
     groups_PG = rewards_PG.reshape(-1, settings.completions_per_problem)

@@ -98,8 +98,8 @@ def make_pairs(
 def nearest_first(
     chosen: Sequence[Completion], rejected: Sequence[Completion]
 ) -> tuple[list[Completion], list[Completion]]:
-    """Both sides reordered so that the two with the longest common prefix come first: where many solutions are
-    right, the first divergence of such a pair is more likely an error than another right way."""
+    """Both sides reordered so that the two with the longest common prefix come first: where many solutions
+    are right, the first divergence of such a pair is more likely an error than another right way."""
 
     def shared(sides: tuple[Completion, Completion]) -> int:
         right, wrong = sides
@@ -160,8 +160,8 @@ def quality_of_negatives(
     rollouts: Sequence[Rollout],
 ) -> dict[str, object]:
     """Quality of the negatives beside the backbone's own wrong completions: reward-model scores, how well the
-    held-out reward model tells them from correct ones (AUROC; 0.5: not at all), length, and one-sidedness of the
-    pairs' first divergence."""
+    held-out reward model tells them from correct ones (AUROC; 0.5: not at all), length, and one-sidedness of
+    the pairs' first divergence."""
     sources: dict[str, Sequence[Rollout]] = {
         "correct": by_verdict(rollouts, Verdict.CORRECT),
         "rs": by_verdict(rollouts, Verdict.WRONG),

@@ -49,8 +49,8 @@ def preference(
     problems: Problems,
     suites: Suites | None,
 ) -> PreferenceTrained:
-    """`start` trained on `own_pairs` of `problems`, or (None) on those of `preference.data`, without the rows whose
-    prompt is in `suites` (None: all rows)."""
+    """`start` trained on `own_pairs` of `problems`, or (None) on those of `preference.data`, without the rows
+    whose prompt is in `suites` (None: all rows)."""
     trained, own, policy = PreferenceTrained(ctx.directory), settings.preference, ctx.fleet.policy
     loaded = load_pairs(
         own,
@@ -119,7 +119,8 @@ def optimise(
 
 
 def pair_batch(pairs: Sequence[TokenPair], margin: MarginMask) -> Batch:
-    """Rows chosen, rejected, chosen, rejected, ... with the margin mask, and score gaps where all pairs have one."""
+    """Rows chosen, rejected, chosen, rejected, ... with the margin mask, and score gaps where all pairs have
+    one."""
     prompts, completions, gaps = [], [], []
     masks: list[np.ndarray] = []
     for pair in pairs:
@@ -148,8 +149,8 @@ def select_pairs(rows: Batch, indices: Sequence[int]) -> Batch:
 
 
 def kept_reference(ctx: Context, model: str, rows: Batch) -> Sequence[np.ndarray]:
-    """Log-probabilities of every completion token under `model`, which the policy holds untrained: from the cache
-    that all runs share, or computed and kept there."""
+    """Log-probabilities of every completion token under `model`, which the policy holds untrained: from the
+    cache that all runs share, or computed and kept there."""
     return reference_log_probs(ctx.fleet.policy, ctx.shared / "reference_cache", local_directory(model), rows)
 
 

@@ -48,7 +48,8 @@ def reverse_rl(
     train: Problems,
     measured: Problems,
 ) -> Generator:
-    """The generator of negatives: `start` trained on the problems `train`, measured before and after on others."""
+    """The generator of negatives: `start` trained on the problems `train`, measured before and after on
+    others."""
     generator = Generator(ctx.directory)
     load_terms(ctx, settings.rules, rewards.main)
     fitting, num_too_long = ctx.prompts.fitting(list(train.problems))
@@ -108,8 +109,8 @@ def measure_generator(
 
 
 def checked_figures(rollouts: Sequence[Rollout], checker: Checker | None) -> dict[str, float]:
-    """What only a checker knows of the wrong well-formed completions: the share with a single error, and the mean
-    of the rubric in [0, 1] that they deserve."""
+    """What only a checker knows of the wrong well-formed completions: the share with a single error, and the
+    mean of the rubric in [0, 1] that they deserve."""
     if checker is None:
         return {}
     wrong = by_verdict(rollouts, Verdict.WRONG)

@@ -1,5 +1,5 @@
-"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of the
-RL-trained backbone."""
+"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of
+the RL-trained backbone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def reward_model(
     initial: TrainedModel | ModelFiles,
     problems: Problems,
 ) -> RewardModels:
-    """Both reward models, from `initial`, on pairs that `target` sampled for `problems` and while it was trained."""
+    """Both reward models, from `initial`, on pairs that `target` sampled for `problems` and while it was
+    trained."""
     models = RewardModels(ctx.directory)
     fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
     rollouts = sample_rollouts(ctx, settings, target, models, fitting)

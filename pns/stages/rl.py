@@ -1,5 +1,5 @@
-"""RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it starts
-from."""
+"""RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it
+starts from."""
 
 from __future__ import annotations
 

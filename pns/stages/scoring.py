@@ -1,4 +1,5 @@
-"""Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks for."""
+"""Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks
+for."""
 
 from __future__ import annotations
 
@@ -168,8 +169,9 @@ def roll_out(
 ) -> list[Rollout]:
     """Sample and score `num_completions` completions of every problem; rows in order, problem by problem.
 
-    `rules`: of the composite reward; None: the ordinary one. Seeds depend on `seed_name` and `step`. A completion
-    that lacks a term it needs is masked (`reward.value` None) with the cause. `model`: see `stream`.
+    `rules`: of the composite reward; None: the ordinary one. Seeds depend on `seed_name` and `step`. A
+    completion that lacks a term it needs is masked (`reward.value` None) with the cause. `model`: see
+    `stream`.
     """
     asks = []
     for p, problem in enumerate(problems_P):

@@ -1,5 +1,6 @@
-"""The one stream of sampled and scored rows: rollout hands over completions while others still decode, a scorer
-turns each into a row, and a row is on disk as soon as it is whole. What an interruption left is not asked again.
+"""The one stream of sampled and scored rows: rollout hands over completions while others still decode, a
+scorer turns each into a row, and a row is on disk as soon as it is whole. What an interruption left is not
+asked again.
 """
 
 from __future__ import annotations
@@ -82,11 +83,13 @@ def stream(
     model: str | None = None,
     label: str = "",
 ) -> list[Row]:
-    """The row of every ask, in order. Each is kept in `unfinished` as soon as it is whole (if `keep` says so: one
-    whose reward failed is asked again after an interruption), and one that is there already is not sampled again.
+    """The row of every ask, in order. Each is kept in `unfinished` as soon as it is whole (if `keep` says so:
+    one whose reward failed is asked again after an interruption), and one that is there already is not
+    sampled again.
 
-    `model` is loaded first where something is missing; None: rollout has its weights. Neither order, number of
-    replicas nor interruption changes a sample: it depends on the seed of its ask alone. `label`: of progress lines.
+    `model` is loaded first where something is missing; None: rollout has its weights. Neither order, number
+    of replicas nor interruption changes a sample: it depends on the seed of its ask alone. `label`: of
+    progress lines.
     """
     rows = {ask.key: unfinished.rows[ask.key] for ask in asks if ask.key in unfinished.rows}
     missing = {ask.key: ask for ask in asks if ask.key not in rows}

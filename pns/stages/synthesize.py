@@ -1,5 +1,5 @@
-"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they are
-wrong."""
+"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they
+are wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Where a stage's output lies: complete or absent, checked when it is read, and made by one process at a time."""
+"""Where a stage's output lies: complete or absent, checked when it is read, and made by one process at a
+time."""
 
 from __future__ import annotations
 

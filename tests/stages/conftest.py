@@ -1,8 +1,9 @@
-"""What stages are tested with: a fleet of small fakes, and a context around a real place, prompts and tracker.
+"""What stages are tested with: a fleet of small fakes, and a context around a real place, prompts and
+tracker.
 
-Fakes are what a stage is given and keep what they were asked; nothing is patched. A completion is written by a
-function of (problem id, sample number, model), so that a test states who writes what. The seconds that a hanging
-scorer is given are slept, as a real one would.
+Fakes are what a stage is given and keep what they were asked; nothing is patched. A completion is written by
+a function of (problem id, sample number, model), so that a test states who writes what. The seconds that a
+hanging scorer is given are slept, as a real one would.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def made_up_problems(num: int) -> Problems:
 
 
 class FakeRollout:
-    """Yields what `write(problem id, sample, model)` gives, last request first, `chunk` at a time; a text that
-    ends in "..." is cut off. `interrupt_after`: completions, after which it fails once."""
+    """Yields what `write(problem id, sample, model)` gives, last request first, `chunk` at a time; a text
+    that ends in "..." is cut off. `interrupt_after`: completions, after which it fails once."""
 
     def __init__(self, prompts: Prompts, chunk: int = 3) -> None:
         self.prompts, self.chunk = prompts, chunk
@@ -104,7 +105,8 @@ class FakeRollout:
 
 
 class FakeVerifier:
-    """Right is what is the same text; UNDECIDED is not decided. `late`: nothing is done before it is waited for."""
+    """Right is what is the same text; UNDECIDED is not decided. `late`: nothing is done before it is waited
+    for."""
 
     def __init__(self) -> None:
         self.late = False
@@ -162,8 +164,9 @@ class FakeScorer:
 
 
 class FakePolicy:
-    """Weights are the text "MODEL+STEPS"; a checkpoint and an export hold it. Log-probabilities are -1, scores
-    are `score(prompt ids, completion ids)`. `interrupt_at`: the step of the loaded model that fails, once."""
+    """Weights are the text "MODEL+STEPS"; a checkpoint and an export hold it. Log-probabilities are -1,
+    scores are `score(prompt ids, completion ids)`. `interrupt_at`: the step of the loaded model that fails,
+    once."""
 
     compute_dtype = "float32"
 
