@@ -156,8 +156,8 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument("model", help="model directory or Hub id")
     overrides_help = (
-        "benchmarks=[gsm8k,math500,...], out=DIR (default runs/evaluate-MODEL), data.root=DIR (local copies), "
-        "any configuration key"
+        "benchmarks=[gsm8k,math500,...], out=DIR (default runs/evaluate-MODEL), data.root=DIR (local "
+        "copies), any configuration key"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
     recipe_help = "a YAML file whose suites, engine, placement and prompt are used"

@@ -138,7 +138,7 @@ def make_world(config: Config, sets: ProblemSets) -> World:
 
 
 def load_prompts(config: Config) -> Prompts:
-    """The backbone's tokenizer with the prompt keys filled; `config.data.prompt` becomes the family's name."""
+    """The backbone's tokenizer with the prompt keys filled; `config.data.prompt` becomes the family."""
     tokenizer = load_tokenizer(config.models.backbone, config.models.trust_remote_code)
     config.data.prompt = apply_family(config.data, tokenizer.chat_template)
     return Prompts(tokenizer, config.data)

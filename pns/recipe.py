@@ -161,12 +161,11 @@ def check_loss(settings: PreferenceConfig) -> None:
         raise UserError(f"preference.loss: {settings.loss!r} is not the name of a loss{hint}")
     reads = PREFERENCE_LOSSES[settings.loss].defaults
     for name in sorted({key for entry in PREFERENCE_LOSSES.values() for key in entry.defaults}):
-        if getattr(settings, name) is not None and name not in reads:
+        value = getattr(settings, name)
+        if value is not None and name not in reads:
             readers = [loss for loss, entry in PREFERENCE_LOSSES.items() if name in entry.defaults]
-            raise UserError(
-                f"preference.{name} is not read by preference.loss={settings.loss} (it reads {', '.join(reads)}): "
-                f"remove it, or choose {' or '.join(readers)}"
-            )
+            fault = f"{value} is not read by preference.loss={settings.loss} (it reads {', '.join(reads)})"
+            raise UserError(f"preference.{name}: {fault}: remove it, or choose {' or '.join(readers)}")
 
 
 def check_name(config: Config) -> None:

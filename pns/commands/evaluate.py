@@ -91,10 +91,8 @@ def read_other(path: Path, evaluation: Evaluation, suites: Suites) -> tuple[str,
         for what in ("sha256", "decoding"):
             if suite not in theirs or theirs[suite][what] != mine[what]:
                 other = theirs[suite][what] if suite in theirs else "absent"
-                raise UserError(
-                    f"--against {path}: {what} of {suite} is {other} there and {mine[what]} here; evaluate both "
-                    "in the same way"
-                )
+                difference = f"{what} of {suite} is {other} there and {mine[what]} here"
+                raise UserError(f"--against {path}: {difference}; evaluate both in the same way")
     return files[0].stem, [from_json(Answered, row) for row in read_jsonl(files[0])]
 
 
@@ -109,10 +107,8 @@ def compare_evaluations(
         own = [row for row in rows if row.problem.suite == suite]
         others = [row for row in other_rows if row.problem.suite == suite]
         if num_samples(own) != num_samples(others):
-            raise UserError(
-                f"--against: the two evaluations differ in the problems or samples of {suite}; evaluate both with "
-                "the same keys"
-            )
+            difference = f"the two evaluations differ in the problems or samples of {suite}"
+            raise UserError(f"--against: {difference}; evaluate both with the same keys")
         shares, other_shares = right_shares(own), right_shares(others)
         accuracies[name][suite] = list(shares.values())
         accuracies[label][suite] = [other_shares[identity] for identity in shares]
@@ -131,7 +127,10 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
     table = Table(
         "suite", "n", "k", "accuracy % [95 %]", "pass@k", "maj@k", "cut", "none", "long", "?", title=name
     )
-    table.caption = "k samples a problem; completions cut at the token limit, without an answer, not asked (prompt too long), undecided (?)"
+    table.caption = (
+        "k samples a problem; completions cut at the token limit, without an answer, not asked (prompt too "
+        "long), undecided (?)"
+    )
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for suite, models in scores.items():
         found = models[name]

@@ -86,7 +86,7 @@ class Step:
         return self.stage.roles(self.settings)
 
     def is_done(self) -> bool:
-        """Whether the output is there. Raises UserError where it is damaged, or an input was made anew since."""
+        """Whether the output is there. Raises UserError for a damaged one, or where an input is another."""
         return self.place.is_done(self.made_from, f"make it again with --from {self.name}")
 
 
@@ -173,7 +173,7 @@ class Contents:
         self._kept: dict[str, Any] = read_json(path) if path and path.is_file() else {}
 
     def digest(self, name: str) -> str:
-        """Of an absolute path that exists the digest of what is there; of any other text (a Hub id) the text."""
+        """Of an absolute path that exists the digest of its content; any other text (a Hub id) as it is."""
         path = Path(name)
         if self._path is None or not path.is_absolute() or not path.exists():
             return name

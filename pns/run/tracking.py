@@ -1,4 +1,4 @@
-"""Metrics: one row a step in metrics.jsonl, the same to tracking backends, and a live line on the terminal."""
+"""Metrics: a row a step in metrics.jsonl, the same to tracking backends, and a live line on the terminal."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ class Tracker:
         figures = "  ".join(
             f"{key} {'-' if value is None else format(value, '.3g')}" for key, value in shown.items()
         )
-        line = f"{self._stage}  {done}/{self._total}  ETA {remaining // 60:.0f}:{remaining % 60:02.0f}  {figures}"
+        eta = f"ETA {remaining // 60:.0f}:{remaining % 60:02.0f}"
+        line = f"{self._stage}  {done}/{self._total}  {eta}  {figures}"
         self._out.write(
             f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n"
         )

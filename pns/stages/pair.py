@@ -1,4 +1,4 @@
-"""Preference pairs: chosen = the RL-trained backbone's own verified-correct solution, rejected = a negative."""
+"""Preference pairs: chosen = the target's own verified-correct solution, rejected = a negative."""
 
 from __future__ import annotations
 

@@ -129,9 +129,8 @@ def train_one(
     held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
     training = [pair for pair in pairs if pair.problem_id not in held_out_ids]
     if not training:
-        raise UserError(
-            f"reward_model: no (correct, incorrect) pairs for the {name} model; raise reward_model.samples_per_problem"
-        )
+        fault = f"no (correct, incorrect) pairs for the {name} model"
+        raise UserError(f"reward_model: {fault}; raise reward_model.samples_per_problem")
     policy = ctx.fleet.policy
     policy.load(initial.model, "score", settings.optimizer, settings.steps, seed)
     ctx.track.begin("reward_model" if name == "main" else f"reward_model_{name}", settings.steps, 0)

@@ -47,7 +47,7 @@ class Session:
 def session(
     config: Config, page: RunPage, pending: Sequence[Step], prompts: Prompts, attempts: dict[str, int]
 ) -> Iterator[Session]:
-    """Everything that `pending` needs, up. Raises UserError, with nothing written, where it cannot come up."""
+    """Everything that `pending` needs, up. Raises UserError, with nothing written, where it cannot be."""
     roles = list(dict.fromkeys(role for step in pending for role in step.roles))
     placement = config.placement
     with ExitStack() as stack:

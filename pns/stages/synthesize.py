@@ -66,7 +66,7 @@ def sample_negatives(
 def write_negatives(
     ctx: Context, rollouts: Sequence[Rollout], kept: Sequence[Rollout], counts: dict[str, int], way_out: str
 ) -> Negatives:
-    """Write all samples, the kept ones and why the others were dropped. Raises UserError where none was kept."""
+    """Write all samples, the kept ones and why others were dropped. Raises UserError where none is kept."""
     negatives = Negatives(ctx.directory)
     write_jsonl(negatives.rollouts_file, rollouts)
     if not kept:
