@@ -19,7 +19,7 @@ FILES = [
 ]
 MODULES = {path.removesuffix(".py").replace("/", "."): path for path in FILES}
 
-# From the top: a room imports those below it, and itself. Of two rooms that hold a file the longer one counts.
+# From the top: a room imports those below it, and itself. Of two that hold a file the longer name counts.
 ROOMS = (
     "pns/cli.py",
     "pns/commands/",
