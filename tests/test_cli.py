@@ -44,14 +44,6 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return message
 
 
-def test_plan_starts_nothing(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path) -> None:
-    assert cli.main(["plan", str(recipe)]) == 0
-    shown = capsys.readouterr().out
-    assert "rollout" in shown
-    assert "reverse_rl" in shown
-    assert not (tmp_path / "runs").exists()
-
-
 def test_missing_model(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path) -> None:
     message = fail(capsys, "run", recipe, f"reward.terms.coherence.model={tmp_path / 'absent'}")
     assert "reward.terms.coherence.model" in message
@@ -102,6 +94,50 @@ def test_from_after_until(capsys: pytest.CaptureFixture[str], recipe: Path) -> N
     assert "--until" in fail(capsys, "run", recipe, "--from", "pair", "--until", "rl")
 
 
+@pytest.mark.parametrize("option", ["--from", "--until"])
+def test_an_unknown_stage_is_said_with_the_near_one(
+    capsys: pytest.CaptureFixture[str], recipe: Path, option: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", str(recipe), option, "preferences"])
+    assert stopped.value.code == 2
+    assert "unknown stage 'preferences'; did you mean preference?" in capsys.readouterr().err
+
+
+def test_a_stage_that_this_run_does_not_have(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("{}")
+    message = fail(capsys, "run", recipe, f"preference.data.path={pairs}", "--from", "pair")
+    assert "--from pair: the stages of this run are preference, evaluate" in message
+
+
+def test_an_unknown_key_is_said_with_the_near_one(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    assert "did you mean rl.steps?" in fail(capsys, "run", recipe, "rl.stepz=1")
+
+
+def test_overrides_may_stand_after_options(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    assert "rl.stepz" in fail(capsys, "run", recipe, "--until", "rl", "rl.stepz=1")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", str(recipe), "--untill=rl", "rl.steps=1"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["runs", "rl.steps=1"])
+
+
+def test_ctrl_c_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    (tmp_path / "stages" / "rl-1").mkdir(parents=True)
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert cli.main(["gc", "--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.startswith("pns: interrupted")
+    assert (tmp_path / "stages" / "rl-1").is_dir()
+
+
 def test_report_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "not a run directory" in fail(capsys, "report", tmp_path)
 
@@ -121,6 +157,6 @@ def test_help_and_errors_import_nothing_heavy(arguments: list[str]) -> None:
         capture_output=True,
         text=True,
         env=os.environ,
-        timeout=60,
+        timeout=300,
     )
     assert f"HEAVY [] {0 if arguments == ['--help'] else 2}" in done.stdout
