@@ -1,5 +1,5 @@
-"""The loop of RL: what a step samples, rewards and trains on, and that an interrupted stage goes on without a step
-skipped, repeated or sampled twice."""
+"""The loop of RL: what a step samples, rewards and trains on, and that an interrupted stage goes on without a
+step skipped, repeated or sampled twice."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def test_too_many_masked_completions_stop_before_the_update(bench: Any) -> None:
 
 @pytest.mark.parametrize("interrupted", range(5))
 def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted: int) -> None:
-    """Checkpoints after steps 2 and 4. The update of step `interrupted` fails: its rollouts are kept, and so are
-    those since the checkpoint."""
+    """Checkpoints after steps 2 and 4. The update of step `interrupted` fails: its rollouts are kept, and so
+    are those since the checkpoint."""
     half_right(bench)
     told: list[int] = []
 
@@ -162,7 +162,7 @@ def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted:
         trained(bench, {})
     sampled = bench.fleet.rollout.take_asked()
     assert len(sampled) == 4 * (interrupted + 1)
-    before = [rollout for rollout in read_jsonl(bench.store / "stage" / "rollouts.jsonl")]
+    before = read_jsonl(bench.store / "stage" / "rollouts.jsonl")
     artefact = trained(bench, {}, stop=stop)
     first = interrupted // 2 * 2
     assert bench.fleet.policy.restored == ([first] if first else [])
