@@ -1,9 +1,7 @@
-"""What stages are tested with: a fleet of small fakes, and a context around a real place, prompts and
-tracker.
+"""What stages are tested with: a fleet of small fakes, and a context around a real place, prompts, tracker.
 
 Fakes are what a stage is given and keep what they were asked; nothing is patched. A completion is written by
-a function of (problem id, sample number, model), so that a test states who writes what. The seconds that a
-hanging scorer is given are slept, as a real one would.
+a function of (problem id, sample number, model), so that a test states who writes what.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pns.answers.extract import extract_boxed
+from pns.answers.compare import extract_boxed
 from pns.config import Data, Optimizer, Tracking
 from pns.data.prompts import Prompts
 from pns.files import read_json, write_json
@@ -36,7 +34,7 @@ from workers.runtime import Runtime
 from workers.training.batching import Batch
 
 UNDECIDED = "99"  # the answer that the verifier cannot decide
-MALFORMED = "So Ann=3."  # no tags, no box
+MALFORMED = "So Ann=3. "  # no tags, no box
 
 Write = Callable[[str, int, str], str]
 
@@ -105,8 +103,7 @@ class FakeRollout:
 
 
 class FakeVerifier:
-    """Right is what is the same text; UNDECIDED is not decided. `late`: nothing is done before it is waited
-    for."""
+    """Right is what is the same text; UNDECIDED is not decided. `late`: nothing is done unless waited for."""
 
     def __init__(self) -> None:
         self.late = False
@@ -131,8 +128,8 @@ class FakeVerifier:
 
 
 class FakeScorer:
-    """Gives every item `value(item)`; None is missing with cause "too_long". `hangs`: nothing ever comes, the
-    seconds that it is given pass."""
+    """Gives every item `value(item)`; None is missing with cause "too_long". `hangs`: nothing ever comes,
+    and the seconds that it is given pass, as of a real one."""
 
     def __init__(self) -> None:
         self.value: Callable[[Any], Any] = lambda item: 0.0
@@ -165,8 +162,7 @@ class FakeScorer:
 
 class FakePolicy:
     """Weights are the text "MODEL+STEPS"; a checkpoint and an export hold it. Log-probabilities are -1,
-    scores are `score(prompt ids, completion ids)`. `interrupt_at`: the step of the loaded model that fails,
-    once."""
+    scores are `score(prompt ids, completion ids)`. `interrupt_at`: the step that fails, once."""
 
     compute_dtype = "float32"
 

@@ -162,7 +162,7 @@ def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted:
         trained(bench, {})
     sampled = bench.fleet.rollout.take_asked()
     assert len(sampled) == 4 * (interrupted + 1)
-    before = [rollout for rollout in read_jsonl(bench.store / "stage" / "rollouts.jsonl")]
+    before = read_jsonl(bench.store / "stage" / "rollouts.jsonl")
     artefact = trained(bench, {}, stop=stop)
     first = interrupted // 2 * 2
     assert bench.fleet.policy.restored == ([first] if first else [])
