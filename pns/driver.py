@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pns.config import STAGES, Config, DataSource, external_pairs
+from pns.config import STAGES, Config, Data, DataSource, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import Prompts, apply_family, load_tokenizer
@@ -37,8 +37,8 @@ def method(run: Plan, config: Config, world: World) -> None:
     backbone = world.backbone
     if external_pairs(config):
         decontaminated = config.data.decontaminate and config.data.source is DataSource.jsonl
-        suites = world.suites if decontaminated else None
-        result = run(preference, backbone, None, world.preference, suites)
+        benchmarks = world.suites.benchmarks() if decontaminated else None
+        result = run(preference, backbone, None, world.preference, benchmarks)
         run(evaluate, {"backbone": backbone, "result": result}, world.suites)
         return
     target = run(rl, backbone, world.train)
@@ -104,7 +104,7 @@ def make_steps(
 def roles_used(config: Config) -> dict[str, tuple[str, ...]]:
     """Step -> the roles it uses, without reading a model or a problem."""
     nothing = Problems([])
-    suites = Suites({}, {}, {}, config.data)
+    suites = Suites({}, {}, {}, Data())
     world = World(ModelFiles(config.models.backbone), nothing, nothing, nothing, suites)
     plan = Plan(Path(config.runs) / STORE, config, "", contents=Contents(None))
     method(plan, config, world)

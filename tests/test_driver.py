@@ -178,7 +178,7 @@ WITHOUT_EFFECT = {
     ),
     "the same sums in another order": ("policy.gradient_checkpointing", "policy.compile"),
     "whether a model is read, not what it is": ("models.trust_remote_code",),
-    "where sets come from; their content counts": ("data.root", "data.revisions"),
+    "where sets come from; their content counts": ("data.revisions",),
     "where metrics are shown": ("tracking.",),
 }
 
@@ -229,7 +229,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     configs = [
         tiny(*in_files, *sampled),
         tiny(*in_files, *sampled, "data.source=jsonl"),
-        tiny(*in_files, f"preference.data.path={pairs}"),
+        tiny(*in_files, "data.source=jsonl", f"preference.data.path={pairs}"),
     ]
     values: dict[str, Any] = {
         "data.source": DataSource.jsonl,
@@ -259,6 +259,20 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     names = {key.name for config in configs for key in walk_keys(config)}
     assert {name for name in names - effective if not name.startswith(without_effect)} == set()
     assert {name for name in effective if name.startswith(without_effect)} == set()
+
+
+def test_suites_count_by_what_is_asked_not_by_where_they_lie(plan_of: MakePlan, tmp_path: Path) -> None:
+    def places(name: str, *suite: str) -> Steps:
+        folder = tmp_path / name
+        folder.mkdir()
+        train = write_problems(folder / "train.jsonl", "Add one and one.")
+        own = write_problems(folder / "own.jsonl", *suite)
+        files = [f"data.jsonl.train={train}", f"data.jsonl.suites.own={own}"]
+        return plan_of(tiny(*files, "data.source=jsonl"))
+
+    here = places("here", "What is half of four?")
+    assert moved(here, places("there", "What is half of four?")) == set()
+    assert moved(here, places("other", "What is half of six?")) == {"evaluate"}
 
 
 def test_a_second_reward_model_is_the_recipe_alone(plan_of: MakePlan) -> None:

@@ -76,7 +76,7 @@ def load_problem_sets(config: Config) -> ProblemSets:
     parts = {part: _training_problems(name, part, data) for part, name in names.items()}
     removed: dict[str, list[Overlap]] = {}
     if data.decontaminate:
-        overlaps = benchmark_overlaps(suites, data)
+        overlaps = Overlaps(benchmark_problems(suites, data))
         for part in TRAINING:
             kept, removed[part] = decontaminate(parts[part], overlaps)
             if not kept:
@@ -260,12 +260,7 @@ def _training_problems(name: str, part: str, data: Data) -> list[Problem]:
     return problems[: data.jsonl.limit or None]
 
 
-def benchmark_overlaps(suites: Mapping[str, list[Problem]], data: Data) -> Overlaps:
-    """What finds a training problem that a suite, or a benchmark in `data.root`, has."""
-    return Overlaps(_benchmark_problems(suites, data))
-
-
-def _benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iterator[Problem]:
+def benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iterator[Problem]:
     """The suites' problems whole (whatever `limit` says), and those of every other benchmark that lies in
     `data.root`."""
     for name, problems in suites.items():
@@ -273,7 +268,8 @@ def _benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iter
             problems = load_named(name, data)[0]
         yield from problems
     if data.root:
-        for name in BENCHMARKS.keys() - suites.keys():
+        # In a fixed order: sets have another one in every process.
+        for name in sorted(BENCHMARKS.keys() - suites.keys()):
             if any(path.is_file() for path in _candidates(name, Path(data.root))):
                 yield from load_named(name, data)[0]
 

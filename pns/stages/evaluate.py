@@ -19,6 +19,7 @@ from pns.data.prompts import context_tokens
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Answered, Problem, Verdict
 from pns.run.browse import write_pages
+from pns.run.place import UNFINISHED
 from pns.run.stage import ModelFiles, stage
 from pns.stages.artefacts import Evaluation, TrainedModel
 from pns.stages.context import Context, Suites
@@ -77,7 +78,7 @@ def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: 
                 rows[key] = not_asked(problem, sample, seed)
     file = evaluation.completions_file(name)
     unfinished: Unfinished[Answered] = Unfinished(
-        file.with_suffix(".unfinished.jsonl"),
+        file.with_suffix(UNFINISHED),
         Answered,
         lambda row: answered_key(row.problem.suite, row.problem.id, row.sample),
     )

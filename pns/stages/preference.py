@@ -10,6 +10,7 @@ import numpy as np
 
 from pns.algo.pairs import margin_masks
 from pns.config import Config, Layout, MarginMask, PreferenceConfig, hyper_parameters
+from pns.data.decontamination import Overlaps
 from pns.data.preference import TokenPair, load_pairs
 from pns.errors import UserError
 from pns.files import write_json
@@ -17,7 +18,7 @@ from pns.preference_losses import PREFERENCE_LOSSES
 from pns.run.reference_cache import reference_log_probs
 from pns.run.stage import ModelFiles, stage
 from pns.stages.artefacts import Pairs, PreferenceTrained, TrainedModel
-from pns.stages.context import Context, Problems, Suites, draw
+from pns.stages.context import Context, Problems, draw
 from workers.checkpoints import local_directory
 from workers.training.batching import Batch
 from workers.training.objectives import PreferenceObjective, estimate_kl, mismatched_rows
@@ -47,10 +48,10 @@ def preference(
     start: TrainedModel | ModelFiles,
     own_pairs: Pairs | None,
     problems: Problems,
-    suites: Suites | None,
+    benchmarks: Problems | None,
 ) -> PreferenceTrained:
     """`start` trained on `own_pairs` of `problems`, or (None) on those of `preference.data`, without the rows
-    whose prompt is in `suites` (None: all rows)."""
+    whose prompt is in `benchmarks` (None: all rows)."""
     trained, own, policy = PreferenceTrained(ctx.directory), settings.preference, ctx.fleet.policy
     loaded = load_pairs(
         own,
@@ -59,7 +60,7 @@ def preference(
         ctx.prompts,
         problems.by_id,
         own_pairs.pairs_file if own_pairs else None,
-        suites.overlaps() if suites else None,
+        Overlaps(benchmarks.problems) if benchmarks else None,
     )
     pairs = loaded.pairs
     write_json(trained.data_file, loaded.summary())

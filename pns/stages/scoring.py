@@ -12,6 +12,7 @@ from pns.algo.formatting import check_format
 from pns.algo.reward import KINDS, VERDICT, compose, correctness, needed
 from pns.config import Config, Pool, RewardConfig, TermKind
 from pns.records import Completion, Problem, Rollout, Verdict
+from pns.run.place import UNFINISHED
 from pns.stages.context import Context
 from pns.stages.stream import Ask, Unfinished, stable_seed, stream
 from workers.rollout.engine import Sample, Sampling
@@ -153,7 +154,7 @@ def rollout_key(rollout: Rollout) -> str:
 
 def unfinished_rollouts(ctx: Context, name: str = "rollouts") -> Unfinished[Rollout]:
     """Rollouts that have been sampled and scored, and not yet written to the stage's own file `name`."""
-    return Unfinished(ctx.directory / f"{name}.unfinished.jsonl", Rollout, rollout_key)
+    return Unfinished(ctx.directory / f"{name}{UNFINISHED}", Rollout, rollout_key)
 
 
 def roll_out(

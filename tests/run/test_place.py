@@ -64,6 +64,7 @@ def test_the_manifest_comes_last_and_tells_what_was_made_from_what(tmp_path: Pat
 def fail_after(place: Place, error: BaseException) -> None:
     with place.making(NOTHING):
         (place.directory / "half").write_text("x")
+        (place.directory / "rows.unfinished.jsonl").write_text("{}\n")
         place.count(before=1)
         with place.checkpoint(4) as saved:
             (saved / "shard").write_text("4")
@@ -86,6 +87,7 @@ def test_an_interrupted_stage_goes_on_with_its_files_counts_and_time(
         assert checkpoint.step == 4
         assert (checkpoint.path / "shard").read_text() == "4"
         assert (place.directory / "half").read_text() == "x"
+        assert (place.directory / "rows.unfinished.jsonl").exists()
         place.count(after=2)
     manifest = place.manifest()
     assert manifest is not None
@@ -93,6 +95,7 @@ def test_an_interrupted_stage_goes_on_with_its_files_counts_and_time(
     assert manifest["seconds"] >= 1000
     assert manifest["started"] == progress["started"]
     assert list(manifest["outputs"]) == ["half"]
+    assert not (place.directory / "rows.unfinished.jsonl").exists()
 
 
 def fail_to_save(place: Place) -> None:
