@@ -63,9 +63,9 @@ def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
         )
         if not found:
             raise UserError(
-                "data.prompt: the model's chat template is of no known family: name one with data.prompt=NAME "
-                f"({', '.join(FAMILIES)}), or set data.prompt=none with data.system_prompt and data.instruction "
-                "as the model wants them"
+                "data.prompt: the model's chat template is of no known family: name one with "
+                f"data.prompt=NAME ({', '.join(FAMILIES)}), or set data.prompt=none with data.system_prompt "
+                "and data.instruction as the model wants them"
             )
         name = PromptFamily(found)
     filled = _KEYS | FAMILIES[name]

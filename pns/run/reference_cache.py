@@ -74,7 +74,7 @@ def reference_key(
         )
     if not any(tokenizer.glob("tokenizer*")):
         raise UserError(
-            f"{tokenizer} holds no tokenizer files (tokenizer*): name a checkpoint that comes with its tokenizer"
+            f"{tokenizer} holds no tokenizer files (tokenizer*): name a checkpoint with a tokenizer"
         )
     rows = hashlib.sha256()
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
