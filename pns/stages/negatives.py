@@ -1,7 +1,7 @@
 """Where the rejected sides of the pairs come from: a table of sources, one of which `negatives` names.
 
 A source adds the stages it needs to the plan and returns the artefact with the negatives. `chosen`, pairing
-and what follows are the same for all of them, so that two sources compare (METHOD 1.6).
+and what follows are the same for all of them, so that two sources compare.
 """
 
 from __future__ import annotations

@@ -27,12 +27,14 @@ Completions = Mapping[str, list[Completion]]  # problem id -> its completions, t
 @dataclass(frozen=True)
 class PairSettings:
     pair: PairStage
+    source: str  # of the negatives
     max_new_tokens: int
     deadline_seconds: float
 
 
 def pair_settings(config: Config) -> PairSettings:
-    return PairSettings(config.pair, config.rollout.max_new_tokens, config.reward.deadline_seconds)
+    limits = config.rollout.max_new_tokens, config.reward.deadline_seconds
+    return PairSettings(config.pair, config.negatives, *limits)
 
 
 @stage(Pairs, pair_settings, lambda settings: ("rollout", "verifier", settings.pair.scored_by))
@@ -55,7 +57,7 @@ def pair(
         ctx, fitting, own.samples_per_problem, sampling, None, "pair", unfinished, model=target.model
     )
     write_jsonl(artefact.rollouts_file, rollouts)
-    pairs, counts = make_pairs(ctx, own, fitting, rollouts, rejected)
+    pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected)
     if not pairs:
         raise UserError(
             f"pair: no pairs ({counts}); raise pair.samples_per_problem or synthesize.samples_per_problem"
@@ -76,21 +78,22 @@ def pair(
 
 def make_pairs(
     ctx: Context,
-    settings: PairStage,
+    settings: PairSettings,
     problems: list[Problem],
     rollouts: Sequence[Rollout],
     negatives: Sequence[Rollout],
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """The pairs, and how many problems gave none for which reason."""
+    own = settings.pair
     chosen, rejected = by_problem(by_verdict(rollouts, Verdict.CORRECT)), by_problem(negatives)
-    if settings.prefer_shared_prefix:
+    if own.prefer_shared_prefix:
         for identity in chosen.keys() & rejected.keys():
             chosen[identity], rejected[identity] = nearest_first(chosen[identity], rejected[identity])
     pairs, counts = build_pairs(
-        problems, chosen, rejected, settings.max_length_ratio, settings.pairs_per_problem
+        problems, chosen, rejected, own.max_length_ratio, own.pairs_per_problem, settings.source
     )
-    if settings.balance_flow:
-        kept = balance_flow([pair_token_ids(ctx, own) for own in pairs])
+    if own.balance_flow:
+        kept = balance_flow([pair_token_ids(ctx, made) for made in pairs])
         pairs = [pairs[i] for i in kept]
     return pairs, counts
 
@@ -165,7 +168,7 @@ def quality_of_negatives(
     sources: dict[str, Sequence[Rollout]] = {
         "correct": by_verdict(rollouts, Verdict.CORRECT),
         "rs": by_verdict(rollouts, Verdict.WRONG),
-        "pns": negatives,
+        settings.source: negatives,  # in the place of the pair stage's own where they are the target's, too
     }
     scores: dict[str, dict[str, list[float]]] = {}
     num_unscored = 0
@@ -175,7 +178,11 @@ def quality_of_negatives(
         num_unscored += sum(len(own) - len(scores[name][source]) for source, own in sources.items())
     write_json(artefact.scores_file, scores["main"])
     held_out = scores["held_out"]
-    comparable = [source for source in ("rs", "pns") if held_out[source] and held_out["correct"]]
+    comparable = [
+        source
+        for source in dict.fromkeys(("rs", settings.source))
+        if held_out[source] and held_out["correct"]
+    ]
     flow = token_flow([pair_token_ids(ctx, own) for own in pairs])
     return {
         "auroc_held_out": {source: auroc(held_out["correct"], held_out[source]) for source in comparable},

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pns.answers.compare import extract_boxed
+from pns.answers.extract import extract_boxed
 from pns.config import Data, Optimizer, Tracking
 from pns.data.prompts import Prompts
 from pns.files import read_json, write_json
