@@ -15,15 +15,7 @@ from typing import Any, cast
 import pytest
 
 from pns import driver
-from pns.config import (
-    STAGES,
-    Config,
-    DataSource,
-    Decoding,
-    PromptFamily,
-    Tracking,
-    stages,
-)
+from pns.config import STAGES, Config, DataSource, Decoding, PromptFamily, Tracking, stages
 from pns.data.benchmarks import BENCHMARKS, ProblemSet, content_hash
 from pns.data.problems import load_problem_sets
 from pns.data.prompts import Prompts

@@ -7,13 +7,7 @@ from pathlib import Path
 
 from pns.errors import UserError
 
-_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.py",
-]  # of a Hub repository
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]  # of a Hub repository
 
 
 def local_directory(model_path: str) -> Path:

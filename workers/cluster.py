@@ -48,10 +48,6 @@ class Cluster:
         # Before Ray starts, which takes seconds. CPUs are logical here: only GPUs can be too few.
         check_placement(self._config, self._roles, {"CPU": resources["num_cpus"], "GPU": gpus}, device)
         ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            **resources,
+            address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", **resources
         )
         return device

@@ -180,31 +180,16 @@ def log1pexp(x: float) -> float:
             1.0,
             -1.5,
         ),
-        (
-            PreferenceConfig("robust", beta=0.5),
-            (0.9 * log1pexp(-2.5) - 0.1 * log1pexp(2.5)) / 0.8,
-            1.0,
-            -1.5,
-        ),
+        (PreferenceConfig("robust", beta=0.5), (0.9 * log1pexp(-2.5) - 0.1 * log1pexp(2.5)) / 0.8, 1.0, -1.5),
         (PreferenceConfig("hinge"), 1 - 0.5, 0.2, -0.3),
         (PreferenceConfig("hinge", beta=0.5), 0.0, 1.0, -1.5),  # 1 - 2.5 < 0
         (PreferenceConfig("ipo"), (0.5 + 0.6 - 5) ** 2, 0.05, -0.06),  # 1 / (2 * 0.1) = 5
         (PreferenceConfig("length_normalised"), log1pexp(-5 * 1.1), 2.5, -3.0),
         (PreferenceConfig("simpo"), log1pexp(-(2 * (-2 + 3) - 1)), -4.0, -6.0),
         # odds p / (1 - p) = 1 / (e^2 - 1) and 1 / (e^3 - 1); -log sigmoid(log R) = log(1 + 1 / R)
-        (
-            PreferenceConfig("orpo"),
-            2 + 0.1 * math.log(1 + (math.e**2 - 1) / (math.e**3 - 1)),
-            -0.2,
-            -0.3,
-        ),
+        (PreferenceConfig("orpo"), 2 + 0.1 * math.log(1 + (math.e**2 - 1) / (math.e**3 - 1)), -0.2, -0.3),
         (PreferenceConfig("rpo", beta=0.5, nll_weight=3.0), log1pexp(-2.5) + 3 * 2, 1.0, -1.5),
-        (
-            PreferenceConfig("offset", beta=0.5, offset_scale=0.5),
-            log1pexp(-(2.5 - 0.5 * 3)),
-            1.0,
-            -1.5,
-        ),
+        (PreferenceConfig("offset", beta=0.5, offset_scale=0.5), log1pexp(-(2.5 - 0.5 * 3)), 1.0, -1.5),
         # 1 - sigmoid(0.5 (2 - 1)) and 2 (1 - sigmoid(0.5 (1 + 3))), halved
         (
             PreferenceConfig("kto", beta=0.5, undesirable_weight=2.0),

@@ -397,10 +397,7 @@ def test_hub_data_set_that_cannot_be_loaded(files: dict[str, PreferenceData]) ->
         list(read_rows(replace(files["hub"], split="test")))
 
 
-OWN = [
-    PreferencePair("a", "1+1?", "2", "3", "pns", 1, 0.5, 0.25),
-    PreferencePair("b", "2+2?", "4", "5"),
-]
+OWN = [PreferencePair("a", "1+1?", "2", "3", "pns", 1, 0.5, 0.25), PreferencePair("b", "2+2?", "4", "5")]
 
 
 def test_load_own_pairs(tmp_path: Path) -> None:

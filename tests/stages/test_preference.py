@@ -31,11 +31,7 @@ from workers.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "recipes" / "tiny" / "qwen2"
-SMALL = [
-    "placement.policy.replicas=1",
-    "preference.steps=3",
-    "preference.pairs_per_step=4",
-]
+SMALL = ["placement.policy.replicas=1", "preference.steps=3", "preference.pairs_per_step=4"]
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,7 @@ ALLOCATOR_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "67108864",
 }
-VERL_CPU_ENVIRONMENT = {
-    "VERL_PLATFORM": "cpu",
-    "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu",
-}
+VERL_CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu"}
 
 # What verl and transformers print about every model they build.
 _QUIET = {

@@ -651,8 +651,7 @@ def test_wrong_use_is_named(one_rank: Policy, checkpoints: dict[str, str]) -> No
         one_rank.train_step(batch, GrpoObjective(0.2, 0.2, 0.0))
     with pytest.raises(ValueError, match="pairs of rows, the batch has 3 rows"):
         one_rank.train_step(
-            Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": [[0.0]] * 3}),
-            DPO,
+            Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": [[0.0]] * 3}), DPO
         )
     with pytest.raises(
         ValueError, match=f"token id {VOCABULARY} is outside the model's vocabulary of {VOCABULARY}"
