@@ -34,6 +34,14 @@ class PromptFamily(StrEnum):
     base = "base"
 
 
+class ReasoningBlock(Enum):
+    """Whether completions begin with <think>...</think>."""
+
+    auto = "auto"
+    tags = "tags"
+    none = "none"
+
+
 class EngineKind(Enum):
     vllm = "vllm"
     transformers = "transformers"
@@ -60,6 +68,22 @@ class Layout(Enum):
     padded = "padded"
     packed = "packed"
     shared = "shared"
+
+
+class Advantage(Enum):
+    """How a group's rewards become advantages (`pns.algo.advantages`)."""
+
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+    rloo = "rloo"
+    reinforce_pp = "reinforce_pp"
+
+
+class RatioLevel(Enum):
+    """What an importance ratio is of: a token (GRPO), or a whole completion (GSPO, arXiv 2507.18071)."""
+
+    token = "token"
+    sequence = "sequence"
 
 
 class GeneratorStart(Enum):
@@ -135,6 +159,11 @@ class Data:
     problem_prefix: str = key("", "text put before every problem in the user turn; empty: none")
     instruction: str = key("", "text appended to every problem in the user turn; empty: none")
     assistant_prefix: str = key("", "text that completions begin with, part of the prompt; empty: none")
+    reasoning: ReasoningBlock = key(
+        ReasoningBlock.auto,
+        "whether completions begin with <think>...</think> (the format gate asks for it); auto: where the "
+        "prompt opens the block or the tokenizer has a token for it",
+    )
     stop: str = key(
         "", "evaluation ignores this text and what follows (a base model's next problem); empty: none"
     )
@@ -240,15 +269,42 @@ class GrpoConfig:
     steps: int = key(100, "training steps", at_least(1))
     problems_per_step: int = key(24, "problems of one step", at_least(1))
     completions_per_problem: int = key(8, "size of a group, completions", at_least(2))
-    temperature: float = key(1.0, "sampling temperature", above(0))
-    top_p: float = key(1.0, "nucleus of sampling; 1: all tokens", up_to(1))
+    temperature: float = key(1.0, "of sampling, and of the log-probabilities that are trained", above(0))
+    top_p: float = key(1.0, "nucleus of sampling; training needs 1, all tokens", up_to(1))
     # The upper side is wider, so that unlikely tokens can gain (clip-higher).
     clip_low: float = key(0.2, "the ratio is clipped below 1 - this", between(0, 1))
     clip_high: float = key(0.28, "the ratio is clipped above 1 + this", at_least(0))
     kl_coefficient: float = key(
         1e-3, "times the KL (k3) from the stage's starting policy; 0: none", at_least(0)
     )
-    normalise_by_std: bool = key(True, "of a group's rewards; false: Dr. GRPO (arXiv 2503.20783)")
+    advantage: Advantage = key(
+        Advantage.grpo,
+        "a reward minus its group's mean: over the group's standard deviation; as it is; of the others alone; "
+        "over the batch's standard deviation",
+    )
+    ratio: RatioLevel = key(
+        RatioLevel.token, "of each token, or of the completion (GSPO; it needs clip bounds near 3e-4)"
+    )
+    dual_clip: float = key(
+        0.0,
+        "with a negative advantage the ratio counts up to this (arXiv 1912.09729); 0: without",
+        at_least(0),
+    )
+    importance_cap: float = key(
+        0.0,
+        "weigh tokens by what the policy gives over what the rollout engine gave, at most this (truncated "
+        "importance sampling); 0: the engine's log-probabilities are the old policy's",
+        at_least(0),
+    )
+    overlong_tokens: int = key(
+        0,
+        "the reward falls to -1 over the last so many of rollout.max_new_tokens; 0: it does not",
+        at_least(0),
+    )
+    max_steps_without_signal: int = key(
+        10, "steps in a row in which no group's rewards differ; then the run stops; 0: never", at_least(0)
+    )
+    max_skipped_updates: int = key(0, "updates without a finite gradient before the run ends", at_least(0))
     updates_per_step: int = key(1, "optimizer steps on each batch of rollouts", at_least(1))
     checkpoint_every: int = key(20, "steps between checkpoints", at_least(1))
     optimizer: Optimizer = section(Optimizer)

@@ -152,7 +152,8 @@ def prompts_digest(prompts: Prompts) -> str:
         data.system_prompt,
         data.problem_prefix,
         data.instruction,
-        data.assistant_prefix,
+        prompts.prefix,
+        prompts.reasoning_block,
         data.stop,
         data.max_prompt_tokens,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pns.answers.extract import boxed_span
 
-THINK_TAGS = ("<think>", "</think>")  # around a completion's reasoning
+THINK_TAGS = ("<think>", "</think>")  # around the reasoning of a model that has a block for it
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,20 @@ class FormatCheck:
     reason: str = ""
 
 
-def check_format(text: str, finish_reason: str) -> FormatCheck:
-    r"""Exactly one reasoning block at the start, exactly one non-empty `\boxed{...}` after it, nothing behind
-    the box, ended by EOS.
+def check_format(text: str, finish_reason: str, reasoning_block: bool = True) -> FormatCheck:
+    r"""Exactly one reasoning block at the start (of a model that writes one: `reasoning_block`), exactly one
+    non-empty `\boxed{...}` after it, nothing behind the box, ended by EOS.
 
-    `text` is the completion without special tokens; where the prompt already opens the reasoning block, put
-    its opening before it. Between the block and the box text is allowed ("The answer is"), and a full stop,
-    `$` or a closing `\)`, `\]` behind the box is not counted as text. Boxes inside the block do not count.
+    `text` is the completion without special tokens, from the opening of the block on, also where the prompt
+    opens it (`pns.data.prompts.Prompts.decode`). Before the box text is allowed ("The answer is"), and a full
+    stop, `$` or a closing `\)`, `\]` behind it is not counted as text. Boxes inside the block do not count.
     `finish_reason` is "stop" when the model ended by itself.
     """
-    opening, closing = THINK_TAGS
     if finish_reason != "stop":
         return FormatCheck(False, "not_ended")
+    if not reasoning_block:
+        return _check_answer(text)
+    opening, closing = THINK_TAGS
     if opening not in text:
         return FormatCheck(False, "no_reasoning_block")
     if closing not in text:
@@ -42,7 +44,10 @@ def check_format(text: str, finish_reason: str) -> FormatCheck:
         return FormatCheck(False, "text_before_reasoning")
     if closing not in rest:
         return FormatCheck(False, "unclosed_reasoning_block")
-    final = rest.partition(closing)[2]
+    return _check_answer(rest.partition(closing)[2])
+
+
+def _check_answer(final: str) -> FormatCheck:
     num_boxes = final.count(r"\boxed") + final.count(r"\fbox")
     if num_boxes > 1:
         return FormatCheck(False, "several_answers")

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Of k3, whose exponential would let a single token that is far off decide the whole step.
+_MAX_K3 = 10.0
+
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -33,13 +36,20 @@ def grpo_loss(
     clip_high: float,
     kl_coefficient: float,
     num_tokens: int,
+    dual_clip: float = 0.0,
+    importance_T: Tensor | None = None,
 ) -> LossAndMetrics:
     """Group-relative policy optimisation with clip-higher and token-level aggregation.
 
     With rho = exp(log pi - log pi_old) and d = log pi_ref - log pi, `L = sum_t m_t [ -min(rho A, clip(rho, 1
     - clip_low, 1 + clip_high) A) + kl_coefficient (exp(d) - d - 1) ] / num_tokens`: the clipped surrogate of
     arXiv 1707.06347, the group-relative objective and k3 KL penalty of arXiv 2402.03300 (equations 3 and 4),
-    the separate upper bound and the mean over tokens of arXiv 2503.14476 (section 3).
+    the separate upper bound and the mean over tokens of arXiv 2503.14476 (section 3). k3 counts up to 10 nats
+    a token.
+
+    `dual_clip` c > 1 keeps the surrogate of a negative advantage above c A (arXiv 1912.09729, equation 5).
+    `importance_T` weighs the surrogate: min(pi_old / pi_rollout, cap) where the log-probabilities of the old
+    policy are not those of the engine that sampled.
 
     `mask_T` is 1 for tokens that count and 0 for the others; `num_tokens` is its sum over the whole batch.
     Without `ref_log_probs_T` there is no KL term. Returns the loss (a scalar) and `policy_loss`, `kl` (k3, if
@@ -48,8 +58,13 @@ def grpo_loss(
     """
     ratio_T = torch.exp(log_probs_T - old_log_probs_T)
     clipped_T = torch.clamp(ratio_T, 1 - clip_low, 1 + clip_high)
-    policy_loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
+    surrogate_T = torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
     cut_T = ((ratio_T > 1 + clip_high) & (advantages_T > 0)) | ((ratio_T < 1 - clip_low) & (advantages_T < 0))
+    if dual_clip:
+        floor_T = dual_clip * advantages_T
+        too_low_T = (advantages_T < 0) & (surrogate_T < floor_T)
+        surrogate_T, cut_T = torch.where(too_low_T, floor_T, surrogate_T), cut_T | too_low_T
+    policy_loss_T = -surrogate_T if importance_T is None else -surrogate_T * importance_T
 
     def mean(values_T: Tensor) -> Tensor:
         return (values_T * mask_T).sum() / num_tokens
@@ -63,11 +78,62 @@ def grpo_loss(
         "nll": mean(-log_probs_T.detach()),
     }
     if ref_log_probs_T is not None:
-        difference_T = ref_log_probs_T - log_probs_T
-        kl = mean(torch.exp(difference_T) - difference_T - 1)
+        kl = mean(_k3(ref_log_probs_T, log_probs_T))
         loss = loss + kl_coefficient * kl
         metrics["kl"] = kl.detach()
     return loss, metrics
+
+
+def gspo_loss(
+    log_probs_T: Tensor,
+    old_log_probs_T: Tensor,
+    ref_log_probs_T: Tensor | None,
+    advantages_B: Tensor,
+    mask_T: Tensor,
+    lengths_B: Tensor,
+    clip_low: float,
+    clip_high: float,
+    kl_coefficient: float,
+    num_rows: int,
+    weight_B: Tensor,
+) -> LossAndMetrics:
+    """Group sequence policy optimisation (arXiv 2507.18071, equations 5 to 7).
+
+    With s = exp(mean over a row's tokens of log pi - log pi_old), `L = sum_b w_b [ -min(s A, clip(s, 1 -
+    clip_low, 1 + clip_high) A) ] / num_rows`, and the KL penalty of `grpo_loss` as the mean over rows of the
+    mean over their tokens. `mask_T` is 1 for tokens that count; `lengths_B` are all tokens of the rows;
+    `weight_B` is 0 for padding. Metrics as `grpo_loss`, `clip_fraction` of rows.
+    """
+    counts_B = row_sums(mask_T, lengths_B).clamp(min=1)
+
+    def row_means(values_T: Tensor) -> Tensor:
+        return row_sums(values_T * mask_T, lengths_B) / counts_B
+
+    def mean(values_B: Tensor) -> Tensor:
+        return (values_B * weight_B).sum() / num_rows
+
+    log_ratio_B = row_means(log_probs_T - old_log_probs_T)
+    ratio_B = torch.exp(log_ratio_B)
+    clipped_B = torch.clamp(ratio_B, 1 - clip_low, 1 + clip_high)
+    loss = mean(-torch.minimum(ratio_B * advantages_B, clipped_B * advantages_B))
+    cut_B = ((ratio_B > 1 + clip_high) & (advantages_B > 0)) | ((ratio_B < 1 - clip_low) & (advantages_B < 0))
+    metrics = {
+        "policy_loss": loss.detach(),
+        "clip_fraction": mean(cut_B.to(mask_T.dtype)),
+        "ratio": mean(ratio_B.detach()),
+        "old_kl": mean(-log_ratio_B.detach()),
+        "nll": mean(row_means(-log_probs_T.detach())),
+    }
+    if ref_log_probs_T is not None:
+        kl = mean(row_means(_k3(ref_log_probs_T, log_probs_T)))
+        loss = loss + kl_coefficient * kl
+        metrics["kl"] = kl.detach()
+    return loss, metrics
+
+
+def _k3(ref_log_probs_T: Tensor, log_probs_T: Tensor) -> Tensor:
+    difference_T = ref_log_probs_T - log_probs_T
+    return torch.clamp(torch.exp(difference_T) - difference_T - 1, max=_MAX_K3)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pns.config import Data, PromptFamily
+from pns.algo.formatting import THINK_TAGS
+from pns.config import Data, PromptFamily, ReasoningBlock
 from pns.errors import UserError
 from pns.records import Problem
 
@@ -91,6 +92,19 @@ class Prompts:
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self.tokenizer = tokenizer
         self._data = self.data = data
+        begun = self._begun_turn()
+        opening, closing = THINK_TAGS
+        block_is_open = begun.rfind(opening) > begun.rfind(closing)
+        # What completions begin with although the prompt holds it: the prefix, and before it the opening of
+        # the reasoning block where the template itself writes it.
+        opened_by_template = block_is_open and opening not in data.assistant_prefix
+        self.prefix = (begun[begun.rfind(opening) :] if opened_by_template else "") or data.assistant_prefix
+        # Whether completions begin with a reasoning block. A prompt that closes one (Qwen3 told not to
+        # think) leaves none to be written.
+        writes_block = block_is_open or (opening not in begun and opening in tokenizer.get_vocab())
+        self.reasoning_block = data.reasoning is ReasoningBlock.tags or (
+            data.reasoning is ReasoningBlock.auto and writes_block
+        )
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """The conversation before the assistant's turn."""
@@ -100,14 +114,23 @@ class Prompts:
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
-        messages = self.messages(problem)
+        text, templated = self._text(problem), self._data.chat_template
+        return tuple(self.tokenizer.encode(text, add_special_tokens=not templated))
+
+    def _text(self, problem: Problem) -> str:
+        """The prompt's text, without the first token that a plain one gets from the tokenizer."""
+        messages, prefix = self.messages(problem), self._data.assistant_prefix
         if not self._data.chat_template:
-            text = messages[-1]["content"] + self._data.assistant_prefix
-            return tuple(self.tokenizer.encode(text, add_special_tokens=True))
-        text = self.tokenizer.apply_chat_template(
+            return messages[-1]["content"] + prefix
+        turns = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
         )
-        return tuple(self.tokenizer.encode(text + self._data.assistant_prefix, add_special_tokens=False))
+        return turns + prefix
+
+    def _begun_turn(self) -> str:
+        """What stands between a problem and its completion."""
+        marker = "PROBLEM"
+        return self._text(Problem("", marker, "")).rpartition(marker)[2]
 
     def render(self, problem: Problem) -> str:
         """The prompt's text as the model reads it, special tokens included."""
@@ -121,22 +144,21 @@ class Prompts:
         return head, bool(stop)
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
-        """Completion ids (T,) with the end token, of a text as `decode` gives it: `data.assistant_prefix` is
-        part of the prompt."""
-        completion = text.removeprefix(self._data.assistant_prefix)
+        """Completion ids (T,) with the end token, of a text as `decode` gives it: `prefix` is part of the
+        prompt."""
+        completion = text.removeprefix(self.prefix)
         return (*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id)
 
     def token_starts(self, text: str) -> list[int]:
         """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
         end token."""
-        completion = text.removeprefix(self._data.assistant_prefix)
+        completion = text.removeprefix(self.prefix)
         encoded = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
         return [start + len(text) - len(completion) for start, _ in encoded["offset_mapping"]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of completion ids, without the end token and other special tokens, with
-        `data.assistant_prefix` before it."""
-        return self._data.assistant_prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """Text of completion ids, without the end token and other special tokens, with `prefix` before it."""
+        return self.prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def fitting(self, problems: list[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pns.algo.advantages import group_advantages
-from pns.algo.reward import check_masked, mask_report
-from pns.config import GrpoConfig, RewardConfig
+from pns.algo.advantages import group_advantages, overlong_penalties
+from pns.algo.reward import mask_report
+from pns.config import GrpoConfig, RatioLevel, RewardConfig
+from pns.errors import UserError
 from pns.files import RowFile, cut_rows, read_jsonl
 from pns.records import Problem, Reward, Rollout, Verdict, from_json
 from pns.stages.artefacts import TrainedModel

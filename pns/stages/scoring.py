@@ -62,7 +62,7 @@ class RewardScorer:
                 sample.finish_reason,
                 sample.weights_version,
             )
-            format_ok = check_format(text, sample.finish_reason).ok
+            format_ok = check_format(text, sample.finish_reason, self._prompts.reasoning_block).ok
             self._under_way[ask.key] = _UnderWay(ask, completion, format_ok)
             if format_ok:
                 keys.append(ask.key)

@@ -33,6 +33,8 @@ class GrpoObjective:
     clip_low: float
     clip_high: float
     kl_coefficient: float
+    dual_clip: float = 0.0
+    temperature: float = 1.0  # of the log-probabilities
     group_size = 1
     head: ClassVar[Head] = "language_model"
     needs = ("old_log_probs", "advantages")
@@ -48,6 +50,36 @@ class GrpoObjective:
             clip_high=self.clip_high,
             kl_coefficient=self.kl_coefficient,
             num_tokens=data["num_tokens"],
+            dual_clip=self.dual_clip,
+            importance_T=data.get("importance", None),
+        )
+
+
+@dataclass(frozen=True)
+class GspoObjective:
+    """`pns.algo.losses.gspo_loss`; the mean is over rows."""
+
+    clip_low: float
+    clip_high: float
+    kl_coefficient: float
+    temperature: float = 1.0  # of the log-probabilities
+    group_size = 1
+    head: ClassVar[Head] = "language_model"
+    needs = ("old_log_probs", "advantages")
+
+    def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
+        return losses.gspo_loss(
+            log_probs_T=outputs["log_probs"],
+            old_log_probs_T=data["old_log_probs"],
+            ref_log_probs_T=data.get("ref_log_probs", None),
+            advantages_B=data["advantages"],
+            mask_T=data["mask"],
+            lengths_B=data["completion_lengths"],
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            kl_coefficient=self.kl_coefficient,
+            num_rows=data["num_groups"],
+            weight_B=data["weight"],
         )
 
 
@@ -59,6 +91,7 @@ class PreferenceObjective:
     loss: str
     hyper_parameters: Mapping[str, float] = field(default_factory=dict)
     kl: float = 0.0
+    temperature = 1.0
     group_size = 2
     head: ClassVar[Head] = "language_model"
 
@@ -108,6 +141,7 @@ class BradleyTerryObjective:
     """`pns.algo.losses.bradley_terry_loss`; the mean is over pairs."""
 
     centre: float
+    temperature = 1.0
     group_size = 2
     head: ClassVar[Head] = "score"
     needs = ()
@@ -122,6 +156,7 @@ class BradleyTerryObjective:
 class SftObjective:
     """`pns.algo.losses.sft_loss`; the mean is over the tokens in `mask`."""
 
+    temperature = 1.0
     group_size = 1
     head: ClassVar[Head] = "language_model"
     needs = ()
@@ -130,7 +165,7 @@ class SftObjective:
         return losses.sft_loss(outputs["log_probs"], data["mask"], data["num_tokens"]), {}
 
 
-Objective = GrpoObjective | PreferenceObjective | BradleyTerryObjective | SftObjective
+Objective = GrpoObjective | GspoObjective | PreferenceObjective | BradleyTerryObjective | SftObjective
 
 
 def _side_sums(values_T: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,9 +130,9 @@ class Policy:
         """Of the loaded model's forward passes: "bfloat16" or "float32"."""
         return self._loaded().compute_dtype
 
-    def log_probs(self, batch: Batch) -> list[np.ndarray]:
-        """Natural-log probabilities (T,) float32 of each row's completion tokens at temperature 1."""
-        return self._log_probs(batch, by_reference=False)
+    def log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
+        """Natural-log probabilities (T,) float32 of each row's completion tokens."""
+        return self._log_probs(batch, False, temperature)
 
     def load_reference(self, model_path: str) -> None:
         """Build a frozen language model beside the loaded one, for `reference_log_probs`; the next `load`
@@ -145,14 +145,14 @@ class Policy:
         loading = self._group.load_reference(replace(loaded, path=path, optimizer=None))
         self._wait_to_start(loading, f"the policy processes to load the reference {path}")
 
-    def reference_log_probs(self, batch: Batch) -> list[np.ndarray]:
+    def reference_log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
         """`log_probs` under the model of `load_reference`."""
-        return self._log_probs(batch, by_reference=True)
+        return self._log_probs(batch, True, temperature)
 
-    def _log_probs(self, batch: Batch, by_reference: bool) -> list[np.ndarray]:
+    def _log_probs(self, batch: Batch, by_reference: bool, temperature: float) -> list[np.ndarray]:
         self._loaded("language_model")
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(batch)
-        for part, values in self._infer(batch, by_reference):
+        for part, values in self._infer(batch, by_reference, temperature):
             ends = np.cumsum(part.completion_lengths)[:-1]
             for row, row_values in zip(part.rows, np.split(values, ends), strict=True):
                 if row >= 0:
@@ -169,8 +169,13 @@ class Policy:
                     results[row] = float(score)
         return results
 
-    def train_step(self, batch: Batch, objective: Objective) -> dict[str, float]:
-        """One optimizer step on the whole batch.
+    def pass_step(self) -> None:
+        """Let a step go by without an update: the schedule of the learning rate counts steps."""
+        self._wait_for_step(self._group.pass_step(), "a step without an update")
+
+    def train_step(self, batch: Batch, objective: Objective, end_of_step: bool = True) -> dict[str, float]:
+        """One optimizer step on the whole batch. The learning rate moves on with the last one of a training
+        step (`end_of_step`).
 
         Returns `loss`, `grad_norm` (before clipping), `lr` (of the next step) and the objective's metrics,
         means over the batch; `update_skipped`, 1 when the gradient was not finite and the weights were left
@@ -187,6 +192,7 @@ class Policy:
         constants = {
             "num_tokens": float(sum(np.sum(mask) for mask in batch.token_values.get("mask", ()))),
             "num_groups": len(batch) // objective.group_size,
+            "end_of_step": end_of_step,
             "global_token_num": [length for part in all_parts for length in part.computed_lengths],
         }
         if objective.group_size == 1 and constants["num_tokens"] == 0:
@@ -266,11 +272,14 @@ class Policy:
             )
         return self._model
 
-    def _infer(self, batch: Batch, by_reference: bool = False) -> list[tuple[MicroBatch, np.ndarray]]:
+    def _infer(
+        self, batch: Batch, by_reference: bool = False, temperature: float = 1.0
+    ) -> list[tuple[MicroBatch, np.ndarray]]:
         if not len(batch):
             return []
         parts = self._parts(Batch(batch.prompt_ids, batch.completion_ids), group_size=1)
-        references = self._group.infer(parts, [by_reference] * self._ranks)
+        ranks = self._ranks
+        references = self._group.infer(parts, [by_reference] * ranks, [temperature] * ranks)
         outputs = self._wait_for_step(references, "a forward pass")
         return list(zip(chain.from_iterable(parts), chain.from_iterable(outputs), strict=True))
 

@@ -152,12 +152,16 @@ class Rank:
         optimizer state."""
         self.reference = _build(spec)
 
-    def infer(self, micro_batches: Sequence[MicroBatch], by_reference: bool = False) -> list[np.ndarray]:
+    def infer(
+        self, micro_batches: Sequence[MicroBatch], by_reference: bool = False, temperature: float = 1.0
+    ) -> list[np.ndarray]:
         """Per micro-batch: log-probabilities (C,) of its completion tokens, or scores (B,) of its rows."""
         engine = (self.reference if by_reference and self.reference else self.training).engine
         adapter_off = by_reference and not self.reference
         with engine.eval_mode(), engine.disable_adapter() if adapter_off else nullcontext():
-            outputs = engine.infer_batch(self._data(micro_batches, {}))["model_output"]
+            outputs = engine.infer_batch(self._data(micro_batches, {"temperature": temperature}))[
+                "model_output"
+            ]
         name = "scores" if self.spec.head == "score" else "log_probs"
         return [output[name].float().cpu().numpy() for output in outputs]
 
@@ -171,11 +175,16 @@ class Rank:
         from workers.training.verl_engine import verl_loss
 
         self.training.set_loss_fn(verl_loss(objective))
+        constants = {**constants, "temperature": objective.temperature}
         metrics = tu.get(self.training.train_batch(self._data(micro_batches, constants)), "metrics")
         return {
             name: float(Metric.aggregate_dp(value) if isinstance(value, list) else value)
             for name, value in metrics.items()
         }
+
+    def pass_step(self) -> None:
+        """Move the learning rate on by a step that has no update."""
+        self.training.engine.lr_scheduler_step()
 
     def _data(self, micro_batches: Sequence[MicroBatch], constants: dict[str, Any]) -> Any:
         from tensordict import NonTensorData
@@ -187,7 +196,7 @@ class Rank:
         return tu.assign_non_tensor(
             tu.get_tensordict({}),
             micro_batches=NonTensorData([tensors(part, constants) for part in micro_batches]),
-            update_lr_scheduler=True,
+            update_lr_scheduler=constants.get("end_of_step"),
             global_token_num=constants.get("global_token_num"),
         )
 
@@ -264,6 +273,7 @@ def actor_class() -> Any:
         load_reference = on_all(Rank.load_reference)
         infer = on_each(Rank.infer)
         train = on_each(Rank.train)
+        pass_step = on_all(Rank.pass_step)
         weights = on_all(Rank.weights)
         save = on_all(Rank.save)
         restore = on_all(Rank.restore)

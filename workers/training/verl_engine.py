@@ -89,7 +89,8 @@ class PolicyEngine(FSDPEngineWithLMHead):
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         # PEFT's wrapper passes the call on to the model that holds the head.
-        self.module.get_output_embeddings().ask(micro_batch["predictors"], micro_batch["labels"])
+        head = self.module.get_output_embeddings()
+        head.ask(micro_batch["predictors"], micro_batch["labels"], micro_batch["temperature"])
         return _model_inputs(micro_batch), {}
 
     def prepare_model_outputs(
