@@ -3,8 +3,6 @@
 A recipe holds only what differs from it; `pns.recipe.load` reads and checks one. No heavy import.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, cast

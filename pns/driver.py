@@ -4,8 +4,6 @@
 the steps; then those whose output is not there are made.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pns.config import STAGES, Config, Data, DataSource, external_pairs

@@ -4,8 +4,6 @@ A file is written beside its place and moved there when it is whole: a reader, o
 crash, sees the old content or all of the new one.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -5,8 +5,6 @@ overrides. Everything that can be wrong without looking at the cluster is said h
 anything starts. No heavy import: errors answer within a second.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

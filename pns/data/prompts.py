@@ -1,8 +1,6 @@
 """Problems to token ids through the model's own chat template, and token ids back to text; how each family of
 backbones is asked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@
   ...              the stage's own files
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.metadata

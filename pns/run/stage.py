@@ -7,8 +7,6 @@ bears on results, the seed, the prompts, and the digests of its inputs. The meth
 starts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +88,27 @@ class Step:
         return self.place.is_done(self.made_from, f"make it again with --from {self.name}")
 
 
+class Contents:
+    """Digests of files and directories, kept with sizes and times: gigabytes are hashed once."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path`: where they are kept; None: nothing is read, and every name stands for itself."""
+        self._path = path
+        self._kept: dict[str, Any] = read_json(path) if path and path.is_file() else {}
+
+    def digest(self, name: str) -> str:
+        """Of an absolute path that exists the digest of its content; any other text (a Hub id) as it is."""
+        path = Path(name)
+        if self._path is None or not path.is_absolute() or not path.exists():
+            return name
+        stat = stat_of_tree(path)
+        if name not in self._kept or self._kept[name]["stat"] != stat:
+            self._kept[name] = {"stat": stat, "sha256": sha256_of_tree(path)}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._kept)
+        return f"sha256:{self._kept[name]['sha256']}"
+
+
 class Plan:
     """The steps of a run, noted as the method calls it; the value of a call is the artefact that will be
     there.
@@ -162,24 +181,3 @@ class Plan:
         if isinstance(value, list):
             return [self._with_contents(inner) for inner in value]
         return self._contents.digest(value) if isinstance(value, str) else value
-
-
-class Contents:
-    """Digests of files and directories, kept with sizes and times: gigabytes are hashed once."""
-
-    def __init__(self, path: Path | None) -> None:
-        """`path`: where they are kept; None: nothing is read, and every name stands for itself."""
-        self._path = path
-        self._kept: dict[str, Any] = read_json(path) if path and path.is_file() else {}
-
-    def digest(self, name: str) -> str:
-        """Of an absolute path that exists the digest of its content; any other text (a Hub id) as it is."""
-        path = Path(name)
-        if self._path is None or not path.is_absolute() or not path.exists():
-            return name
-        stat = stat_of_tree(path)
-        if name not in self._kept or self._kept[name]["stat"] != stat:
-            self._kept[name] = {"stat": stat, "sha256": sha256_of_tree(path)}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._kept)
-        return f"sha256:{self._kept[name]['sha256']}"

@@ -1,7 +1,5 @@
 """Metrics: a row a step in metrics.jsonl, the same to tracking backends, and a live line on the terminal."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What the stages make. Each class alone knows the names of its files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

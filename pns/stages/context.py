@@ -1,7 +1,5 @@
 """What stages are given: a context, and values that count by their content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

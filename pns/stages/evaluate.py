@@ -7,8 +7,6 @@ the model's context, which is not asked. A completion whose answer the verifier 
 no right answer, counted and listed. The number of problems never shrinks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

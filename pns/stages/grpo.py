@@ -1,8 +1,6 @@
 """The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights
 to rollout."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

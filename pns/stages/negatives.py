@@ -4,8 +4,6 @@ A source adds the stages it needs to the plan and returns the artefact with the 
 and what follows are the same for all of them, so that two sources compare.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from pns.algo.negatives import filter_negatives

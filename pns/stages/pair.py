@@ -1,7 +1,5 @@
 """Preference pairs: chosen = the target's own verified-correct solution, rejected = a negative."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Preference optimisation on the pairs, with the loss of `preference.loss`, over verl's FSDP worker."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Reverse RL: the generator learns to write solutions that look right and end wrong (arXiv 2602.03516)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

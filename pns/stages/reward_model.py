@@ -1,8 +1,6 @@
 """The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of
 the RL-trained backbone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

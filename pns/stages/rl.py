@@ -1,8 +1,6 @@
 """RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it
 starts from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pns.config import Config, GrpoConfig

@@ -1,8 +1,6 @@
 """Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks
 for."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

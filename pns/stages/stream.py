@@ -3,8 +3,6 @@ scorer turns each into a row, and a row is on disk as soon as it is whole. What 
 asked again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence

@@ -1,8 +1,6 @@
 """Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they
 are wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 """Supervised training on the tiny world (`pns tiny make`): a backbone that solves problems, or the judge that
 grades solutions by the checker's rubric."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path
