@@ -136,7 +136,7 @@ class Prompts:
         `data.assistant_prefix` before it."""
         return self._data.assistant_prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def fitting(self, problems: list[Problem]) -> tuple[list[Problem], int]:
+    def fitting(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
         Raises UserError if none has."""
         limit = self._data.max_prompt_tokens

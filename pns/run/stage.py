@@ -7,8 +7,6 @@ bears on results, the seed, the prompts, and the digests of its inputs. The meth
 starts.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from pns.config import Config
 from pns.fields import walk_keys
-from pns.files import read_json, sha256_of_tree, stat_of_tree, write_json
+from pns.files import read_json, sha256_of_json, sha256_of_tree, stat_of_tree, write_json
 from pns.records import to_json
 from pns.run.place import Place
 
@@ -36,8 +34,18 @@ class Artefact:
         self.digest = digest
 
 
+class OutputFile:
+    """A file of an artefact, whose class states its name once: `scores_file = OutputFile("scores.json")`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, artefact: Artefact, owner: type) -> Path:
+        return artefact.directory / self._name
+
+
 class ModelFiles:
-    """A checkpoint that a stage reads: a directory, which counts by its content, or a Hub id."""
+    """A checkpoint that no stage made: a directory, which counts by its content, or a Hub id."""
 
     def __init__(self, model: str | Path) -> None:
         self.model = str(model)
@@ -147,8 +155,7 @@ class Plan:
             "attempt": self._attempts.get(name, 0),
         }
         # Models and data that settings name count by their content: where they lie does not matter.
-        identity = json.dumps(self._with_contents(made_from), sort_keys=True)
-        digest = hashlib.sha256(identity.encode()).hexdigest()
+        digest = sha256_of_json(self._with_contents(made_from))
         place = Place(self._store / f"{stage.name}-{digest[:16]}")
         self.steps.append(Step(name, stage, settings, inputs, place, made_from))
         return stage.artefact(place.directory, digest)

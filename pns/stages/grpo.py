@@ -10,11 +10,11 @@ import numpy as np
 from pns.algo.advantages import group_advantages
 from pns.algo.reward import check_masked, mask_report
 from pns.config import GrpoConfig, RewardConfig
-from pns.files import RowFile, cut_rows, read_jsonl
+from pns.files import append_jsonl, cut_rows, read_jsonl
 from pns.records import Problem, Reward, Rollout, Verdict, from_json
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
-from pns.stages.scoring import roll_out, rollout_key, unfinished_rollouts
+from pns.stages.scoring import Draws, roll_out, rollout_key, unfinished_rollouts
 from pns.stages.stream import Unfinished
 from workers.rollout.engine import Sampling
 from workers.training.batching import Batch
@@ -36,8 +36,9 @@ class GrpoRun:
     rules: RewardConfig | None = None
 
     @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.settings.temperature, self.settings.top_p, self.max_new_tokens)
+    def draws(self) -> Draws:
+        sampling = Sampling(self.settings.temperature, self.settings.top_p, self.max_new_tokens)
+        return Draws(self.name, self.settings.completions_per_problem, sampling, self.rules)
 
 
 def train(
@@ -47,7 +48,7 @@ def train(
     start_model: str,
     problems: list[Problem],
     describe: Describe,
-    stop: StopCondition,
+    stop: StopCondition = lambda step, metrics: False,
 ) -> None:
     """Train `start_model` for at most `run.settings.steps` steps and export it to `trained`.
 
@@ -60,11 +61,9 @@ def train(
     policy.load(start_model, "language_model", settings.optimizer, settings.steps, ctx.seed)
     if settings.kl_coefficient:
         policy.load_reference(start_model)
-    first_step = 0
-    if checkpoint := ctx.place.latest_checkpoint():
-        policy.restore(checkpoint.path)
+    first_step = ctx.resume()
+    if first_step:
         sync_weights(ctx)
-        first_step = checkpoint.step
     unfinished = unfinished_rollouts(ctx)
     take_back(trained, unfinished, first_step)
     for step, values in enumerate(ctx.track.begin(run.name, settings.steps, first_step)):
@@ -72,32 +71,20 @@ def train(
     for step in range(first_step, settings.steps):
         began = time.monotonic()
         problems_P = draw(problems, settings.problems_per_step, step, ctx.seed)
-        rollouts = roll_out(
-            ctx,
-            problems_P,
-            settings.completions_per_problem,
-            run.sampling,
-            run.rules,
-            run.name,
-            unfinished,
-            step,
-        )
+        rollouts = roll_out(ctx, run.draws, problems_P, unfinished, step)
         sampled = time.monotonic()
         rewards = [rollout.reward for rollout in rollouts]
         check_masked(rewards, run.max_masked_fraction, f"{run.name}, step {step}")
-        RowFile(trained.rollouts_file).append(rollouts)
+        # First where they stay, then out of the unfinished: an interruption between the two loses none.
+        append_jsonl(trained.rollouts_file, rollouts)
         unfinished.drop(map(rollout_key, rollouts))
         metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, settings, rollouts)
         sync_weights(ctx)
         metrics |= step_times(rollouts, began, sampled)
         ctx.track.log(step, metrics)
-        num_done = step + 1
-        stopping = stop(step, metrics)
-        if stopping:
+        if stop(step, metrics):
             break
-        if num_done % settings.checkpoint_every == 0 and num_done < settings.steps:
-            with ctx.place.checkpoint(num_done) as directory:
-                policy.save(directory)
+        ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
     policy.export(trained.model)
 
@@ -127,6 +114,7 @@ def update(ctx: Context, settings: GrpoConfig, rollouts: Sequence[Rollout]) -> d
     corrects what differs between the engines. Masked rows take no part; rows without advantage take part only
     where a KL term pulls on them.
     """
+    # NaN stands for a masked reward, which `group_advantages` leaves out of its group.
     rewards_PG = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
     groups_PG = rewards_PG.reshape(-1, settings.completions_per_problem)
     advantages = group_advantages(groups_PG, settings.normalise_by_std).reshape(-1).tolist()
@@ -156,12 +144,10 @@ def update(ctx: Context, settings: GrpoConfig, rollouts: Sequence[Rollout]) -> d
 
 def masked_counts(rewards: Sequence[Reward]) -> dict[str, float]:
     """Masked completions by term and cause, as flat metrics."""
-    report = mask_report(rewards)
-    return {
-        f"masked/{term}/{cause}": float(count)
-        for term, causes in report.items()
-        for cause, count in causes.items()
-    }
+    counts: dict[str, float] = {}
+    for term, causes in mask_report(rewards).items():
+        counts |= {f"masked/{term}/{cause}": float(count) for cause, count in causes.items()}
+    return counts
 
 
 def step_times(rollouts: Sequence[Rollout], began: float, sampled: float) -> dict[str, float]:

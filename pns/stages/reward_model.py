@@ -13,10 +13,10 @@ from pns.config import Config, RewardModelStage
 from pns.errors import UserError
 from pns.files import read_json, write_json, write_jsonl
 from pns.records import PreferencePair, Problem, Rollout, Verdict
-from pns.run.stage import ModelFiles, stage
-from pns.stages.artefacts import RewardModels, TrainedModel
+from pns.run.stage import stage
+from pns.stages.artefacts import AnyModel, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems, draw
-from pns.stages.scoring import by_problem, by_verdict, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, by_problem, by_verdict, roll_out
 from pns.stages.stream import stable_seed
 from workers.rollout.engine import Sampling
 from workers.training.batching import Batch
@@ -35,19 +35,18 @@ def reward_model_settings(config: Config) -> RewardModelSettings:
 
 @stage(RewardModels, reward_model_settings, lambda settings: ("rollout", "verifier", "policy"))
 def reward_model(
-    ctx: Context,
-    settings: RewardModelSettings,
-    target: TrainedModel,
-    initial: TrainedModel | ModelFiles,
-    problems: Problems,
+    ctx: Context, settings: RewardModelSettings, target: TrainedModel, initial: AnyModel, problems: Problems
 ) -> RewardModels:
     """Both reward models, from `initial`, on pairs that `target` sampled for `problems` and while it was
     trained."""
     models = RewardModels(ctx.directory)
-    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
-    rollouts = sample_rollouts(ctx, settings, target, models, fitting)
-    rollouts += last_rollouts(target, settings.reward_model.rl_steps)
-    pairs = right_wrong_pairs(rollouts, settings.reward_model.max_length_ratio)
+    fitting, own = ctx.fitting(problems), settings.reward_model
+    sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
+    draws = Draws("reward_model", own.samples_per_problem, sampling)
+    rollouts = roll_out(ctx, draws, fitting, model=target.model)
+    write_jsonl(models.rollouts_file, rollouts)
+    rollouts += last_rollouts(target, own.rl_steps)
+    pairs = right_wrong_pairs(rollouts, own.max_length_ratio)
     write_jsonl(models.pairs_file, pairs)
     prompts = {rollout.problem.id: rollout.problem for rollout in rollouts}
     # The two models see disjoint problems: the held-out one measures what the other may have been hacked by.
@@ -59,32 +58,11 @@ def reward_model(
         quality_file = models.quality_file(name)
         if not quality_file.exists():
             own_pairs = [pair for pair in pairs if pair.problem_id in halves[name]]
-            write_json(
-                quality_file, train_one(ctx, settings.reward_model, models, name, initial, own_pairs, prompts)
-            )
+            write_json(quality_file, train_one(ctx, own, models, name, initial, own_pairs, prompts))
         quality[name] = read_json(quality_file)
     write_json(models.all_quality_file, quality)
-    num_samples = len(fitting) * settings.reward_model.samples_per_problem
-    ctx.place.count(pairs=len(pairs), prompts_too_long=num_too_long, samples=num_samples)
+    ctx.place.count(pairs=len(pairs), samples=len(fitting) * own.samples_per_problem)
     return models
-
-
-def sample_rollouts(
-    ctx: Context,
-    settings: RewardModelSettings,
-    target: TrainedModel,
-    models: RewardModels,
-    problems: list[Problem],
-) -> list[Rollout]:
-    """Fresh completions of the target, kept."""
-    own = settings.reward_model
-    sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
-    unfinished = unfinished_rollouts(ctx)
-    rollouts = roll_out(
-        ctx, problems, own.samples_per_problem, sampling, None, "reward_model", unfinished, model=target.model
-    )
-    write_jsonl(models.rollouts_file, rollouts)
-    return rollouts
 
 
 def last_rollouts(target: TrainedModel, num_steps: int) -> list[Rollout]:
@@ -116,7 +94,7 @@ def train_one(
     settings: RewardModelStage,
     models: RewardModels,
     name: str,
-    initial: TrainedModel | ModelFiles,
+    initial: AnyModel,
     pairs: list[PreferencePair],
     prompts: Mapping[str, Problem],
 ) -> dict[str, float]:

@@ -155,31 +155,36 @@ def unfinished_rollouts(ctx: Context, name: str = "rollouts") -> Unfinished[Roll
     return Unfinished(ctx.directory / f"{name}{UNFINISHED}", Rollout, rollout_key)
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How many completions are drawn of every problem and how, and what rewards them: the composite reward of
+    `rules`, or (None) the ordinary one. Seeds depend on `name`."""
+
+    name: str
+    num_completions: int
+    sampling: Sampling
+    rules: RewardConfig | None = None
+
+
 def roll_out(
     ctx: Context,
+    draws: Draws,
     problems_P: Sequence[Problem],
-    num_completions: int,
-    sampling: Sampling,
-    rules: RewardConfig | None,
-    seed_name: str,
-    unfinished: Unfinished[Rollout],
+    unfinished: Unfinished[Rollout] | None = None,
     step: int = 0,
     model: str | None = None,
 ) -> list[Rollout]:
-    """Sample and score `num_completions` completions of every problem; rows in order, problem by problem.
-
-    `rules`: of the composite reward; None: the ordinary one. Seeds depend on `seed_name` and `step`. A
-    completion that lacks a term it needs is masked (`reward.value` None) with the cause. `model`: see
-    `stream`.
-    """
+    """Sample and score; rows in order, problem by problem. A completion that lacks a term it needs is masked
+    (`reward.value` None) with the cause. `unfinished` (None: the stage's own), `model`: see `stream`."""
     asks = []
     for p, problem in enumerate(problems_P):
-        for g in range(num_completions):
-            row = p * num_completions + g
-            seed = stable_seed(ctx.seed, seed_name, step, problem.id, p, g)
-            asks.append(Ask(f"{step}/{problem.id}#{row}", problem, row, seed, sampling))
-    scorer = RewardScorer(ctx, rules, step)
-    return stream(ctx, asks, scorer, unfinished, lambda rollout: not rollout.reward.masked, model)
+        for g in range(draws.num_completions):
+            # The row's number, not g: one problem may be drawn twice in a step.
+            row = p * draws.num_completions + g
+            seed = stable_seed(ctx.seed, draws.name, step, problem.id, p, g)
+            asks.append(Ask(f"{step}/{problem.id}#{row}", problem, row, seed, draws.sampling))
+    scorer, rows = RewardScorer(ctx, draws.rules, step), unfinished or unfinished_rollouts(ctx)
+    return stream(ctx, asks, scorer, rows, lambda rollout: not rollout.reward.masked, model)
 
 
 def load_terms(ctx: Context, rules: RewardConfig, own_reward_model: str) -> None:

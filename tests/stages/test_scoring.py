@@ -10,7 +10,7 @@ import pytest
 
 from pns.config import Config, Pool, RewardConfig, RewardTerm, TermKind
 from pns.records import Rollout, Verdict
-from pns.stages.scoring import by_problem, by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, by_problem, by_verdict, load_terms, reward_rules, roll_out
 from workers.rollout.engine import Sampling
 
 SAMPLING = Sampling(1.0, 1.0, 30)
@@ -35,7 +35,7 @@ def scored(bench: Any, texts: list[str], rules: RewardConfig | None) -> list[Rol
     bench.fleet.rollout.chunk = 1
     with bench.making() as ctx:
         problems = list(bench.problems(1).problems)
-        return roll_out(ctx, problems, len(texts), SAMPLING, rules, "name", unfinished_rollouts(ctx))
+        return roll_out(ctx, Draws("name", len(texts), SAMPLING, rules), problems)
 
 
 def every_gate(bench: Any) -> list[str]:
