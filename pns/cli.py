@@ -1,8 +1,6 @@
 """The `pns` command. Nothing heavy is imported before the arguments and the configuration are known to be
 right."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -3,8 +3,6 @@
 A recipe holds only what differs from it; `pns.recipe.load` reads and checks one. No heavy import.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, cast
@@ -279,8 +277,8 @@ class GrpoConfig:
     )
     advantage: Advantage = key(
         Advantage.grpo,
-        "a reward minus its group's mean: over the group's standard deviation; as it is; of the others alone; "
-        "over the batch's standard deviation",
+        "a reward minus its group's mean: over the group's standard deviation; as it is; the mean of the "
+        "others alone; over the batch's standard deviation",
     )
     ratio: RatioLevel = key(
         RatioLevel.token, "of each token, or of the completion (GSPO; it needs clip bounds near 3e-4)"

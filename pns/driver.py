@@ -4,8 +4,6 @@
 the steps; then those whose output is not there are made.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pns.config import STAGES, Config, Data, DataSource, external_pairs
@@ -13,13 +11,13 @@ from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import Prompts, apply_family, load_tokenizer
 from pns.errors import UserError, did_you_mean
-from pns.files import write_json
+from pns.files import sha256_of_json, write_json
 from pns.preflight import check_models
 from pns.records import to_json
 from pns.run.page import RunPage
 from pns.run.report import write_report
 from pns.run.stage import Contents, ModelFiles, Plan, Step
-from pns.stages.context import Problems, Suites, World, json_digest
+from pns.stages.context import Problems, Suites, World
 from pns.stages.evaluate import evaluate
 from pns.stages.negatives import SOURCES
 from pns.stages.pair import pair
@@ -159,7 +157,7 @@ def prompts_digest(prompts: Prompts) -> str:
     )
     special = to_json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
     vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()
-    return json_digest([keys, vocabulary, tokenizer.chat_template, special])
+    return sha256_of_json([keys, vocabulary, tokenizer.chat_template, special])
 
 
 def report_removals(page: RunPage, problem_sets: ProblemSets) -> None:

@@ -1,8 +1,6 @@
 """Keys of a configuration: each dataclass field carries its meaning, the range of its number and whether it
 names a file, so that one walk can check, document and resolve all of them."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator

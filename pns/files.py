@@ -4,8 +4,6 @@ A file is written beside its place and moved there when it is whole: a reader, o
 crash, sees the old content or all of the new one.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
@@ -122,18 +120,12 @@ def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
         os.fsync(file.fileno())
 
 
-class RowFile:
-    """An append-only JSON-lines file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, rows: Iterable[Any]) -> None:
-        """Add records or dicts, on disk when this returns."""
-        with open(self.path, "ab") as file:
-            file.write(b"".join(_line(row) for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+def append_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Add records or dicts to a JSON-lines file, on disk when this returns."""
+    with open(path, "ab") as file:
+        file.write(b"".join(_line(row) for row in rows))  # one write: a crash cuts at most the last lines
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256_of_file(path: Path) -> str:
@@ -148,6 +140,11 @@ def sha256_of_files(named_files: Iterable[tuple[str, Path]]) -> str:
     for name, file in named_files:
         digest.update(f"{name}\0{sha256_of_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """SHA-256 of JSON values, the same for any order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of_tree(path: Path) -> str:

@@ -4,8 +4,6 @@ A loss is a function in `pns.algo.losses` and an entry here. The configuration i
 so reading it imports nothing heavy; a function is imported when it is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name

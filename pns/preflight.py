@@ -1,8 +1,6 @@
 """What can be wrong with models and their tokenizers, found before any actor starts. Imports neither torch
 nor transformers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection

@@ -5,8 +5,6 @@ overrides. Everything that can be wrong without looking at the cluster is said h
 anything starts. No heavy import: errors answer within a second.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +21,7 @@ from pns.config import (
     DataSource,
     GeneratorStart,
     PreferenceConfig,
+    RatioLevel,
     TermKind,
     external_pairs,
     hyper_parameters,
@@ -180,6 +179,35 @@ def check_model_keys(config: Config) -> None:
         raise UserError("reverse_rl.start is path and models.generator is empty: name the generator's model")
 
 
+def check_sampling(config: Config) -> None:
+    """Of training: what is sampled from has to be what is trained."""
+    for section, settings in (("rl", config.rl), ("reverse_rl", config.reverse_rl)):
+        if settings.top_p != 1:
+            raise UserError(
+                f"{section}.top_p: {settings.top_p}; the policy's log-probabilities are of all tokens, so "
+                "training has to sample from all: set it to 1, and use the temperature"
+            )
+        if settings.importance_cap and settings.temperature != 1:
+            raise UserError(
+                f"{section}.importance_cap: {settings.importance_cap} needs the rollout engine's "
+                f"log-probabilities, which are of temperature 1: set {section}.temperature=1, or the cap to 0"
+            )
+        if settings.dual_clip and settings.ratio is RatioLevel.sequence:
+            raise UserError(f"{section}.dual_clip is for ratio=token: set it to 0")
+        if settings.importance_cap and settings.ratio is RatioLevel.sequence:
+            raise UserError(f"{section}.importance_cap is for ratio=token: set it to 0")
+        if 0 < settings.dual_clip <= 1 + settings.clip_high:
+            raise UserError(
+                f"{section}.dual_clip: {settings.dual_clip} must be greater than 1 + clip_high "
+                f"({1 + settings.clip_high:g}), or 0"
+            )
+        if settings.overlong_tokens > config.rollout.max_new_tokens:
+            raise UserError(
+                f"{section}.overlong_tokens: {settings.overlong_tokens} is more than rollout.max_new_tokens "
+                f"({config.rollout.max_new_tokens}): lower it"
+            )
+
+
 def check_lora(config: Config) -> None:
     if not config.policy.lora.targets:
         raise UserError(
@@ -289,6 +317,7 @@ def check_pairs(config: Config) -> None:
 CHECKS: tuple[Callable[[Config], None], ...] = (
     check_name,
     check_model_keys,
+    check_sampling,
     check_lora,
     check_pools,
     check_pairs,

@@ -4,8 +4,6 @@ Axes used in names throughout the project: `_P` problems, `_G` completions of on
 batch, `_T` tokens.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from pns import driver
-from pns.config import STAGES, Config, DataSource, Decoding, PromptFamily, Tracking, stages
+from pns.config import STAGES, Config, DataSource, Decoding, PromptFamily, ReasoningBlock, Tracking, stages
 from pns.data.benchmarks import BENCHMARKS, ProblemSet, content_hash
 from pns.data.problems import load_problem_sets
 from pns.data.prompts import Prompts
@@ -226,6 +226,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     values: dict[str, Any] = {
         "data.source": DataSource.jsonl,
         "data.prompt": PromptFamily.base,
+        "data.reasoning": ReasoningBlock.none,
         "data.benchmarks": ["own"],
         "data.root": str(tmp_path / "elsewhere"),
         "data.revisions": {"own": "main"},

@@ -11,7 +11,7 @@ import pytest
 
 from pns.errors import UserError
 from pns.files import (
-    RowFile,
+    append_jsonl,
     cut_rows,
     json_lines,
     read_json,
@@ -90,7 +90,7 @@ def test_what_cannot_be_read_is_named_with_its_line(
 
 def test_rows_are_appended_and_cut_at_a_torn_line_or_a_step(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    RowFile(path).append({"step": step} for step in (0, 1, 1, 2))
+    append_jsonl(path, ({"step": step} for step in (0, 1, 1, 2)))
     with open(path, "a") as file:
         file.write('{"st')
     cut_rows(path)

@@ -22,10 +22,10 @@ def group_advantages(
     """(P, G) rewards, None or NaN where masked -> (P, G) advantages.
 
     grpo (arXiv 2402.03300, section 4.1.2): (R - mean) / std with the group's population standard deviation;
-    dr_grpo (arXiv 2503.20783): R - mean; rloo (arXiv 2402.14740, equation 9): R minus the mean of the
-    others, (R - mean) n / (n - 1) of n members; reinforce_pp (arXiv 2501.03262, with the group's mean as
-    baseline): (R - mean) over the standard deviation of that in the whole batch. Mean and deviation are of the
-    unmasked members. A masked member gets 0; a group with fewer than two unmasked members, or whose rewards
+    dr_grpo (arXiv 2503.20783): R - mean; rloo (arXiv 2402.14740): R minus the mean of the others,
+    (R - mean) n / (n - 1) of n members; reinforce_pp (arXiv 2501.03262, with the group's mean as baseline):
+    R - mean over the standard deviation of that in the whole batch. Mean and deviation are of the unmasked
+    members. A masked member gets 0; a group with fewer than two unmasked members, or whose rewards
     differ by no more than rounding (1e-6), gets 0 throughout.
 
     Raises ValueError for infinite rewards or an array that is not two-dimensional.

@@ -20,11 +20,13 @@ from pns.config import RewardConfig, TermKind
 from pns.errors import UserError
 from pns.records import Completion, Problem, Reward, Verdict
 
-VERDICT = "verdict"  # in `Reward.missing`, beside the names of terms
+# In `Reward.missing`, beside the names of terms.
+VERDICT = "verdict"
+ROLLOUT = "rollout"  # the engine failed: there is no completion
 
 
 class TooManyMaskedError(UserError):
-    """More completions of a step than `reward.max_masked_fraction` have no reward."""
+    """A term failed for more than `reward.max_masked_fraction` of the completions that it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -130,22 +132,27 @@ def mask_report(rewards: Sequence[Reward]) -> dict[str, dict[str, int]]:
     return {term: dict(counts[term].most_common()) for term in sorted(counts)}
 
 
-def masked_fraction(rewards: Sequence[Reward]) -> float:
-    """Share of masked completions, 0 of none."""
-    return sum(reward.masked for reward in rewards) / len(rewards) if rewards else 0.0
+def check_failures(rewards: Sequence[Reward], max_fraction: float, where: str) -> None:
+    """Raise TooManyMaskedError if a term, the verifier or the rollout engine failed for more than
+    `max_fraction` of the completions of `rewards` that it was asked for; `where` names stage and step.
 
-
-def check_masked(rewards: Sequence[Reward], max_fraction: float, where: str) -> None:
-    """Raise TooManyMaskedError if more than `max_fraction` of `rewards` are masked; `where` names stage and
-    step."""
-    fraction = masked_fraction(rewards)
-    if fraction <= max_fraction:
-        return
-    num_masked = sum(reward.masked for reward in rewards)
-    by_term = []
-    for term, counts in mask_report(rewards).items():
-        by_term.append(f"{term}: " + ", ".join(f"{count} x {cause}" for cause, count in counts.items()))
-    raise TooManyMaskedError(
-        f"{where}: {num_masked} of {len(rewards)} completions have no reward ({fraction:.0%}; "
-        f"reward.max_masked_fraction allows {max_fraction:.0%}): {'; '.join(by_term)}"
-    )
+    The share is of what was asked, not of all: a judge that always fails would else go unnoticed in a step
+    whose completions are mostly right. A single failure stops nothing, however few were asked.
+    """
+    asked: Counter[str] = Counter()
+    causes: dict[str, Counter[str]] = {}
+    for reward in rewards:
+        asked[ROLLOUT] += 1
+        asked[VERDICT] += reward.format_ok
+        asked.update({*reward.terms, *reward.missing} - {ROLLOUT, VERDICT})
+        for name, cause in reward.missing.items():
+            causes.setdefault(name, Counter())[cause] += 1
+    for name, counts in causes.items():
+        num_failed = counts.total()
+        if num_failed > 1 and num_failed > max_fraction * asked[name]:
+            listed = ", ".join(f"{count} x {cause}" for cause, count in counts.most_common())
+            raise TooManyMaskedError(
+                f"{where}: {name} failed for {num_failed} of the {asked[name]} completions that it was asked "
+                f"for ({num_failed / asked[name]:.0%}; reward.max_masked_fraction allows "
+                f"{max_fraction:.0%}): {listed}"
+            )

@@ -1,8 +1,6 @@
 """`pns config`: every key with default, range and meaning; some of them; or a recipe with all that it leaves
 out."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import textwrap

@@ -1,8 +1,6 @@
 """`pns evaluate MODEL`: the evaluate stage on any model, without a recipe. Its directory is a run's page that
 keeps its own stage."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """`pns export`: a run's pairs as a data set, and its trained model, each with a card (`templates/`). Every
 figure comes from the run's own files; what no stage has written is left out."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`pns run`, `plan`, `report`, `runs` and `gc`: a recipe's run, and what runs keep."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,8 +1,6 @@
 """`pns tiny make OUT`: train a model of the tiny world. OUT.run beside it is a run's page that keeps its own
 stage."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence

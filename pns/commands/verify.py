@@ -1,7 +1,5 @@
 """`pns verify`: verdicts on a file of gold answers and predictions, streamed in order."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -9,8 +9,6 @@ OlympiadBench (text-only, mathematics, English) has 674 records on the Hub and 6
 Qwen2.5-Math evaluation, which the local count follows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """What a checker of derivations knows of a text, beyond whether its final answer is right."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from pns.records import Problem

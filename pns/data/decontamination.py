@@ -7,8 +7,6 @@ lower case, so that `2x-3` and `2x - 3` are the same. The last test also finds t
 numbers: for training a removal too many costs little, a leaked benchmark problem costs the benchmark.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

@@ -6,8 +6,6 @@ the whole conversation. Optional columns: `problem_id`, `source`, `score_chosen`
 reward-model scores), `margin_end` (leading characters of the rejected text that take part in the margin).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,8 +1,6 @@
 """Problems of a run: the tiny world, named sets (pns.data.benchmarks) or local files, checked before anything
 starts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,8 +1,6 @@
 """Problems to token ids through the model's own chat template, and token ids back to text; how each family of
 backbones is asked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,12 +112,12 @@ class Prompts:
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
-        text, templated = self._text(problem), self._data.chat_template
+        text, templated = self._text(self.messages(problem)), self._data.chat_template
         return tuple(self.tokenizer.encode(text, add_special_tokens=not templated))
 
-    def _text(self, problem: Problem) -> str:
+    def _text(self, messages: list[dict[str, str]]) -> str:
         """The prompt's text, without the first token that a plain one gets from the tokenizer."""
-        messages, prefix = self.messages(problem), self._data.assistant_prefix
+        prefix = self._data.assistant_prefix
         if not self._data.chat_template:
             return messages[-1]["content"] + prefix
         turns = self.tokenizer.apply_chat_template(
@@ -128,9 +126,9 @@ class Prompts:
         return turns + prefix
 
     def _begun_turn(self) -> str:
-        """What stands between a problem and its completion."""
-        marker = "PROBLEM"
-        return self._text(Problem("", marker, "")).rpartition(marker)[2]
+        """What stands between a question and its completion."""
+        question = "QUESTION"
+        return self._text([{"role": "user", "content": question}]).rpartition(question)[2]
 
     def render(self, problem: Problem) -> str:
         """The prompt's text as the model reads it, special tokens included."""
@@ -160,7 +158,7 @@ class Prompts:
         """Text of completion ids, without the end token and other special tokens, with `prefix` before it."""
         return self.prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def fitting(self, problems: list[Problem]) -> tuple[list[Problem], int]:
+    def fitting(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
         Raises UserError if none has."""
         limit = self._data.max_prompt_tokens

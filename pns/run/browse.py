@@ -6,8 +6,6 @@ escaped, formulas become MathML of a few allowed elements, and the pages' policy
 anything.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections import Counter

@@ -1,9 +1,8 @@
 """Peak memory of this process and all its descendants: driver, Ray and every actor of a local run."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -19,7 +18,7 @@ class PeakMemory:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -5,14 +5,12 @@
   <stage> -> ../stages/<stage>-<digest>
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from omegaconf import OmegaConf
 
@@ -36,7 +34,7 @@ class RunPage:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path) -> Iterator[RunPage]:
+    def open(cls, path: Path) -> Iterator[Self]:
         """Create the directory if need be and hold its lock. Raises UserError while another process holds it.
         Writes nothing but the lock."""
         path.mkdir(parents=True, exist_ok=True)

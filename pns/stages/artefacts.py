@@ -1,47 +1,47 @@
 """What the stages make. Each class alone knows the names of its files."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pns.files import read_json, read_jsonl
-from pns.records import Answered, PreferencePair, Rollout, from_json
-from pns.run.stage import Artefact
+from pns.records import Answered, Rollout, from_json
+from pns.run.stage import Artefact, ModelFiles, OutputFile
 
 
 class TrainedModel(Artefact):
     """A checkpoint that a stage trained, with the rollouts it was trained on where it was RL."""
 
+    rollouts_file = OutputFile("rollouts.jsonl")
+
     @property
     def model(self) -> str:
         return str(self.directory / "model")
-
-    @property
-    def rollouts_file(self) -> Path:
-        return self.directory / "rollouts.jsonl"
 
     def rollouts(self) -> list[Rollout]:
         return [from_json(Rollout, row) for row in read_jsonl(self.rollouts_file)]
 
 
+AnyModel = TrainedModel | ModelFiles  # what a stage may start from
+
+
 class Generator(TrainedModel):
     """A generator of negatives, and its figures before and after reverse RL."""
 
-    @property
-    def before_file(self) -> Path:
-        return self.directory / "before.json"
-
-    @property
-    def figures_file(self) -> Path:
-        return self.directory / "generator.json"
+    before_file = OutputFile("before.json")  # written before training, which an interruption may follow
+    figures_file = OutputFile("generator.json")
 
 
 class RewardModels(Artefact):
     """Two reward models trained on disjoint problems: `main` is in the reward, `held_out` only measures."""
 
     names = ("main", "held_out")
+    rollouts_file = OutputFile("rollouts.jsonl")
+    pairs_file = OutputFile("pairs.jsonl")
+    all_quality_file = OutputFile("quality.json")
+
+    @property
+    def main(self) -> str:
+        return self.model("main")
 
     def model(self, name: str) -> str:
         return str(self.directory / name)
@@ -50,93 +50,40 @@ class RewardModels(Artefact):
         """Of one model; written when that model is complete."""
         return self.directory / f"{name}.json"
 
-    @property
-    def main(self) -> str:
-        return self.model("main")
-
-    @property
-    def rollouts_file(self) -> Path:
-        return self.directory / "rollouts.jsonl"
-
-    @property
-    def pairs_file(self) -> Path:
-        return self.directory / "pairs.jsonl"
-
-    @property
-    def all_quality_file(self) -> Path:
-        return self.directory / "quality.json"
-
 
 class Negatives(Artefact):
-    """Wrong completions that may serve as rejected sides, all that were sampled, and why the others were
-    dropped."""
+    """Wrong completions that may serve as rejected sides, all samples, and why others were not kept."""
 
-    @property
-    def negatives_file(self) -> Path:
-        return self.directory / "negatives.jsonl"
-
-    @property
-    def rollouts_file(self) -> Path:
-        return self.directory / "rollouts.jsonl"
-
-    @property
-    def counts_file(self) -> Path:
-        return self.directory / "counts.json"
+    negatives_file = OutputFile("negatives.jsonl")
+    rollouts_file = OutputFile("rollouts.jsonl")
+    counts_file = OutputFile("counts.json")
 
     def negatives(self) -> list[Rollout]:
         return [from_json(Rollout, row) for row in read_jsonl(self.negatives_file)]
 
 
 class Pairs(Artefact):
-    """Preference pairs, in our form and in the standard one, and the quality of their rejected sides."""
+    """Preference pairs, and the quality of their rejected sides."""
 
-    @property
-    def pairs_file(self) -> Path:
-        return self.directory / "pairs.jsonl"
-
-    @property
-    def standard_file(self) -> Path:
-        return self.directory / "preference.jsonl"
-
-    @property
-    def rollouts_file(self) -> Path:
-        return self.directory / "rollouts.jsonl"
-
-    @property
-    def scores_file(self) -> Path:
-        """Reward-model scores per source."""
-        return self.directory / "scores.json"
-
-    @property
-    def quality_file(self) -> Path:
-        return self.directory / "quality.json"
-
-    def pairs(self) -> Iterator[PreferencePair]:
-        return (from_json(PreferencePair, row) for row in read_jsonl(self.pairs_file))
+    pairs_file = OutputFile("pairs.jsonl")
+    standard_file = OutputFile("preference.jsonl")  # the same pairs in the form that other trainers read
+    rollouts_file = OutputFile("rollouts.jsonl")
+    scores_file = OutputFile("scores.json")  # of the reward model, per source
+    quality_file = OutputFile("quality.json")
 
 
 class PreferenceTrained(TrainedModel):
     """The preference-trained backbone, and what its pairs were."""
 
-    @property
-    def data_file(self) -> Path:
-        return self.directory / "data.json"
+    data_file = OutputFile("data.json")
 
 
 class Evaluation(Artefact):
     """Scores of models on suites, their completions, and pages to read them."""
 
-    @property
-    def scores_file(self) -> Path:
-        return self.directory / "scores.json"
-
-    @property
-    def suites_file(self) -> Path:
-        return self.directory / "suites.json"
-
-    @property
-    def pages(self) -> Path:
-        return self.directory / "browse"
+    scores_file = OutputFile("scores.json")
+    suites_file = OutputFile("suites.json")
+    pages = OutputFile("browse")
 
     def completions_file(self, model: str) -> Path:
         return self.directory / f"{model}.jsonl"

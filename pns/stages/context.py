@@ -1,9 +1,5 @@
 """What stages are given: a context, and values that count by their content."""
 
-from __future__ import annotations
-
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +12,7 @@ from pns.config import Data, Decoding
 from pns.data.checker import Checker
 from pns.data.problems import Identity, benchmark_problems
 from pns.data.prompts import Prompts
+from pns.files import sha256_of_json
 from pns.records import Problem, to_json
 from pns.run.place import Place
 from pns.run.stage import ModelFiles
@@ -40,6 +37,26 @@ class Context:
         """Where the stage writes."""
         return self.place.directory
 
+    def fitting(self, problems: "Problems") -> list[Problem]:
+        """Those whose prompt is not too long; the others are counted. Raises UserError if none is left."""
+        kept, num_too_long = self.prompts.fitting(problems.problems)
+        self.place.count(prompts_too_long=num_too_long)
+        return kept
+
+    def resume(self) -> int:
+        """Steps done by the last complete checkpoint, whose state the policy takes; 0 where there is none."""
+        checkpoint = self.place.latest_checkpoint()
+        if checkpoint is None:
+            return 0
+        self.fleet.policy.restore(checkpoint.path)
+        return checkpoint.step
+
+    def save_policy(self, num_done: int, every: int, total: int) -> None:
+        """A checkpoint after every `every` steps, but for the last step: its weights are exported at once."""
+        if num_done % every == 0 and num_done < total:
+            with self.place.checkpoint(num_done) as directory:
+                self.fleet.policy.save(directory)
+
 
 @dataclass(frozen=True)
 class Problems:
@@ -50,7 +67,7 @@ class Problems:
 
     @cached_property
     def digest(self) -> str:
-        return json_digest([to_json(list(self.problems)), self.checker is not None])
+        return sha256_of_json([to_json(list(self.problems)), self.checker is not None])
 
     @property
     def by_id(self) -> dict[str, Problem]:
@@ -70,7 +87,7 @@ class Suites:
     def digest(self) -> str:
         """Of what is asked and how; not of where it comes from, which is in `identities`."""
         suites = {name: list(suite) for name, suite in self.problems.items()}
-        return json_digest(to_json([suites, dict(self.decodings)]))
+        return sha256_of_json(to_json([suites, dict(self.decodings)]))
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Suite -> identity and decoding: two evaluations compare where this is the same."""
@@ -94,11 +111,6 @@ class World:
     reward: Problems  # of the reward models
     preference: Problems  # of synthesis and pairing
     suites: Suites  # of evaluation
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of JSON values, in hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 Drawn = TypeVar("Drawn")

@@ -7,10 +7,8 @@ the model's context, which is not asked. A completion whose answer the verifier 
 no right answer, counted and listed. The number of problems never shrinks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pns.algo.scores import COUNTED, MEAN, summarise
@@ -20,22 +18,16 @@ from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Answered, Problem, Verdict
 from pns.run.browse import write_pages
 from pns.run.place import UNFINISHED
-from pns.run.stage import ModelFiles, stage
-from pns.stages.artefacts import Evaluation, TrainedModel
+from pns.run.stage import stage
+from pns.stages.artefacts import AnyModel, Evaluation
 from pns.stages.context import Context, Suites
 from pns.stages.stream import Ask, Unfinished, stable_seed, stream
 from workers.rollout.engine import Sample, Sampling
 
 
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """None of its own: how suites are decoded comes with them."""
-
-
-@stage(Evaluation, lambda config: EvaluateSettings(), lambda settings: ("rollout", "verifier"))
-def evaluate(
-    ctx: Context, settings: EvaluateSettings, models: Mapping[str, TrainedModel | ModelFiles], suites: Suites
-) -> Evaluation:
+# No settings: how suites are decoded comes with them.
+@stage(Evaluation, lambda config: None, lambda settings: ("rollout", "verifier"))
+def evaluate(ctx: Context, settings: None, models: Mapping[str, AnyModel], suites: Suites) -> Evaluation:
     """Scores of `models` on `suites`; completions that an interruption left are not asked for again."""
     evaluation = Evaluation(ctx.directory)
     write_json(evaluation.suites_file, suites.described())
@@ -71,26 +63,22 @@ def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: 
         for problem in problems:
             fits = len(ctx.prompts.encode(problem)) < longest
             for sample in range(decoding.samples_per_problem or 1):
-                key = answered_key(suite, problem.id, sample)
                 seed = stable_seed(ctx.seed, "evaluate", problem.id, sample)
+                row = not_asked(problem, sample, seed)
                 if fits:
-                    asks.append(Ask(key, problem, sample, seed, decoding_sampling(decoding)))
-                rows[key] = not_asked(problem, sample, seed)
+                    asks.append(Ask(answered_key(row), problem, sample, seed, decoding_sampling(decoding)))
+                rows[answered_key(row)] = row  # keeps its place, also where an answer replaces it
     file = evaluation.completions_file(name)
-    unfinished: Unfinished[Answered] = Unfinished(
-        file.with_suffix(UNFINISHED),
-        Answered,
-        lambda row: answered_key(row.problem.suite, row.problem.id, row.sample),
-    )
-    label = f"evaluate  {name}"
-    answers = stream(ctx, asks, AnswerScorer(ctx), unfinished, lambda row: True, model, label)
+    unfinished: Unfinished[Answered] = Unfinished(file.with_suffix(UNFINISHED), Answered, answered_key)
+    scorer, label = AnswerScorer(ctx), f"evaluate  {name}"
+    answers = stream(ctx, asks, scorer, unfinished, lambda row: True, model, label)
     rows |= {ask.key: row for ask, row in zip(asks, answers, strict=True)}
     write_jsonl(file, rows.values())
     unfinished.drop(list(unfinished.rows))
 
 
-def answered_key(suite: str, problem_id: str, sample: int) -> str:
-    return f"{suite}/{problem_id}#{sample}"
+def answered_key(row: Answered) -> str:
+    return f"{row.problem.suite}/{row.problem.id}#{row.sample}"
 
 
 def decoding_sampling(decoding: Decoding) -> Sampling:

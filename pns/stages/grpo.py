@@ -1,9 +1,8 @@
 """The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights
 to rollout."""
 
-from __future__ import annotations
-
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,15 +12,15 @@ from pns.algo.advantages import group_advantages, overlong_penalties
 from pns.algo.reward import mask_report
 from pns.config import GrpoConfig, RatioLevel, RewardConfig
 from pns.errors import UserError
-from pns.files import RowFile, cut_rows, read_jsonl
+from pns.files import append_jsonl, cut_rows, read_jsonl
 from pns.records import Problem, Reward, Rollout, Verdict, from_json
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
-from pns.stages.scoring import roll_out, rollout_key, unfinished_rollouts
+from pns.stages.scoring import Draws, roll_out, rollout_key, unfinished_rollouts
 from pns.stages.stream import Unfinished
 from workers.rollout.engine import Sampling
 from workers.training.batching import Batch
-from workers.training.objectives import GrpoObjective
+from workers.training.objectives import GrpoObjective, GspoObjective, Objective
 
 Describe = Callable[[Sequence[Rollout]], dict[str, float]]
 StopCondition = Callable[[int, Mapping[str, float | None]], bool]
@@ -39,8 +38,10 @@ class GrpoRun:
     rules: RewardConfig | None = None
 
     @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.settings.temperature, self.settings.top_p, self.max_new_tokens)
+    def draws(self) -> Draws:
+        sampling = Sampling(self.settings.temperature, self.settings.top_p, self.max_new_tokens)
+        num_completions = self.settings.completions_per_problem
+        return Draws(self.name, num_completions, sampling, self.max_masked_fraction, self.rules)
 
 
 def train(
@@ -50,7 +51,7 @@ def train(
     start_model: str,
     problems: list[Problem],
     describe: Describe,
-    stop: StopCondition,
+    stop: StopCondition = lambda step, metrics: False,
 ) -> None:
     """Train `start_model` for at most `run.settings.steps` steps and export it to `trained`.
 
@@ -63,44 +64,32 @@ def train(
     policy.load(start_model, "language_model", settings.optimizer, settings.steps, ctx.seed)
     if settings.kl_coefficient:
         policy.load_reference(start_model)
-    first_step = 0
-    if checkpoint := ctx.place.latest_checkpoint():
-        policy.restore(checkpoint.path)
+    first_step = ctx.resume()
+    if first_step:
         sync_weights(ctx)
-        first_step = checkpoint.step
     unfinished = unfinished_rollouts(ctx)
     take_back(trained, unfinished, first_step)
-    for step, values in enumerate(ctx.track.begin(run.name, settings.steps, first_step)):
+    history = ctx.track.begin(run.name, settings.steps, first_step)
+    for step, values in enumerate(history):
         stop(step, values)
     for step in range(first_step, settings.steps):
         began = time.monotonic()
         problems_P = draw(problems, settings.problems_per_step, step, ctx.seed)
-        rollouts = roll_out(
-            ctx,
-            problems_P,
-            settings.completions_per_problem,
-            run.sampling,
-            run.rules,
-            run.name,
-            unfinished,
-            step,
-        )
+        rollouts = roll_out(ctx, run.draws, problems_P, unfinished, step)
         sampled = time.monotonic()
         rewards = [rollout.reward for rollout in rollouts]
-        check_masked(rewards, run.max_masked_fraction, f"{run.name}, step {step}")
-        RowFile(trained.rollouts_file).append(rollouts)
+        # First where they stay, then out of the unfinished: an interruption between the two loses none.
+        append_jsonl(trained.rollouts_file, rollouts)
         unfinished.drop(map(rollout_key, rollouts))
-        metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, settings, rollouts)
+        metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, run, rollouts)
         sync_weights(ctx)
         metrics |= step_times(rollouts, began, sampled)
         ctx.track.log(step, metrics)
-        num_done = step + 1
-        stopping = stop(step, metrics)
-        if stopping:
+        history.append(metrics)
+        check_progress(run, step, history, rollouts)
+        if stop(step, metrics):
             break
-        if num_done % settings.checkpoint_every == 0 and num_done < settings.steps:
-            with ctx.place.checkpoint(num_done) as directory:
-                policy.save(directory)
+        ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
     policy.export(trained.model)
 
@@ -123,48 +112,127 @@ def sync_weights(ctx: Context) -> None:
     ctx.fleet.rollout.update_weights([reference], version)
 
 
-def update(ctx: Context, settings: GrpoConfig, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """`settings.updates_per_step` optimizer steps on one batch of rollouts.
 
-    The behaviour policy's log-probabilities are the rollout engine's own: the importance ratio then also
-    corrects what differs between the engines. Masked rows take no part; rows without advantage take part only
-    where a KL term pulls on them.
+    Masked rows take no part; rows without advantage take part only where a KL term pulls on them, but always
+    count in the mean. `no_signal` is 1 where no group's rewards differ, `no_update` where nothing was left to
+    train on.
     """
-    rewards_PG = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
-    groups_PG = rewards_PG.reshape(-1, settings.completions_per_problem)
-    advantages = group_advantages(groups_PG, settings.normalise_by_std).reshape(-1).tolist()
-    rows = [
+    settings, policy = run.settings, ctx.fleet.policy
+    advantages = advantages_of(run, rollouts)
+    no_signal = float(not any(advantages))
+    unmasked = [
         (rollout, advantage)
         for rollout, advantage in zip(rollouts, advantages, strict=True)
-        if not rollout.reward.masked and (advantage != 0 or settings.kl_coefficient)
+        if not rollout.reward.masked
     ]
-    if not rows:
-        return {"no_update": 1.0}
-    prompts = {rollout.problem.id: rollout.problem for rollout, _ in rows}
-    prompt_ids = {identity: ctx.prompts.encode(problem) for identity, problem in prompts.items()}
+    if no_signal and not (settings.kl_coefficient and unmasked):
+        policy.pass_step()
+        return {"no_signal": no_signal, "no_update": 1.0}
+    rows = [row for row in unmasked if row[1] != 0 or settings.kl_coefficient]
+    # The loss is a mean over all unmasked rows: those left out would add nothing to its sum.
+    share = mean_weight(rows, settings.ratio) / mean_weight(unmasked, settings.ratio)
+    batch = training_batch(ctx, settings, [(rollout, advantage * share) for rollout, advantage in rows])
+    objective = grpo_objective(settings)
+    metrics: dict[str, float] = {}
+    num_skipped = 0.0
+    for number in range(settings.updates_per_step):
+        last = number == settings.updates_per_step - 1
+        metrics = policy.train_step(batch, objective, end_of_step=last)
+        num_skipped += metrics["update_skipped"]
+    return {**metrics, "no_signal": no_signal, "no_update": 0.0, "update_skipped": num_skipped}
+
+
+def advantages_of(run: GrpoRun, rollouts: Sequence[Rollout]) -> list[float]:
+    """Of every rollout, 0 where it is masked."""
+    settings = run.settings
+    # NaN stands for a masked reward, which `group_advantages` leaves out of its group.
+    rewards = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
+    if settings.overlong_tokens:
+        lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+        rewards += overlong_penalties(lengths, run.max_new_tokens, settings.overlong_tokens)
+    rewards_PG = rewards.reshape(-1, settings.completions_per_problem)
+    return group_advantages(rewards_PG, settings.advantage).reshape(-1).tolist()
+
+
+def mean_weight(rows: Sequence[tuple[Rollout, float]], ratio: RatioLevel) -> int:
+    """What the loss divides by: tokens, or rows where a ratio is a row's."""
+    if ratio is RatioLevel.sequence:
+        return len(rows)
+    return sum(len(rollout.completion.token_ids) for rollout, _ in rows)
+
+
+def training_batch(ctx: Context, settings: GrpoConfig, rows: Sequence[tuple[Rollout, float]]) -> Batch:
+    """Rollouts with their advantages as the policy takes them.
+
+    The old policy's log-probabilities are the rollout engine's own: the importance ratio then also corrects
+    what differs between the two. They are the policy's where it is to be corrected with a bound
+    (`importance_cap`), and at a temperature other than 1, at which the engine does not give them.
+    """
+    policy, temperature = ctx.fleet.policy, settings.temperature
+    problems = {rollout.problem.id: rollout.problem for rollout, _ in rows}
+    prompt_ids = {identity: ctx.prompts.encode(problem) for identity, problem in problems.items()}
     batch = Batch(
         prompt_ids=[prompt_ids[rollout.problem.id] for rollout, _ in rows],
         completion_ids=[rollout.completion.token_ids for rollout, _ in rows],
-        token_values={"old_log_probs": [rollout.completion.log_probs for rollout, _ in rows]},
         row_values={"advantages": [advantage for _, advantage in rows]},
     )
+    engine_log_probs = [np.asarray(rollout.completion.log_probs, np.float32) for rollout, _ in rows]
+    old_log_probs = engine_log_probs
+    if settings.importance_cap or temperature != 1:
+        old_log_probs = policy.log_probs(batch, temperature)
+    if settings.importance_cap:
+        pairs = zip(old_log_probs, engine_log_probs, strict=True)
+        ratios = [np.exp(old - engine) for old, engine in pairs]
+        batch.token_values["importance"] = [np.minimum(ratio, settings.importance_cap) for ratio in ratios]
+    batch.token_values["old_log_probs"] = old_log_probs
     if settings.kl_coefficient:
-        batch.token_values["ref_log_probs"] = ctx.fleet.policy.reference_log_probs(batch)
-    objective = GrpoObjective(settings.clip_low, settings.clip_high, settings.kl_coefficient)
-    metrics: dict[str, float] = {}
-    for _ in range(settings.updates_per_step):
-        metrics = ctx.fleet.policy.train_step(batch, objective)
-    return {"no_update": 0.0, **metrics}
+        batch.token_values["ref_log_probs"] = policy.reference_log_probs(batch, temperature)
+    return batch
+
+
+def grpo_objective(settings: GrpoConfig) -> Objective:
+    bounds = settings.clip_low, settings.clip_high, settings.kl_coefficient
+    if settings.ratio is RatioLevel.sequence:
+        return GspoObjective(*bounds, settings.temperature)
+    return GrpoObjective(*bounds, settings.dual_clip, settings.temperature)
+
+
+def check_progress(
+    run: GrpoRun, step: int, history: Sequence[Mapping[str, float | None]], rollouts: Sequence[Rollout]
+) -> None:
+    """Raises UserError with the cause where the loop trains on nothing: too many updates without a finite
+    gradient, or too many steps in a row whose rewards do not differ."""
+    settings = run.settings
+    num_skipped = sum(metrics.get("update_skipped") or 0 for metrics in history)
+    if num_skipped > settings.max_skipped_updates:
+        raise UserError(
+            f"{run.name}: the gradient of step {step} is not finite ({num_skipped:g} updates skipped so "
+            f"far): lower {run.name}.optimizer.learning_rate, or allow {run.name}.max_skipped_updates"
+        )
+    patience = settings.max_steps_without_signal
+    last = history[-patience:] if patience else []
+    if len(last) == patience > 0 and all(metrics.get("no_signal") for metrics in last):
+        raise UserError(
+            f"{run.name}: in {patience} steps in a row no two completions of a problem had different rewards "
+            f"({verdict_shares(rollouts)}): give problems that the model solves sometimes, check that "
+            f"data.reasoning and data.prompt fit it, or raise {run.name}.max_steps_without_signal"
+        )
+
+
+def verdict_shares(rollouts: Sequence[Rollout]) -> str:
+    """What the completions of the last step are, in words."""
+    counts = Counter(r.reward.verdict.value if r.reward.format_ok else "malformed" for r in rollouts)
+    return ", ".join(f"{count / len(rollouts):.0%} {name}" for name, count in counts.most_common())
 
 
 def masked_counts(rewards: Sequence[Reward]) -> dict[str, float]:
     """Masked completions by term and cause, as flat metrics."""
-    report = mask_report(rewards)
-    return {
-        f"masked/{term}/{cause}": float(count)
-        for term, causes in report.items()
-        for cause, count in causes.items()
-    }
+    counts: dict[str, float] = {}
+    for term, causes in mask_report(rewards).items():
+        counts |= {f"masked/{term}/{cause}": float(count) for cause, count in causes.items()}
+    return counts
 
 
 def step_times(rollouts: Sequence[Rollout], began: float, sampled: float) -> dict[str, float]:

@@ -4,14 +4,12 @@ A source adds the stages it needs to the plan and returns the artefact with the 
 and what follows are the same for all of them, so that two sources compare.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from pns.algo.negatives import filter_negatives
 from pns.config import Config, GeneratorStart
 from pns.run.stage import ModelFiles, Plan, stage
-from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
+from pns.stages.artefacts import AnyModel, Negatives, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems, World
 from pns.stages.reverse_rl import reverse_rl
 from pns.stages.synthesize import (
@@ -29,7 +27,7 @@ def plausible(
     run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels
 ) -> Negatives:
     """A generator trained by reverse RL, and what it writes."""
-    start: TrainedModel | ModelFiles = target
+    start: AnyModel = target
     if config.reverse_rl.start is GeneratorStart.backbone:
         start = world.backbone
     elif config.reverse_rl.start is GeneratorStart.path:

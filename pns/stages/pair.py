@@ -1,7 +1,5 @@
 """Preference pairs: chosen = the target's own verified-correct solution, rejected = a negative."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +16,7 @@ from pns.records import Completion, PreferencePair, Problem, Rollout, Verdict
 from pns.run.stage import stage
 from pns.stages.artefacts import Negatives, Pairs, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
-from pns.stages.scoring import by_problem, by_verdict, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, by_problem, by_verdict, roll_out
 from workers.rollout.engine import Sampling
 
 Completions = Mapping[str, list[Completion]]  # problem id -> its completions, the preferred ones first
@@ -29,11 +27,13 @@ class PairSettings:
     pair: PairStage
     source: str  # of the negatives
     max_new_tokens: int
+    max_masked_fraction: float
     deadline_seconds: float
 
 
 def pair_settings(config: Config) -> PairSettings:
-    limits = config.rollout.max_new_tokens, config.reward.deadline_seconds
+    reward = config.reward
+    limits = config.rollout.max_new_tokens, reward.max_masked_fraction, reward.deadline_seconds
     return PairSettings(config.pair, config.negatives, *limits)
 
 
@@ -49,13 +49,10 @@ def pair(
     """Pairs of the target's right completions and `negatives`, scored, with the quality of the negatives."""
     artefact, own = Pairs(ctx.directory), settings.pair
     ctx.track.begin("pair", 1, 0)
-    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
-    rejected = negatives.negatives()
+    fitting, rejected = ctx.fitting(problems), negatives.negatives()
     sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
-    unfinished = unfinished_rollouts(ctx)
-    rollouts = roll_out(
-        ctx, fitting, own.samples_per_problem, sampling, None, "pair", unfinished, model=target.model
-    )
+    draws = Draws("pair", own.samples_per_problem, sampling, settings.max_masked_fraction)
+    rollouts = roll_out(ctx, draws, fitting, model=target.model)
     write_jsonl(artefact.rollouts_file, rollouts)
     pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected)
     if not pairs:
@@ -72,7 +69,7 @@ def pair(
     write_json(artefact.quality_file, {"counts": counts, **quality})
     ctx.track.log(0, {"pairs": float(len(pairs))})
     ctx.track.end()
-    ctx.place.count(samples=len(rollouts), prompts_too_long=num_too_long, **counts)
+    ctx.place.count(samples=len(rollouts), **counts)
     return artefact
 
 

@@ -1,7 +1,5 @@
 """Preference optimisation on the pairs, with the loss of `preference.loss`, over verl's FSDP worker."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,8 @@ from pns.errors import UserError
 from pns.files import write_json
 from pns.preference_losses import PREFERENCE_LOSSES
 from pns.run.reference_cache import reference_log_probs
-from pns.run.stage import ModelFiles, stage
-from pns.stages.artefacts import Pairs, PreferenceTrained, TrainedModel
+from pns.run.stage import stage
+from pns.stages.artefacts import AnyModel, Pairs, PreferenceTrained
 from pns.stages.context import Context, Problems, draw
 from workers.checkpoints import local_directory
 from workers.training.batching import Batch
@@ -45,7 +43,7 @@ def preference_settings(config: Config) -> PreferenceSettings:
 def preference(
     ctx: Context,
     settings: PreferenceSettings,
-    start: TrainedModel | ModelFiles,
+    start: AnyModel,
     own_pairs: Pairs | None,
     problems: Problems,
     benchmarks: Problems | None,
@@ -88,14 +86,9 @@ def optimise(
 ) -> None:
     """The stage's steps, from its last complete checkpoint on."""
     policy = ctx.fleet.policy
-    first_step = 0
-    if checkpoint := ctx.place.latest_checkpoint():
-        policy.restore(checkpoint.path)
-        first_step = checkpoint.step
+    first_step = ctx.resume()
     parameters, warned = hyper_parameters(settings), ""
-    history: list[Mapping[str, float | None]] = list(
-        ctx.track.begin("preference", settings.steps, first_step)
-    )
+    history = ctx.track.begin("preference", settings.steps, first_step)
     for step in range(first_step, settings.steps):
         indices = draw(range(len(pairs)), settings.pairs_per_step, step, ctx.seed)
         kl = 0.0
@@ -112,10 +105,7 @@ def optimise(
             stop_after_skipped(ctx, settings, step, history, [pairs[i] for i in indices])
         if not warned and (warned := chosen_falls(history)):
             ctx.track.note(f"preference: {warned}; preference.loss=rpo keeps them up")
-        num_done = step + 1
-        if num_done % settings.checkpoint_every == 0 and num_done < settings.steps:
-            with ctx.place.checkpoint(num_done) as directory:
-                policy.save(directory)
+        ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
 
 

@@ -1,7 +1,5 @@
 """Reverse RL: the generator learns to write solutions that look right and end wrong (arXiv 2602.03516)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +10,11 @@ from pns.config import Config, ReverseRl, RewardConfig
 from pns.data.checker import Checker
 from pns.files import read_json, write_json
 from pns.records import Problem, Rollout, Verdict
-from pns.run.stage import ModelFiles, stage
+from pns.run.stage import stage
 from pns.stages import grpo
-from pns.stages.artefacts import Generator, RewardModels, TrainedModel
+from pns.stages.artefacts import AnyModel, Generator, RewardModels
 from pns.stages.context import Context, Problems
-from pns.stages.scoring import by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
 from workers.rollout.engine import Sampling
 
 
@@ -43,7 +41,7 @@ def reverse_rl_settings(config: Config) -> ReverseRlSettings:
 def reverse_rl(
     ctx: Context,
     settings: ReverseRlSettings,
-    start: TrainedModel | ModelFiles,
+    start: AnyModel,
     rewards: RewardModels,
     train: Problems,
     measured: Problems,
@@ -52,13 +50,11 @@ def reverse_rl(
     others."""
     generator = Generator(ctx.directory)
     load_terms(ctx, settings.rules, rewards.main)
-    fitting, num_too_long = ctx.prompts.fitting(list(train.problems))
+    fitting, rules = ctx.fitting(train), settings.rules
     if not generator.before_file.exists():
         write_json(generator.before_file, measure_generator(ctx, settings, start.model, measured, "before"))
-    rules = settings.rules
-    run = grpo.GrpoRun(
-        "reverse_rl", settings.reverse_rl, settings.max_new_tokens, rules.max_masked_fraction, rules
-    )
+    limits = settings.max_new_tokens, rules.max_masked_fraction
+    run = grpo.GrpoRun("reverse_rl", settings.reverse_rl, *limits, rules)
 
     def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
         return degeneration(rollouts) | checked_figures(rollouts, train.checker)
@@ -66,7 +62,6 @@ def reverse_rl(
     grpo.train(ctx, run, generator, start.model, fitting, describe, PlausibilityStop(settings.reverse_rl))
     after = measure_generator(ctx, settings, generator.model, measured, "after")
     write_json(generator.figures_file, {"before": read_json(generator.before_file), "after": after})
-    ctx.place.count(prompts_too_long=num_too_long)
     return generator
 
 
@@ -82,7 +77,7 @@ class PlausibilityStop:
         settings = self._settings
         wrong_rate, format_rate = metrics.get("wrong_rate") or 0.0, metrics.get("format_rate") or 0.0
         watched = metrics.get(f"{settings.stop_term}_mean") or 0.0
-        if wrong_rate >= settings.max_hold_wrong_rate:
+        if settings.max_hold_wrong_rate < 1 and wrong_rate >= settings.max_hold_wrong_rate:
             return True
         reached = wrong_rate >= settings.stop_wrong_rate and format_rate >= settings.stop_format_rate
         if not reached or not settings.stop_patience:
@@ -98,11 +93,12 @@ def measure_generator(
     ctx: Context, settings: ReverseRlSettings, model: str, problems: Problems, name: str
 ) -> dict[str, float]:
     """The generator's rates and scores on `measured_samples` completions of `problems`, taken in turn."""
-    fitting, _ = ctx.prompts.fitting(list(problems.problems))
+    fitting, _ = ctx.prompts.fitting(problems.problems)
     in_turn: list[Problem] = [fitting[i % len(fitting)] for i in range(settings.measured_samples)]
     unfinished = unfinished_rollouts(ctx, name)
     sampling = Sampling(settings.measured_temperature, 1.0, settings.max_new_tokens)
-    rollouts = roll_out(ctx, in_turn, 1, sampling, settings.rules, "generator", unfinished, model=model)
+    draws = Draws("generator", 1, sampling, settings.rules.max_masked_fraction, settings.rules)
+    rollouts = roll_out(ctx, draws, in_turn, unfinished, model=model)
     figures = degeneration(rollouts) | checked_figures(rollouts, problems.checker)
     unfinished.drop(list(unfinished.rows))
     return {**figures, "num_completions": float(len(rollouts))}

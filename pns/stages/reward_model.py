@@ -1,8 +1,6 @@
 """The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of
 the RL-trained backbone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +13,10 @@ from pns.config import Config, RewardModelStage
 from pns.errors import UserError
 from pns.files import read_json, write_json, write_jsonl
 from pns.records import PreferencePair, Problem, Rollout, Verdict
-from pns.run.stage import ModelFiles, stage
-from pns.stages.artefacts import RewardModels, TrainedModel
+from pns.run.stage import stage
+from pns.stages.artefacts import AnyModel, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems, draw
-from pns.stages.scoring import by_problem, by_verdict, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, by_problem, by_verdict, roll_out
 from pns.stages.stream import stable_seed
 from workers.rollout.engine import Sampling
 from workers.training.batching import Batch
@@ -29,27 +27,28 @@ from workers.training.objectives import BradleyTerryObjective
 class RewardModelSettings:
     reward_model: RewardModelStage
     max_new_tokens: int
+    max_masked_fraction: float
 
 
 def reward_model_settings(config: Config) -> RewardModelSettings:
-    return RewardModelSettings(config.reward_model, config.rollout.max_new_tokens)
+    limits = config.rollout.max_new_tokens, config.reward.max_masked_fraction
+    return RewardModelSettings(config.reward_model, *limits)
 
 
 @stage(RewardModels, reward_model_settings, lambda settings: ("rollout", "verifier", "policy"))
 def reward_model(
-    ctx: Context,
-    settings: RewardModelSettings,
-    target: TrainedModel,
-    initial: TrainedModel | ModelFiles,
-    problems: Problems,
+    ctx: Context, settings: RewardModelSettings, target: TrainedModel, initial: AnyModel, problems: Problems
 ) -> RewardModels:
     """Both reward models, from `initial`, on pairs that `target` sampled for `problems` and while it was
     trained."""
     models = RewardModels(ctx.directory)
-    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
-    rollouts = sample_rollouts(ctx, settings, target, models, fitting)
-    rollouts += last_rollouts(target, settings.reward_model.rl_steps)
-    pairs = right_wrong_pairs(rollouts, settings.reward_model.max_length_ratio)
+    fitting, own = ctx.fitting(problems), settings.reward_model
+    sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
+    draws = Draws("reward_model", own.samples_per_problem, sampling, settings.max_masked_fraction)
+    rollouts = roll_out(ctx, draws, fitting, model=target.model)
+    write_jsonl(models.rollouts_file, rollouts)
+    rollouts += last_rollouts(target, own.rl_steps)
+    pairs = right_wrong_pairs(rollouts, own.max_length_ratio)
     write_jsonl(models.pairs_file, pairs)
     prompts = {rollout.problem.id: rollout.problem for rollout in rollouts}
     # The two models see disjoint problems: the held-out one measures what the other may have been hacked by.
@@ -61,32 +60,11 @@ def reward_model(
         quality_file = models.quality_file(name)
         if not quality_file.exists():
             own_pairs = [pair for pair in pairs if pair.problem_id in halves[name]]
-            write_json(
-                quality_file, train_one(ctx, settings.reward_model, models, name, initial, own_pairs, prompts)
-            )
+            write_json(quality_file, train_one(ctx, own, models, name, initial, own_pairs, prompts))
         quality[name] = read_json(quality_file)
     write_json(models.all_quality_file, quality)
-    num_samples = len(fitting) * settings.reward_model.samples_per_problem
-    ctx.place.count(pairs=len(pairs), prompts_too_long=num_too_long, samples=num_samples)
+    ctx.place.count(pairs=len(pairs), samples=len(fitting) * own.samples_per_problem)
     return models
-
-
-def sample_rollouts(
-    ctx: Context,
-    settings: RewardModelSettings,
-    target: TrainedModel,
-    models: RewardModels,
-    problems: list[Problem],
-) -> list[Rollout]:
-    """Fresh completions of the target, kept."""
-    own = settings.reward_model
-    sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
-    unfinished = unfinished_rollouts(ctx)
-    rollouts = roll_out(
-        ctx, problems, own.samples_per_problem, sampling, None, "reward_model", unfinished, model=target.model
-    )
-    write_jsonl(models.rollouts_file, rollouts)
-    return rollouts
 
 
 def last_rollouts(target: TrainedModel, num_steps: int) -> list[Rollout]:
@@ -118,14 +96,16 @@ def train_one(
     settings: RewardModelStage,
     models: RewardModels,
     name: str,
-    initial: TrainedModel | ModelFiles,
+    initial: AnyModel,
     pairs: list[PreferencePair],
     prompts: Mapping[str, Problem],
 ) -> dict[str, float]:
     """Train one reward model, export it, and return its quality on the held-out problems."""
     seed = stable_seed(ctx.seed, name)
     ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
-    held_out_ids = set(ids[: round(len(ids) * settings.held_out_fraction)])
+    # Drawn, not the first: files are often sorted by difficulty, and problems of rl stand at the end.
+    order = np.random.default_rng(seed).permutation(len(ids))
+    held_out_ids = {ids[i] for i in order[: round(len(ids) * settings.held_out_fraction)]}
     held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
     training = [pair for pair in pairs if pair.problem_id not in held_out_ids]
     if not training:
@@ -150,10 +130,13 @@ def train_one(
 def pairwise_quality(scores_B2: np.ndarray) -> dict[str, float]:
     """How well scores (pairs, 2) of chosen and rejected sides tell them apart."""
     chosen_B, rejected_B = scores_B2[:, 0], scores_B2[:, 1]
-    probabilities_B = np.array([sigmoid(margin) for margin in chosen_B - rejected_B])
+    # Both orders of every pair: with the right side always first, a perfect model would look miscalibrated.
+    margins = np.concatenate([chosen_B - rejected_B, rejected_B - chosen_B])
+    probabilities = np.array([sigmoid(margin) for margin in margins])
+    first_is_right = np.repeat([1.0, 0.0], len(chosen_B))
     return {
         "pairwise_accuracy": float((chosen_B > rejected_B).mean()),
-        "calibration_error": expected_calibration_error(probabilities_B, np.ones(len(probabilities_B))),
+        "calibration_error": expected_calibration_error(probabilities, first_is_right),
         "chosen_mean": float(chosen_B.mean()),
         "rejected_mean": float(rejected_B.mean()),
     }

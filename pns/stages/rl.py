@@ -1,8 +1,6 @@
 """RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it
 starts from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pns.config import Config, GrpoConfig
@@ -27,8 +25,6 @@ def rl_settings(config: Config) -> RlSettings:
 def rl(ctx: Context, settings: RlSettings, backbone: ModelFiles, problems: Problems) -> TrainedModel:
     """The target: `backbone` trained on what it gets right and wrong."""
     trained = TrainedModel(ctx.directory)
-    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
     run = grpo.GrpoRun("rl", settings.grpo, settings.max_new_tokens, settings.max_masked_fraction)
-    grpo.train(ctx, run, trained, backbone.model, fitting, grpo.accuracy, stop=lambda step, metrics: False)
-    ctx.place.count(prompts_too_long=num_too_long)
+    grpo.train(ctx, run, trained, backbone.model, ctx.fitting(problems), grpo.accuracy)
     return trained

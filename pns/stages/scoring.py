@@ -1,17 +1,16 @@
 """Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks
 for."""
 
-from __future__ import annotations
-
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pns.algo.formatting import check_format
-from pns.algo.reward import KINDS, VERDICT, compose, correctness, needed
+from pns.algo.reward import KINDS, ROLLOUT, VERDICT, check_failures, compose, correctness, needed
 from pns.config import Config, Pool, RewardConfig, TermKind
-from pns.records import Completion, Problem, Rollout, Verdict
+from pns.records import Completion, Problem, Reward, Rollout, Verdict
 from pns.run.place import UNFINISHED
 from pns.stages.context import Context
 from pns.stages.stream import Ask, Unfinished, stable_seed, stream
@@ -53,15 +52,20 @@ class RewardScorer:
         keys, answers = [], []
         for ask, sample in samples:
             text = self._prompts.decode(sample.token_ids)
+            failure = sample_failure(sample)
             completion = Completion(
                 f"{ask.problem.id}#{ask.sample}",
                 ask.problem.id,
                 text,
                 sample.token_ids,
-                sample.log_probs,
+                () if failure else sample.log_probs,
                 sample.finish_reason,
                 sample.weights_version,
             )
+            if failure:
+                reward = Reward(None, False, Verdict.UNVERIFIED, missing={ROLLOUT: failure})
+                self._whole.append((ask.key, Rollout(self._step, ask.problem, completion, reward)))
+                continue
             format_ok = check_format(text, sample.finish_reason, self._prompts.reasoning_block).ok
             self._under_way[ask.key] = _UnderWay(ask, completion, format_ok)
             if format_ok:
@@ -148,6 +152,13 @@ class RewardScorer:
         self._whole.append((key, Rollout(self._step, scored.ask.problem, scored.completion, reward)))
 
 
+def sample_failure(sample: Sample) -> str:
+    """Why a sample is the engine's failure, and not a completion; empty where it is one."""
+    if sample.finish_reason not in ("stop", "length"):
+        return sample.finish_reason or "no_finish_reason"
+    return "" if all(map(math.isfinite, sample.log_probs)) else "log_probs_not_finite"
+
+
 def rollout_key(rollout: Rollout) -> str:
     return f"{rollout.step}/{rollout.completion.id}"
 
@@ -157,31 +168,42 @@ def unfinished_rollouts(ctx: Context, name: str = "rollouts") -> Unfinished[Roll
     return Unfinished(ctx.directory / f"{name}{UNFINISHED}", Rollout, rollout_key)
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How many completions are drawn of every problem and how, and what rewards them: the composite reward of
+    `rules`, or (None) the ordinary one. Seeds depend on `name`. `max_masked_fraction`: see
+    `pns.algo.reward.check_failures`."""
+
+    name: str
+    num_completions: int
+    sampling: Sampling
+    max_masked_fraction: float
+    rules: RewardConfig | None = None
+
+
 def roll_out(
     ctx: Context,
+    draws: Draws,
     problems_P: Sequence[Problem],
-    num_completions: int,
-    sampling: Sampling,
-    rules: RewardConfig | None,
-    seed_name: str,
-    unfinished: Unfinished[Rollout],
+    unfinished: Unfinished[Rollout] | None = None,
     step: int = 0,
     model: str | None = None,
 ) -> list[Rollout]:
-    """Sample and score `num_completions` completions of every problem; rows in order, problem by problem.
-
-    `rules`: of the composite reward; None: the ordinary one. Seeds depend on `seed_name` and `step`. A
-    completion that lacks a term it needs is masked (`reward.value` None) with the cause. `model`: see
-    `stream`.
-    """
+    """Sample and score; rows in order, problem by problem. A completion that lacks a term it needs is masked
+    (`reward.value` None) with the cause. `unfinished` (None: the stage's own), `model`: see `stream`. Raises
+    TooManyMaskedError where a term failed for too many; the others are kept."""
     asks = []
     for p, problem in enumerate(problems_P):
-        for g in range(num_completions):
-            row = p * num_completions + g
-            seed = stable_seed(ctx.seed, seed_name, step, problem.id, p, g)
-            asks.append(Ask(f"{step}/{problem.id}#{row}", problem, row, seed, sampling))
-    scorer = RewardScorer(ctx, rules, step)
-    return stream(ctx, asks, scorer, unfinished, lambda rollout: not rollout.reward.masked, model)
+        for g in range(draws.num_completions):
+            # The row's number, not g: one problem may be drawn twice in a step.
+            row = p * draws.num_completions + g
+            seed = stable_seed(ctx.seed, draws.name, step, problem.id, p, g)
+            asks.append(Ask(f"{step}/{problem.id}#{row}", problem, row, seed, draws.sampling))
+    scorer, rows = RewardScorer(ctx, draws.rules, step), unfinished or unfinished_rollouts(ctx)
+    rollouts = stream(ctx, asks, scorer, rows, lambda rollout: not rollout.reward.masked, model)
+    rewards = [rollout.reward for rollout in rollouts]
+    check_failures(rewards, draws.max_masked_fraction, f"{draws.name}, step {step}")
+    return rollouts
 
 
 def load_terms(ctx: Context, rules: RewardConfig, own_reward_model: str) -> None:

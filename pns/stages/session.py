@@ -1,7 +1,5 @@
 """A session: cluster, actors and tracker for as long as steps of a plan are made."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

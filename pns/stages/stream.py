@@ -3,8 +3,6 @@ scorer turns each into a row, and a row is on disk as soon as it is whole. What 
 asked again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from pns.files import RowFile, cut_rows, read_jsonl
+from pns.files import append_jsonl, cut_rows, read_jsonl
 from pns.records import Problem, from_json
 from pns.stages.context import Context
 from workers.rollout.engine import Request, Sample, Sampling
@@ -63,7 +61,7 @@ class Unfinished(Generic[Row]):
     def add(self, rows: Iterable[Row]) -> None:
         by_key = {self._key(row): row for row in rows}
         if by_key:
-            RowFile(self._path).append(by_key.values())
+            append_jsonl(self._path, by_key.values())
             self.rows |= by_key
 
     def drop(self, keys: Iterable[str]) -> None:

@@ -1,8 +1,6 @@
 """Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they
 are wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +13,7 @@ from pns.records import Rollout
 from pns.run.stage import stage
 from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
-from pns.stages.scoring import load_terms, reward_rules, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, load_terms, reward_rules, roll_out
 from workers.rollout.engine import Sampling
 
 
@@ -43,9 +41,8 @@ def synthesize(
     rollouts = sample_negatives(ctx, settings, generator.model, problems, settings.rules)
     own = settings.synthesize
     kept, counts = filter_negatives(rollouts, own.min_quantile, own.quantile_term, own.drop_box_only_flips)
-    return write_negatives(
-        ctx, rollouts, kept, counts, "train the generator longer or sample more per problem"
-    )
+    way_out = "train the generator longer or sample more per problem"
+    return write_negatives(ctx, rollouts, kept, counts, way_out)
 
 
 def sample_negatives(
@@ -53,14 +50,10 @@ def sample_negatives(
 ) -> list[Rollout]:
     """Completions of `model` for the problems that fit; with the ordinary reward where `rules` is None."""
     own = settings.synthesize
-    fitting, num_too_long = ctx.prompts.fitting(list(problems.problems))
     ctx.track.begin("synthesize", 1, 0)
-    ctx.place.count(prompts_too_long=num_too_long)
     sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
-    unfinished = unfinished_rollouts(ctx)
-    return roll_out(
-        ctx, fitting, own.samples_per_problem, sampling, rules, "synthesize", unfinished, model=model
-    )
+    draws = Draws("synthesize", own.samples_per_problem, sampling, settings.rules.max_masked_fraction, rules)
+    return roll_out(ctx, draws, ctx.fitting(problems), model=model)
 
 
 def write_negatives(

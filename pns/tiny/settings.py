@@ -1,7 +1,5 @@
 """What `pns tiny make` is told: the keys of a supervised start on the tiny world."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 

@@ -1,7 +1,5 @@
 """The tiny world's word-level tokenizer: words carry their spaces, so joining tokens gives the exact text."""
 
-from __future__ import annotations
-
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,6 @@
 """Supervised training on the tiny world (`pns tiny make`): a backbone that solves problems, or the judge that
 grades solutions by the checker's rubric."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 from pns.algo.judging import Scores, Template, make_nonce, render_tiny, rubric_score
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Problem, from_json
-from pns.run.stage import Stage
+from pns.run.stage import OutputFile, Stage
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
 from pns.stages.stream import stable_seed
@@ -39,13 +37,11 @@ Candidate = tuple[Problem, str]  # a problem and the text of a solution
 class WarmStarted(TrainedModel):
     """A model of the tiny world, what it was made from, and how well a judge agrees with the checker."""
 
+    quality_file = OutputFile("quality.json")
+
     @property
     def untrained(self) -> str:
         return str(self.directory / "untrained")
-
-    @property
-    def quality_file(self) -> Path:
-        return self.directory / "quality.json"
 
     def samples_file(self, split: str) -> Path:
         return self.directory / f"samples-{split}.jsonl"
@@ -66,18 +62,12 @@ def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
     if not judges:
         save_untrained(settings, ctx.seed, initial)
     policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.seed)
-    first_step = 0
-    if checkpoint := ctx.place.latest_checkpoint():
-        policy.restore(checkpoint.path)
-        first_step = checkpoint.step
+    first_step = ctx.resume()
     ctx.track.begin("warm_start", settings.steps, first_step)
     for step in range(first_step, settings.steps):
         batch = make_batch(ctx, settings, sampled, step)
         ctx.track.log(step, policy.train_step(batch, SftObjective()))
-        num_done = step + 1
-        if num_done % settings.checkpoint_every == 0 and num_done < settings.steps:
-            with ctx.place.checkpoint(num_done) as directory:
-                policy.save(directory)
+        ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
     policy.export(made.model)
     if judges:

@@ -19,8 +19,6 @@ so that a wrong step can be told by its numbers. Splits are disjoint: the split 
 expression tree, which renaming, shuffling and distractors leave unchanged.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

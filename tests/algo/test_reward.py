@@ -7,20 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pns.algo.advantages import group_advantages
+from pns.algo.advantages import group_advantages, overlong_penalties
 from pns.algo.formatting import check_format
 from pns.algo.reward import (
     KINDS,
     TooManyMaskedError,
-    check_masked,
+    check_failures,
     compose,
     correctness,
     mask_report,
-    masked_fraction,
     needed,
     weighted_terms,
 )
-from pns.config import RewardConfig, RewardTerm, TermKind
+from pns.config import Advantage, RewardConfig, RewardTerm, TermKind
 from pns.records import Completion, Problem, Reward, Verdict
 
 GATED = RewardConfig()
@@ -193,17 +192,48 @@ def test_masked_completions_are_counted_by_term_and_cause() -> None:
         "plausibility": {"deadline": 1},
         "verdict": {"timeout": 2},
     }
-    assert masked_fraction(rewards) == 0.6  # 3 of 5
-    assert masked_fraction([]) == 0.0
-    check_masked(rewards, 0.6, "reverse_rl step 3")  # the bound itself is allowed
-    with pytest.raises(TooManyMaskedError, match=r"reverse_rl step 3: 3 of 5 .*60%.*50%.*2 x timeout"):
-        check_masked(rewards, 0.5, "reverse_rl step 3")
+    check_failures(rewards, 0.5, "reverse_rl, step 3")  # 2 of 4 verdicts: the bound itself is allowed
+    with pytest.raises(
+        TooManyMaskedError, match=r"reverse_rl, step 3: verdict failed for 2 of the 4 .*50%.*40%.*2 x timeout"
+    ):
+        check_failures(rewards, 0.4, "reverse_rl, step 3")
+
+
+def failing_judge(num_asked: int, num_failed: int) -> list[Reward]:
+    missing = {"coherence": "deadline"}
+    failed = [Reward(None, True, Verdict.WRONG, {"plausibility": 0.5}, missing)] * num_failed
+    terms = {"plausibility": 0.5, "coherence": 0.5}
+    return failed + [Reward(0.75, True, Verdict.WRONG, terms)] * (num_asked - num_failed)
+
+
+def test_a_service_that_fails_for_all_it_was_asked_stops_a_run_of_right_completions() -> None:
+    right = [Reward(0.0, True, Verdict.CORRECT)] * 80
+    with pytest.raises(TooManyMaskedError, match=r"coherence failed for 20 of the 20 .*20 x deadline"):
+        check_failures(right + failing_judge(20, 20), 0.2, "reverse_rl, step 0")
+    malformed = [Reward(-1.0, False, Verdict.UNVERIFIED)] * 85
+    dead = [Reward(None, True, Verdict.UNVERIFIED, missing={"verdict": "crashed"})] * 15
+    with pytest.raises(TooManyMaskedError, match=r"verdict failed for 15 of the 15"):
+        check_failures(malformed + dead, 0.2, "reverse_rl, step 0")
+
+
+def test_a_share_below_the_bound_and_a_single_failure_go_on() -> None:
+    check_failures(failing_judge(20, 4), 0.2, "")
+    check_failures(failing_judge(1, 1), 0.2, "")
+    check_failures([], 0.2, "")
+    with pytest.raises(TooManyMaskedError, match="12 of the 20"):
+        check_failures(failing_judge(20, 12), 0.2, "")
+
+
+def test_an_engine_that_fails_stops_the_run() -> None:
+    failed = [Reward(None, False, Verdict.UNVERIFIED, missing={"rollout": "abort"})] * 3
+    with pytest.raises(TooManyMaskedError, match=r"rollout failed for 3 of the 10 .*3 x abort"):
+        check_failures(failed + [Reward(1.0, True, Verdict.CORRECT)] * 7, 0.2, "")
 
 
 def test_grpo_advantages_by_hand() -> None:
     # rewards 1, 0, 0, 1: mean 1/2, population std 1/2 -> +-1. Dr. GRPO: +-1/2
     assert group_advantages([[1, 0, 0, 1]]).tolist() == [[1, -1, -1, 1]]
-    assert group_advantages([[1, 0, 0, 1]], normalise_by_std=False).tolist() == [[0.5, -0.5, -0.5, 0.5]]
+    assert group_advantages([[1, 0, 0, 1]], Advantage.dr_grpo).tolist() == [[0.5, -0.5, -0.5, 0.5]]
     # 0, 3, 6: mean 3, variance (9 + 0 + 9) / 3 = 6
     np.testing.assert_allclose(group_advantages([[0, 3, 6]]), [[-3 / math.sqrt(6), 0, 3 / math.sqrt(6)]])
 
@@ -237,3 +267,18 @@ def test_advantages_are_centred_and_scale_free(rewards: list[list[float | None]]
         if row.any():
             members = [row[g] for g in range(4) if group[g] is not None]
             np.testing.assert_allclose(np.square(members).mean(), 1, rtol=1e-6)
+
+
+def test_rloo_and_reinforce_pp_by_hand() -> None:
+    # 0, 3, 6: the others' means are 4.5, 3, 1.5; of two unmasked members each is measured by the other.
+    assert group_advantages([[0, 3, 6]], Advantage.rloo).tolist() == [[-4.5, 0, 4.5]]
+    assert group_advantages([[1, None, 0]], Advantage.rloo).tolist() == [[1, 0, -1]]
+    # centred: -1, 1 and -3, 3, and a group without spread that counts: variance (1 + 1 + 9 + 9) / 6.
+    rewards = [[0, 2], [0, 6], [5, 5]]
+    expected = np.array([[-1, 1], [-3, 3], [0, 0]]) / math.sqrt(20 / 6)
+    np.testing.assert_allclose(group_advantages(rewards, Advantage.reinforce_pp), expected)
+    assert group_advantages([[1, 1]], Advantage.reinforce_pp).tolist() == [[0, 0]]
+
+
+def test_overlong_penalties_by_hand() -> None:
+    assert overlong_penalties([10, 80, 85, 90, 100], 100, 20).tolist() == [0, 0, -0.25, -0.5, -1]

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pns.config import Data
+from pns.algo.formatting import check_format
+from pns.config import Data, ReasoningBlock
 from pns.data.prompts import BOXED, FAMILIES, Prompts, apply_family
 from pns.errors import UserError
 from pns.records import Problem
@@ -110,3 +111,62 @@ def test_wrong_families() -> None:
     assert (data.instruction, data.system_prompt) == ("Think.", "s")
     filled = Data(prompt="qwen")
     assert apply_family(filled, QWEN) == apply_family(filled, QWEN)  # a second time changes nothing
+
+
+QWEN3_TOLD_NOT_TO_THINK = QWEN.replace("assistant\\n' }}", "assistant\\n<think>\\n\\n</think>\\n\\n' }}")
+
+
+def knows_the_tags(template: str | None) -> PreTrainedTokenizerFast:
+    """As Qwen3's and DeepSeek's: the tags are tokens of their own, and no special ones."""
+    made = tokenizer(template)
+    made.add_tokens(["<think>", "</think>"])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("prompts", "block", "prefix"),
+    [
+        (Prompts(tokenizer(QWEN), Data()), False, ""),  # Qwen2.5
+        (Prompts(tokenizer(LLAMA), Data()), False, ""),
+        (Prompts(tokenizer(None), Data(chat_template=False)), False, ""),
+        (Prompts(knows_the_tags(QWEN), Data()), True, ""),  # Qwen3
+        (Prompts(knows_the_tags(QWEN3_TOLD_NOT_TO_THINK), Data()), False, ""),
+        (Prompts(knows_the_tags(DEEPSEEK), Data()), True, "<think>\n"),
+        (Prompts(tokenizer(DEEPSEEK), Data()), True, "<think>\n"),
+        (Prompts(tokenizer(QWEN), Data(assistant_prefix="<think>")), True, "<think>"),
+        (Prompts(tokenizer(DEEPSEEK), Data(assistant_prefix="Well, ")), True, "<think>\nWell, "),
+        (Prompts(tokenizer(QWEN), Data(reasoning=ReasoningBlock.tags)), True, ""),
+        (Prompts(knows_the_tags(QWEN), Data(reasoning=ReasoningBlock.none)), False, ""),
+    ],
+)
+def test_the_reasoning_block_is_read_off_prompt_and_tokenizer(
+    prompts: Prompts, block: bool, prefix: str
+) -> None:
+    assert (prompts.reasoning_block, prompts.prefix) == (block, prefix)
+
+
+def test_an_opening_in_the_prompt_is_part_of_the_completions_text() -> None:
+    prompts = Prompts(knows_the_tags(DEEPSEEK), Data())
+    ids = prompts.tokenizer.encode("1+1=2.</think>So \\boxed{2}", add_special_tokens=False)
+    text = prompts.decode(ids)
+    assert text == "<think>\n1+1=2.</think>So \\boxed{2}"
+    assert check_format(text, "stop", prompts.reasoning_block).ok
+    assert prompts.encode_completion(text) == (*ids, prompts.tokenizer.eos_token_id)
+
+
+def test_the_gate_fits_models_without_a_block() -> None:
+    qwen = (
+        "To find the sum, we add.\n\n1. First, \\(1 + 1 = 2\\).\n\nTherefore, the answer is \\(\\boxed{2}\\)."
+    )
+    llama = "## Step 1: Add\nWe have $1+1=2$.\n\nThe final answer is: $\\boxed{2}$"
+    for text in (qwen, llama):
+        assert check_format(text, "stop", reasoning_block=False).ok
+        assert check_format(text, "stop").reason == "no_reasoning_block"
+    broken = {
+        "not_ended": (qwen, "length"),
+        "no_answer": ("The answer is 2.", "stop"),
+        "several_answers": (qwen + " \\boxed{3}", "stop"),
+        "text_after_answer": (qwen + " I hope it helps.", "stop"),
+    }
+    for reason, (text, finish_reason) in broken.items():
+        assert check_format(text, finish_reason, reasoning_block=False).reason == reason

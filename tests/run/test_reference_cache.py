@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pns.errors import UserError
-from pns.run.reference_cache import ReferenceKey, load, reference_key, save
+from pns.run.reference_cache import ReferenceKey, load_log_probs, reference_key, save_log_probs
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny" / "qwen2"
 PROMPTS = [[5, 6, 7], [5, 6]]
@@ -36,9 +36,9 @@ def key() -> ReferenceKey:
 
 
 def test_what_was_saved_comes_back(tmp_path: Path, key: ReferenceKey) -> None:
-    assert load(tmp_path / "cache", key, LENGTHS) is None
-    save(tmp_path / "cache", key, ROWS)
-    found = load(tmp_path / "cache", key, LENGTHS)
+    assert load_log_probs(tmp_path / "cache", key, LENGTHS) is None
+    save_log_probs(tmp_path / "cache", key, ROWS)
+    found = load_log_probs(tmp_path / "cache", key, LENGTHS)
     assert found is not None
     assert [row.tolist() for row in found] == [row.tolist() for row in ROWS]
     assert {row.dtype for row in found} == {np.dtype(np.float32)}
@@ -91,49 +91,49 @@ def test_every_token_its_place_and_the_dtype_count(
 
 
 def test_a_damaged_file_is_not_used_and_is_replaced(tmp_path: Path, key: ReferenceKey) -> None:
-    path = save(tmp_path, key, ROWS)
+    path = save_log_probs(tmp_path, key, ROWS)
     whole = path.read_bytes()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
-        assert load(tmp_path, key, LENGTHS) is None, f"cut at {end} of {len(whole)}"
+        assert load_log_probs(tmp_path, key, LENGTHS) is None, f"cut at {end} of {len(whole)}"
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert load(tmp_path, key, LENGTHS) is None, f"a bit of byte {at} flipped"
+        assert load_log_probs(tmp_path, key, LENGTHS) is None, f"a bit of byte {at} flipped"
     path.write_bytes(whole + b"\0")
-    assert load(tmp_path, key, LENGTHS) is None
-    save(tmp_path, key, ROWS)
+    assert load_log_probs(tmp_path, key, LENGTHS) is None
+    save_log_probs(tmp_path, key, ROWS)
     assert path.read_bytes() == whole
-    assert load(tmp_path, key, LENGTHS) is not None
+    assert load_log_probs(tmp_path, key, LENGTHS) is not None
 
 
 def test_a_file_of_another_key_or_other_lengths_is_not_used(tmp_path: Path, key: ReferenceKey) -> None:
-    path = save(tmp_path, key, ROWS)
+    path = save_log_probs(tmp_path, key, ROWS)
     other = replace(key, model="0" * 64)
     path.rename(tmp_path / f"{other.digest}.logprobs")
-    assert load(tmp_path, other, LENGTHS) is None
-    save(tmp_path, key, ROWS)
-    assert load(tmp_path, key, [3, 2]) is None
-    assert load(tmp_path, key, [2, 3, 0]) is None
+    assert load_log_probs(tmp_path, other, LENGTHS) is None
+    save_log_probs(tmp_path, key, ROWS)
+    assert load_log_probs(tmp_path, key, [3, 2]) is None
+    assert load_log_probs(tmp_path, key, [2, 3, 0]) is None
 
 
 def test_values_that_are_not_finite_are_neither_kept_nor_used(tmp_path: Path, key: ReferenceKey) -> None:
     with pytest.raises(ValueError, match="row 1 are not finite"):
-        save(tmp_path, key, [ROWS[0], [-1.0, float("nan"), -1.0]])
+        save_log_probs(tmp_path, key, [ROWS[0], [-1.0, float("nan"), -1.0]])
     assert list(tmp_path.iterdir()) == []
-    path = save(tmp_path, key, ROWS)
+    path = save_log_probs(tmp_path, key, ROWS)
     header, values = path.read_bytes().split(b"\n", 1)
     spoilt = np.array([-0.5, np.inf, -30, 0, -2.25], dtype="<f4").tobytes()
     old, new = (hashlib.sha256(each).hexdigest().encode() for each in (values, spoilt))
     path.write_bytes(header.replace(old, new) + b"\n" + spoilt)
-    assert load(tmp_path, key, LENGTHS) is None
+    assert load_log_probs(tmp_path, key, LENGTHS) is None
 
 
 def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path, key: ReferenceKey) -> None:
     rows = [np.full(50_000, -float(i), dtype=np.float32) for i in range(4)]
-    save(tmp_path, key, rows)
+    save_log_probs(tmp_path, key, rows)
     with ThreadPoolExecutor(8) as pool:
-        writes = [pool.submit(save, tmp_path, key, rows) for _ in range(16)]
-        reads = [pool.submit(load, tmp_path, key, [50_000] * 4) for _ in range(16)]
+        writes = [pool.submit(save_log_probs, tmp_path, key, rows) for _ in range(16)]
+        reads = [pool.submit(load_log_probs, tmp_path, key, [50_000] * 4) for _ in range(16)]
     assert all(write.result() for write in writes)
     for read in reads:
         found = read.result()

@@ -175,6 +175,10 @@ class FakePolicy:
         self.restored: list[int] = []
         self.score: Callable[[Sequence[int], Sequence[int]], float] = lambda prompt, completion: 0.0
         self.interrupt_at: int | None = None
+        self.passed = 0  # steps without an update
+        self.ends_of_steps: list[bool] = []
+        self.temperatures: list[float] = []
+        self.skips: Callable[[int], float] = lambda step: 0.0
         self.losses: Callable[[int], float] = lambda step: 1.0 / (1 + step)
 
     @property
@@ -188,18 +192,28 @@ class FakePolicy:
     def load_reference(self, model: str) -> None:
         self.references.append(model)
 
-    def train_step(self, batch: Batch, objective: Any) -> dict[str, float]:
+    def pass_step(self) -> None:
+        self.passed += 1
+
+    def train_step(self, batch: Batch, objective: Any, end_of_step: bool = True) -> dict[str, float]:
         if self.interrupt_at == self.steps:
             self.interrupt_at = None
             raise KeyboardInterrupt
         self.trained.append((batch, objective))
+        self.ends_of_steps.append(end_of_step)
         self.steps, self.version = self.steps + 1, self.version + 1
-        return {"loss": self.losses(self.steps - 1), "grad_norm": 1.0, "update_skipped": 0.0}
+        return {
+            "loss": self.losses(self.steps - 1),
+            "grad_norm": 1.0,
+            "update_skipped": self.skips(self.steps - 1),
+        }
 
-    def log_probs(self, batch: Batch) -> list[np.ndarray]:
+    def log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
+        self.temperatures.append(temperature)
         return [-np.ones(len(ids), np.float32) for ids in batch.completion_ids]
 
-    def reference_log_probs(self, batch: Batch) -> list[np.ndarray]:
+    def reference_log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
+        self.temperatures.append(temperature)
         return [-2 * np.ones(len(ids), np.float32) for ids in batch.completion_ids]
 
     def scores(self, batch: Batch) -> list[float]:

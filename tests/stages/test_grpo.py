@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from pns.algo.reward import TooManyMaskedError
-from pns.config import GrpoConfig
+from pns.config import Advantage, GrpoConfig, RatioLevel
+from pns.errors import UserError
 from pns.files import read_json, read_jsonl
 from pns.records import Rollout
 from pns.stages import grpo
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import draw
-from workers.training.objectives import GrpoObjective
+from workers.training.objectives import GrpoObjective, GspoObjective
 
 SMALL = {
     "steps": 5,
@@ -83,11 +84,14 @@ def test_the_batch_is_what_was_sampled(bench: Any) -> None:
     artefact = trained(bench, {"steps": 1, "clip_low": 0.1, "clip_high": 0.3, "updates_per_step": 2})
     [(batch, objective), (again, _)] = bench.fleet.policy.trained
     assert again is batch
+    assert bench.fleet.policy.ends_of_steps == [False, True]  # the schedule counts steps
     assert objective == GrpoObjective(0.1, 0.3, 0.0)
     rollouts = artefact.rollouts()
     assert batch.completion_ids == [r.completion.token_ids for r in rollouts]
     assert batch.prompt_ids == [bench.prompts.encode(r.problem) for r in rollouts]
-    assert batch.token_values == {"old_log_probs": [r.completion.log_probs for r in rollouts]}
+    assert set(batch.token_values) == {"old_log_probs"}
+    sampled = [r.completion.log_probs for r in rollouts]
+    assert [tuple(row) for row in batch.token_values["old_log_probs"]] == sampled
     assert batch.row_values["advantages"] == pytest.approx([-1, 1, -1, 1], rel=1e-3)
 
 
@@ -112,6 +116,10 @@ def test_rows_without_advantage_or_reward_take_no_part(bench: Any) -> None:
     [(batch, _)] = bench.fleet.policy.trained
     mixed = [r.completion.token_ids for r in artefact.rollouts() if r.problem.id == "p2"]
     assert batch.completion_ids == mixed
+    # They count in the mean: the advantages of the two that are trained on stand for all seven unmasked.
+    unmasked = [len(r.completion.token_ids) for r in artefact.rollouts() if not r.reward.masked]
+    share = sum(map(len, mixed)) / sum(unmasked)
+    assert batch.row_values["advantages"] == pytest.approx([share, -share], rel=1e-3)
     [values] = metrics_of(artefact)
     assert values["masked/verdict/timeout"] == 1
     assert (values["masked_rate"], values["accuracy"]) == (1 / 8, 0.5)
@@ -122,6 +130,98 @@ def test_a_step_without_any_advantage_is_no_update(bench: Any) -> None:
     assert not bench.fleet.policy.trained
     assert [values["no_update"] for values in metrics_of(artefact)] == [1.0, 1.0]
     assert bench.fleet.rollout.updates == ["backbone+0", "backbone+0"]
+    assert bench.fleet.policy.passed == 2  # the schedule goes on
+
+
+def test_steps_without_a_signal_stop_the_run_with_the_cause(bench: Any) -> None:
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.malformed
+    with pytest.raises(UserError, match=r"in 3 steps in a row .*\(100% malformed\).*data.reasoning"):
+        trained(bench, {"max_steps_without_signal": 3})
+    assert len(read_jsonl(bench.store / "stage" / "metrics.jsonl")) == 3
+
+
+def test_a_kl_term_alone_is_no_signal(bench: Any) -> None:
+    with pytest.raises(UserError, match=r"in 2 steps in a row .*100% correct"):
+        trained(bench, {"max_steps_without_signal": 2, "kl_coefficient": 0.1})
+    assert len(bench.fleet.policy.trained) == 2
+
+
+def test_a_signal_now_and_then_goes_on(bench: Any) -> None:
+    def write(problem: str, sample: int, model: str) -> str:
+        """All are right but for the first ones of every third step."""
+        wrong = model in ("backbone+0", "backbone") and sample == 0
+        return bench.solution(77 if wrong else 10 + int(problem[1:]))
+
+    bench.fleet.rollout.write = write
+    artefact = trained(bench, {"steps": 3, "max_steps_without_signal": 3})
+    assert [values["no_signal"] for values in metrics_of(artefact)] == [0.0, 1.0, 1.0]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(bench: Any) -> None:
+    half_right(bench)
+    bench.fleet.policy.skips = lambda step: float(step == 1)
+    with pytest.raises(UserError, match=r"rl: the gradient of step 1 is not finite .*rl.max_skipped_updates"):
+        trained(bench, {})
+    assert len(bench.fleet.policy.trained) == 2
+
+
+def test_skipped_updates_that_are_allowed(bench: Any) -> None:
+    half_right(bench)
+    bench.fleet.policy.skips = lambda step: float(step == 1)
+    assert len(metrics_of(trained(bench, {"max_skipped_updates": 1}))) == 5
+
+
+def test_at_another_temperature_the_policy_gives_the_old_log_probabilities(bench: Any) -> None:
+    half_right(bench)
+    trained(bench, {"steps": 1, "temperature": 0.7, "kl_coefficient": 0.1})
+    [(batch, objective)] = bench.fleet.policy.trained
+    assert objective.temperature == 0.7
+    assert bench.fleet.policy.temperatures == [0.7, 0.7]  # policy and reference
+    assert all(np.all(row == -1) for row in batch.token_values["old_log_probs"])
+
+
+def test_importance_is_of_policy_over_engine_and_capped(bench: Any) -> None:
+    """The engine gives -0.5 a token, the policy -1: exp(-0.5)."""
+    half_right(bench)
+    trained(bench, {"steps": 1, "importance_cap": 2.0})
+    [(batch, _)] = bench.fleet.policy.trained
+    assert np.concatenate(batch.token_values["importance"]) == pytest.approx(np.exp(-0.5))
+    assert all(np.all(row == -1) for row in batch.token_values["old_log_probs"])
+    bench.fleet.policy.trained.clear()
+    run = grpo.GrpoRun("rl", GrpoConfig(**SMALL | {"importance_cap": 0.5}), 30, 0.5)
+    rollouts = TrainedModel(bench.store / "stage").rollouts()
+    with bench.making("again") as ctx:
+        grpo.update(ctx, run, rollouts)
+    [(batch, _)] = bench.fleet.policy.trained
+    assert np.all(np.concatenate(batch.token_values["importance"]) == np.float32(0.5))
+
+
+def test_variants_reach_advantages_and_objective(bench: Any) -> None:
+    half_right(bench)
+    sequence = {
+        "advantage": Advantage.rloo,
+        "ratio": RatioLevel.sequence,
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    }
+    trained(bench, {"steps": 1} | sequence)
+    [(batch, objective)] = bench.fleet.policy.trained
+    assert objective == GspoObjective(3e-4, 4e-4, 0.0)
+    assert batch.row_values["advantages"] == pytest.approx([-1, 1, -1, 1])  # of two: the other's reward away
+
+
+def test_long_completions_lose_reward(bench: Any) -> None:
+    """Both of a group are right; the longer one reaches into the last tokens that are allowed."""
+    texts = [bench.solution(10), bench.solution(10, "So Ann=3. So Ann=3. ")]
+    bench.fleet.rollout.write = lambda problem, sample, model: texts[sample % 2].replace(
+        "10", f"1{problem[1:]}"
+    )
+    run_settings = {"steps": 1, "problems_per_step": 1, "overlong_tokens": 20}
+    artefact = trained(bench, run_settings)
+    [(batch, _)] = bench.fleet.policy.trained
+    short, long = (len(r.completion.token_ids) for r in artefact.rollouts())
+    assert 10 < short < long <= 30
+    assert batch.row_values["advantages"] == pytest.approx([1, -1])
 
 
 def test_stop_is_told_every_step_and_ends_the_stage(bench: Any) -> None:
@@ -140,7 +240,7 @@ def test_stop_is_told_every_step_and_ends_the_stage(bench: Any) -> None:
 
 def test_too_many_masked_completions_stop_before_the_update(bench: Any) -> None:
     bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(bench.undecided)
-    with pytest.raises(TooManyMaskedError, match="rl, step 0: 4 of 4 completions have no reward"):
+    with pytest.raises(TooManyMaskedError, match="rl, step 0: verdict failed for 4 of the 4 completions"):
         trained(bench, {})
     assert not bench.fleet.policy.trained
     assert not (bench.store / "stage" / "rollouts.jsonl").exists()

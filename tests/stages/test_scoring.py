@@ -11,7 +11,7 @@ import pytest
 from pns.config import Config, Pool, RewardConfig, RewardTerm, TermKind
 from pns.records import Rollout, Verdict
 from pns.stages.context import Context
-from pns.stages.scoring import by_problem, by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, by_problem, by_verdict, load_terms, reward_rules, roll_out
 from workers.rollout.engine import Sampling
 
 SAMPLING = Sampling(1.0, 1.0, 30)
@@ -40,7 +40,7 @@ def scored_in(ctx: Context, bench: Any, texts: list[str], rules: RewardConfig | 
     bench.fleet.rollout.write = lambda problem, sample, model: texts[sample]
     bench.fleet.rollout.chunk = 1
     problems = list(bench.problems(1).problems)
-    return roll_out(ctx, problems, len(texts), SAMPLING, rules, "name", unfinished_rollouts(ctx))
+    return roll_out(ctx, Draws("name", len(texts), SAMPLING, 1.0, rules), problems)
 
 
 def every_gate(bench: Any) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from pns.records import Problem, Rollout
 from pns.stages.context import Context
-from pns.stages.scoring import roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, roll_out
 from pns.stages.stream import Ask, Unfinished, stable_seed, stream
 from workers.rollout.engine import Sample, Sampling
 
@@ -131,7 +131,7 @@ def test_a_row_that_is_not_kept_is_asked_again(bench: Any) -> None:
 
 
 def rolled_out(ctx: Context, problems: list[Problem], num: int = 2) -> list[Rollout]:
-    return roll_out(ctx, problems, num, SAMPLING, None, "name", unfinished_rollouts(ctx), step=4)
+    return roll_out(ctx, Draws("name", num, SAMPLING, 1.0), problems, step=4)
 
 
 def test_masked_rollouts_are_asked_again(bench: Any) -> None:

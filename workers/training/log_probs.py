@@ -39,9 +39,9 @@ class LogProbHead(torch.nn.Module):
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-softmax of a linear map over the temperature at one label per row, piece by piece: the logits of a piece are computed
-    again in the backward pass, so that those of all rows are never held. The gradient of log p_y with respect
-    to the logits is (onehot(y) - p) / temperature."""
+    """Log-softmax of a linear map over the temperature at one label per row, piece by piece: the logits of a
+    piece are computed again in the backward pass, so that those of all rows are never held. The gradient of
+    log p_y with respect to the logits is (onehot(y) - p) / temperature."""
 
     @staticmethod
     def forward(
