@@ -13,6 +13,7 @@ from pns.algo.losses import (
     bradley_terry_loss,
     dpo_loss,
     grpo_loss,
+    gspo_loss,
     kto_kl,
     length_normalised_nll,
     offset_dpo_loss,
@@ -30,6 +31,7 @@ def grpo(
     ref: list[float] | None = None,
     mask: list[float] | None = None,
     num_tokens: int | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return grpo_loss(
         log_probs_T=torch.as_tensor(log_probs),
@@ -41,6 +43,7 @@ def grpo(
         clip_high=0.28,
         kl_coefficient=0.1,
         num_tokens=num_tokens or len(old),
+        **options,
     )
 
 
@@ -98,6 +101,99 @@ def test_grpo_counts_tokens_of_the_whole_batch() -> None:
     first, _ = grpo([-1.0], [-1.1], [1.0], num_tokens=3)
     second, _ = grpo([-1.5, -2.0], [-1.4, -2.0], [1.0, -3.0], num_tokens=3)
     assert whole.item() == pytest.approx(first.item() + second.item())
+
+
+def test_dual_clip_bounds_what_a_bad_token_that_became_likely_costs() -> None:
+    log_probs = torch.tensor([-1.0 + math.log(5), -1.0 + math.log(5), -1.0], requires_grad=True)
+    loss, metrics = grpo(log_probs, [-1.0] * 3, [-2.0, 2.0, -2.0], dual_clip=3.0)
+    loss.backward()
+    # 3 * 2 instead of 5 * 2; the upper clip as before; a ratio of 1 is far from the bound.
+    assert loss.item() == pytest.approx((6.0 - 2.56 + 2.0) / 3)
+    assert metrics["clip_fraction"].item() == pytest.approx(2 / 3)
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == pytest.approx([0.0, 0.0, 2 / 3])
+
+
+def test_importance_weighs_the_surrogate_and_not_the_kl() -> None:
+    log_probs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    ref = [-1.0, -1.0 + math.log(2)]
+    loss, metrics = grpo(log_probs, [-1.0] * 2, [1.0, -4.0], ref=ref, importance_T=torch.tensor([2.0, 0.5]))
+    loss.backward()
+    k3 = 1 - math.log(2)
+    assert metrics["policy_loss"].item() == pytest.approx((-2.0 + 2.0) / 2, abs=1e-6)
+    assert loss.item() == pytest.approx(0.1 * k3 / 2, rel=1e-5)
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == pytest.approx([-1.0, 1.0 - 0.1 / 2])
+
+
+def test_one_token_that_is_far_off_does_not_own_the_kl() -> None:
+    """e^15 is 3.3 million."""
+    _, metrics = grpo([-16.0, -1.0], [-16.0, -1.0], [0.0, 0.0], ref=[-1.0, -1.0])
+    assert metrics["kl"].item() == pytest.approx(10.0 / 2)
+
+
+def gspo(log_probs: torch.Tensor, ref: list[float] | None = None) -> tuple[Any, dict[str, Any]]:
+    """Two rows of two tokens and one, of which the first row's first token has a ratio of 4, and a row of
+    padding."""
+    return gspo_loss(
+        log_probs_T=log_probs,
+        old_log_probs_T=torch.tensor([-2.0, -1.0, -1.0, 0.0]),
+        ref_log_probs_T=None if ref is None else torch.tensor(ref),
+        advantages_B=torch.tensor([3.0, -1.0, 0.0]),
+        mask_T=torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        lengths_B=torch.tensor([2, 1, 1]),
+        clip_low=0.2,
+        clip_high=1.5,
+        kl_coefficient=0.1,
+        num_rows=2,
+        weight_B=torch.tensor([1.0, 1.0, 0.0]),
+    )
+
+
+def test_gspo_by_hand() -> None:
+    log_probs = torch.tensor([-2.0 + math.log(4), -1.0, -1.0, 0.0], requires_grad=True)
+    loss, metrics = gspo(log_probs)
+    loss.backward()
+    # s = (4 * 1)^(1/2) = 2, inside 1 + 1.5, and 1.
+    assert loss.item() == pytest.approx((-2.0 * 3.0 + 1.0) / 2)
+    assert (metrics["ratio"].item(), metrics["clip_fraction"].item()) == (pytest.approx(1.5), 0.0)
+    assert log_probs.grad is not None
+    # Every token of a row gets s A / |y|, whatever its own ratio.
+    assert log_probs.grad.tolist() == pytest.approx([-1.5, -1.5, 0.5, 0.0])
+
+
+def test_gspo_clips_a_whole_row_and_its_kl_is_a_mean_of_means() -> None:
+    log_probs = torch.tensor([-2.0 + math.log(9), -1.0, -1.0, 0.0], requires_grad=True)
+    ref = [-2.0 + math.log(9), -1.0 + math.log(2), -1.0 + math.log(2), 5.0]
+    loss, metrics = gspo(log_probs, ref)
+    k3 = 1 - math.log(2)
+    assert metrics["kl"].item() == pytest.approx((k3 / 2 + k3) / 2)
+    assert loss.item() == pytest.approx(
+        (-2.5 * 3.0 + 1.0) / 2 + 0.1 * metrics["kl"].item()
+    )  # s = 3 is clipped
+    assert metrics["clip_fraction"].item() == 0.5
+
+
+def test_the_gradient_at_a_temperature_is_that_of_the_sampler() -> None:
+    """Two tokens from a vocabulary of three, of which only the first decides the reward. After a good first
+    token the second one does not matter: the expected gradient on its logits is 0 with log-probabilities at
+    the temperature of sampling, and is not with those at 1."""
+    temperature = 0.5
+    second_logits = torch.tensor([0.2, -0.4, 0.9], requires_grad=True)
+    sampler_V = torch.softmax(second_logits.detach() / temperature, 0)
+
+    def expected_gradient(trained_temperature: float) -> torch.Tensor:
+        log_probs_V = torch.log_softmax(second_logits / trained_temperature, 0)
+        old_V = log_probs_V.detach()
+        total = torch.zeros(())
+        for token, probability in enumerate(sampler_V):
+            loss, _ = grpo(log_probs_V[[token]], old_V[[token]].tolist(), [1.0])
+            total = total + probability * loss
+        (gradient,) = torch.autograd.grad(total, second_logits)
+        return gradient
+
+    torch.testing.assert_close(expected_gradient(temperature), torch.zeros(3), atol=1e-6, rtol=0.0)
+    assert expected_gradient(1.0).abs().max() > 0.05
 
 
 def test_dpo_is_ln_2_at_the_reference() -> None:

@@ -24,6 +24,7 @@ from workers.training.batching import Batch, Family, micro_batch, plan
 from workers.training.objectives import (
     BradleyTerryObjective,
     GrpoObjective,
+    GspoObjective,
     PreferenceObjective,
     SftObjective,
 )
@@ -278,6 +279,45 @@ def test_log_probs_are_those_of_transformers(
         assert_same(one_rank.log_probs(batch), reference_log_probs(causal(checkpoints[name]), batch))
 
 
+def test_log_probs_and_gradients_at_a_temperature(one_rank: Policy, checkpoints: dict[str, str]) -> None:
+    batch, temperature = rows(4), 0.6
+    one_rank.load(checkpoints["qwen2"], "language_model", OPTIMIZER, total_steps=5, seed=0)
+    model = causal(checkpoints["qwen2"])
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: logits / temperature)
+    log_probs = reference_log_probs(model, batch)
+    found = one_rank.log_probs(batch, temperature)
+    assert_same(found, [row.detach() for row in log_probs])
+    loss = -torch.cat(log_probs).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    given = Batch(
+        batch.prompt_ids, batch.completion_ids, {"old_log_probs": found}, {"advantages": [1.0] * len(batch)}
+    )
+    # On the old policy the surrogate's gradient with advantages of 1 is that of the mean log-probability.
+    step = one_rank.train_step(given, GrpoObjective(0.2, 0.2, 0.0, temperature=temperature))
+    assert step["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_gspo_steps_depend_on_neither_layout_nor_ranks(
+    one_rank: Policy, two_ranks: Policy, checkpoints: dict[str, str]
+) -> None:
+    batch = rows(7)
+    results = []
+    for policy in (one_rank, two_ranks):
+        policy.load(checkpoints["qwen2"], "language_model", OPTIMIZER, total_steps=5, seed=0)
+        old = policy.log_probs(batch)
+        values = {"old_log_probs": old, "ref_log_probs": old}
+        advantages = {"advantages": [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.25]}
+        given = Batch(batch.prompt_ids, batch.completion_ids, values, advantages)
+        objective = GspoObjective(3e-4, 4e-4, 0.1)
+        results.append([policy.train_step(given, objective) for _ in range(3)])
+    assert results[0][0]["loss"] == pytest.approx(-sum(advantages["advantages"]) / 7, abs=1e-5)
+    for one, two in zip(*results, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=2e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
 def test_fewer_rows_than_ranks(two_ranks: Policy, checkpoints: dict[str, str]) -> None:
     two_ranks.load(checkpoints["qwen2_untied"], "language_model", OPTIMIZER, total_steps=5, seed=0)
     batch = rows(1)
@@ -516,6 +556,21 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(one_rank: Policy, checkpoi
     assert rates == pytest.approx(
         [1.0, (1 + math.cos(math.pi / 3)) / 2, (1 + math.cos(2 * math.pi / 3)) / 2, 0.0]
     )
+
+
+def test_the_learning_rate_counts_steps_and_not_updates(
+    one_rank: Policy, checkpoints: dict[str, str]
+) -> None:
+    """Two updates a step, and a step without any: the cosine falls once a step and never climbs back."""
+    optimizer = config.Optimizer(learning_rate=1.0, warmup_steps=0, schedule="cosine")
+    one_rank.load(checkpoints["qwen2"], "language_model", optimizer, total_steps=3, seed=0)
+    for end_of_step in (False, True):
+        first = one_rank.train_step(rows(2), SftObjective(), end_of_step=end_of_step)
+    one_rank.pass_step()
+    one_rank.train_step(rows(2), SftObjective(), end_of_step=False)
+    last = one_rank.train_step(rows(2), SftObjective())
+    assert first["lr"] == pytest.approx(0.5)  # of step 2, in the middle of the four parts that end at 0
+    assert last["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_restore_repeats_the_next_step_to_the_bit(
