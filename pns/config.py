@@ -362,7 +362,12 @@ class RewardConfig:
     max_masked_fraction: float = key(
         0.2, "share of a step's completions without a reward; above it the run stops", between(0, 1)
     )
-    deadline_seconds: float = key(120.0, "seconds; a term that takes longer is missing", above(0))
+    deadline_seconds: float = key(
+        120.0,
+        "seconds that a replica may take for one request; then it is restarted, and what two did not "
+        "answer is missing",
+        above(0),
+    )
     verify_seconds: float = key(5.0, "seconds of one verification, from its start", above(0))
 
 

@@ -94,16 +94,16 @@ class Fleet:
         return self._build_scorer(role)
 
     def _build_scorer(self, name: str) -> ScoringPool[Any, Any]:
-        term = self.config.reward.terms[name]
+        term, deadline = self.config.reward.terms[name], self.config.reward.deadline_seconds
         pool: ScoringPool[Any, Any]
         if term.kind is TermKind.reward_model:
             from workers.rewards.reward_model import RewardModelPool
 
-            pool = RewardModelPool(name, term.pool, self.runtime)
+            pool = RewardModelPool(name, term.pool, self.runtime, deadline)
         else:
             from workers.rewards.judge import JudgePool
 
-            pool = JudgePool(name, term.pool, self.runtime, self.config.seed)
+            pool = JudgePool(name, term.pool, self.runtime, self.config.seed, deadline)
         with ExitStack() as stack:
             stack.callback(pool.shutdown)  # where the model cannot be loaded
             if term.model:

@@ -28,12 +28,10 @@ class PairSettings:
     source: str  # of the negatives
     max_new_tokens: int
     max_masked_fraction: float
-    deadline_seconds: float
 
 
 def pair_settings(config: Config) -> PairSettings:
-    reward = config.reward
-    limits = config.rollout.max_new_tokens, reward.max_masked_fraction, reward.deadline_seconds
+    limits = config.rollout.max_new_tokens, config.reward.max_masked_fraction
     return PairSettings(config.pair, config.negatives, *limits)
 
 
@@ -138,7 +136,7 @@ def scored_pairs(
     for own in pairs:
         prompt_ids = ctx.prompts.encode(by_id[own.problem_id])
         sequences += [prompt_ids + ctx.prompts.encode_completion(side) for side in (own.chosen, own.rejected)]
-    values = [outcome.value for outcome in pool.score(sequences, settings.deadline_seconds)]
+    values = [outcome.value for outcome in pool.score(sequences)]
     scored = []
     for own, chosen, rejected in zip(pairs, values[::2], values[1::2], strict=True):
         both = chosen is not None and rejected is not None
@@ -199,5 +197,5 @@ def raw_scores(ctx: Context, settings: PairSettings, rollouts: Sequence[Rollout]
     problems = {rollout.problem.id: rollout.problem for rollout in rollouts}
     prompts = {identity: ctx.prompts.encode(problem) for identity, problem in problems.items()}
     sequences = [prompts[rollout.problem.id] + rollout.completion.token_ids for rollout in rollouts]
-    outcomes = ctx.fleet.scorer(settings.pair.scored_by).score(sequences, settings.deadline_seconds)
+    outcomes = ctx.fleet.scorer(settings.pair.scored_by).score(sequences)
     return [outcome.value for outcome in outcomes if outcome.value is not None]

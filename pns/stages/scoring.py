@@ -1,20 +1,34 @@
 """Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks
 for."""
 
+import functools
 import math
-import time
-from collections.abc import Sequence
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pns.algo.formatting import check_format
-from pns.algo.reward import KINDS, ROLLOUT, VERDICT, check_failures, compose, correctness, needed
+from pns.algo.reward import (
+    KINDS,
+    ROLLOUT,
+    VERDICT,
+    check_failures,
+    compose,
+    correctness,
+    needed,
+    weighted_terms,
+)
 from pns.config import Config, Pool, RewardConfig, TermKind
 from pns.records import Completion, Problem, Reward, Rollout, Verdict
 from pns.run.place import UNFINISHED
 from pns.stages.context import Context
 from pns.stages.stream import Ask, Unfinished, stable_seed, stream
 from workers.rollout.engine import Sample, Sampling
+
+_SAY_SECONDS = 30.0  # of waiting for a reward, before it is said what for
 
 
 def reward_rules(config: Config) -> RewardConfig:
@@ -27,32 +41,37 @@ def reward_rules(config: Config) -> RewardConfig:
 
 @dataclass
 class _UnderWay:
-    """A completion on its way through the gates."""
+    """A completion on its way through the gates, and what each term is asked of it."""
 
     ask: Ask
     completion: Completion
     format_ok: bool
+    questions: dict[str, Any] = field(default_factory=dict)
     verdict: Verdict = Verdict.UNVERIFIED
     terms: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # verdict or term -> cause
-    open_terms: int = 0
+    num_open_terms: int = 0
 
 
 class RewardScorer:
-    """Gives every completion its reward: the composite one of `rules`, or (None) that of ordinary RL."""
+    """Gives every completion its reward: the composite one of `rules`, or (None) that of ordinary RL.
+
+    Each goes on by itself: a verdict asks the services at once, whatever the other completions wait for. The
+    verdicts and scores arrive in threads of the verifier and the pools.
+    """
 
     def __init__(self, ctx: Context, rules: RewardConfig | None, step: int) -> None:
         self._fleet, self._prompts, self._rules, self._step = ctx.fleet, ctx.prompts, rules, step
+        self._prompt_ids: dict[str, tuple[int, ...]] = {}
+        self._changed = threading.Condition(threading.RLock())
         self._under_way: dict[str, _UnderWay] = {}
-        self._verifying: list[tuple[list[str], Any]] = []
-        self._computing: list[tuple[str, list[str], Any]] = []  # term, keys, handle
         self._whole: list[tuple[str, Rollout]] = []
+        self._failure: Exception | None = None
 
     def submit(self, samples: Sequence[tuple[Ask, Sample]]) -> None:
-        keys, answers = [], []
         for ask, sample in samples:
-            text = self._prompts.decode(sample.token_ids)
             failure = sample_failure(sample)
+            text = self._prompts.decode(sample.token_ids)
             completion = Completion(
                 f"{ask.problem.id}#{ask.sample}",
                 ask.problem.id,
@@ -64,92 +83,89 @@ class RewardScorer:
             )
             if failure:
                 reward = Reward(None, False, Verdict.UNVERIFIED, missing={ROLLOUT: failure})
-                self._whole.append((ask.key, Rollout(self._step, ask.problem, completion, reward)))
+                with self._changed:
+                    self._whole.append((ask.key, Rollout(self._step, ask.problem, completion, reward)))
                 continue
             format_ok = check_format(text, sample.finish_reason, self._prompts.reasoning_block).ok
-            self._under_way[ask.key] = _UnderWay(ask, completion, format_ok)
+            scored = _UnderWay(ask, completion, format_ok, self._questions(ask.problem, completion))
+            with self._changed:
+                self._under_way[ask.key] = scored
             if format_ok:
-                keys.append(ask.key)
-                answers.append((ask.problem.answer, text, ask.problem.rule))
+                [verdict] = self._fleet.verifier.submit([(ask.problem.answer, text, ask.problem.rule)])
+                verdict.add_done_callback(functools.partial(self._arrived, self._take_verdict, ask.key))
             else:
                 self._settle(ask.key)
-        if keys:
-            self._verifying.append((keys, self._fleet.verifier.submit(answers)))
 
     def finished(self, wait: bool) -> list[tuple[str, Rollout]]:
-        self._collect_verdicts(wait)
-        self._collect_terms(wait)
-        whole, self._whole = self._whole, []
-        return whole
+        with self._changed:
+            while wait and self._under_way and not self._whole and not self._failure:
+                if not self._changed.wait(_SAY_SECONDS):
+                    print(self._awaited(), file=sys.stderr, flush=True)
+            if self._failure:
+                raise self._failure
+            whole, self._whole = self._whole, []
+            return whole
 
-    def _collect_verdicts(self, wait: bool) -> None:
-        still_verifying = []
-        for keys, handle in self._verifying:
-            if wait or self._fleet.verifier.done(handle):
-                self._take_verdicts(keys, self._fleet.verifier.collect(handle))
-            else:
-                still_verifying.append((keys, handle))
-        self._verifying = still_verifying
+    def _questions(self, problem: Problem, completion: Completion) -> dict[str, Any]:
+        """What each term's service may be asked. Made here, in one thread: tokenizers are not for several."""
+        if self._rules is None:
+            return {}
+        if problem.id not in self._prompt_ids:
+            self._prompt_ids[problem.id] = self._prompts.encode(problem)
+        prompt_ids = self._prompt_ids[problem.id]
+        kinds = {name: KINDS[self._rules.terms[name].kind] for name in weighted_terms(self._rules)}
+        return {name: kind.item(prompt_ids, problem, completion) for name, kind in kinds.items()}
 
-    def _take_verdicts(self, keys: list[str], results: Sequence[Any]) -> None:
-        asked: dict[str, list[str]] = {}
-        for key, result in zip(keys, results, strict=True):
-            scored = self._under_way[key]
-            scored.verdict = result.verdict
-            if result.verdict is Verdict.UNVERIFIED:
-                scored.missing[VERDICT] = result.cause or "unknown"
-            names = needed(True, result.verdict, self._rules) if self._rules else ()
-            scored.open_terms = len(names)
-            for name in names:
-                asked.setdefault(name, []).append(key)
-            if not names:
-                self._settle(key)
-        for name, term_keys in asked.items():
-            self._computing.append((name, term_keys, self._ask_term(name, term_keys)))
+    def _arrived(self, take: Callable[..., None], key: str, *arguments: Any) -> None:
+        """Take in what a future gives, the last of `arguments`; a failure is raised by `finished`."""
+        *names, future = arguments
+        with self._changed:
+            try:
+                take(key, *names, future.result())
+            except Exception as error:  # in a thread of the verifier or a pool, where it would be lost
+                self._failure = self._failure or error
+            self._changed.notify_all()
 
-    def _ask_term(self, name: str, keys: list[str]) -> Any:
+    def _take_verdict(self, key: str, result: Any) -> None:
+        scored = self._under_way[key]
+        scored.verdict = result.verdict
+        if result.verdict is Verdict.UNVERIFIED:
+            scored.missing[VERDICT] = result.cause or "unknown"
+        names = needed(True, result.verdict, self._rules) if self._rules else ()
+        scored.num_open_terms = len(names)
+        for name in names:
+            [score] = self._fleet.scorer(name).submit([scored.questions[name]])
+            score.add_done_callback(functools.partial(self._arrived, self._take_term, key, name))
+        if not names:
+            self._settle(key)
+
+    def _take_term(self, key: str, name: str, outcome: Any) -> None:
         assert self._rules is not None
-        kind = KINDS[self._rules.terms[name].kind]
-        questions = []
-        for key in keys:
-            scored = self._under_way[key]
-            problem = scored.ask.problem
-            questions.append(kind.item(self._prompts.encode(problem), problem, scored.completion))
-        return self._fleet.scorer(name).submit(questions)
-
-    def _collect_terms(self, wait: bool) -> None:
-        # One limit for everything that is still open, not one for each chunk and service.
-        end = time.monotonic() + self._rules.deadline_seconds if self._rules else 0.0
-        still_computing = []
-        for name, keys, handle in self._computing:
-            pool = self._fleet.scorer(name)
-            if wait or pool.done(handle):
-                outcomes = pool.collect(handle, max(0.0, end - time.monotonic()))
-                self._take_term(name, keys, outcomes)
-            else:
-                still_computing.append((name, keys, handle))
-        self._computing = still_computing
-
-    def _take_term(self, name: str, keys: list[str], outcomes: Sequence[Any]) -> None:
-        assert self._rules is not None
-        kind = KINDS[self._rules.terms[name].kind]
-        for key, outcome in zip(keys, outcomes, strict=True):
-            scored = self._under_way[key]
-            if outcome.value is None:
-                scored.missing[name] = outcome.cause or "unknown"
-            else:
-                scored.terms[name] = kind.score(outcome.value)
-            scored.open_terms -= 1
-            if not scored.open_terms:
-                self._settle(key)
+        scored = self._under_way[key]
+        if outcome.value is None:
+            scored.missing[name] = outcome.cause or "unknown"
+        else:
+            scored.terms[name] = KINDS[self._rules.terms[name].kind].score(outcome.value)
+        scored.num_open_terms -= 1
+        if not scored.num_open_terms:
+            self._settle(key)
 
     def _settle(self, key: str) -> None:
-        scored = self._under_way.pop(key)
-        if self._rules is None:
-            reward = correctness(scored.format_ok, scored.verdict, scored.missing)
-        else:
-            reward = compose(scored.format_ok, scored.verdict, scored.terms, scored.missing, self._rules)
-        self._whole.append((key, Rollout(self._step, scored.ask.problem, scored.completion, reward)))
+        with self._changed:
+            scored = self._under_way.pop(key)
+            if self._rules is None:
+                reward = correctness(scored.format_ok, scored.verdict, scored.missing)
+            else:
+                reward = compose(scored.format_ok, scored.verdict, scored.terms, scored.missing, self._rules)
+            self._whole.append((key, Rollout(self._step, scored.ask.problem, scored.completion, reward)))
+
+    def _awaited(self) -> str:
+        open_terms: Counter[str] = Counter()
+        for scored in self._under_way.values():
+            still_open = set(scored.questions) - set(scored.terms) - set(scored.missing)
+            open_terms.update(still_open if scored.num_open_terms else [VERDICT])
+        counts = ", ".join(f"{count} of {name}" for name, count in open_terms.most_common())
+        return f"waiting for rewards of {len(self._under_way)} completions: {counts}"
 
 
 def sample_failure(sample: Sample) -> str:

@@ -107,7 +107,8 @@ def stream(
             if label and time.monotonic() - shown >= _PROGRESS_SECONDS:
                 shown = time.monotonic()
                 ctx.track.note(f"{label}  {len(rows)}/{len(asks)} completions")
-    take(wait=True)
+    while len(rows) < len(asks):
+        take(wait=True)  # row by row: what is whole is kept, however long the others take
     return [rows[ask.key] for ask in asks]
 
 

@@ -27,7 +27,6 @@ CURRICULUM = {TinyTask.solve: ((0.4, 2), (1.0, 3)), TinyTask.judge: ((0.2, 1), (
 NUM_GRADED = {"train": 3000, "reward": 500}
 CORRUPTED_SHARE, SAMPLED_SHARE = 0.35, 0.35  # of the judge's training rows; the rest are right solutions
 MAX_NEW_TOKENS = 96  # of a sampled solution
-GRADING_SECONDS = 120.0  # for the candidates that the judge is measured on
 # The reward term of the default configuration whose service grades: what is measured is what a run will use.
 GRADER = "coherence"
 
@@ -124,7 +123,7 @@ def judge_quality(ctx: Context, settings: WarmStart, made: WarmStarted) -> dict[
     candidates = mixed_candidates([problem for problem, _ in sampled], sampled, random.Random(ctx.seed))
     judge = ctx.fleet.scorer(GRADER)
     judge.load(made.model)
-    outcomes = judge.score([(problem.prompt, text) for problem, text in candidates], GRADING_SECONDS)
+    outcomes = judge.score([(problem.prompt, text) for problem, text in candidates])
     rubrics = [world.rubric(problem, text) for problem, text in candidates]
     pairs = zip(outcomes, rubrics, strict=True)
     return agreement([(outcome.value, rubric) for outcome, rubric in pairs if outcome.value])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,22 +103,32 @@ class FakeRollout:
         return asked
 
 
+def soon(value: Any, late: bool) -> Future[Any]:
+    """A future with `value`; `late`: a moment later, in another thread."""
+    future: Future[Any] = Future()
+    if late:
+        threading.Timer(0.02, future.set_result, [value]).start()
+    else:
+        future.set_result(value)
+    return future
+
+
 class FakeVerifier:
-    """Right is what is the same text; UNDECIDED is not decided. `late`: nothing is done unless waited for."""
+    """Right is what is the same text; UNDECIDED is not decided. `late`: a verdict takes a moment."""
 
     def __init__(self) -> None:
         self.late = False
         self.asked: list[tuple[Any, ...]] = []
 
-    def submit(self, items: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    def submit(self, items: Sequence[tuple[Any, ...]]) -> list[Future[VerifierResult]]:
         self.asked += items
-        return list(items)
+        return [soon(self.verify(gold, extract_boxed(text)), self.late) for gold, text, _ in items]
 
-    def done(self, handle: list[tuple[Any, ...]]) -> bool:
-        return not self.late
+    def done(self, handle: list[Future[VerifierResult]]) -> bool:
+        return all(future.done() for future in handle)
 
-    def collect(self, handle: list[tuple[Any, ...]]) -> list[VerifierResult]:
-        return [self.verify(gold, extract_boxed(text)) for gold, text, _ in handle]
+    def collect(self, handle: list[Future[VerifierResult]]) -> list[VerifierResult]:
+        return [future.result() for future in handle]
 
     def verify(self, gold: str, answer: str | None) -> VerifierResult:
         if answer is None:
@@ -128,36 +139,34 @@ class FakeVerifier:
 
 
 class FakeScorer:
-    """Gives every item `value(item)`; None is missing with cause "too_long". `hangs`: nothing ever comes,
-    and the seconds that it is given pass, as of a real one."""
+    """Gives every item `value(item)`; None is missing with cause "too_long". `hangs`: what a real one gives
+    after its deadline. `fails`: what asking it raises later."""
 
     def __init__(self) -> None:
         self.value: Callable[[Any], Any] = lambda item: 0.0
         self.hangs = False
         self.loaded: list[str] = []
         self.asked: list[Any] = []
-        self.given_seconds: list[float] = []
+        self.fails: Exception | None = None
 
     def load(self, model: str) -> None:
         self.loaded.append(model)
 
-    def submit(self, items: Sequence[Any]) -> list[Any]:
+    def submit(self, items: Sequence[Any]) -> list[Future[Outcome[Any]]]:
         self.asked += items
-        return list(items)
+        return [self._begin(item) for item in items]
 
-    def done(self, handle: list[Any]) -> bool:
-        return not self.hangs
+    def score(self, items: Sequence[Any]) -> list[Outcome[Any]]:
+        return [future.result() for future in self.submit(items)]
 
-    def collect(self, handle: list[Any], deadline_seconds: float) -> list[Outcome[Any]]:
-        self.given_seconds.append(deadline_seconds)
-        if self.hangs:
-            time.sleep(deadline_seconds)
-            return [Outcome(None, "deadline")] * len(handle)
-        values = [self.value(item) for item in handle]
-        return [Outcome(value, "too_long" if value is None else None) for value in values]
-
-    def score(self, items: Sequence[Any], deadline_seconds: float) -> list[Outcome[Any]]:
-        return self.collect(self.submit(items), deadline_seconds)
+    def _begin(self, item: Any) -> Future[Outcome[Any]]:
+        if self.fails:
+            future: Future[Outcome[Any]] = Future()
+            future.set_exception(self.fails)
+            return future
+        value = None if self.hangs else self.value(item)
+        cause = "deadline" if self.hangs else "too_long" if value is None else None
+        return soon(Outcome(value, cause), self.hangs)
 
 
 class FakePolicy:

@@ -1,14 +1,17 @@
-"""Rewards of completions: what each gate asks for, which causes mask, and one deadline for everything that is
-still open."""
+"""Rewards of completions: what each gate asks for, which causes mask, and that each goes on by itself."""
 
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pns.algo.reward import TooManyMaskedError
 from pns.config import Config, Pool, RewardConfig, RewardTerm, TermKind
+from pns.errors import UserError
 from pns.records import Rollout, Verdict
 from pns.stages.context import Context
 from pns.stages.scoring import Draws, by_problem, by_verdict, load_terms, reward_rules, roll_out
@@ -142,7 +145,7 @@ def test_a_missing_term_masks_with_its_cause(bench: Any) -> None:
 def test_rows_come_while_a_service_hangs(bench: Any) -> None:
     """What needs no term is whole, and kept, before the services are waited for."""
     bench.fleet.scorer("plausibility").hangs = bench.fleet.scorer("coherence").hangs = True
-    rules = rules_of(two_terms(), deadline_seconds=0.01)
+    rules = rules_of(two_terms())
     with bench.making() as ctx:
         rollouts = scored_in(ctx, bench, [bench.solution(11), bench.malformed, bench.solution(10)], rules)
         kept = (ctx.directory / "rollouts.unfinished.jsonl").read_text().splitlines()
@@ -151,18 +154,66 @@ def test_rows_come_while_a_service_hangs(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_both_services_hung_wait_one_deadline_for_everything(bench: Any, late: bool) -> None:
-    """Ten chunks and two services: the seconds that they are given add up to one limit at most."""
-    services = [bench.fleet.scorer(name) for name in ("plausibility", "coherence")]
-    for service in services:
-        service.hangs = True
+def test_services_that_give_nothing_mask_with_their_cause(bench: Any, late: bool) -> None:
+    for name in ("plausibility", "coherence"):
+        bench.fleet.scorer(name).hangs = True
     bench.fleet.verifier.late = late
-    rollouts = scored(bench, [bench.solution(11)] * 10, rules_of(two_terms(), deadline_seconds=0.2))
-    given = [seconds for service in services for seconds in service.given_seconds]
-    assert len(given) == 20
-    assert 0 < sum(given) <= 0.2
+    rollouts = scored(bench, [bench.solution(11)] * 10, rules_of(two_terms()))
     causes = {"plausibility": "deadline", "coherence": "deadline"}
     assert all(rollout.reward.missing == causes for rollout in rollouts)
+
+
+def test_a_pool_that_fails_ends_the_stage(bench: Any) -> None:
+    bench.fleet.scorer("coherence").fails = UserError("coherence: replica 1 died")
+    with pytest.raises(UserError, match="coherence: replica 1 died"):
+        scored(bench, [bench.solution(11)] * 3, rules_of(two_terms()))
+
+
+def test_a_verdict_asks_the_services_at_once(bench: Any) -> None:
+    """Not when the next completion comes: the second one does not come before the first has been asked."""
+    scorer = bench.fleet.scorer("plausibility")
+    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 3, 3)
+    bench.fleet.verifier.late = True
+    stream = bench.fleet.rollout.stream
+
+    def one_after_the_other(requests: Any, sampling: Any) -> Any:
+        for number, samples in enumerate(stream(requests, sampling)):
+            end = time.monotonic() + 60
+            while len(scorer.asked) < number:
+                assert time.monotonic() < end, "the completion before was not asked"
+                time.sleep(0.001)
+            yield samples
+
+    bench.fleet.rollout.stream = one_after_the_other
+    rollouts = scored(bench, [bench.solution(11)] * 4, rules_of(two_terms()))
+    assert [rollout.reward.masked for rollout in rollouts] == [False] * 4
+
+
+def test_a_failure_of_the_engine_is_masked_and_no_completion(bench: Any) -> None:
+    """Neither a log-probability that is not a number nor a request that the engine dropped becomes -1."""
+    sample = bench.fleet.rollout.sample
+
+    def broken(request: Any) -> Any:
+        given = sample(request)
+        if request.id.endswith("#0"):
+            return replace(given, log_probs=(math.nan, *given.log_probs[1:]))
+        return replace(given, finish_reason="abort") if request.id.endswith("#1") else given
+
+    bench.fleet.rollout.sample = broken
+    rollouts = scored(bench, [bench.solution(10)] * 3, rules_of(two_terms()))
+    missing = [rollout.reward.missing for rollout in rollouts]
+    assert missing == [{"rollout": "log_probs_not_finite"}, {"rollout": "abort"}, {}]
+    assert [rollout.reward.value for rollout in rollouts] == [None, None, 0.0]
+
+
+def test_too_many_failures_of_what_was_asked_stop_the_stage(bench: Any) -> None:
+    """Eight right ones and two whose judge never answers: a fifth of all, and all that it was asked."""
+    bench.fleet.scorer("coherence").hangs = True
+    texts = [bench.solution(10)] * 8 + [bench.solution(11)] * 2
+    bench.fleet.rollout.write = lambda problem, sample, model: texts[sample]
+    draws = Draws("name", 10, SAMPLING, 0.5, rules_of(two_terms()))
+    with bench.making() as ctx, pytest.raises(TooManyMaskedError, match=r"coherence failed for 2 of the 2"):
+        roll_out(ctx, draws, list(bench.problems(1).problems))
 
 
 def test_rollouts_by_verdict_and_problem(bench: Any) -> None:

@@ -154,6 +154,8 @@ class JudgePool(ScoringPool[Candidate, Scores]):
     """Judge actors: items are (problem text, solution text), values four scores 0-3;
     `pns.algo.judging.rubric_score` makes them one number."""
 
-    def __init__(self, name: str, pool: Pool, runtime: Runtime, seed: int) -> None:
+    def __init__(
+        self, name: str, pool: Pool, runtime: Runtime, seed: int, deadline_seconds: float = 120.0
+    ) -> None:
         build = functools.partial(Judge, runtime=runtime, seed=seed)
-        super().__init__(name, pool, runtime, build, _num_tokens)
+        super().__init__(name, pool, runtime, build, _num_tokens, deadline_seconds)

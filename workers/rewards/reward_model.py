@@ -81,5 +81,6 @@ class RewardModel:
 class RewardModelPool(ScoringPool[Sequence[int], float]):
     """Reward-model actors: items are token id sequences of prompt and completion, values raw scores r."""
 
-    def __init__(self, name: str, pool: Pool, runtime: Runtime) -> None:
-        super().__init__(name, pool, runtime, functools.partial(RewardModel, runtime=runtime), len)
+    def __init__(self, name: str, pool: Pool, runtime: Runtime, deadline_seconds: float = 120.0) -> None:
+        build = functools.partial(RewardModel, runtime=runtime)
+        super().__init__(name, pool, runtime, build, len, deadline_seconds)

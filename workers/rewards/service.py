@@ -1,28 +1,29 @@
-"""A pool of Ray actors that score items: dynamic batches inside an actor, the least loaded replica outside, a
-cause for every miss.
+"""A pool of Ray actors that score items: batches made from one queue, the least loaded replica, a cause for
+every miss.
 
-Requests are retried by Ray when an actor dies and restarts, so scoring must be a pure function of model and
-item. A request names the model it wants, and the actor that serves it loads that model if it has another one:
-a restarted actor therefore never scores with old weights.
+Items wait in the driver, and a replica holds two requests at most, so that neither a death nor a hang takes
+more than that with it. An actor that dies, or works longer on a request than `deadline_seconds`, is ended and
+started anew, and its items are asked again: those it was working on one by one, so that an item that ends
+every process costs itself only. A pool that fails again and again without a success between says so and ends
+the run.
+
+Scoring must be a pure function of model and item. A request names the model it wants, and the actor loads
+that model if it has another one: a restarted actor never scores with old weights.
 """
 
-from __future__ import annotations
-
-import asyncio
-import functools
+import queue
+import sys
 import threading
 import time
-import uuid
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import Pool
 from pns.errors import UserError
@@ -39,11 +40,15 @@ _CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-_TASK_RETRIES = 3  # of a request whose actor died; an item that kills actors must end
-_REMEMBERED_REQUESTS = 256  # of an actor, so that a repeated delivery is not computed twice
-# A batch is sorted by length and split; a request is at most one forward pass, so that replicas share large
-# submits.
-_FORWARDS_PER_BATCH = 4
+_REQUESTS_PER_REPLICA = 2  # one that is computed, and the next, so that no replica waits for the driver
+# A request is split into forward passes of similar lengths: a few of them, so that the lengths can be sorted.
+_FORWARDS_PER_REQUEST = 4
+_MAX_DEATHS = 3  # of processes, with an item at work, before the item is given up
+_MAX_TIMEOUTS = 2  # of an item, in two processes
+# Failures in a row, without any success of the pool between, that end it. A hang weighs more: it takes long.
+_MAX_FAILURES, _TIMEOUT_WEIGHT = 5, 2
+_TICK_SECONDS = 0.5  # between looks at deadlines
+_SAY_SECONDS = 30.0  # of waiting without progress, before the pool says what for
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,12 @@ class Outcome(Generic[_Value]):
     cause: str | None = None
 
 
+class PoolFailedError(UserError):
+    """A pool whose replicas fail again and again."""
+
+
 class ServedModel(Protocol[_AnyItem, _Value]):
-    """What runs inside an actor: one outcome an item, in order. Raises RuntimeError where the batch failed as
+    """What runs inside an actor: one outcome an item, in order. Raises an exception where the batch failed as
     a whole."""
 
     def score(self, items: Sequence[_AnyItem]) -> list[Outcome[_Value]]: ...
@@ -85,117 +94,34 @@ def micro_batches(lengths_B: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-@dataclass
-class _Waiting:
-    item: Any
-    num_tokens: int
-    model: ModelVersion
-    outcome: asyncio.Future[Outcome[Any]]
-
-
 class ScoringActor:
-    """One replica: requests wait in a queue, and whatever waits shares a forward pass, up to
-    `tokens_per_batch`.
+    """One replica: a model, loaded when it is asked for."""
 
-    The event loop only takes requests; models are loaded and run in one thread beside it.
-    """
-
-    def __init__(
-        self,
-        build: Callable[[str], ServedModel[Any, Any]],
-        num_tokens: Callable[[Any], int],
-        tokens_per_batch: int,
-    ) -> None:
-        self._build, self._num_tokens, self._tokens_per_batch = build, num_tokens, tokens_per_batch
+    def __init__(self, build: Callable[[str], ServedModel[Any, Any]]) -> None:
+        self._build = build
         self._model: ServedModel[Any, Any] | None = None
         self._version: ModelVersion | None = None
-        self._thread = ThreadPoolExecutor(1)  # one: a model takes one batch at a time
-        self._queue: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
-        self._batches: asyncio.Task[None] | None = None
-        self._requests: OrderedDict[str, asyncio.Task[list[Outcome[Any]]]] = OrderedDict()
 
-    async def ready(self) -> None:
-        """Return once the process is up."""
-
-    async def load(self, model: ModelVersion) -> None:
-        """Have `model` in memory."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._switch, model)
-
-    async def score(self, request_id: str, model: ModelVersion, items: Sequence[Any]) -> list[Outcome[Any]]:
-        """Outcomes of `items`, in order. A request that is delivered again while it is remembered is not
-        computed again."""
-        if self._batches is None:
-            self._batches = asyncio.create_task(self._run_batches())
-        request = self._requests.get(request_id)
-        if request is None:
-            request = self._requests[request_id] = asyncio.create_task(self._enqueue(model, items))
-            # Only answered requests are forgotten: Ray repeats one that it believes lost.
-            if len(self._requests) > _REMEMBERED_REQUESTS and next(iter(self._requests.values())).done():
-                self._requests.popitem(last=False)
-        return await request
-
-    async def _enqueue(self, model: ModelVersion, items: Sequence[Any]) -> list[Outcome[Any]]:
-        loop = asyncio.get_running_loop()
-        waiting = [_Waiting(item, self._num_tokens(item), model, loop.create_future()) for item in items]
-        self._queue.extend(waiting)
-        self._arrived.set()
-        return list(await asyncio.gather(*(entry.outcome for entry in waiting)))
-
-    async def _run_batches(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._arrived.wait()
-            batch = self._next_batch()
-            if not batch:
-                self._arrived.clear()
-                continue
-            items = [entry.item for entry in batch]
-            run = loop.run_in_executor(self._thread, self._score, batch[0].model, items)
-            await asyncio.wait([run])  # raises nothing: the failure belongs to those who asked
-            error = run.exception()
-            for index, entry in enumerate(batch):
-                if entry.outcome.done():  # its request was cancelled meanwhile
-                    continue
-                if error is None:
-                    entry.outcome.set_result(run.result()[index])
-                else:
-                    entry.outcome.set_exception(error)
-
-    def _next_batch(self) -> list[_Waiting]:
-        """The oldest items that ask for the same model, within the token budget (at least one item)."""
-        batch: list[_Waiting] = []
-        num_tokens = 0
-        while self._queue:
-            first = self._queue[0]
-            if first.outcome.done():  # cancelled at a deadline
-                self._queue.popleft()
-                continue
-            full = num_tokens + first.num_tokens > self._tokens_per_batch
-            if batch and (full or first.model != batch[0].model):
-                break
-            num_tokens += first.num_tokens
-            batch.append(self._queue.popleft())
-        return batch
-
-    def _switch(self, model: ModelVersion) -> None:
-        if self._version != model:
+    def load(self, model: ModelVersion | None) -> None:
+        """Have `model` in memory; None: return once the process is up."""
+        if model is not None and self._version != model:
             self._model = self._version = None  # frees the memory first
             self._model = self._build(model.path)
             self._version = model
 
-    def _score(self, model: ModelVersion, items: list[Any]) -> list[Outcome[Any]]:
-        self._switch(model)
+    def score(self, model: ModelVersion, items: Sequence[Any]) -> list[Outcome[Any]]:
+        """Outcomes of `items`, in order."""
+        self.load(model)
         assert self._model is not None
         return _score_or_split(self._model, items)
 
 
-def _score_or_split(model: ServedModel[Any, Any], items: list[Any]) -> list[Outcome[Any]]:
+def _score_or_split(model: ServedModel[Any, Any], items: Sequence[Any]) -> list[Outcome[Any]]:
     """A failing batch is halved until the failure is one item's own: out of memory, or a row the model cannot
     take."""
     try:
         return model.score(items)
-    except RuntimeError as error:
+    except Exception as error:  # whatever a model raises: it is the item's cause
         failure = error
     if len(items) == 1:
         return [Outcome(None, describe_error(failure))]
@@ -209,24 +135,58 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-@dataclass
+@dataclass(eq=False)
+class _Entry:
+    """An item on its way."""
+
+    item: Any
+    num_tokens: int
+    model: ModelVersion
+    future: Future[Outcome[Any]]
+    submitted: float  # monotonic seconds
+    deaths: int = 0
+    timeouts: int = 0
+    is_probe: bool = False  # one that has been scored before, asked of a new process before suspects are
+
+
+@dataclass(eq=False)
 class _Replica:
+    """`began`: when it began to start, or took up its first request, in monotonic seconds; `restarted`: in
+    the place of one that failed."""
+
+    number: int
     actor: Any
-    tokens_in_flight: int = 0
+    began: float
+    restarted: bool = False
+    ready: bool = False
+    retiring: bool = False
+    requests: deque[list[_Entry]] = field(default_factory=deque)
+
+    @property
+    def tokens_in_flight(self) -> int:
+        return sum(entry.num_tokens for request in self.requests for entry in request)
+
+    @property
+    def holds_suspect(self) -> bool:
+        return any(entry.deaths for request in self.requests for entry in request)
 
 
 @dataclass
-class _Request:
-    reference: ray.ObjectRef
-    future: Future[list[Outcome[Any]]]
-    num_items: int
+class ServiceStats:
+    """Of a pool, since it started: what `pns status` shows."""
+
+    replicas: int
+    queued: int
+    in_flight: int
+    scored: int
+    items_per_second: float  # over the last minute
+    seconds_p50: float  # from submission to outcome, of the last thousand
+    seconds_p95: float
+    restarts: int
+    failures: dict[str, int]  # cause -> items
 
 
-@dataclass
-class ServiceHandle:
-    """Items under way, in the order of their `submit`."""
-
-    requests: list[_Request] = field(default_factory=list)
+ServiceHandle = list[Future[Outcome[Any]]]
 
 
 class ScoringPool(Generic[_Item, _Value]):
@@ -234,8 +194,9 @@ class ScoringPool(Generic[_Item, _Value]):
     `submit`.
 
     `name` stands in messages. `build(model_path)` makes the model inside the actor and must be picklable;
-    `num_tokens(item)` is the item's size for batching and routing. No GPU is asked for on CPU. Raises
-    TimeoutError when the actors are not up within `runtime.start_timeout_seconds`.
+    `num_tokens(item)` is the item's size for batching and routing. An item that two processes did not answer
+    within `deadline_seconds` each is missing. No GPU is asked for on CPU. Raises TimeoutError when the actors
+    are not up within `runtime.start_timeout_seconds`.
     """
 
     def __init__(
@@ -245,28 +206,49 @@ class ScoringPool(Generic[_Item, _Value]):
         runtime: Runtime,
         build: Callable[[str], ServedModel[_Item, _Value]],
         num_tokens: Callable[[_Item], int],
+        deadline_seconds: float = 120.0,
     ) -> None:
         self._name, self._pool, self._runtime = name, pool, runtime
         self._gpus = pool.gpus if runtime.device == "cuda" else 0
-        self._build, self._num_tokens = build, num_tokens
+        self._build, self._num_tokens, self._deadline_seconds = build, num_tokens, deadline_seconds
         self._forward_tokens = FORWARD_TOKENS[runtime.device]
         self._model: ModelVersion | None = None
-        self._lock = threading.Lock()  # futures complete in Ray's thread
+        # Everything below is the manager thread's, under the lock where others look at it.
+        self._lock = threading.RLock()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[_Entry] = deque()
+        self._suspects: deque[_Entry] = deque()  # at work when a process died: asked alone
         self._replicas: list[_Replica] = []
-        self._retiring: list[_Replica] = []
-        self.resize(pool.replicas)
+        self._num_started = 0
+        self._failures_in_row = 0
+        self._failed: PoolFailedError | None = None
+        self._last_failure = ""
+        self._scored: _Entry | None = None  # the last one that a model gave a value
+        self._num_scored = self._num_restarts = 0
+        self._causes: Counter[str] = Counter()
+        self._latencies: deque[tuple[float, float]] = deque(maxlen=1000)  # (when, seconds)
+        self._manager = threading.Thread(target=self._manage, name=f"pool-{name}", daemon=True)
+        self._manager.start()
+        try:
+            self.resize(pool.replicas)
+        except BaseException:
+            self.shutdown()
+            raise
 
     @property
     def replicas(self) -> int:
-        return len(self._replicas)
+        with self._lock:
+            return sum(not replica.retiring for replica in self._replicas)
 
     def load(self, model_path: str) -> None:
         """Swap the model in every replica; items submitted before keep the model they were submitted for.
         Raises UserError where the model cannot be used and TimeoutError where loading takes longer than
         `runtime.start_timeout_seconds`."""
         model = ModelVersion(self._model.number + 1 if self._model else 1, str(model_path))
-        loading = [replica.actor.load.remote(model) for replica in self._replicas]
-        self._wait(loading, f"to load {model_path}")
+        with self._lock:
+            ready = [replica for replica in self._replicas if replica.ready and not replica.retiring]
+        loading = {replica.actor.load.remote(model): replica for replica in ready}
+        self._wait_to_load(loading, f"to load {model_path}")
         self._model = model  # only now: where loading fails, the model before is still served
 
     def resize(self, replicas: int) -> None:
@@ -274,119 +256,295 @@ class ScoringPool(Generic[_Item, _Value]):
         go."""
         if replicas < 1:
             raise UserError(f"{self._name}: {replicas} replicas; use 1 or more")
-        with ExitStack() as stack:
-            added = [_Replica(self._start()) for _ in range(replicas - len(self._replicas))]
-            for replica in added:
-                stack.callback(ray.kill, replica.actor)  # where one does not come up
-            purpose = f"to start with {self._gpus:g} GPU and {self._pool.cpus:g} CPU each"
-            self._wait([replica.actor.ready.remote() for replica in added], purpose)
-            if self._model:
-                loading = [replica.actor.load.remote(self._model) for replica in added]
-                self._wait(loading, f"to load {self._model.path}")
-            stack.pop_all()
         with self._lock:
+            kept = [replica for replica in self._replicas if not replica.retiring]
             # The idlest retire, so that little is waited for.
-            self._replicas.sort(key=lambda replica: -replica.tokens_in_flight)
-            kept = self._replicas[:replicas]
-            self._retiring += self._replicas[replicas:]
-            self._replicas = kept + added
-        self._end_retired()
+            kept.sort(key=lambda replica: -replica.tokens_in_flight)
+            for replica in kept[replicas:]:
+                replica.retiring = True
+            added = [self._start() for _ in range(replicas - len(kept))]
+        self._inbox.put(self._end_retired)
+        purpose = f"to start with {self._gpus:g} GPU and {self._pool.cpus:g} CPU each"
+        try:
+            self._wait_to_start(added, purpose)
+        except (TimeoutError, UserError):
+            with self._lock:
+                for replica in set(added) & set(self._replicas):
+                    self._replicas.remove(replica)
+                    ray.kill(replica.actor)
+            raise
 
     def submit(self, items: Sequence[_Item]) -> ServiceHandle:
-        """Begin scoring, without waiting."""
+        """Begin scoring, without waiting: the future outcome of every item, in order."""
         if self._model is None:
             raise RuntimeError(f"{self._name}: submit before load")
-        handle = ServiceHandle()
-        chunk: list[_Item] = []
-        chunk_tokens = 0
-        for item in items:
-            num_tokens = self._num_tokens(item)
-            if chunk and chunk_tokens + num_tokens > self._forward_tokens:
-                handle.requests.append(self._send(self._model, chunk, chunk_tokens))
-                chunk, chunk_tokens = [], 0
-            chunk.append(item)
-            chunk_tokens += num_tokens
-        if chunk:
-            handle.requests.append(self._send(self._model, chunk, chunk_tokens))
-        return handle
+        if self._failed:
+            raise self._failed
+        now, model = time.monotonic(), self._model
+        entries = [_Entry(item, self._num_tokens(item), model, Future(), now) for item in items]
+        self._inbox.put(lambda: self._waiting.extend(entries))
+        return [entry.future for entry in entries]
 
     def done(self, handle: ServiceHandle) -> bool:
         """Whether `collect` would not wait."""
-        return all(request.future.done() for request in handle.requests)
+        return all(future.done() for future in handle)
 
-    def collect(self, handle: ServiceHandle, deadline_seconds: float) -> list[Outcome[_Value]]:
-        """Outcomes of one `submit`, in order. What is not there `deadline_seconds` after this call is missing
-        with cause "deadline" and is given up; what failed is missing with the failure."""
-        wait_for_futures([request.future for request in handle.requests], timeout=deadline_seconds)
-        outcomes: list[Outcome[_Value]] = []
-        for request in handle.requests:
-            if not request.future.done():
-                ray.cancel(request.reference)
-                outcomes += [Outcome(None, "deadline")] * request.num_items
-            elif error := request.future.exception():
-                outcomes += [Outcome(None, _cause(error))] * request.num_items
-            else:
-                outcomes += request.future.result()
-        self._end_retired()
-        return outcomes
+    def collect(self, handle: ServiceHandle) -> list[Outcome[_Value]]:
+        """Outcomes of one `submit`, in order; what failed is missing with its cause ("deadline": no answer in
+        time). Says every 30 s what it waits for. Raises PoolFailedError."""
+        while late := wait_for_futures(handle, timeout=_SAY_SECONDS).not_done:
+            stats = self.stats()
+            print(
+                f"{self._name}: waiting for {len(late)} of {len(handle)} scores; {stats.replicas} replicas "
+                f"hold {stats.in_flight} items, {stats.queued} wait{self._last_failure}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return [future.result() for future in handle]
 
-    def score(self, items: Sequence[_Item], deadline_seconds: float) -> list[Outcome[_Value]]:
+    def score(self, items: Sequence[_Item]) -> list[Outcome[_Value]]:
         """Submit and collect."""
-        return self.collect(self.submit(items), deadline_seconds)
+        return self.collect(self.submit(items))
+
+    def stats(self) -> ServiceStats:
+        """How the pool is doing."""
+        with self._lock:
+            now = time.monotonic()
+            seconds = sorted(seconds for _, seconds in self._latencies)
+            recent = [when for when, _ in self._latencies if now - when < 60]
+            span = max(now - recent[0], 1e-3) if recent else 1.0
+            in_flight = sum(len(request) for replica in self._replicas for request in replica.requests)
+            return ServiceStats(
+                replicas=self.replicas,
+                queued=len(self._waiting) + len(self._suspects),
+                in_flight=in_flight,
+                scored=self._num_scored,
+                items_per_second=len(recent) / span,
+                seconds_p50=seconds[len(seconds) // 2] if seconds else 0.0,
+                seconds_p95=seconds[int(0.95 * (len(seconds) - 1))] if seconds else 0.0,
+                restarts=self._num_restarts,
+                failures=dict(self._causes),
+            )
 
     def shutdown(self) -> None:
         """End every actor; what is under way is lost."""
-        for replica in self._replicas + self._retiring:
+        self._inbox.put(None)
+        self._manager.join()
+        for replica in self._replicas:
             ray.kill(replica.actor)
-        self._replicas, self._retiring = [], []
+        self._replicas = []
+        self._give_up(RuntimeError(f"{self._name}: the pool was shut down"))
 
-    def _start(self) -> Any:
+    # The manager's thread.
+
+    def _manage(self) -> None:
+        while True:
+            try:
+                event = self._inbox.get(timeout=_TICK_SECONDS)
+            except queue.Empty:
+                event = self._end_late
+            if event is None:
+                return
+            with self._lock:
+                event()
+                self._dispatch()
+
+    def _start(self) -> _Replica:
+        """A replica that is starting; it takes work once its first call has come back."""
         environment = {"env_vars": _CPU_ENVIRONMENT} if self._runtime.device == "cpu" else {}
         remote = ray.remote(ScoringActor).options(
             num_cpus=self._pool.cpus,
             num_gpus=self._gpus,
-            max_restarts=-1,  # a request names its model: a fresh process is as good as the old one
-            max_task_retries=_TASK_RETRIES,
-            max_concurrency=1000,
+            max_restarts=0,  # the pool starts another one: it knows which items were at work
             runtime_env=environment,
         )
-        return remote.remote(self._build, self._num_tokens, _FORWARDS_PER_BATCH * self._forward_tokens)
+        self._num_started += 1
+        replica = _Replica(self._num_started, remote.remote(self._build), time.monotonic())
+        self._replicas.append(replica)
+        loading = replica.actor.load.remote(self._model).future()
+        loading.add_done_callback(lambda future: self._inbox.put(lambda: self._started(replica, future)))
+        return replica
 
-    def _send(self, model: ModelVersion, items: list[_Item], num_tokens: int) -> _Request:
-        with self._lock:
-            replica = min(self._replicas, key=lambda replica: replica.tokens_in_flight)
-            replica.tokens_in_flight += num_tokens
-        reference = replica.actor.score.remote(uuid.uuid4().hex, model, items)
-        future = reference.future()
-        future.add_done_callback(functools.partial(self._landed, replica, num_tokens))
-        return _Request(reference, future, len(items))
+    def _started(self, replica: _Replica, future: Future[None]) -> None:
+        if error := future.exception():
+            self._replace(replica, f"could not start ({_cause(error)})", 1)
+            return
+        replica.ready = True
+        if replica.restarted and self._suspects and self._scored:
+            # A process that scores what was scored before is sound: what ends it is the next item's fault.
+            known = self._scored
+            now = time.monotonic()
+            probe = _Entry(known.item, known.num_tokens, known.model, Future(), now, is_probe=True)
+            self._waiting.appendleft(probe)
 
-    def _landed(self, replica: _Replica, num_tokens: int, _: Future[Any]) -> None:
-        with self._lock:
-            replica.tokens_in_flight -= num_tokens
+    def _dispatch(self) -> None:
+        """Give waiting items to replicas that have room."""
+        for _ in range(_REQUESTS_PER_REPLICA):
+            open_replicas = [
+                replica
+                for replica in self._replicas
+                if replica.ready and not replica.retiring and len(replica.requests) < _REQUESTS_PER_REPLICA
+            ]
+            for replica in sorted(open_replicas, key=lambda replica: replica.tokens_in_flight):
+                # After a failure first what nobody suspects: a success shows that the pool works.
+                suspects_first = not self._failures_in_row or not self._waiting
+                if self._suspects and suspects_first and not replica.requests:
+                    self._send(replica, [self._suspects.popleft()])
+                elif self._waiting and not replica.holds_suspect:
+                    self._send(replica, self._next_request())
+
+    def _next_request(self) -> list[_Entry]:
+        """The oldest items that ask for one model: a few forward passes of tokens, less where that would
+        leave other replicas idle, and at least one item."""
+        num_waiting = sum(entry.num_tokens for entry in self._waiting)
+        share = num_waiting // (_REQUESTS_PER_REPLICA * max(1, self.replicas))
+        budget = min(max(share, self._forward_tokens), _FORWARDS_PER_REQUEST * self._forward_tokens)
+        request = [self._waiting.popleft()]
+        num_tokens = request[0].num_tokens
+        while self._waiting and self._waiting[0].model == request[0].model:
+            num_tokens += self._waiting[0].num_tokens
+            if num_tokens > budget:
+                break
+            request.append(self._waiting.popleft())
+        return request
+
+    def _send(self, replica: _Replica, request: list[_Entry]) -> None:
+        if not replica.requests:
+            replica.began = time.monotonic()
+        replica.requests.append(request)
+        items = [entry.item for entry in request]
+        scoring = replica.actor.score.remote(request[0].model, items).future()
+        landed = self._landed
+        scoring.add_done_callback(lambda future: self._inbox.put(lambda: landed(replica, request, future)))
+
+    def _landed(self, replica: _Replica, request: list[_Entry], future: Future[list[Outcome[Any]]]) -> None:
+        if replica not in self._replicas or request not in replica.requests:
+            return  # ended meanwhile, and its items are asked again
+        error = future.exception()
+        if isinstance(error, RayActorError):
+            for entry in replica.requests[0]:  # the one it was computing; the next is innocent
+                entry.deaths += 1
+            self._replace(replica, f"died ({_cause(error)})", 1)
+            return
+        replica.requests.remove(request)
+        replica.began = time.monotonic()
+        if error is None:
+            self._failures_in_row, self._last_failure = 0, ""
+            outcomes = future.result()
+        else:
+            outcomes = [Outcome(None, _cause(error))] * len(request)
+        for entry, outcome in zip(request, outcomes, strict=True):
+            self._settle(entry, outcome)
+            if outcome.value is not None:
+                self._scored = entry
+        self._end_retired()
+
+    def _settle(self, entry: _Entry, outcome: Outcome[Any]) -> None:
+        if entry.is_probe:
+            return
+        now = time.monotonic()
+        self._num_scored += 1
+        self._latencies.append((now, now - entry.submitted))
+        if outcome.cause:
+            self._causes[outcome.cause] += 1
+        entry.future.set_result(outcome)
+
+    def _end_late(self) -> None:
+        """End replicas that work too long on a request, or take too long to start."""
+        now, start_limit = time.monotonic(), self._runtime.start_timeout_seconds
+        for replica in list(self._replicas):
+            seconds = now - replica.began
+            if replica.restarted and not replica.ready and seconds > start_limit:
+                self._replace(replica, "did not start in time", 1)
+            elif replica.requests and seconds > self._deadline_seconds:
+                for entry in replica.requests[0]:
+                    entry.timeouts += 1
+                self._replace(replica, f"gave no answer for {self._deadline_seconds:g} s", _TIMEOUT_WEIGHT)
+
+    def _replace(self, replica: _Replica, fault: str, weight: int) -> None:
+        """End a replica, ask its items again, and start another, unless the pool has failed too often."""
+        if replica not in self._replicas:
+            return
+        self._replicas.remove(replica)
+        ray.kill(replica.actor)
+        self._num_restarts += 1
+        self._failures_in_row += weight
+        self._last_failure = f"; replica {replica.number} {fault}"
+        self._ask_again(replica)
+        if self._failures_in_row >= _MAX_FAILURES:
+            self._failed = PoolFailedError(
+                f"{self._name}: replica {replica.number} {fault}, and so did those before it, without a "
+                f"score between ({self._num_restarts} restarts): look at the model and at memory, then "
+                "start the run again: it goes on from here"
+            )
+            self._give_up(self._failed)
+            return
+        if not replica.retiring:
+            self._start().restarted = True
+
+    def _ask_again(self, replica: _Replica) -> None:
+        for request in reversed(replica.requests):
+            for entry in reversed(request):
+                if entry.is_probe:
+                    continue
+                if entry.deaths >= _MAX_DEATHS:
+                    self._settle(entry, Outcome(None, "process_died"))
+                elif entry.timeouts >= _MAX_TIMEOUTS:
+                    self._settle(entry, Outcome(None, "deadline"))
+                elif entry.deaths:
+                    self._suspects.appendleft(entry)
+                else:
+                    self._waiting.appendleft(entry)
 
     def _end_retired(self) -> None:
-        with self._lock:
-            idle = [replica for replica in self._retiring if replica.tokens_in_flight == 0]
-            self._retiring = [replica for replica in self._retiring if replica.tokens_in_flight]
-        for replica in idle:
-            ray.kill(replica.actor)
+        for replica in list(self._replicas):
+            if replica.retiring and not replica.requests:
+                self._replicas.remove(replica)
+                ray.kill(replica.actor)
 
-    def _wait(self, references: list[ray.ObjectRef], purpose: str) -> None:
-        limit = self._runtime.start_timeout_seconds
-        end = time.monotonic() + limit
-        for index, reference in enumerate(references):
+    def _give_up(self, error: Exception) -> None:
+        entries = [*self._waiting, *self._suspects]
+        for replica in self._replicas:
+            entries += [entry for request in replica.requests for entry in request]
+        for entry in entries:
+            if not entry.future.done():
+                entry.future.set_exception(error)
+        self._waiting.clear()
+        self._suspects.clear()
+
+    # Waits of the caller's thread.
+
+    def _wait_to_start(self, added: Sequence[_Replica], purpose: str) -> None:
+        end = time.monotonic() + self._runtime.start_timeout_seconds
+        for index, replica in enumerate(added):
+            while not replica.ready:
+                if self._failed:
+                    raise self._failed
+                if replica not in self._replicas:  # it failed, and another has taken its place
+                    raise PoolFailedError(f"{self._name}{self._last_failure}")
+                if time.monotonic() > end:
+                    raise self._late(index, len(added), purpose)
+                time.sleep(0.02)
+
+    def _wait_to_load(self, loading: dict[ray.ObjectRef, _Replica], purpose: str) -> None:
+        end = time.monotonic() + self._runtime.start_timeout_seconds
+        for index, reference in enumerate(loading):
             try:
                 ray.get(reference, timeout=max(0.0, end - time.monotonic()))
-            except GetTimeoutError as error:
-                raise TimeoutError(
-                    f"{self._name}: waited {limit:.0f} s for replica {index + 1} of {len(references)} "
-                    f"{purpose}; the cluster has {_free('GPU')} GPU and {_free('CPU')} CPU free"
-                ) from error
+            except ray.exceptions.GetTimeoutError as error:
+                raise self._late(index, len(loading), purpose) from error
+            except RayActorError:
+                continue  # the manager starts another, which loads what its first request names
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
                 raise
+
+    def _late(self, index: int, num_replicas: int, purpose: str) -> TimeoutError:
+        return TimeoutError(
+            f"{self._name}: waited {self._runtime.start_timeout_seconds:.0f} s for replica {index + 1} of "
+            f"{num_replicas} {purpose}; the cluster has {_free('GPU')} GPU and {_free('CPU')} CPU free"
+        )
 
 
 def _free(resource: str) -> str:
@@ -394,8 +552,6 @@ def _free(resource: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, TaskCancelledError):
-        return "deadline"
     if isinstance(error, RayTaskError):
         return describe_error(error.cause)
     return type(error).__name__  # of Ray: the actor died, its node was lost

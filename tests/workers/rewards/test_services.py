@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -29,13 +30,12 @@ from pns.errors import UserError
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rewards.judge import Judge, JudgePool
 from workers.rewards.reward_model import RewardModel, RewardModelPool
-from workers.rewards.service import Outcome, ScoringPool, micro_batches
+from workers.rewards.service import Outcome, PoolFailedError, ScoringPool, micro_batches
 from workers.runtime import Runtime
 
 ONE = Pool(replicas=1)
 TWO = Pool(replicas=2)
 CPU = Runtime(start_timeout_seconds=240)
-LONG = 240.0  # seconds that nothing here takes, however busy the machine is
 
 
 def model_config(kind: type = Qwen2Config, vocab_size: int = 60, positions: int = 256) -> Any:
@@ -234,51 +234,46 @@ def test_a_pool_scores_like_the_model_and_swaps_it(pool: RewardModelPool, reward
         expected = values(RewardModel(path, CPU).score(rows))
         before = pool.submit(rows)  # these keep the old model, whenever they run
         pool.load(path)
-        assert values(pool.score(rows, LONG)) == pytest.approx(expected, abs=1e-5)
-        assert values(pool.collect(before, LONG)) != pytest.approx(expected, abs=1e-3)
+        assert values(pool.score(rows)) == pytest.approx(expected, abs=1e-5)
+        assert values(pool.collect(before)) != pytest.approx(expected, abs=1e-3)
 
 
-def test_waiting_requests_share_forward_passes_and_replicas_share_the_load(
+def test_waiting_items_share_forward_passes_and_replicas_share_the_load(
     ray_session: None, tmp_path: Path
 ) -> None:
-    pool = ScoringPool("counting", TWO, CPU, *counting(tmp_path, num_items=200))
+    """While the first two items of each replica are at work, 196 wait: they go in requests of a few forward
+    passes of 16 items, to both."""
+    pool = ScoringPool("counting", TWO, CPU, *counting(tmp_path))
     try:
         pool.load("-")
         handles = [pool.submit([number]) for number in range(200)]
-        answers = [value for handle in handles for value in values(pool.collect(handle, LONG))]
+        (tmp_path / "gate").touch()
+        answers = [value for handle in handles for value in values(pool.collect(handle))]
     finally:
         pool.shutdown()
-    assert sorted(number for number, _, _ in answers) == list(range(200))
+    assert [number for number, _, _ in answers] == list(range(200))
     items_of = Counter(process for _, process, _ in answers)
-    assert list(items_of.values()) == [100, 100]
-    # The first batch of a replica is what had come when it began; the second is all that waited meanwhile.
-    assert len({(process, batch) for _, process, batch in answers}) <= 4
+    assert len(items_of) == 2
+    assert min(items_of.values()) > 30
+    # What came while nothing was at work, and then what waited, sixteen together or more.
+    assert len({(process, request) for _, process, request in answers}) <= 4 + 196 // 16 + 1
 
 
-def counting(directory: Path, num_items: int) -> tuple[Callable[[str], Any], Callable[[int], int]]:
-    """A model whose first batch takes until `num_items` items have come to the replicas together, and which
-    answers (item, process, number of its batch); and the size of an item. By value, for Ray."""
-    driver = os.getpid()
-
-    def num_tokens(item: int) -> int:
-        if os.getpid() != driver:  # a replica asks for the size of what has come
-            (directory / str(item)).touch()
-        return 1
+def counting(directory: Path) -> tuple[Callable[[str], Any], Callable[[int], int]]:
+    """A model that answers (item, process, number of its request) once the file "gate" is there, and the size
+    of an item: sixteen fill a forward pass. By value, for Ray."""
 
     class Counting:
         def __init__(self) -> None:
-            self.batches = 0
+            self.requests = 0
 
         def score(self, items: Sequence[int]) -> list[Outcome[tuple[int, int, int]]]:
-            self.batches += 1
-            wait_until(lambda: len(list(directory.iterdir())) == num_items)
-            return [Outcome((item, os.getpid(), self.batches)) for item in items]
+            self.requests += 1
+            while not (directory / "gate").exists():
+                time.sleep(0.01)
+            return [Outcome((item, os.getpid(), self.requests)) for item in items]
 
-    def wait_until(condition: Callable[[], bool]) -> None:
-        while not condition():
-            time.sleep(0.01)
-
-    return lambda model_path: Counting(), num_tokens
+    return lambda model_path: Counting(), lambda item: 128
 
 
 def test_a_killed_replica_loses_nothing_and_comes_back_with_the_current_model(
@@ -292,10 +287,10 @@ def test_a_killed_replica_loses_nothing_and_comes_back_with_the_current_model(
     handles = [pool.submit(rows[start : start + 50]) for start in range(0, 1500, 50)]
     victim.kill()
     survivor.resume()
-    scores = [value for handle in handles for value in values(pool.collect(handle, LONG))]
+    scores = [value for handle in handles for value in values(pool.collect(handle))]
     assert scores == pytest.approx(values(RewardModel(reward_models[1], CPU).score(rows)), abs=1e-5)
     again = [pool.submit(rows[start : start + 50]) for start in range(0, 500, 50)]
-    assert [value for handle in again for value in values(pool.collect(handle, LONG))] == pytest.approx(
+    assert [value for handle in again for value in values(pool.collect(handle))] == pytest.approx(
         scores[:500], abs=1e-5
     )
     present = actor_processes("ScoringActor", 2)
@@ -306,7 +301,7 @@ def test_a_killed_replica_loses_nothing_and_comes_back_with_the_current_model(
 def test_a_model_that_is_not_there_is_named(pool: RewardModelPool, reward_models: list[str]) -> None:
     with pytest.raises(UserError, match="reward model /nowhere"):
         pool.load("/nowhere")
-    assert values(pool.score([(1, 2, 3)], LONG))  # the model before is still served
+    assert values(pool.score([(1, 2, 3)]))  # the model before is still served
 
 
 def test_a_judge_pool_grades(ray_session: None, tmp_path: Path) -> None:
@@ -314,22 +309,27 @@ def test_a_judge_pool_grades(ray_session: None, tmp_path: Path) -> None:
     pool = JudgePool("coherence", ONE, CPU, seed=0)
     try:
         pool.load(path)
-        assert values(pool.score(candidates(8), LONG)) == values(Judge(path, CPU).score(candidates(8)))
+        assert values(pool.score(candidates(8))) == values(Judge(path, CPU).score(candidates(8)))
     finally:
         pool.shutdown()
 
 
 def scripted(directory: Path) -> tuple[Callable[[str], Any], Callable[[str], int]]:
     """A model of words, by value for Ray: "fail" fails, "die" ends the process, "wait NAME" is answered once
-    the file NAME is in `directory`; the answer is the word in capitals. And the size of a word."""
+    the file NAME is in `directory`, "hang NAME" never by the first process that takes it; the answer is the
+    word in capitals. And the size of a word."""
 
     class Scripted:
         def score(self, items: Sequence[str]) -> list[Outcome[str]]:
             if "fail" in items:
-                raise RuntimeError("failed\nmore")
-            if "die" in items:
+                raise ValueError("failed\nmore")
+            if any(item.startswith("die") for item in items):
                 os.kill(os.getpid(), signal.SIGKILL)
             for item in items:
+                mark = directory / item
+                if item.startswith("hang ") and not mark.exists():
+                    mark.touch()
+                    time.sleep(600)
                 while item.startswith("wait ") and not (directory / item.removeprefix("wait ")).exists():
                     time.sleep(0.01)
             return [Outcome(item.upper()) for item in items]
@@ -344,22 +344,87 @@ def words(ray_session: None, tmp_path: Path) -> Iterator[ScoringPool[str, str]]:
     pool.shutdown()
 
 
-def test_misses_have_causes(words: ScoringPool[str, str], tmp_path: Path) -> None:
+def test_misses_have_causes(words: ScoringPool[str, str]) -> None:
     with pytest.raises(RuntimeError, match="before load"):
         words.submit(["a"])
     words.load("-")
-    failing = words.score(["a", "b", "fail", "c"], LONG)
-    assert failing == [Outcome("A"), Outcome("B"), Outcome(None, "RuntimeError: failed"), Outcome("C")]
-    late = words.submit(["wait gate"])
-    assert not words.done(late)
-    assert words.collect(late, 0.1) == [Outcome(None, "deadline")]
-    queued = words.submit(["a"])
-    (tmp_path / "gate").touch()
-    assert words.collect(queued, LONG) == [Outcome("A")]  # after the work that was given up
-    assert words.done(queued)
-    (deadly,) = words.score(["die"], LONG)  # kills every process that takes it, until its retries are spent
-    assert (deadly.value, str(deadly.cause)[:5]) == (None, "Actor")
-    assert words.score(["b"], LONG) == [Outcome("B")]
+    failing = words.score(["a", "b", "fail", "c"])
+    assert failing == [Outcome("A"), Outcome("B"), Outcome(None, "ValueError: failed"), Outcome("C")]
+    stats = words.stats()
+    assert (stats.scored, stats.failures, stats.restarts) == (4, {"ValueError: failed": 1}, 0)
+    assert (stats.replicas, stats.queued, stats.in_flight) == (1, 0, 0)
+    assert 0 < stats.seconds_p50 <= stats.seconds_p95
+
+
+def test_poison_costs_itself_only(words: ScoringPool[str, str]) -> None:
+    """Two items that end every process that takes them, among forty in flight on a single replica."""
+    words.load("-")
+    items = [f"w{number}" for number in range(40)]
+    items[7], items[23] = "die", "die again"
+    outcomes = words.score(items)
+    assert [index for index, outcome in enumerate(outcomes) if outcome.value is None] == [7, 23]
+    assert {outcomes[index].cause for index in (7, 23)} == {"process_died"}
+    assert words.score(["b"]) == [Outcome("B")]
+
+
+def test_a_hung_replica_is_replaced_and_its_items_asked_elsewhere(ray_session: None, tmp_path: Path) -> None:
+    pool = ScoringPool[str, str]("words", TWO, CPU, *scripted(tmp_path), deadline_seconds=2)
+    try:
+        pool.load("-")
+        handles = [pool.submit([word]) for word in ("hang one", *"abcdefgh")]
+        outcomes = [outcome for handle in handles for outcome in pool.collect(handle)]
+        assert [outcome.value for outcome in outcomes] == ["HANG ONE", *"ABCDEFGH"]
+        assert pool.stats().restarts == 1
+        assert pool.replicas == 2
+    finally:
+        pool.shutdown()
+
+
+def test_what_no_process_answers_in_time_is_missing(ray_session: None, tmp_path: Path) -> None:
+    pool = ScoringPool[str, str]("words", ONE, CPU, *scripted(tmp_path), deadline_seconds=1)
+    try:
+        pool.load("-")
+        assert pool.score(["a"]) == [Outcome("A")]
+        assert pool.score(["wait for ever"]) == [Outcome(None, "deadline")]
+        assert pool.score(["b"]) == [Outcome("B")]
+    finally:
+        pool.shutdown()
+
+
+def test_a_pool_that_fails_again_and_again_ends_with_the_cause(words: ScoringPool[str, str]) -> None:
+    words.load("-")
+    handle = words.submit([f"die {number}" for number in range(40)])
+    with pytest.raises(PoolFailedError, match=r"words: replica \d+ died \(ActorDiedError\), .*5 restarts"):
+        words.collect(handle)
+    with pytest.raises(PoolFailedError):
+        words.submit(["a"])
+
+
+def test_random_kills_lose_nothing_and_score_nothing_twice(
+    ray_session: None, tmp_path: Path, actor_processes: Callable[..., set[psutil.Process]]
+) -> None:
+    """Each kill hits a replica that is at work; the values are those of an undisturbed pool."""
+    path = save_classifier(tmp_path)
+    rows = token_rows(2000, seed=3)
+    others = actor_processes("ScoringActor")
+    pool = RewardModelPool("chaos", TWO, CPU)
+    try:
+        pool.load(path)
+        handles = [pool.submit([row]) for row in rows]
+        generator = random.Random(0)
+        for _ in range(4):
+            num_scored = pool.stats().scored
+            while pool.stats().scored == num_scored < len(rows):
+                time.sleep(0.001)
+            replicas = sorted(actor_processes("ScoringActor") - others, key=lambda process: process.pid)
+            if replicas:
+                generator.choice(replicas).kill()
+        scores = [value for handle in handles for value in values(pool.collect(handle))]
+        assert pool.stats().scored == len(rows)
+        assert pool.stats().restarts > 0
+    finally:
+        pool.shutdown()
+    assert scores == values(RewardModel(path, CPU).score(rows))
 
 
 def test_pools_grow_and_shrink(
@@ -374,8 +439,8 @@ def test_pools_grow_and_shrink(
     words.resize(1)  # the retired replica finishes what it has
     assert words.replicas == 1
     (tmp_path / "gate").touch()
-    assert [words.collect(handle, LONG)[0].value for handle in slow] == ["WAIT GATE"] * 2
-    assert words.score(["a"], LONG) == [Outcome("A")]
+    assert [words.collect(handle)[0].value for handle in slow] == ["WAIT GATE"] * 2
+    assert words.score(["a"]) == [Outcome("A")]
     assert len(actor_processes("ScoringActor", 2 + 1)) == 2 + 1  # those of `pool`, and the replica that stays
     with pytest.raises(UserError, match="0 replicas"):
         words.resize(0)
