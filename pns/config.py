@@ -460,12 +460,11 @@ class Config:
     tracking: Tracking = section(Tracking)
 
 
-def stages(config: Config) -> tuple[str, ...]:
-    """The stages that `config` asks for, in order. Pairs given from outside need no negatives made: the
-    backbone is trained on them."""
-    if external_pairs(config):
-        return ("preference", "evaluate")
-    return STAGES
+def stages(config: Config, last: str | None = None) -> tuple[str, ...]:
+    """The stages that `config` asks for, in order, up to `last`. Pairs given from outside need no negatives
+    made: the backbone is trained on them."""
+    asked = ("preference", "evaluate") if external_pairs(config) else STAGES
+    return asked[: asked.index(last) + 1] if last else asked
 
 
 def external_pairs(config: Config) -> bool:

@@ -27,6 +27,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     from pns import driver
     from pns.data.prompts import Prompts, load_tokenizer
     from pns.run.page import RunPage
+    from pns.run.place import STORE
     from pns.run.stage import Plan
     from pns.stages.session import session
     from pns.tiny.tokenizer import build_tokenizer
@@ -36,7 +37,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     solves = settings.task is TinyTask.solve
     prompts = Prompts(build_tokenizer() if solves else load_tokenizer(settings.samples_from), config.data)
     with RunPage.open(Path(config.runs) / config.name) as page:
-        plan = Plan(page.path / driver.STORE, config, driver.prompts_digest(prompts), page.attempts)
+        plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
         made = plan(warm_start_stage(settings))
         (step,) = plan.steps
         if not step.is_done():

@@ -14,9 +14,8 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 FAMILIES: dict[str, dict[str, str | bool]] = {
     "qwen": {"system_prompt": BOXED},  # Qwen2.5, Qwen2.5-Math, Qwen3
     "llama": {"instruction": f"\n{BOXED}"},  # Llama 3 instruct
-    "deepseek": {
-        "instruction": f"\n{BOXED}"
-    },  # DeepSeek-R1 and its distillations, which are to be asked without a system turn
+    # DeepSeek-R1 and its distillations, which are to be asked without a system turn.
+    "deepseek": {"instruction": f"\n{BOXED}"},
     "base": {  # no instruction tuning: a text to be continued
         "chat_template": False,
         "problem_prefix": "Question: ",
@@ -24,19 +23,11 @@ FAMILIES: dict[str, dict[str, str | bool]] = {
         "stop": "\nQuestion:",
     },
 }
-_MARKS = {
-    "<|im_start|>": "qwen",
-    "<|start_header_id|>": "llama",
-    "<\uff5cUser\uff5c>": "deepseek",
-}  # in chat templates
-_KEYS = {
-    "chat_template": True,
-    "system_prompt": "",
-    "problem_prefix": "",
-    "instruction": "",
-    "assistant_prefix": "",
-    "stop": "",
-}
+# In chat templates.
+_MARKS = {"<|im_start|>": "qwen", "<|start_header_id|>": "llama", "<\uff5cUser\uff5c>": "deepseek"}
+_TEXT_KEYS = ("system_prompt", "problem_prefix", "instruction", "assistant_prefix", "stop")
+# The keys of `Data` that a family fills, as they are where it leaves them alone.
+PROMPT_KEYS: dict[str, str | bool] = {"chat_template": True} | dict.fromkeys(_TEXT_KEYS, "")
 
 # Llama 3 templates put the day into the system turn: without a fixed one (the templates' own default) scores
 # would depend on it.
@@ -54,20 +45,16 @@ def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
     if name == PromptFamily.none:
         return name
     if name == PromptFamily.auto:
-        found = (
-            "base"
-            if chat_template is None
-            else next((family for mark, family in _MARKS.items() if mark in chat_template), "")
-        )
-        if not found:
+        found = [family for mark, family in _MARKS.items() if mark in (chat_template or "")]
+        if chat_template is not None and not found:
             raise UserError(
                 "data.prompt: the model's chat template is of no known family: name one with "
                 f"data.prompt=NAME ({', '.join(FAMILIES)}), or set data.prompt=none with data.system_prompt "
                 "and data.instruction as the model wants them"
             )
-        name = PromptFamily(found)
-    filled = _KEYS | FAMILIES[name]
-    for key, empty in _KEYS.items():
+        name = PromptFamily(found[0] if found else "base")
+    filled = PROMPT_KEYS | FAMILIES[name]
+    for key, empty in PROMPT_KEYS.items():
         if getattr(data, key) not in (empty, filled[key]):
             way_out = "set data.prompt=none, or leave the key to the family"
             raise UserError(f"data.{key} is set and data.prompt is {data.prompt}: {way_out}")
@@ -88,58 +75,57 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self.tokenizer = tokenizer
-        self._data = self.data = data
+        self.data = data
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """The conversation before the assistant's turn."""
-        data = self._data
+        data = self.data
         system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
         return [*system, {"role": "user", "content": data.problem_prefix + problem.prompt + data.instruction}]
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
         messages = self.messages(problem)
-        if not self._data.chat_template:
-            text = messages[-1]["content"] + self._data.assistant_prefix
+        if not self.data.chat_template:
+            text = messages[-1]["content"] + self.data.assistant_prefix
             return tuple(self.tokenizer.encode(text, add_special_tokens=True))
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
         )
-        return tuple(self.tokenizer.encode(text + self._data.assistant_prefix, add_special_tokens=False))
+        return tuple(self.tokenizer.encode(text + self.data.assistant_prefix, add_special_tokens=False))
 
     def render(self, problem: Problem) -> str:
         """The prompt's text as the model reads it, special tokens included."""
-        return self.tokenizer.decode(
-            list(self.encode(problem)), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        # Clean-up would take spaces away that the model reads.
+        return self.tokenizer.decode(list(self.encode(problem)), clean_up_tokenization_spaces=False)
 
     def until_stop(self, text: str) -> tuple[str, bool]:
         """`text` up to `data.stop`, and whether that was in it."""
-        head, stop, _ = text.partition(self._data.stop) if self._data.stop else (text, "", "")
+        head, stop, _ = text.partition(self.data.stop) if self.data.stop else (text, "", "")
         return head, bool(stop)
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Completion ids (T,) with the end token, of a text as `decode` gives it: `data.assistant_prefix` is
         part of the prompt."""
-        completion = text.removeprefix(self._data.assistant_prefix)
+        completion = text.removeprefix(self.data.assistant_prefix)
         return (*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id)
 
     def token_starts(self, text: str) -> list[int]:
         """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
         end token."""
-        completion = text.removeprefix(self._data.assistant_prefix)
+        completion = text.removeprefix(self.data.assistant_prefix)
         encoded = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
         return [start + len(text) - len(completion) for start, _ in encoded["offset_mapping"]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of completion ids, without the end token and other special tokens, with
         `data.assistant_prefix` before it."""
-        return self._data.assistant_prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return self.data.assistant_prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def fitting(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
         Raises UserError if none has."""
-        limit = self._data.max_prompt_tokens
+        limit = self.data.max_prompt_tokens
         lengths = [len(self.encode(problem)) for problem in problems]
         kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= limit]
         if not kept:
@@ -162,5 +148,4 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would break the progress line
-
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

