@@ -4,7 +4,7 @@ A recipe holds only what differs from it; `pns.recipe.load` reads and checks one
 """
 
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -15,80 +15,21 @@ from pns.preference_losses import PREFERENCE_LOSSES
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
 
 
-class DataSource(Enum):
-    tiny = "tiny"
-    jsonl = "jsonl"
-
-
-# An enum whose values go on to a library or key a table of strings is a StrEnum.
-class PromptFamily(StrEnum):
-    """`pns.data.prompts` has what each fills in."""
-
-    none = "none"
-    auto = "auto"
-    qwen = "qwen"
-    llama = "llama"
-    deepseek = "deepseek"
-    base = "base"
-
-
-class EngineKind(Enum):
-    vllm = "vllm"
-    transformers = "transformers"
-
-
-class Device(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Schedule(StrEnum):
-    constant = "constant"
-    cosine = "cosine"
-
-
-class Layout(Enum):
-    padded = "padded"
-    packed = "packed"
-    shared = "shared"
-
-
-class GeneratorStart(Enum):
-    backbone = "backbone"
-    target = "target"
-    path = "path"
-
-
-class TermKind(Enum):
-    """How a reward term is computed; `pns.algo.reward` and `workers.rewards` know how."""
-
-    reward_model = "reward_model"  # sigmoid of a reward model's score
-    judge = "judge"  # rubric score of a language model
-
-
-class MarginMask(Enum):
-    completion = "completion"
-    first_wrong_step = "first_wrong_step"
-    first_divergent_token = "first_divergent_token"
-
-
-class BadPairs(Enum):
-    error = "error"
-    drop = "drop"
-
-
-class TrackingBackend(StrEnum):
-    tensorboard = "tensorboard"
-    wandb = "wandb"
-    mlflow = "mlflow"
-    trackio = "trackio"
+# Choices, by the word that a recipe says.
+DataSource = StrEnum("DataSource", ["tiny", "jsonl"])
+# `pns.data.prompts` has what each fills in.
+PromptFamily = StrEnum("PromptFamily", ["none", "auto", "qwen", "llama", "deepseek", "base"])
+EngineKind = StrEnum("EngineKind", ["vllm", "transformers"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float32"])
+Schedule = StrEnum("Schedule", ["constant", "cosine"])
+Layout = StrEnum("Layout", ["padded", "packed", "shared"])
+GeneratorStart = StrEnum("GeneratorStart", ["backbone", "target", "path"])
+# Sigmoid of a reward model's score, or rubric score of a language model: `pns.algo.reward` has how.
+TermKind = StrEnum("TermKind", ["reward_model", "judge"])
+MarginMask = StrEnum("MarginMask", ["completion", "first_wrong_step", "first_divergent_token"])
+BadPairs = StrEnum("BadPairs", ["error", "drop"])
+TrackingBackend = StrEnum("TrackingBackend", ["tensorboard", "wandb", "mlflow", "trackio"])
 
 
 @dataclass
@@ -481,6 +422,5 @@ def hyper_parameters(settings: PreferenceConfig) -> dict[str, float]:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain YAML/JSON values."""
-    return cast(
-        dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    )
+    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return cast(dict[str, Any], values)

@@ -7,16 +7,8 @@ from pns.config import Optimizer, Schedule
 from pns.errors import UserError
 from pns.fields import at_least, between, check_ranges, key, path_or_name, section, up_to
 
-
-class TinyTask(StrEnum):
-    solve = "solve"
-    judge = "judge"
-
-
-class Architecture(StrEnum):
-    qwen2 = "qwen2"
-    llama = "llama"
-    qwen3 = "qwen3"
+TinyTask = StrEnum("TinyTask", ["solve", "judge"])
+Architecture = StrEnum("Architecture", ["qwen2", "llama", "qwen3"])
 
 
 @dataclass
