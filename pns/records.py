@@ -5,6 +5,7 @@ batch, `_T` tokens.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -114,11 +115,9 @@ class PreferencePair:
     @property
     def score_gap(self) -> float | None:
         """score_chosen - score_rejected; None where one is missing."""
-        return (
-            None
-            if self.score_chosen is None or self.score_rejected is None
-            else self.score_chosen - self.score_rejected
-        )
+        if self.score_chosen is None or self.score_rejected is None:
+            return None
+        return self.score_chosen - self.score_rejected
 
 
 @dataclass(frozen=True)
@@ -166,6 +165,14 @@ def to_json(record: Any) -> Any:
     return record
 
 
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def from_json(cls: type, value: dict[str, Any]) -> Any:
     """Build a record of class `cls` from `to_json`'s form. Raises TypeError for unknown or missing fields."""
     converted: dict[str, Any] = {}
@@ -174,7 +181,7 @@ def from_json(cls: type, value: dict[str, Any]) -> Any:
             item = from_json(_NESTED[cls, key], item)
         elif key == "verdict":
             item = Verdict(item)
-        elif isinstance(item, list):
+        elif isinstance(item, list):  # JSON has no tuples, and frozen records hold no lists
             item = tuple(item)
         converted[key] = item
     return cls(**converted)

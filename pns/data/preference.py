@@ -26,17 +26,18 @@ from pns.files import json_lines, read_jsonl
 from pns.preference_losses import PREFERENCE_LOSSES
 from pns.records import PreferencePair, Problem, from_json
 
-COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "problem_id",
-    "source",
-    "margin_end",
-    "score_chosen",
-    "score_rejected",
-)
 SIDES = ("chosen", "rejected")
+# The standard three and those that describe the pair, with what a card says of each.
+COLUMNS = {
+    "prompt": "the conversation before the answer (or its text)",
+    "chosen": "the preferred answer",
+    "rejected": "the answer to be avoided",
+    "problem_id": "the problem the pair belongs to",
+    "source": "how the rejected answer was made",
+    "margin_end": "leading characters of the rejected answer, up to and including the first wrong step",
+    "score_chosen": "raw reward-model score of the chosen answer",
+    "score_rejected": "raw reward-model score of the rejected answer",
+}
 CAUSES = ("empty_side", "end_token_inside", "identical_sides", "prompt_too_long", "pair_too_long")
 _UNSUPPORTED = ("tools", "images")  # columns that change what a chat template renders
 _SHORT_REVISION = 12
@@ -153,7 +154,7 @@ def pair_rows(pairs: Sequence[PreferencePair], data: Data) -> list[dict[str, Any
     asked = [replace(pair, prompt=pair.prompt + data.instruction) for pair in pairs]
     rows: list[dict[str, Any]] = []
     for row, pair in zip(preference_rows(asked, data.system_prompt), pairs, strict=True):
-        values = {key: getattr(pair, key) for key in COLUMNS[3:]}  # those that describe the pair
+        values = {key: getattr(pair, key) for key in list(COLUMNS)[3:]}
         rows.append(row | {key: value for key, value in values.items() if value is not None})
     return rows
 
