@@ -23,11 +23,11 @@ KINDS = ("correct", "wrong", *CAUSES, "unverified")
 RENDERED_SAMPLES = 4  # of a problem; formulas of further samples stay LaTeX, which keeps pages small
 _MAX_FORMULA = 2000  # characters; longer ones stay LaTeX
 _ELEMENTS = frozenset(
-    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr "  # noqa: SIM905
+    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr "
     "mtd mstyle mpadded mphantom menclose merror".split()
 )
 _ATTRIBUTES = frozenset(
-    "display mathvariant stretchy fence separator lspace rspace width height depth linethickness columnalign "  # noqa: SIM905
+    "display mathvariant stretchy fence separator lspace rspace width height depth linethickness columnalign "
     "rowspacing columnspacing columnlines rowlines displaystyle scriptlevel accent accentunder movablelimits "
     "largeop form minsize maxsize notation symmetric".split()
 )
