@@ -59,9 +59,14 @@ class Tracker:
         self._out = out or sys.stdout
         self._backends: Backends | None = None
         if settings.backends:
-            os.environ.setdefault("TENSORBOARD_DIR", str(page / "tensorboard"))
+            # Where verl's tensorboard backend writes, read while it opens; a directory that the user has set
+            # stays, and ours does not lead the next run of this process.
+            chosen = os.environ.get("TENSORBOARD_DIR")
+            os.environ["TENSORBOARD_DIR"] = chosen or str(page / "tensorboard")
             names = [backend.value for backend in settings.backends]
             self._backends = open_backends(settings.project, page.name, names)
+            if chosen is None:
+                del os.environ["TENSORBOARD_DIR"]
         self._path = page / METRICS
         self._stage, self._total, self._first_step, self._num_rows = "", 0, 0, num_rows
         self._began = self._shown = 0.0

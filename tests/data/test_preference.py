@@ -17,6 +17,7 @@ from pns.config import BadPairs, Config, Data, Layout, PreferenceConfig, Prefere
 from pns.data.decontamination import Overlaps
 from pns.data.preference import (
     CAUSES,
+    LoadedPairs,
     TokenPair,
     data_hash,
     encode_pair,
@@ -400,13 +401,26 @@ def test_hub_data_set_that_cannot_be_loaded(files: dict[str, PreferenceData]) ->
 OWN = [PreferencePair("a", "1+1?", "2", "3", "pns", 1, 0.5, 0.25), PreferencePair("b", "2+2?", "4", "5")]
 
 
+def loaded_as_in_the_stage(
+    config: Config,
+    prompts: Prompts,
+    own_pairs: Path | None = None,
+    problems: dict[str, Problem] | None = None,
+    overlaps: Overlaps | None = None,
+) -> LoadedPairs:
+    """`load_pairs` as the stage calls it; no `own_pairs`: those of `preference.data`."""
+    policy = config.policy
+    longest, layout = policy.max_tokens_per_micro_batch, policy.layout
+    return load_pairs(config.preference, longest, layout, prompts, problems or {}, own_pairs, overlaps)
+
+
 def test_load_own_pairs(tmp_path: Path) -> None:
     own = tmp_path / "pairs.jsonl"
     write_jsonl(own, OWN)
     config = Config(data=Data(system_prompt="s", instruction="!"))
     prompts = Prompts(tokenizer(CHATML), config.data)
     problems = {pair.problem_id: Problem(pair.problem_id, pair.prompt, "") for pair in OWN}
-    loaded = load_pairs(config, prompts, problems, own)
+    loaded = loaded_as_in_the_stage(config, prompts, own, problems)
     assert [pair.where for pair in loaded.pairs] == [f"{own}, line 1", f"{own}, line 2"]
     assert loaded.pairs[0].prompt_ids == prompts.encode(problems["a"])
     assert loaded.summary() == {
@@ -418,10 +432,10 @@ def test_load_own_pairs(tmp_path: Path) -> None:
     }
     config.preference = PreferenceConfig(loss="offset")
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2: no score_chosen and score_rejected"):
-        load_pairs(config, prompts, problems, own)
+        loaded_as_in_the_stage(config, prompts, own, problems)
     own.write_text("")
     with pytest.raises(UserError, match=r"pairs.jsonl has no pairs"):
-        load_pairs(config, prompts, problems, own)
+        loaded_as_in_the_stage(config, prompts, own, problems)
 
 
 def test_load_external_pairs(tmp_path: Path) -> None:
@@ -434,7 +448,7 @@ def test_load_external_pairs(tmp_path: Path) -> None:
     )
     config.policy.max_tokens_per_micro_batch = 300
     prompts = Prompts(tokenizer(CHATML), config.data)
-    loaded = load_pairs(config, prompts, {}, tmp_path / "absent")
+    loaded = loaded_as_in_the_stage(config, prompts)
     assert [without_where(pair) for pair in loaded.pairs] == [
         without_where(encode_row(prompts.tokenizer, row, "")) for row in ROWS
     ]
@@ -446,13 +460,11 @@ def test_load_external_pairs(tmp_path: Path) -> None:
     assert (loaded.source, loaded.num_rows, loaded.sha256) == (str(path), 6, data_hash(rows))
     asked = question(rows[0])
     assert asked
-    loaded = load_pairs(
-        config, prompts, {}, tmp_path / "absent", Overlaps([Problem("benchmark/1", asked, "1")])
-    )
+    loaded = loaded_as_in_the_stage(config, prompts, overlaps=Overlaps([Problem("benchmark/1", asked, "1")]))
     assert loaded.dropped["in_a_suite"] == sum(question(row) == asked for row in rows)
     data.bad_pairs = BadPairs.error
     with pytest.raises(UserError, match=r"x\.jsonl, line 4: .*same 5 tokens"):
-        load_pairs(config, prompts, {}, tmp_path / "absent")
+        loaded_as_in_the_stage(config, prompts)
 
 
 @pytest.mark.parametrize(

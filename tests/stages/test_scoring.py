@@ -10,6 +10,7 @@ import pytest
 
 from pns.config import Config, Pool, RewardConfig, RewardTerm, TermKind
 from pns.records import Rollout, Verdict
+from pns.stages.context import Context
 from pns.stages.scoring import Draws, by_problem, by_verdict, load_terms, reward_rules, roll_out
 from workers.rollout.engine import Sampling
 
@@ -31,11 +32,15 @@ def two_terms(plausibility: float = 0.25, coherence: float = 0.25) -> dict[str, 
 
 def scored(bench: Any, texts: list[str], rules: RewardConfig | None) -> list[Rollout]:
     """The rollouts of one problem, whose answer is 10, with these completions."""
+    with bench.making() as ctx:
+        return scored_in(ctx, bench, texts, rules)
+
+
+def scored_in(ctx: Context, bench: Any, texts: list[str], rules: RewardConfig | None) -> list[Rollout]:
     bench.fleet.rollout.write = lambda problem, sample, model: texts[sample]
     bench.fleet.rollout.chunk = 1
-    with bench.making() as ctx:
-        problems = list(bench.problems(1).problems)
-        return roll_out(ctx, Draws("name", len(texts), SAMPLING, rules), problems)
+    problems = list(bench.problems(1).problems)
+    return roll_out(ctx, Draws("name", len(texts), SAMPLING, rules), problems)
 
 
 def every_gate(bench: Any) -> list[str]:
@@ -138,9 +143,10 @@ def test_rows_come_while_a_service_hangs(bench: Any) -> None:
     """What needs no term is whole, and kept, before the services are waited for."""
     bench.fleet.scorer("plausibility").hangs = bench.fleet.scorer("coherence").hangs = True
     rules = rules_of(two_terms(), deadline_seconds=0.01)
-    rollouts = scored(bench, [bench.solution(11), bench.malformed, bench.solution(10)], rules)
+    with bench.making() as ctx:
+        rollouts = scored_in(ctx, bench, [bench.solution(11), bench.malformed, bench.solution(10)], rules)
+        kept = (ctx.directory / "rollouts.unfinished.jsonl").read_text().splitlines()
     assert [rollout.reward.value for rollout in rollouts] == [None, -1.0, 0.0]
-    kept = (bench.store / "stage" / "rollouts.unfinished.jsonl").read_text().splitlines()
     assert len(kept) == 2  # the masked one is asked again after an interruption
 
 

@@ -116,7 +116,7 @@ def test_after_an_interruption_only_what_is_missing_is_asked(bench: Any) -> None
     assert asked == ["s/p0#0", "s/p1#0", "s/p2#0", "s/p3#0"]
     assert [row["key"] for row in rows] == [f"s/p{i}#0" for i in range(10)]
     assert bench.fleet.rollout.loaded == ["model", "model"]
-    with bench.making() as ctx:
+    with bench.making("again") as ctx:
         again = kept_rows(ctx.directory)
         again.add(rows)
         assert stream(ctx, asks_of(10), EchoScorer(bench.prompts), again, lambda row: True, "model") == rows
@@ -140,12 +140,11 @@ def test_masked_rollouts_are_asked_again(bench: Any) -> None:
     bench.fleet.rollout.write = lambda problem, sample, model: (
         undecided if sample == 1 else bench.solution(11)
     )
-    with bench.making("stopped") as ctx:
+    with bench.making() as ctx:
         rollouts = rolled_out(ctx, list(bench.problems(2).problems))
-    assert [rollout.reward.masked for rollout in rollouts] == [False, True, False, False]
-    bench.fleet.rollout.take_asked()
-    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
-    with bench.making("stopped") as ctx:
+        assert [rollout.reward.masked for rollout in rollouts] == [False, True, False, False]
+        bench.fleet.rollout.take_asked()
+        bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
         rollouts = rolled_out(ctx, list(bench.problems(2).problems))
     assert bench.fleet.rollout.take_asked() == ["4/p0#1"]
     assert [rollout.reward.value for rollout in rollouts] == [0.0, 1.0, 1.0, 1.0]
