@@ -54,7 +54,6 @@ def check_model(key: str, value: str) -> None:
     ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
     size = max(ids, default=-1) + 1
     if size > model.get("vocab_size", 0):
-        raise UserError(
-            f"{key}: {value} has a tokenizer of {size} tokens and a model of {model.get('vocab_size')}; "
-            "resize the model's embeddings or use the model's own tokenizer"
-        )
+        fault = f"{value} has a tokenizer of {size} tokens and a model of {model.get('vocab_size')}"
+        way_out = "resize the model's embeddings or use the model's own tokenizer"
+        raise UserError(f"{key}: {fault}; {way_out}")

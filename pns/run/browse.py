@@ -65,17 +65,9 @@ def page(title: str, rows: Sequence[Row]) -> Iterator[str]:
         counts = Counter(map(kind, samples))
         ordered = {name: counts[name] for name in KINDS if name in counts}
         problems.append((samples[0]["problem"], samples, ordered))
-    return (
-        _environment()
-        .get_template("page.html.jinja")
-        .generate(
-            title=title,
-            kinds=KINDS,
-            counts=Counter(map(kind, rows)),
-            problems=problems,
-            rendered_samples=RENDERED_SAMPLES,
-        )
-    )
+    values = {"title": title, "kinds": KINDS, "counts": Counter(map(kind, rows)), "problems": problems}
+    template = _environment().get_template("page.html.jinja")
+    return template.generate(values, rendered_samples=RENDERED_SAMPLES)  # in pieces: pages have megabytes
 
 
 def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:

@@ -79,9 +79,8 @@ class Place:
             if not path.is_file():
                 raise UserError(f"{path} is missing: restore it, or {way_out}")
             if _stat(path) != entry["stat"] and sha256_of_file(path) != entry["sha256"]:
-                raise UserError(
-                    f"{path} is not what the stage wrote (its hash differs): restore it, or {way_out}"
-                )
+                fault = "is not what the stage wrote (its hash differs)"
+                raise UserError(f"{path} {fault}: restore it, or {way_out}")
         for stage, content in contents(made_from, self.directory.parent).items():
             if manifest["contents"].get(stage) != content:
                 raise UserError(f"{self.directory} was made from another output of {stage}: {way_out}")
@@ -192,12 +191,10 @@ def versions() -> dict[str, str | None]:
             known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    root = Path(__file__).parents[2]
-    git = shutil.which("git")
-    if git and (root / ".git").exists():
-        asked = subprocess.run(
-            [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+    root, git = Path(__file__).parents[2], shutil.which("git")
+    if git and (root / ".git").exists():  # not that of a repository around an installed package
+        command = [git, "-C", str(root), "rev-parse", "HEAD"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
         known["commit"] = asked.stdout.strip() if asked.returncode == 0 else None
     return known
 

@@ -29,14 +29,7 @@ _FORMAT = 1
 _WEIGHTS = ("*.safetensors", "*.bin")
 _MODEL_FILES = (*_WEIGHTS, "*.index.json", "config.json", "adapter_config.json", "*.py")
 _TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.jinja",
+    "tokenizer* vocab* merges* *.model *.tiktoken special_tokens_map.json added_tokens.json *.jinja"
 )
 
 
@@ -49,9 +42,8 @@ class ReferenceKey:
     rows: str  # token ids of every prompt and completion, in order
     dtype: str  # the forward pass's compute dtype
 
-    @property
-    def digest(self) -> str:
-        return sha256_of_json(asdict(self))
+    def file(self, directory: Path) -> Path:
+        return directory / f"{sha256_of_json(asdict(self))}.logprobs"
 
 
 def reference_key(
@@ -69,19 +61,16 @@ def reference_key(
     directory first).
     """
     if not any(path for pattern in _WEIGHTS for path in model.glob(pattern)):
-        raise UserError(
-            f"{model} holds no weights ({' or '.join(_WEIGHTS)}): name the directory of a checkpoint"
-        )
+        kinds = " or ".join(_WEIGHTS)
+        raise UserError(f"{model} holds no weights ({kinds}): name the directory of a checkpoint")
     if not any(tokenizer.glob("tokenizer*")):
-        raise UserError(
-            f"{tokenizer} holds no tokenizer files (tokenizer*): name a checkpoint with a tokenizer"
-        )
+        fault = "holds no tokenizer files (tokenizer*)"
+        raise UserError(f"{tokenizer} {fault}: name a checkpoint with a tokenizer")
     rows = hashlib.sha256()
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         rows.update(np.asarray([len(prompt), len(completion), *prompt, *completion], dtype="<i8").tobytes())
-    return ReferenceKey(
-        _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES), rows.hexdigest(), dtype
-    )
+    weights, words = _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES.split())
+    return ReferenceKey(weights, words, rows.hexdigest(), dtype)
 
 
 def reference_log_probs(policy: Policy, directory: Path, model: Path, rows: Batch) -> Sequence[np.ndarray]:
@@ -102,7 +91,7 @@ def load_log_probs(
     """The rows kept for `key`, of `lengths` values each; None where there is no file, or one that is damaged
     or was made otherwise."""
     try:
-        with open(_path(directory, key), "rb") as file:
+        with open(key.file(directory), "rb") as file:
             header, values = file.readline(), file.read()
     except FileNotFoundError:
         return None
@@ -125,16 +114,12 @@ def save_log_probs(
         if not np.isfinite(array).all():
             raise ValueError(f"reference log-probabilities of row {number} are not finite")
     values = b"".join(array.tobytes() for array in arrays)
-    path = _path(directory, key)
+    path = key.file(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(_header(key, [len(array) for array in arrays], values))
         file.write(values)
     return path
-
-
-def _path(directory: Path, key: ReferenceKey) -> Path:
-    return directory / f"{key.digest}.logprobs"
 
 
 def _header(key: ReferenceKey, lengths: Sequence[int], values: bytes) -> bytes:

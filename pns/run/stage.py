@@ -167,7 +167,7 @@ class Plan:
 
     def _role_values(self, roles: Sequence[str]) -> dict[str, Any]:
         prefixes = tuple(prefix for role in roles for prefix in ROLE_KEYS.get(role, ()))
-        keys = [key for key in walk_keys(self._config) if prefixes and key.name.startswith(prefixes)]
+        keys = [key for key in walk_keys(self._config) if key.name.startswith(prefixes)]
         return {key.name: to_json(key.value) for key in keys}
 
     def _described(self, value: Any) -> Any:

@@ -14,17 +14,7 @@ from pns.files import append_jsonl, cut_rows, read_jsonl, write_jsonl
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
 METRICS = "metrics.jsonl"
-SHOWN = (
-    "reward",
-    "loss",
-    "accuracy",
-    "wrong_rate",
-    "format_rate",
-    "plausibility_mean",
-    "coherence_mean",
-    "masked_rate",
-    "tokens_per_second",
-)
+SHOWN = "reward loss accuracy wrong_rate format_rate plausibility_mean coherence_mean masked_rate".split()
 
 
 class Backends(Protocol):
@@ -124,12 +114,11 @@ class Tracker:
         self._shown = now
         remaining = (now - self._began) / max(done - self._first_step, 1) * (self._total - done)
         shown = {key: values[key] for key in SHOWN if key in values} or dict(list(values.items())[:4])
-        figures = "  ".join(
-            f"{key} {'-' if value is None else format(value, '.3g')}" for key, value in shown.items()
-        )
+        spelt = {key: "-" if value is None else f"{value:.3g}" for key, value in shown.items()}
+        figures = "  ".join(f"{key} {value}" for key, value in spelt.items())
         eta = f"ETA {remaining // 60:.0f}:{remaining % 60:02.0f}"
         line = f"{self._stage}  {done}/{self._total}  {eta}  {figures}"
-        self._out.write(
-            f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n"
-        )
+        # On a terminal in the place of the last one, and never so long that it would wrap.
+        width = shutil.get_terminal_size().columns - 1
+        self._out.write(f"\r\x1b[K{line[:width]}" if terminal else f"{line}\n")
         self._out.flush()
