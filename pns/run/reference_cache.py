@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _WEIGHTS = ("*.safetensors", "*.bin")
 _MODEL_FILES = (*_WEIGHTS, "*.index.json", "config.json", "adapter_config.json", "*.py")
-_TOKENIZER_FILES = (
-    "tokenizer* vocab* merges* *.model *.tiktoken special_tokens_map.json added_tokens.json *.jinja"
-)
+# Of all kinds of tokenizers; a checkpoint has some of them.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "*_tokens*.json", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class ReferenceKey:
     rows: str  # token ids of every prompt and completion, in order
     dtype: str  # the forward pass's compute dtype
 
-    def file(self, directory: Path) -> Path:
-        return directory / f"{sha256_of_json(asdict(self))}.logprobs"
+    @property
+    def digest(self) -> str:
+        return sha256_of_json(asdict(self))
 
 
 def reference_key(
@@ -69,7 +69,7 @@ def reference_key(
     rows = hashlib.sha256()
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         rows.update(np.asarray([len(prompt), len(completion), *prompt, *completion], dtype="<i8").tobytes())
-    weights, words = _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES.split())
+    weights, words = _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES)
     return ReferenceKey(weights, words, rows.hexdigest(), dtype)
 
 
@@ -91,7 +91,7 @@ def load_log_probs(
     """The rows kept for `key`, of `lengths` values each; None where there is no file, or one that is damaged
     or was made otherwise."""
     try:
-        with open(key.file(directory), "rb") as file:
+        with open(directory / f"{key.digest}.logprobs", "rb") as file:
             header, values = file.readline(), file.read()
     except FileNotFoundError:
         return None
@@ -114,7 +114,7 @@ def save_log_probs(
         if not np.isfinite(array).all():
             raise ValueError(f"reference log-probabilities of row {number} are not finite")
     values = b"".join(array.tobytes() for array in arrays)
-    path = key.file(directory)
+    path = directory / f"{key.digest}.logprobs"
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(_header(key, [len(array) for array in arrays], values))

@@ -14,7 +14,10 @@ from pns.files import append_jsonl, cut_rows, read_jsonl, write_jsonl
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
 METRICS = "metrics.jsonl"
-SHOWN = "reward loss accuracy wrong_rate format_rate plausibility_mean coherence_mean masked_rate".split()
+SHOWN = (  # of a step's metrics, on the terminal
+    "reward loss accuracy wrong_rate format_rate plausibility_mean coherence_mean masked_rate "
+    "tokens_per_second"
+).split()
 
 
 class Backends(Protocol):
