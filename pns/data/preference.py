@@ -76,13 +76,8 @@ class LoadedPairs:
 
     def summary(self) -> dict[str, Any]:
         """All but the pairs, as JSON values."""
-        return {
-            "source": self.source,
-            "sha256": self.sha256,
-            "rows": self.num_rows,
-            "pairs": len(self.pairs),
-            "dropped": self.dropped,
-        }
+        counts = {"rows": self.num_rows, "pairs": len(self.pairs), "dropped": self.dropped}
+        return {"source": self.source, "sha256": self.sha256, **counts}
 
 
 def load_pairs(
@@ -225,9 +220,8 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
     """
     for column in _UNSUPPORTED:
         if row.get(column):
-            raise UserError(
-                f"{where}: a pair with {column!r} cannot be rendered; remove the column or the row"
-            )
+            fault = f"a pair with {column!r} cannot be rendered"
+            raise UserError(f"{where}: {fault}; remove the column or the row")
     values: dict[str, Any] = {key: row.get(key) for key in ("prompt", *SIDES)}
     plain = all(isinstance(value, str) for value in values.values())
     if plain:
@@ -315,10 +309,9 @@ def _side(tokenizer: Any, before: str, whole: str, content: str, where: str) -> 
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
         start = len(list(same))
         change = f"{before[start : start + 20]!r} becomes {whole[start : start + 20]!r}"
-        raise UserError(
-            f"{where}: the chat template renders the prompt otherwise once the assistant's turn follows "
-            f"(from character {start}: {change}); give the pair as plain strings"
-        )
+        fault = "the chat template renders the prompt otherwise once the assistant's turn follows"
+        place = f"from character {start}: {change}"
+        raise UserError(f"{where}: {fault} ({place}); give the pair as plain strings")
     if not content.strip():
         return _Side("", 0)
     added = whole.removeprefix(before)

@@ -118,19 +118,18 @@ def update(ctx: Context, settings: GrpoConfig, rollouts: Sequence[Rollout]) -> d
     rewards_PG = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
     groups_PG = rewards_PG.reshape(-1, settings.completions_per_problem)
     advantages = group_advantages(groups_PG, settings.normalise_by_std).reshape(-1).tolist()
-    rows = [
-        (rollout, advantage)
-        for rollout, advantage in zip(rollouts, advantages, strict=True)
-        if not rollout.reward.masked and (advantage != 0 or settings.kl_coefficient)
-    ]
+    pulled = bool(settings.kl_coefficient)
+    placed = zip(rollouts, advantages, strict=True)
+    rows = [(r, advantage) for r, advantage in placed if not r.reward.masked and (advantage or pulled)]
     if not rows:
         return {"no_update": 1.0}
     prompts = {rollout.problem.id: rollout.problem for rollout, _ in rows}
     prompt_ids = {identity: ctx.prompts.encode(problem) for identity, problem in prompts.items()}
+    drawn = [rollout.completion for rollout, _ in rows]
     batch = Batch(
-        prompt_ids=[prompt_ids[rollout.problem.id] for rollout, _ in rows],
-        completion_ids=[rollout.completion.token_ids for rollout, _ in rows],
-        token_values={"old_log_probs": [rollout.completion.log_probs for rollout, _ in rows]},
+        prompt_ids=[prompt_ids[completion.problem_id] for completion in drawn],
+        completion_ids=[completion.token_ids for completion in drawn],
+        token_values={"old_log_probs": [completion.log_probs for completion in drawn]},
         row_values={"advantages": [advantage for _, advantage in rows]},
     )
     if settings.kl_coefficient:

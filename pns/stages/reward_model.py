@@ -138,9 +138,6 @@ def pairwise_quality(scores_B2: np.ndarray) -> dict[str, float]:
 def text_pair_batch(ctx: Context, pairs: Sequence[PreferencePair], prompts: Mapping[str, Problem]) -> Batch:
     """Rows chosen, rejected, chosen, rejected, ..."""
     prompt_ids = [ctx.prompts.encode(prompts[pair.problem_id]) for pair in pairs]
-    return Batch(
-        prompt_ids=[ids for ids in prompt_ids for _ in range(2)],
-        completion_ids=[
-            ctx.prompts.encode_completion(text) for pair in pairs for text in (pair.chosen, pair.rejected)
-        ],
-    )
+    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    encoded = [ctx.prompts.encode_completion(text) for text in texts]
+    return Batch([ids for ids in prompt_ids for _ in range(2)], encoded)

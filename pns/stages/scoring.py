@@ -18,9 +18,9 @@ from workers.rollout.engine import Sample, Sampling
 
 def reward_rules(config: Config) -> RewardConfig:
     """The reward as stages depend on it: without terms of weight 0, and without where terms are computed."""
-    terms = {
-        name: replace(term, pool=Pool()) for name, term in config.reward.terms.items() if term.weight > 0
-    }
+    weighted = {name: term for name, term in config.reward.terms.items() if term.weight > 0}
+    # Every pool the default one: a stage counts as another only where its rewards would be.
+    terms = {name: replace(term, pool=Pool()) for name, term in weighted.items()}
     return replace(config.reward, terms=terms)
 
 
@@ -51,15 +51,9 @@ class RewardScorer:
         keys, answers = [], []
         for ask, sample in samples:
             text = self._prompts.decode(sample.token_ids)
-            completion = Completion(
-                f"{ask.problem.id}#{ask.sample}",
-                ask.problem.id,
-                text,
-                sample.token_ids,
-                sample.log_probs,
-                sample.finish_reason,
-                sample.weights_version,
-            )
+            own_id, problem_id = f"{ask.problem.id}#{ask.sample}", ask.problem.id
+            drawn = sample.token_ids, sample.log_probs, sample.finish_reason, sample.weights_version
+            completion = Completion(own_id, problem_id, text, *drawn)
             format_ok = check_format(text, sample.finish_reason).ok
             self._under_way[ask.key] = _UnderWay(ask, completion, format_ok)
             if format_ok:
