@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     try:
         options.handler(options)
-    except UserError as error:
+    except UserError as error:  # all else keeps its traceback: it is ours to mend
         print(f"pns: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

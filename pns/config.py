@@ -74,9 +74,7 @@ class Data:
     problem_prefix: str = key("", "text put before every problem in the user turn; empty: none")
     instruction: str = key("", "text appended to every problem in the user turn; empty: none")
     assistant_prefix: str = key("", "text that completions begin with, part of the prompt; empty: none")
-    stop: str = key(
-        "", "evaluation ignores this text and what follows (a base model's next problem); empty: none"
-    )
+    stop: str = key("", "evaluation cuts at this text (a base model's next problem); empty: none")
     max_prompt_tokens: int = key(
         1024, "tokens; training drops longer prompts and counts them, evaluation asks all", at_least(1)
     )
@@ -143,7 +141,7 @@ class PolicyConfig:
         16384, "tokens per rank, prompts included, as policy.layout counts them", at_least(1)
     )
     dtype: Dtype = key(
-        Dtype.auto, "of compute (master weights are float32); auto: bfloat16 on cuda, float32 on cpu"
+        Dtype.auto, "of compute (master weights: float32); auto: bfloat16 on cuda, else float32"
     )
     gradient_checkpointing: bool = key(True, "compute activations again in the backward pass, to save memory")
     compile: bool = key(
@@ -184,9 +182,7 @@ class GrpoConfig:
     # The upper side is wider, so that unlikely tokens can gain (clip-higher).
     clip_low: float = key(0.2, "the ratio is clipped below 1 - this", between(0, 1))
     clip_high: float = key(0.28, "the ratio is clipped above 1 + this", at_least(0))
-    kl_coefficient: float = key(
-        1e-3, "times the KL (k3) from the stage's starting policy; 0: none", at_least(0)
-    )
+    kl_coefficient: float = key(1e-3, "times the KL (k3) from the stage's first policy; 0: none", at_least(0))
     normalise_by_std: bool = key(True, "of a group's rewards; false: Dr. GRPO (arXiv 2503.20783)")
     updates_per_step: int = key(1, "optimizer steps on each batch of rollouts", at_least(1))
     checkpoint_every: int = key(20, "steps between checkpoints", at_least(1))
@@ -204,7 +200,7 @@ class ReverseRl(GrpoConfig):
     stop_wrong_rate: float = key(0.9, "stop early at this share of wrong completions ...", between(0, 1))
     stop_format_rate: float = key(0.95, "... with at least this share well-formed ...", between(0, 1))
     stop_patience: int = key(
-        10, "... when stop_term has not risen for so many steps; 0: run all steps", at_least(0)
+        10, "... when stop_term has not risen for so many steps; 0: all steps", at_least(0)
     )
     stop_term: str = key("plausibility", "name of the reward term that stop_patience watches")
     max_hold_wrong_rate: float = key(
@@ -218,9 +214,7 @@ class ReverseRl(GrpoConfig):
 class RewardTerm:
     """One named term of the composite reward: an unweighted score in [0, 1] from a service of its own."""
 
-    kind: TermKind = key(
-        TermKind.reward_model, "sigmoid of a reward model's score, or rubric score of a language model"
-    )
+    kind: TermKind = key(TermKind.reward_model, "a reward model's score or a language model's rubric")
     weight: float = key(0.0, "times the score; 0: neither asked for, placed nor started", at_least(0))
     model: str = path_or_name("", "directory or Hub id; empty (reward_model only): this run's own")
     pool: Pool = section(Pool)
@@ -281,18 +275,12 @@ class Synthesize:
 class PairStage:
     """Each negative with a right completion of the target."""
 
-    samples_per_problem: int = key(
-        8, "completions of the RL-trained backbone, for the chosen side", at_least(1)
-    )
+    samples_per_problem: int = key(8, "completions of the target, for the chosen side", at_least(1))
     temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
     max_length_ratio: float = key(2.0, "longer over shorter side of a pair, in tokens, at most", at_least(1))
     pairs_per_problem: int = key(1, "pairs of each problem, at most", at_least(1))
-    prefer_shared_prefix: bool = key(
-        True, "give each negative the correct side that shares the longest prefix"
-    )
-    balance_flow: bool = key(
-        False, "keep as many (right, wrong) as (wrong, right) token flows at the first divergence"
-    )
+    prefer_shared_prefix: bool = key(True, "give each negative the right side with the longest common prefix")
+    balance_flow: bool = key(False, "as many (right, wrong) as (wrong, right) tokens at the first divergence")
     scored_by: str = key("plausibility", "reward_model term whose model scores pairs")
 
 

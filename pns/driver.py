@@ -32,6 +32,7 @@ def method(run: Plan, config: Config, world: World) -> None:
     of the two (arXiv 2602.03516); with pairs from outside, preference optimisation of the backbone alone."""
     backbone = world.backbone
     if external_pairs(config):
+        # Not on the tiny world: its problems are all of a few templates, so every one would overlap.
         decontaminated = config.data.decontaminate and config.data.source is DataSource.jsonl
         benchmarks = world.suites.benchmarks() if decontaminated else None
         result = run(preference, backbone, None, world.preference, benchmarks)
@@ -56,6 +57,7 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
     prompts = load_prompts(config)
     world = make_world(config, problem_sets)
     with RunPage.open(Path(config.runs) / config.name) as page:
+        # Under the lock: two starts with --from must not count to the same number.
         attempts = dict(page.attempts)
         if first:
             attempts[first] = attempts.get(first, 0) + 1
@@ -82,6 +84,7 @@ def make_steps(
         return
     if pending:
         with session(config, page, pending, prompts, attempts) as making:
+            # Only now that all roles are up: a start that fails writes nothing.
             report_removals(page, problem_sets)
             for step in steps:
                 if step.is_done():  # asked again at its turn: another run may have made it since
@@ -140,6 +143,7 @@ def prompts_digest(prompts: Prompts) -> str:
     data, tokenizer = prompts.data, prompts.tokenizer
     keys = [getattr(data, key) for key in (*PROMPT_KEYS, "max_prompt_tokens")]
     special = to_json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+    # The backend's text has merges and normaliser as well; slow tokenizers have none.
     vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()
     return sha256_of_json([keys, vocabulary, tokenizer.chat_template, special])
 

@@ -37,6 +37,7 @@ def check_model(key: str, value: str) -> None:
     if not value:
         raise UserError(f"{key} is empty: name a model directory or a Hub id")
     if not path.exists():
+        # In a directory that is there, `models/absnt` is a path with a slip, not a Hub id.
         if HUB_ID.fullmatch(value) and not path.parent.is_dir():
             return
         raise UserError(f"{key}: {value} is neither a directory that exists nor a Hub id (owner/name)")
@@ -50,9 +51,11 @@ def check_model(key: str, value: str) -> None:
     model = json.loads(config_file.read_text(encoding="utf-8"))
     tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    # Unigram tokenizers have a list, whose places are the ids.
     ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
     ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
     size = max(ids, default=-1) + 1
+    # A smaller tokenizer is fine: many models pad their embeddings to a round number.
     if size > model.get("vocab_size", 0):
         fault = f"{value} has a tokenizer of {size} tokens and a model of {model.get('vocab_size')}"
         way_out = "resize the model's embeddings or use the model's own tokenizer"

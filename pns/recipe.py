@@ -45,6 +45,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
     samples = training and not external_pairs(config)
     check_config(config, samples)
     raise_first(data_faults(config.data, samples))
+    # From here on every number that the loss reads is there, for stages and digests alike.
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
     return config
@@ -62,7 +63,7 @@ def _read(recipe: Path) -> list[Layer]:
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"recipe {recipe} is a list; it has to be keys and values")
-    base = loaded.pop("extends", None)
+    base = loaded.pop("extends", None)  # no key of the schema
     layer = (loaded, recipe.absolute().parent)
     if base is None:
         return [layer]
@@ -90,6 +91,7 @@ def merge_layers(schema: type[Settings], layers: list[Layer], source: str) -> Se
             for key in walk_keys(OmegaConf.to_object(merged)):
                 if "path" in key.field.metadata:
                     _resolve_paths(merged, layer, key, directory)
+        # Enums and nested dataclasses, no longer OmegaConf's own nodes.
         return cast(Settings, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
         key_name = error.full_key or str(error.key)
@@ -110,7 +112,7 @@ def _resolve_paths(merged: DictConfig, layer: DictConfig, key: Key, directory: P
         resolved = resolve_path(str(said), directory, named)
     else:
         return
-    OmegaConf.update(merged, key.name, resolved, merge=True)
+    OmegaConf.update(merged, key.name, resolved, merge=True)  # merge: of a dict only the paths that were said
 
 
 def resolve_path(value: str, directory: Path, named: bool) -> str:

@@ -48,7 +48,7 @@ class Problem:
     solution: str | None = None
     subject: str = ""
     level: str = ""
-    rule: AnswerRule = AnswerRule()
+    rule: AnswerRule = AnswerRule()  # frozen: one serves all
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def to_json(record: Any) -> Any:
     `from_json`."""
     if isinstance(record, Enum):
         return record.value
+    # `is_dataclass` holds for a class, too.
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
     if isinstance(record, dict):

@@ -127,6 +127,7 @@ def _write_pairs(run: _Run, directory: Path, rows: Sequence[Mapping[str, Any]], 
     directory.mkdir()
     lines = [canonical_line(row) for row in rows]
     (directory / "train.jsonl").write_bytes("".join(lines).encode())
+    # As JSON gives them back: both files hold the same values.
     written = [json.loads(line) for line in lines]
     columns = [name for name in COLUMNS if any(name in row for row in written)]
     try:
@@ -189,6 +190,7 @@ def _card(
     values: Mapping[str, Any],
 ) -> str:
     """The card `templates/<kind>.md.jinja`: `front` is the YAML that the Hub and `datasets` read."""
+    # Strict: a card with a hole in it would be published.
     loader, strict = jinja2.PackageLoader("pns.commands"), jinja2.StrictUndefined
     environment = jinja2.Environment(
         loader=loader, undefined=strict, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True

@@ -85,6 +85,7 @@ def collect_garbage(runs: Path, yes: bool) -> None:
         return
     for place in unlinked:
         try:
+            # Whoever makes it holds the lock; after a crash nobody does.
             with locked(place / "lock", "it stays"):
                 remove(place)
         except UserError as error:

@@ -45,6 +45,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
                 making.make(step)
         partial = out.with_name(f"{PARTIAL}{out.name}")
         remove(partial)
+        # A copy: `out` is for the user to keep, move or change; the stage's own stays as it was hashed.
         shutil.copytree(made.model, partial)
         os.replace(partial, out)
         if made.quality_file.is_file():

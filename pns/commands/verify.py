@@ -57,7 +57,9 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
     total, seconds = counts.total(), time.monotonic() - begin
     shares = [f"{count} {verdict} ({count / max(1, total):.1%})" for verdict, count in counts.items()]
     speed = f"{seconds:.1f} s, {total / seconds:.0f} a second"
-    print(f"{total} cases: {', '.join(shares)}; {speed} -> {out}", file=sys.stderr)
+    print(
+        f"{total} cases: {', '.join(shares)}; {speed} -> {out}", file=sys.stderr
+    )  # `--out /dev/stdout` stays clean
     return dict(counts)
 
 

@@ -165,7 +165,7 @@ def read_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
         lines = json_lines(settings.path)
         rows = ((f"{settings.path}, line {number}", row) for number, row in lines)
     empty = True
-    for placed in islice(rows, settings.limit or None):
+    for placed in islice(rows, settings.limit or None):  # None: all
         empty = False
         yield placed
     if empty:
@@ -179,6 +179,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            # Other columns may hold megabytes a row.
             for batch in file.iter_batches(columns=_known(file.schema_arrow.names)):
                 for row in batch.to_pylist():
                     number += 1
@@ -226,6 +227,7 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
     plain = all(isinstance(value, str) for value in values.values())
     if plain:
         prompt = values["prompt"] if values["prompt"].strip() else ""
+        # Some files have the end token in the text; it is added once to all.
         sides = [_Side(values[side].removesuffix(tokenizer.eos_token), 0) for side in SIDES]
     elif all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
         prompt, sides = _render(tokenizer, values, where)
@@ -351,6 +353,7 @@ def _completion_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 def _margin_end(row: Mapping[str, Any], rejected: Any, where: str) -> int | None:
     value = row.get("margin_end")
     length = len(rejected if isinstance(rejected, str) else rejected[-1]["content"])
+    # Not `isinstance`: true is an int, too.
     if value is not None and (type(value) is not int or not 0 < value <= length):
         wanted = f"it counts characters of the rejected text, from 1 to {length}"
         raise UserError(f"{where}: margin_end is {value!r}; {wanted}")

@@ -94,7 +94,7 @@ def kind(row: Row) -> str:
 
 def render(text: str) -> Markup:
     """Text with formulas between dollars, `\\\\(`, `\\\\[` as safe HTML."""
-    pieces, end = [], 0
+    pieces, end = [], 0  # escaped text and safe formulas in turn
     for match in _FORMULA.finditer(text):
         block = match["a"] or match["b"]
         latex = block or match["c"] or match["d"]
@@ -108,6 +108,7 @@ def render_answer(answer: str) -> Markup:
     return formula(answer.strip().strip("$"), False) or escape(answer)
 
 
+# Samples of one problem have most formulas in common.
 @lru_cache(maxsize=20_000)
 def formula(latex: str, block: bool) -> Markup | None:
     """Presentation MathML of a formula, None where it cannot be read (it is shown as it is then)."""
@@ -120,7 +121,7 @@ def formula(latex: str, block: bool) -> Markup | None:
     except Exception:  # sampled text need not be LaTeX: the converter raises whatever its parser runs into
         return None
     for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
+        element.tag = element.tag.rpartition("}")[2]  # without the namespace, which ElementTree puts first
         if element.tag not in _ELEMENTS:
             return None
         element.attrib = {key: value for key, value in element.attrib.items() if key in _ATTRIBUTES}

@@ -6,7 +6,7 @@ from typing import Self
 
 import psutil
 
-INTERVAL_SECONDS = 3.0
+INTERVAL_SECONDS = 3.0  # the kernel walks all pages of a process for one reading
 
 
 class PeakMemory:
@@ -41,7 +41,7 @@ def total_gib() -> float:
     for process in [me, *me.children(recursive=True)]:
         try:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # has ended, or is another user's
             continue
         total_kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total_kib / 2**20

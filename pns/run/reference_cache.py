@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from workers.training.batching import Batch
     from workers.training.policy import Policy
 
-_FORMAT = 1
+_FORMAT = 1  # another number makes all files of before unknown
 _WEIGHTS = ("*.safetensors", "*.bin")
 _MODEL_FILES = (*_WEIGHTS, "*.index.json", "config.json", "adapter_config.json", "*.py")
 # Of all kinds of tokenizers; a checkpoint has some of them.
@@ -95,7 +95,7 @@ def load_log_probs(
             header, values = file.readline(), file.read()
     except FileNotFoundError:
         return None
-    if header != _header(key, lengths, values) or len(values) != 4 * sum(lengths):
+    if header != _header(key, lengths, values) or len(values) != 4 * sum(lengths):  # 4 bytes: float32
         return None
     flat = np.frombuffer(values, dtype="<f4").astype(np.float32)
     if not np.isfinite(flat).all():

@@ -87,7 +87,7 @@ def plot_metrics(run_path: Path) -> list[Path]:
     directory = run_path / "plots"
     directory.mkdir(exist_ok=True)
     for old in directory.glob("*.png"):
-        old.unlink()
+        old.unlink()  # of a stage that the page no longer leads to
     written: list[Path] = []
     rows_by_stage: dict[str, list[dict[str, Any]]] = {}
     for metrics in sorted(run_path.glob("*/metrics.jsonl")):
@@ -107,6 +107,7 @@ def plot_metrics(run_path: Path) -> list[Path]:
 def _curves(stage: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     names = sorted({name for row in rows for name in row["values"]})
     num_rows = math.ceil(len(names) / _COLUMNS)
+    # Not pyplot: it looks for a display, and keeps every figure alive.
     figure = Figure(figsize=(4 * _COLUMNS, 2.2 * num_rows), dpi=80, layout="constrained")
     figure.suptitle(stage)
     for place, name in enumerate(names, start=1):

@@ -73,7 +73,7 @@ class Tracker:
         they come again. Returns the values of the steps before."""
         rows = []
         if self._path.is_file():
-            cut_rows(self._path)
+            cut_rows(self._path)  # a row that a crash cut cannot be read
             rows = read_jsonl(self._path)
         kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
         write_jsonl(self._path, kept)
@@ -115,6 +115,7 @@ class Tracker:
         if not terminal and done < self._total and now - self._shown < PLAIN_INTERVAL_SECONDS:
             return
         self._shown = now
+        # Of the steps since this start alone: those before an interruption were in another process.
         remaining = (now - self._began) / max(done - self._first_step, 1) * (self._total - done)
         shown = {key: values[key] for key in SHOWN if key in values} or dict(list(values.items())[:4])
         spelt = {key: "-" if value is None else f"{value:.3g}" for key, value in shown.items()}

@@ -61,7 +61,7 @@ def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: 
     for suite, problems in suites.problems.items():
         decoding = suites.decodings[suite]
         for problem in problems:
-            fits = len(ctx.prompts.encode(problem)) < longest
+            fits = len(ctx.prompts.encode(problem)) < longest  # room for one token at least
             for sample in range(decoding.samples_per_problem or 1):
                 seed = stable_seed(ctx.seed, "evaluate", problem.id, sample)
                 row = not_asked(problem, sample, seed)
@@ -74,6 +74,7 @@ def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: 
     answers = stream(ctx, asks, scorer, unfinished, lambda row: True, model, label)
     rows |= {ask.key: row for ask, row in zip(asks, answers, strict=True)}
     write_jsonl(file, rows.values())
+    # Only now that the whole file is there: until then these rows are what an interruption leaves.
     unfinished.drop(list(unfinished.rows))
 
 

@@ -66,6 +66,7 @@ def train(
         sync_weights(ctx)
     unfinished = unfinished_rollouts(ctx)
     take_back(trained, unfinished, first_step)
+    # A stop condition has a memory, which an interruption has wiped.
     for step, values in enumerate(ctx.track.begin(run.name, settings.steps, first_step)):
         stop(step, values)
     for step in range(first_step, settings.steps):
@@ -74,6 +75,7 @@ def train(
         rollouts = roll_out(ctx, run.draws, problems_P, unfinished, step)
         sampled = time.monotonic()
         rewards = [rollout.reward for rollout in rollouts]
+        # Before they are kept: the next start asks again for the masked ones.
         check_masked(rewards, run.max_masked_fraction, f"{run.name}, step {step}")
         # First where they stay, then out of the unfinished: an interruption between the two loses none.
         append_jsonl(trained.rollouts_file, rollouts)
@@ -94,7 +96,7 @@ def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step
     again."""
     if not trained.rollouts_file.exists():
         return
-    cut_rows(trained.rollouts_file)
+    cut_rows(trained.rollouts_file)  # first the line that a crash cut, which cannot be read
     rows = read_jsonl(trained.rollouts_file)
     later = [from_json(Rollout, row) for row in rows if row["step"] >= first_step]
     unfinished.add(rollout for rollout in later if not rollout.reward.masked)

@@ -129,7 +129,7 @@ def scored_pairs(
     values = [outcome.value for outcome in pool.score(sequences, settings.deadline_seconds)]
     scored = []
     for own, chosen, rejected in zip(pairs, values[::2], values[1::2], strict=True):
-        both = chosen is not None and rejected is not None
+        both = chosen is not None and rejected is not None  # one score says nothing of a pair
         scored.append(replace(own, score_chosen=chosen, score_rejected=rejected) if both else own)
     return scored
 

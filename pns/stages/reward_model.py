@@ -101,6 +101,7 @@ def train_one(
     """Train one reward model, export it, and return its quality on the held-out problems."""
     seed = stable_seed(ctx.seed, name)
     ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
+    # By problem: two pairs of one problem are too much alike.
     held_out_ids = set(ids[: round(len(ids) * settings.held_out_fraction)])
     held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
     training = [pair for pair in pairs if pair.problem_id not in held_out_ids]

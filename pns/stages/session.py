@@ -58,8 +58,9 @@ def session(
         stack.callback(lambda: page.save(memory.gib))
         runtime = Runtime(device, config.models.trust_remote_code, placement.start_timeout_seconds)
         fleet = Fleet(config, runtime)
-        stack.callback(fleet.shutdown)
+        stack.callback(fleet.shutdown)  # before `start`, which may fail half-way
         files = [directory / METRICS for directory in linked_places(page.path).values()]
+        # Backends want one count of rows that never falls, over all stages and starts.
         num_rows = sum(len(read_jsonl(file)) for file in files if file.is_file())
         tracker = Tracker(page.path, config.tracking, open_backends, num_rows)
         stack.callback(tracker.close)

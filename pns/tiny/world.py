@@ -204,7 +204,7 @@ def expression_value(expression: str) -> Fraction | None:
 
 
 _NAME = "(" + "|".join(NAMES) + ")"
-_INTEGER = r"-?(?:0|[1-9][0-9]{0,8})"
+_INTEGER = r"-?(?:0|[1-9][0-9]{0,8})"  # sampled text may have thousands of digits
 _EXPRESSION = rf"({_INTEGER}(?:[+\-*/]{_INTEGER})+)"
 _FACT = re.compile(
     rf"{_NAME} has (?:([0-9]+)|([0-9]+) (more|fewer) than {_NAME}|([0-9]+) (times) {_NAME}|"
@@ -218,6 +218,7 @@ _BOX = re.compile(rf"</think>\\boxed\{{({_INTEGER})\}}")
 _ANY_BOX = re.compile(r"\\boxed\{([^}]*)\}")
 
 
+# A problem is asked for again with each of its completions.
 @lru_cache(maxsize=65536)
 def parse_problem(text: str) -> WordProblem:
     """Read a problem's text. Raises UserError when it is not a problem of the tiny world."""
@@ -326,6 +327,7 @@ def _relate(name: str, facts: list[Fact], free: list[str], must_join: bool, rng:
     rule of sums and products."""
     summands = [fact.name for fact in facts if fact.relation not in _SUMS]
     known = [fact.name for fact in facts]
+    # Mostly what nothing uses yet: chains get long, and fewer draws are thrown away.
     first = rng.choice(free if free and (must_join or rng.random() < 0.7) else known)
     relations: tuple[str, ...] = _PRODUCTS if first not in summands else _SUMS
     if first in summands and next(fact for fact in facts if fact.name == first).relation == "base":
@@ -350,6 +352,7 @@ def _fair(world: WordProblem) -> bool:
     for fact in (fact for fact in world.facts.values() if fact.relation != "base"):
         left, operator, right = re.split(r"([+\-*/])", fact.expressions(value)[0])
         a, b = int(left), int(right)
+        # Such as 2+2 and 2*2, where the wrong operator would be right.
         results = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}
         if list(results.values()).count(results[operator]) > 1 or (fact.relation == "more" and a == b):
             return False
@@ -645,6 +648,7 @@ def corrupt(problem: Problem, rng: Random, kind: str) -> str:
     if kind not in ERROR_KINDS:
         raise UserError(f"tiny world: unknown kind of error {kind!r}: use one of {', '.join(ERROR_KINDS)}")
     world = parse_problem(problem.prompt)
+    # A draw may miss: a wrong number can be somebody's value, or right by another way.
     for _ in range(40):
         text = _corrupt_once(world, rng, kind)
         if text is None:
