@@ -1,5 +1,4 @@
-"""The `pns` command. Nothing heavy is imported before the arguments and the configuration are known to be
-right."""
+"""The `pns` command. Nothing heavy is imported before arguments and configuration are known to be right."""
 
 import argparse
 import os

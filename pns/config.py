@@ -338,8 +338,7 @@ class PreferenceConfig:
 
 @dataclass
 class Decoding:
-    """How a suite is decoded. null: as the benchmark asks (`pns.data.benchmarks`); other suites greedily,
-    once."""
+    """How a suite is decoded. null: as the benchmark (`pns.data.benchmarks`) asks; others greedily, once."""
 
     samples_per_problem: int | None = key(None, "completions; null: the benchmark's, else 1", at_least(1))
     temperature: float | None = key(None, "0: greedy; null: the benchmark's, else 0", at_least(0))

@@ -59,8 +59,7 @@ def up_to(high: float) -> Range:
 
 
 def key(default: Any, meaning: str, allowed: Range | None = None, **metadata: Any) -> Any:
-    """A dataclass field with its `meaning` (units, and what 0, empty or null stand for) and, for a number,
-    its range."""
+    """A dataclass field with its `meaning` (units, what 0, empty or null stand for) and a number's range."""
     metadata |= {"meaning": meaning, "range": allowed}
     # Dataclasses take no mutable defaults, and two configurations must not share one.
     if isinstance(default, list | dict):

@@ -58,8 +58,7 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a record or plain value, atomically. A figure that is not finite is written as null: JSON has no
-    other word for it."""
+    """Write a record or plain value, atomically; a figure that is not finite, which JSON has not, as null."""
     text = json.dumps(_finite(to_json(value)), indent=2, ensure_ascii=False)
     with replacing(Path(path)) as file:
         file.write(f"{text}\n".encode())
@@ -77,8 +76,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line from records or dicts, atomically. Raises ValueError for a number that is
-    not finite."""
+    """Write records or dicts, one a line, atomically. Raises ValueError for a number that is not finite."""
     with replacing(Path(path)) as file:
         file.writelines(_line(row) for row in rows)
 
@@ -104,8 +102,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
-    """Cut a JSON-lines file at a last line that was not written out, and at the first row whose `step` is not
-    below `keep_below_step`."""
+    """Cut a JSON-lines file at an unfinished last line, and at the first row from `keep_below_step` on."""
     end = 0
     with open(path, "r+b") as file:
         for number, line in enumerate(file, start=1):

@@ -1,5 +1,4 @@
-"""What can be wrong with models and their tokenizers, found before any actor starts. Imports neither torch
-nor transformers."""
+"""What can be wrong with models and tokenizers, found before anything heavy is imported or started."""
 
 import json
 import re

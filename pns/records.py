@@ -88,8 +88,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion with its reward: what is kept of every sample, so that rewards can be recomputed and
-    audited."""
+    """A completion with its reward: kept of every sample, so that rewards can be audited."""
 
     step: int
     problem: Problem
@@ -152,8 +151,7 @@ class Score:
 
 
 def to_json(record: Any) -> Any:
-    """The record as JSON values (dict, list, str, number, None); the inverse for a known class is
-    `from_json`."""
+    """The record as JSON values (dict, list, str, number, None); `from_json` is the inverse."""
     if isinstance(record, Enum):
         return record.value
     # `is_dataclass` holds for a class, too.

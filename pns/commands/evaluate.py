@@ -1,5 +1,4 @@
-"""`pns evaluate MODEL`: the evaluate stage on any model, without a recipe. Its directory is a run's page that
-keeps its own stage."""
+"""`pns evaluate MODEL`: the evaluate stage on any model; its directory is a page that keeps its own stage."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,8 +62,7 @@ def evaluate_model(config: Config, against: Path | None = None) -> Path:
 
 
 def show_prompt(config: Config) -> None:
-    """Print the first problem's prompt as the model reads it, special tokens included, and how each suite is
-    decoded."""
+    """Print the first prompt as the model reads it, special tokens included, and how suites are decoded."""
     suites, _ = load_suites(config)
     prompts = driver.load_prompts(config)
     problem = next(iter(suites.values()))[0]

@@ -33,8 +33,7 @@ _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<
 
 @dataclass(frozen=True)
 class _Run:
-    """A run with its configuration; `external`: where the pairs come from, where it is not the run's own pair
-    stage."""
+    """A run with its configuration; `external`: where its pairs come from, empty for its own pair stage."""
 
     path: Path
     config: Config

@@ -1,5 +1,4 @@
-"""`pns tiny make OUT`: train a model of the tiny world. OUT.run beside it is a run's page that keeps its own
-stage."""
+"""`pns tiny make OUT`: train a model of the tiny world. OUT.run is a run's page that keeps its own stage."""
 
 import os
 import shutil

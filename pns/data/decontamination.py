@@ -22,8 +22,7 @@ _SPACES_AND_DOLLARS = re.compile(r"[\s$]+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """`share` of the benchmark problem's word sequences that the training problem has, in [0, 1]; 1 for
-    `exact` and `alnum`."""
+    """`share` of the benchmark problem's word sequences found in training; 1 for `exact` and `alnum`."""
 
     suite: str
     benchmark_id: str

@@ -1,5 +1,4 @@
-"""Problems of a run: the tiny world, named sets (pns.data.benchmarks) or local files, checked before anything
-starts."""
+"""Problems of a run: the tiny world, named sets or local files, checked before anything starts."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,8 +77,7 @@ def load_problem_sets(config: Config) -> ProblemSets:
 
 
 def load_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Identity]]:
-    """The suites of an evaluation, and what they are. Raises UserError as `load_problem_sets`, and for a
-    wrong decoding."""
+    """The suites of an evaluation, and what they are. Raises UserError also for a wrong decoding."""
     suites, identities = _read_suites(config)
     decodings(config, suites)
     return suites, identities
@@ -242,8 +240,7 @@ def _training_problems(name: str, part: str, data: Data) -> list[Problem]:
 
 
 def benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iterator[Problem]:
-    """The suites' problems whole (whatever `limit` says), and those of every other benchmark that lies in
-    `data.root`."""
+    """The suites' problems whole, whatever `limit` says, and those of every other set in `data.root`."""
     for name, problems in suites.items():
         if name in data.benchmarks and data.jsonl.limit:
             problems = load_named(name, data)[0]

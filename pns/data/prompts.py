@@ -1,5 +1,4 @@
-"""Problems to token ids through the model's own chat template, and token ids back to text; how each family of
-backbones is asked."""
+"""Problems to token ids through the model's chat template, and back; how each family is asked."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -111,8 +110,7 @@ class Prompts:
         return (*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id)
 
     def token_starts(self, text: str) -> list[int]:
-        """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
-        end token."""
+        """The first character in `text` of each token of `encode_completion` but the end token."""
         completion = text.removeprefix(self.data.assistant_prefix)
         encoded = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
         return [start + len(text) - len(completion) for start, _ in encoded["offset_mapping"]]

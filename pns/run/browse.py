@@ -42,8 +42,7 @@ Row = Mapping[str, Any]
 
 
 def write_pages(directory: Path, answered: Mapping[str, Sequence[Row]]) -> None:
-    """Write the pages of every model's rows (`pns.stages.evaluate.Answered` as JSON), in place of those that
-    are there."""
+    """Write the pages of every model's rows (`Answered` as JSON), in place of those that are there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     pages = []

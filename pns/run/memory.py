@@ -10,8 +10,7 @@ INTERVAL_SECONDS = 3.0  # the kernel walks all pages of a process for one readin
 
 
 class PeakMemory:
-    """Samples the sum of the proportional set sizes (shared pages are counted once) while the block runs;
-    `gib` is its maximum."""
+    """While the block runs, `gib` becomes the highest sum of proportional set sizes (shared pages once)."""
 
     def __init__(self) -> None:
         self.gib = 0.0
@@ -34,8 +33,7 @@ class PeakMemory:
 
 
 def total_gib() -> float:
-    """Proportional set size of this process and its descendants in GiB. A process that ends meanwhile counts
-    nothing."""
+    """Proportional set size of this process and its descendants; one that ends meanwhile counts nothing."""
     me = psutil.Process()
     total_kib = 0
     for process in [me, *me.children(recursive=True)]:

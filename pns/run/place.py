@@ -188,8 +188,7 @@ def _stage_inputs(inputs: Any) -> Iterator[dict[str, Any]]:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a
-    git checkout."""
+    """Python, the installed packages that decide a run's numbers, and the commit of a git checkout."""
     known: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONS_OF:
         try:

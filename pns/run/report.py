@@ -1,5 +1,4 @@
-"""The report of a run: report.json, tables on the terminal and plots, from whatever its finished stages have
-written."""
+"""The report of a run: report.json, tables on the terminal and plots, from what finished stages wrote."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -82,8 +81,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def plot_metrics(run_path: Path) -> list[Path]:
-    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png; needs no
-    display."""
+    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png."""
     directory = run_path / "plots"
     directory.mkdir(exist_ok=True)
     for old in directory.glob("*.png"):

@@ -1,5 +1,4 @@
-"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights
-to rollout."""
+"""The loop of `rl` and `reverse_rl`: roll out, reward, group advantages, update, new weights to rollout."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -92,8 +91,7 @@ def train(
 
 
 def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step: int) -> None:
-    """Steps after the checkpoint are made again, from the rollouts that they had; masked ones are asked
-    again."""
+    """Steps after the checkpoint are made again from the rollouts they had; masked ones are asked again."""
     if not trained.rollouts_file.exists():
         return
     cut_rows(trained.rollouts_file)  # first the line that a crash cut, which cannot be read

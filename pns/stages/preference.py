@@ -110,8 +110,7 @@ def optimise(
 
 
 def pair_batch(pairs: Sequence[TokenPair], margin: MarginMask) -> Batch:
-    """Rows chosen, rejected, chosen, rejected, ... with the margin mask, and score gaps where all pairs have
-    one."""
+    """Rows chosen, rejected, ... with the margin mask, and score gaps where all pairs have one."""
     prompts, completions, gaps = [], [], []
     masks: list[np.ndarray] = []
     for pair in pairs:

@@ -46,8 +46,7 @@ def reverse_rl(
     train: Problems,
     measured: Problems,
 ) -> Generator:
-    """The generator of negatives: `start` trained on the problems `train`, measured before and after on
-    others."""
+    """The generator of negatives: `start` trained on `train`, measured before and after on others."""
     generator = Generator(ctx.directory)
     load_terms(ctx, settings.rules, rewards.main)
     fitting, rules = ctx.fitting(train), settings.rules

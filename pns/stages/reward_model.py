@@ -1,5 +1,4 @@
-"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of
-the RL-trained backbone."""
+"""The reward model and the held-out one: centre-regularised Bradley-Terry on the target's solutions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ def reward_model_settings(config: Config) -> RewardModelSettings:
 def reward_model(
     ctx: Context, settings: RewardModelSettings, target: TrainedModel, initial: AnyModel, problems: Problems
 ) -> RewardModels:
-    """Both reward models, from `initial`, on pairs that `target` sampled for `problems` and while it was
-    trained."""
+    """Both, from `initial`, on pairs that `target` sampled for `problems` and while it was trained."""
     models = RewardModels(ctx.directory)
     fitting, own = ctx.fitting(problems), settings.reward_model
     sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)

@@ -1,5 +1,4 @@
-"""Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks
-for."""
+"""Rewards while others still decode: format, verdict, then the terms that the verdict asks for."""
 
 import time
 from collections.abc import Sequence

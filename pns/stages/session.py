@@ -69,8 +69,7 @@ def session(
 
 
 def changed_keys(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
-    """What differs between two records of what a step was made from, in words; empty where nothing that the
-    configuration says does."""
+    """What the configuration says otherwise in two records of what a step was made from; empty: nothing."""
     if before is None:
         return ""
     said = ("settings", "roles", "seed")  # by the configuration; inputs and prompts follow from other keys

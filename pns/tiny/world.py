@@ -177,8 +177,7 @@ class WordProblem:
         return value
 
     def tree(self, name: str | None = None) -> str:
-        """The query's expression tree: equal for problems that differ in names, order of facts and
-        distractors only."""
+        """The query's expression tree, which names, the order of facts and distractors leave unchanged."""
         fact = self.facts[name or self.query]
         parts = sorted(self.tree(part) for part in fact.parts)
         return f"({fact.relation} {fact.number} {' '.join(parts)})"
@@ -360,8 +359,7 @@ def _fair(world: WordProblem) -> bool:
 
 
 def _swappable(world: WordProblem, answer: int) -> bool:
-    """Whether two different numbers that do not meet in one step can change places without changing the
-    answer."""
+    """Whether two numbers that do not meet in one step can change places without changing the answer."""
     facts = world.facts.values()
     together = [{fact.name, *filter(world.is_base, fact.parts)} for fact in facts]
     numbered = [fact for fact in facts if fact.number is not None]
@@ -702,8 +700,7 @@ def _corrupt_once(world: WordProblem, rng: Random, kind: str) -> str | None:
 
 
 def _mislabel(world: WordProblem, rng: Random) -> str | None:
-    """A right derivation that calls one quantity by a wrong name and answers with the value that this name
-    has."""
+    """A right derivation that calls one quantity by a wrong name and answers with that name's value."""
     steps = _derive(world, rng)
     if steps is None or len(steps) < 2:
         return None
