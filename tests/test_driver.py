@@ -353,14 +353,9 @@ def test_a_source_of_negatives_from_outside_is_one_entry(
     config = tiny("negatives=copied")
     driver.check_source(config)
     steps = plan_of(config)
-    assert tuple(steps) == ("rl", "reward_model", "copied", "pair", "preference", "evaluate")
-    assert moved(plan_of(tiny("negatives=rs")), steps) == {
-        "synthesize",
-        "copied",
-        "pair",
-        "preference",
-        "evaluate",
-    }
+    sampled = plan_of(tiny("negatives=rs"))
+    assert list(steps) == ["copied" if name == "synthesize" else name for name in sampled]
+    assert moved(sampled, steps) == {"copied"} | follows("synthesize")
 
 
 # A small method of toy stages that are made for real.

@@ -173,8 +173,8 @@ def mismatched_rows(rows: Batch) -> Batch:
     divergence on. Raises UserError for a single pair."""
     if len(rows) < 4:
         raise UserError(
-            "preference.loss=kto: one pair is not enough to estimate the KL divergence; give more, "
-            "or choose another loss"
+            "preference.loss: one pair is not enough to estimate the KL divergence that this loss reads; "
+            "give more, or choose another loss"
         )
     following = [(row + 2) % len(rows) for row in range(len(rows))]
     masks = [rows.token_values["margin_mask"][row] for row in following]
