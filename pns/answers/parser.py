@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 
 from pns.answers.atoms import (
     Marks,
@@ -39,7 +38,6 @@ from pns.answers.tree import (
     Matrix,
     Negative,
     Number,
-    PlusMinus,
     Product,
     Ratio,
     Relation,
@@ -65,6 +63,18 @@ _RELATIONS = {
 }  # fmt: skip
 _OPENING = {"(": "(", "[": "[", r"\{": "{", r"\lbrace": "{", r"\langle": "("}
 _CLOSING = {")": ")", "]": "]", r"\}": "}", r"\rbrace": "}", r"\rangle": ")"}
+_SIGNS = {
+    "+": (False, False),
+    "-": (True, True),
+    r"\pm": (False, True),
+    r"\mp": (True, False),
+}  # upper, lower
+_TWO_SIGNS = (r"\pm", r"\mp")
+_LOGARITHMS = {
+    "ln": None,
+    "lg": Call((TEN,), "ln"),
+    "log": Symbol(LOG_BASE),
+}  # what the natural one is divided by
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 
@@ -80,22 +90,14 @@ class Parser(Cursor):
     """Reads the tokens of one answer. Its rules return a tree, or an answer of another form where a bracket,
     words or a matrix are no part of an expression; what the tree cannot hold goes into `marks`."""
 
-    def __init__(self, tokens: list[Token]) -> None:
+    def __init__(self, tokens: list[Token], is_lower: bool) -> None:
         super().__init__(tokens)
+        self.is_lower = is_lower  # of the two signs of a plus-minus
         self.marks = Marks()
         self.bars = 0  # absolute values that are open here
-        self.has_signs = False
-
-    def answer(self) -> Answer:
-        answer = self.items()
-        if self.peek().kind != "end":
-            raise Unreadable
-        values = both_signs(answer) if self.has_signs else [answer]
-        return values[0] if len(values) == 1 else Group("", tuple(values))
 
     def items(self) -> Answer:
         """One relation, or a bare list of them."""
-        self.deepen()
         items = [self.relation()]
         kind = ""
         while (separator := self.separator()) is not None:
@@ -103,7 +105,6 @@ class Parser(Cursor):
                 break
             kind = kind or separator
             items.append(self.relation())
-        self.depth -= 1
         return items[0] if len(items) == 1 else Group(kind, tuple(items))
 
     def separator(self) -> str | None:
@@ -124,12 +125,11 @@ class Parser(Cursor):
             self.take()
             operators.append(operator)
             sides.append(self.union())
-        while "~" in operators:  # what follows is rounded
+        if operators[:1] == ["~"] and isinstance(sides[0], Expression) and sides[0].tree.symbols:
+            operators[0] = "="  # x \approx 0.3
+        if "~" in operators:  # what follows is rounded
             index = operators.index("~")
-            if index == 0 and isinstance(sides[0], Expression) and sides[0].tree.symbols:
-                operators[0] = "="  # x \approx 0.3
-            else:
-                operators, sides = operators[:index], sides[: index + 1]
+            operators, sides = operators[:index], sides[: index + 1]
         if not operators:
             return sides[0]
         if self.accept(":"):  # an inequality with its interval: -1<x<=1:(-1,1]
@@ -167,44 +167,25 @@ class Parser(Cursor):
         return value
 
     def sum(self) -> Tree | Answer:
-        self.deepen()
         terms: list[Tree] = []
-        while True:
-            sign = self.term_sign()
-            if terms and not sign and self.peek(-1).value != "+":  # two minuses after a term are no sign
-                break
+        while not terms or self.at(*_SIGNS):
+            is_negative = self.signs()
+            if terms and not is_negative and self.peek(-1).value == "-":  # 5--8 is a range
+                raise Unreadable
             value = self.product()
-            has_next = self.at("+", "-", r"\pm", r"\mp")
-            if not isinstance(value, Tree) and not (terms or sign or self.at("+", "-")):
-                self.depth -= 1
+            if not (terms or is_negative or self.at(*_SIGNS)):
                 return value
-            term = as_tree(value)
-            if sign == "-":
-                term = -term
-            elif sign:
-                self.has_signs = True
-                term = PlusMinus((term,), 1 if sign == r"\pm" else -1)
-            terms.append(term)
-            if not has_next:
-                break
-        self.depth -= 1
+            terms.append(-as_tree(value) if is_negative else as_tree(value))
         return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
-    def term_sign(self) -> str:
-        r"""Read the signs before a term: "-", "\pm", "\mp", or "" for a plus or none."""
-        sign = ""
-        while self.at("+", "-", r"\pm", r"\mp"):
-            value = self.take().value
-            if value in (r"\pm", r"\mp"):
-                if sign:
-                    raise Unreadable
-                sign = value
-            elif value == "-" and sign in ("", "-"):
-                sign = "" if sign else "-"
-            elif value == "+" and self.at("/") and self.peek(1).value == "-":  # +/-
-                self.position += 2
-                sign = r"\pm"
-        return sign
+    def signs(self) -> bool:
+        """Read plus and minus signs; whether they make a minus."""
+        is_negative = False
+        while sign := self.accept(*_SIGNS):
+            if sign in _TWO_SIGNS and self.peek(-2).value in _SIGNS:  # "-\pm"
+                raise Unreadable
+            is_negative ^= _SIGNS[sign][self.is_lower]
+        return is_negative
 
     def product(self) -> Tree | Answer:
         value = self.signed_power()
@@ -252,12 +233,11 @@ class Parser(Cursor):
         return token.kind == "command" and (is_opening or token.value[1:] in _FACTORS)
 
     def signed_power(self) -> Tree | Answer:
-        negative = self.sign()
+        is_negative = self.signs()
         value = self.power()
-        return -as_tree(value) if negative else value
+        return -as_tree(value) if is_negative else value
 
     def power(self) -> Tree | Answer:
-        self.deepen()
         base = self.atom()
         while True:
             if self.accept("^", "**"):
@@ -274,24 +254,32 @@ class Parser(Cursor):
             elif isinstance(base, Tree) and self.accept(r"\%", "%"):
                 self.marks.percent = True
             else:
-                self.depth -= 1
                 return base
 
-    def accept_both(self, first: str, second: str) -> bool:
-        accepted = self.at(first) and self.peek(1).value == second
-        self.position += 2 * accepted
-        return accepted
-
     def exponent(self) -> Tree:
-        negative = self.sign()
+        self.deepen()
+        is_negative = self.signs()
         value = as_tree(self.atom())
         if self.accept("^", "**"):  # 9^9^9 is 9^(9^9)
-            self.deepen()
             value = value ** self.exponent()
-            self.depth -= 1
-        return -value if negative else value
+        self.depth -= 1
+        return -value if is_negative else value
+
+    def until(self, *closing: str, most: int = 1) -> tuple[Tree, ...]:
+        """An expression, or up to `most` with commas between, and the bracket that closes them."""
+        values = [as_tree(self.sum())]
+        while len(values) < most and self.accept(","):
+            values.append(as_tree(self.sum()))
+        self.expect(*closing)
+        return tuple(values)
 
     def atom(self) -> Tree | Answer:
+        self.deepen()
+        value = self._atom()
+        self.depth -= 1
+        return value
+
+    def _atom(self) -> Tree | Answer:
         token = self.take()
         if token.kind == "number":
             return read_number(self, token)
@@ -307,10 +295,9 @@ class Parser(Cursor):
             return self.inside(answer)
         if token.value in (*_BARS, r"\lvert") and not (self.bars and token.value == "|"):
             self.bars += 1
-            value = as_tree(self.sum())
+            absolute = Call(self.until(*_BARS, r"\rvert"), "abs")
             self.bars -= 1
-            self.expect(*_BARS, r"\rvert")
-            return Call((value,), "abs")
+            return absolute
         command = _COMMANDS.get(token.value[1:]) if token.kind == "command" else None
         if not command:
             raise Unreadable
@@ -353,20 +340,14 @@ class Parser(Cursor):
 
     def bracket(self, opening: str) -> Tree | Answer:
         bars, self.bars = self.bars, 0  # a bar in here closes none that was opened outside
-        closing = (r"\}", r"\rbrace") if opening == "{" else (")", "]", r"\rangle")
+        closing = [end for end, bracket in _CLOSING.items() if (bracket == "}") == (opening == "{")]
+        answer: Answer = Group("", ())
         if opening == "{":
-            if self.accept(*closing):
-                self.bars = bars
-                return EMPTY_SET
             skip_set_builder(self)
-        elif self.at(*closing):
-            raise Unreadable
-        answer = self.items()
-        end = self.take()
-        if end.kind == "text" or end.value not in closing:
-            raise Unreadable
+        if opening != "{" or not self.at(*closing):
+            answer = self.items()
+        brackets = opening + _CLOSING[self.expect(*closing)]
         self.bars = bars
-        brackets = opening + _CLOSING[end.value]
         if isinstance(answer, Group) and answer.brackets in ("", "or"):
             return Group(brackets, answer.items)
         if opening == "{":
@@ -378,11 +359,22 @@ class Parser(Cursor):
 
     def argument(self) -> Tree:
         """A TeX argument: a group, a command, or one digit or letter."""
-        token = self.peek()
-        if token.kind == "number" and len(token.value) > 1 and token.value.isdigit():
-            self.tokens[self.position] = replace(token, value=token.value[1:], spaced=False)
-            return whole(int(token.value[0]))
+        if self.at_digit():
+            return whole(int(self.take().value))
         return as_tree(self.atom())
+
+
+def read_answer(tokens: list[Token]) -> Answer:
+    """The answer that the tokens are. Raises Unreadable where they are none."""
+    answers = []
+    has_both_signs = any(token.value in _TWO_SIGNS for token in tokens)
+    for is_lower in (False, True)[: 1 + has_both_signs]:
+        parser = Parser(list(tokens), is_lower)
+        answers.append(parser.items())
+        if parser.peek().kind != "end":
+            raise Unreadable
+    values = both_signs(*answers)
+    return values[0] if len(values) == 1 else Group("", tuple(values))
 
 
 def _function(parser: Parser, written: str) -> Tree:
@@ -394,33 +386,21 @@ def _function(parser: Parser, written: str) -> Tree:
             base = parser.argument()
         else:
             power = parser.exponent()
-    if parser.at("(", "{", "["):
-        opening = parser.take().value
-        value = as_tree(parser.sum())
-        if opening == "(" and parser.accept(","):  # log(8, 2)
-            base = as_tree(parser.sum())
-        parser.expect({"(": ")", "{": "}", "[": "]"}[opening])
+    if opening := parser.accept("(", "{", "["):
+        most = 2 if opening == "(" else 1  # log(8, 2)
+        value, *bases = parser.until({"(": ")", "{": "}", "[": "]"}[opening], most=most)
+        base = bases[0] if bases else base
     else:
         value = _bare_argument(parser)
     if name in TRIGONOMETRIC and power == -ONE:  # \sin^{-1} x is the angle, not 1/\sin x
         name, power = "a" + name, None
-    call: Tree
+    call: Tree = Call((value,), "ln" if name in _LOGARITHMS else name)
+    divisor = Call((base,), "ln") if base else _LOGARITHMS.get(name)
     if name == "exp":
         call = Constant("e") ** value
-    elif name in ("log", "lg", "ln"):
-        call = _logarithm(name, value, base)
-    else:
-        call = Call((value,), name)
+    elif name in _LOGARITHMS and divisor:
+        call = call / divisor
     return call if power is None else call**power
-
-
-def _logarithm(name: str, value: Tree, base: Tree | None) -> Tree:
-    logarithm = Call((value,), "ln")
-    if name == "lg":  # log to the base 10
-        base = TEN
-    if base is not None:
-        return logarithm / Call((base,), "ln")
-    return logarithm / Symbol(LOG_BASE) if name == "log" else logarithm
 
 
 def _bare_argument(parser: Parser) -> Tree:
@@ -445,8 +425,7 @@ def _fraction(parser: Parser, _name: str) -> Tree:
 def _root(parser: Parser, name: str) -> Tree:
     degree: Tree = whole(3 if name == "cbrt" else 2)
     if parser.accept("["):
-        degree = as_tree(parser.sum())
-        parser.expect("]")
+        [degree] = parser.until("]")
     if parser.peek().kind == "number":  # \sqrt12 is \sqrt{12}, though not in TeX
         return Root((Number(number_value(parser.take().value)), degree))
     return Root((parser.argument(), degree))
@@ -455,17 +434,14 @@ def _root(parser: Parser, name: str) -> Tree:
 def _binomial(parser: Parser, _name: str) -> Tree:
     if not parser.accept("("):
         return Call((parser.argument(), parser.argument()), "binomial")
-    top = as_tree(parser.sum())
-    parser.expect(",")
-    bottom = as_tree(parser.sum())
-    parser.expect(")")
-    return Call((top, bottom), "binomial")
+    top, *rest = parser.until(")", most=2)
+    if not rest:
+        raise Unreadable
+    return Call((top, *rest), "binomial")
 
 
 def _rounded(parser: Parser, name: str) -> Tree:
-    value = as_tree(parser.sum())
-    parser.expect({"lfloor": r"\rfloor", "lceil": r"\rceil"}[name])
-    return Call((value,), name[1:])
+    return Call(parser.until({"lfloor": r"\rfloor", "lceil": r"\rceil"}[name]), name[1:])
 
 
 def _series(parser: Parser, kind: str) -> Tree:
@@ -475,8 +451,7 @@ def _series(parser: Parser, kind: str) -> Tree:
     if variable.kind != "letter":
         raise Unreadable
     parser.expect("=")
-    low = as_tree(parser.sum())
-    parser.expect("}")
+    [low] = parser.until("}")
     parser.expect("^")
     high = parser.exponent()
     return Series((low, high, as_tree(parser.product())), kind, variable.value)
@@ -488,19 +463,19 @@ def _matrix(parser: Parser, _name: str) -> Matrix:
         raise Unreadable
     if name == "array":  # its columns
         parser.raw_group()
-    rows: list[tuple[Answer, ...]] = []
-    row: list[Answer] = []
-    while not parser.accept(r"\end"):
-        row.append(parser.ratio())
-        if parser.accept("&"):
-            continue
-        rows.append(tuple(row))
-        row = []
-        if not parser.accept("\\\\") and not parser.at(r"\end"):
-            raise Unreadable
-    if row or not rows or parser.raw_group() != name:
+    rows: list[list[Answer]] = [[]]
+    while True:
+        rows[-1].append(parser.ratio())
+        is_row = parser.accept("\\\\")
+        if parser.accept(r"\end"):
+            break
+        if is_row:
+            rows.append([])
+        else:
+            parser.expect("&")
+    if parser.raw_group() != name:
         raise Unreadable
-    return Matrix(tuple(rows))
+    return Matrix(tuple(map(tuple, rows)))
 
 
 def _blackboard(parser: Parser, _name: str) -> Tree | Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from pns.answers.parser import Parser
+from pns.answers.parser import read_answer
 from pns.answers.spelling import NUMBER_WORDS, TEXT, clean, is_prose
 from pns.answers.tokens import Unreadable, split_tokens
 from pns.answers.tree import INFINITY, Answer, Expression, Words, letter, whole
@@ -66,6 +66,6 @@ def _read(text: str) -> Answer | None:
         base = match[2] if match[2].isdigit() else str(NUMBER_WORDS.get(match[2], ""))
         text = f"{match[1].rstrip(' ({')}_{{{base}}}"
     try:
-        return Parser(split_tokens(text)).answer()
+        return read_answer(split_tokens(text))
     except (Unreadable, RecursionError):
         return None

@@ -48,7 +48,7 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_NUMBER_WORDS.split())}
 def clean(answer: str) -> str:
     """The text without wrappers and spacing commands that carry no meaning, in ASCII and LaTeX only."""
     text = re.sub(r"(?<=\d)\u066c(?=\d)", ",", answer).translate(_TRANSLATION)
-    text = text.replace("{,}", ",")
+    text = text.replace("{,}", ",").replace("+/-", r"\pm ")
     text = re.sub(r",\\!\s*(?=\d)", ",", text)
     text = _SPACING.sub(" ", _DECORATION.sub("", text))
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
