@@ -42,9 +42,8 @@ def number_value(written: str) -> Fraction:
     return Fraction(int((whole + decimals) or 0), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0)
 
 
-def read_number(cursor: Cursor, token: Token) -> Number | Based:
+def read_number(cursor: Cursor, written: str) -> Number | Based:
     """The number that begins with a token: with its base, its fraction or its repeating decimals."""
-    written = token.value
     value = number_value(written)
     if cursor.accept("_"):
         base = _read_base(cursor)

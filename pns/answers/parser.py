@@ -8,7 +8,7 @@ cheap on any text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pns.answers.atoms import (
     Marks,
@@ -63,18 +63,13 @@ _RELATIONS = {
 }  # fmt: skip
 _OPENING = {"(": "(", "[": "[", r"\{": "{", r"\lbrace": "{", r"\langle": "("}
 _CLOSING = {")": ")", "]": "]", r"\}": "}", r"\rbrace": "}", r"\rangle": ")"}
-_SIGNS = {
-    "+": (False, False),
-    "-": (True, True),
-    r"\pm": (False, True),
-    r"\mp": (True, False),
-}  # upper, lower
-_TWO_SIGNS = (r"\pm", r"\mp")
+_TWO_SIGNS = {r"\pm": (False, True), r"\mp": (True, False)}  # whether the upper and the lower one are a minus
+_SIGNS = {"+": (False, False), "-": (True, True), **_TWO_SIGNS}
 _LOGARITHMS = {
     "ln": None,
     "lg": Call((TEN,), "ln"),
     "log": Symbol(LOG_BASE),
-}  # what the natural one is divided by
+}  # by what the natural one is divided
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 
@@ -121,9 +116,8 @@ class Parser(Cursor):
         operators: list[str] = []
         self.accept(r"\approx", "=")  # "= 5"
         sides = [self.union()]
-        while self.peek().kind in ("operator", "command") and (operator := _RELATIONS.get(self.peek().value)):
-            self.take()
-            operators.append(operator)
+        while sign := self.accept(*_RELATIONS):
+            operators.append(_RELATIONS[sign])
             sides.append(self.union())
         if operators[:1] == ["~"] and isinstance(sides[0], Expression) and sides[0].tree.symbols:
             operators[0] = "="  # x \approx 0.3
@@ -151,8 +145,8 @@ class Parser(Cursor):
                 raise Unreadable
         if len(parts) == 1:
             return parts[0]
-        is_two_digits = re.fullmatch(r"[0-5]\d", self.peek(-1).value) is not None
-        return Ratio(tuple(parts), len(parts) == 2 and self.peek(-2).value == ":" and is_two_digits)
+        has_minutes = re.fullmatch(r":[0-5]\d", self.peek(-2).value + self.peek(-1).value) is not None
+        return Ratio(tuple(parts), clock=len(parts) == 2 and has_minutes)
 
     def quantity(self) -> Answer:
         """A sum with its unit, or a bracket, a matrix, words."""
@@ -227,10 +221,7 @@ class Parser(Cursor):
             return not is_union and token.word not in SEPARATORS
         if token.kind == "number":
             return self.peek(-1).kind != "number"  # "3 4" is no product
-        if token.kind == "operator":
-            return token.value in ("(", "{", "[") or (token.value == "|" and not self.bars)  # else it closes
-        is_opening = token.value in (r"\lvert", r"\langle")
-        return token.kind == "command" and (is_opening or token.value[1:] in _FACTORS)
+        return token.value in _FACTORS and not (token.value == "|" and self.bars)  # else it closes
 
     def signed_power(self) -> Tree | Answer:
         is_negative = self.signs()
@@ -275,56 +266,52 @@ class Parser(Cursor):
 
     def atom(self) -> Tree | Answer:
         self.deepen()
-        value = self._atom()
+        token = self.take()
+        rule = _OF_KIND.get(token.kind) or _RULES.get(token.value)
+        if not rule:
+            raise Unreadable
+        value = rule(self, token.value)
         self.depth -= 1
         return value
 
-    def _atom(self) -> Tree | Answer:
-        token = self.take()
-        if token.kind == "number":
-            return read_number(self, token)
-        if token.kind == "letter":
-            return self.symbol(token.value)
-        if token.kind in ("text", "word"):
-            return self.text(token) if token.kind == "text" else self.word(token)
-        if token.value in _OPENING:
-            return self.bracket(_OPENING[token.value])
-        if token.value == "{":
-            answer = self.items()
-            self.expect("}")
-            return self.inside(answer)
-        if token.value in (*_BARS, r"\lvert") and not (self.bars and token.value == "|"):
-            self.bars += 1
-            absolute = Call(self.until(*_BARS, r"\rvert"), "abs")
-            self.bars -= 1
-            return absolute
-        command = _COMMANDS.get(token.value[1:]) if token.kind == "command" else None
-        if not command:
-            raise Unreadable
-        return command(self, token.value[1:])
-
-    def word(self, token: Token) -> Tree:
-        word = token.word
+    def word(self, written: str) -> Tree:
+        word = written.casefold()
         if word in SEPARATORS:
             raise Unreadable
         if len(word) < 4 and word in UNITS:  # a unit's name, read as a product of letters
-            return Product(tuple(letter(name) for name in token.value))
-        if token.value.isupper() or self.at("=") or self.peek(-2).value == "=":  # AB, speed = 5
-            return self.symbol(token.value)
+            return Product(tuple(map(letter, written)))
+        if written.isupper() or self.at("=") or self.peek(-2).value == "=":  # AB, speed = 5
+            return self.symbol(written)
         raise Unreadable  # a sentence
 
-    def text(self, token: Token) -> Tree | Words:
-        if not re.fullmatch(r"[A-Za-z]+", token.value):
+    def text(self, written: str) -> Tree | Words:
+        if not re.fullmatch(r"[A-Za-z]+", written):
             raise Unreadable
-        if len(token.value) == 1:
-            return self.symbol(token.value)
-        if is_prose(token.value):
-            return Words(token.word)
+        if len(written) == 1:
+            return self.symbol(written)
+        if is_prose(written):
+            return Words(written.casefold())
         self.marks.ambiguous = True
-        return Product(tuple(letter(name) for name in token.value))
+        return Product(tuple(map(letter, written)))
 
     def symbol(self, name: str) -> Tree:
         return read_symbol(self, name, self.marks)
+
+    def number(self, written: str) -> Tree | Answer:
+        return read_number(self, written)
+
+    def absolute(self, bar: str) -> Tree:
+        if self.bars and bar == "|":  # it closes another
+            raise Unreadable
+        self.bars += 1
+        value = Call(self.until(*_BARS, r"\rvert"), "abs")
+        self.bars -= 1
+        return value
+
+    def group(self, _brace: str) -> Tree | Answer:
+        answer = self.items()
+        self.expect("}")
+        return self.inside(answer)
 
     def inside(self, answer: Answer) -> Tree | Answer:
         """The tree of an expression in brackets, whose marks are passed on; any other answer as it is."""
@@ -338,7 +325,8 @@ class Parser(Cursor):
         self.marks.unit = self.marks.unit or answer.unit
         return answer.tree
 
-    def bracket(self, opening: str) -> Tree | Answer:
+    def bracket(self, written: str) -> Tree | Answer:
+        opening = _OPENING[written]
         bars, self.bars = self.bars, 0  # a bar in here closes none that was opened outside
         closing = [end for end, bracket in _CLOSING.items() if (bracket == "}") == (opening == "{")]
         answer: Answer = Group("", ())
@@ -378,7 +366,7 @@ def read_answer(tokens: list[Token]) -> Answer:
 
 
 def _function(parser: Parser, written: str) -> Tree:
-    name = FUNCTIONS[written]
+    name = FUNCTIONS[written[1:]]
     power: Tree | None = None
     base: Tree | None = None
     while parser.at("^", "_", "**"):
@@ -423,7 +411,7 @@ def _fraction(parser: Parser, _name: str) -> Tree:
 
 
 def _root(parser: Parser, name: str) -> Tree:
-    degree: Tree = whole(3 if name == "cbrt" else 2)
+    degree: Tree = whole(3 if name == r"\cbrt" else 2)
     if parser.accept("["):
         [degree] = parser.until("]")
     if parser.peek().kind == "number":  # \sqrt12 is \sqrt{12}, though not in TeX
@@ -441,7 +429,7 @@ def _binomial(parser: Parser, _name: str) -> Tree:
 
 
 def _rounded(parser: Parser, name: str) -> Tree:
-    return Call(parser.until({"lfloor": r"\rfloor", "lceil": r"\rceil"}[name]), name[1:])
+    return Call(parser.until({r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}[name]), name[2:])
 
 
 def _series(parser: Parser, kind: str) -> Tree:
@@ -454,7 +442,7 @@ def _series(parser: Parser, kind: str) -> Tree:
     [low] = parser.until("}")
     parser.expect("^")
     high = parser.exponent()
-    return Series((low, high, as_tree(parser.product())), kind, variable.value)
+    return Series((low, high, as_tree(parser.product())), kind[1:], variable.value)
 
 
 def _matrix(parser: Parser, _name: str) -> Matrix:
@@ -496,31 +484,47 @@ def _money(parser: Parser, name: str) -> Tree:
     value = as_tree(parser.atom())
     if parser.marks.unit:  # \$5 \$
         raise Unreadable
-    parser.marks.unit = CURRENCIES["\\" + name]
+    parser.marks.unit = CURRENCIES[name]
     return value
 
 
+def _named(names: Iterable[str], rule: _Rule) -> dict[str, _Rule]:
+    """The rule for each of these commands."""
+    return {"\\" + name: rule for name in names}
+
+
+_Rule = Callable[[Parser, str], Tree | Answer]  # what a token begins, by its value
 _STYLES = "mathbf boldsymbol mathit mathcal mathsf bm"
 _ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow widehat underline"
-_Command = Callable[[Parser, str], Tree | Answer]
-_FACTORS: dict[str, _Command] = {  # commands that may follow a factor without a sign between
-    **dict.fromkeys(GREEK, lambda parser, name: parser.symbol("\\" + name)),
-    **dict.fromkeys(FUNCTIONS, _function),
-    **dict.fromkeys(_STYLES.split(), lambda parser, _name: parser.symbol(parser.raw_group())),
-    **dict.fromkeys(_ACCENTS.split(), lambda parser, name: parser.symbol(f"\\{name} {parser.raw_group()}")),
-    "pi": lambda _parser, name: Constant(name),
-    "infty": lambda _parser, _name: INFINITY,
-    "frac": _fraction,
-    **dict.fromkeys(("sqrt", "cbrt"), _root),
-    **dict.fromkeys(("binom", "dbinom", "tbinom"), _binomial),
-    **dict.fromkeys(("lfloor", "lceil"), _rounded),
-    **dict.fromkeys(("sum", "prod"), _series),
-    "begin": _matrix,
-    "mathbb": _blackboard,
-    "angle": _angle,
+_OF_KIND: dict[str, _Rule] = {
+    "number": Parser.number,
+    "letter": Parser.symbol,
+    "text": Parser.text,
+    "word": Parser.word,
 }
-_COMMANDS: dict[str, _Command] = {
+_FACTORS: dict[str, _Rule] = {  # what may follow a factor without a sign between
+    **dict.fromkeys(("(", "[", r"\langle"), Parser.bracket),
+    **dict.fromkeys(("|", r"\lvert"), Parser.absolute),
+    "{": Parser.group,
+    **_named(GREEK, Parser.symbol),
+    **_named(FUNCTIONS, _function),
+    **_named(_STYLES.split(), lambda parser, _name: parser.symbol(parser.raw_group())),
+    **_named(_ACCENTS.split(), lambda parser, name: parser.symbol(f"{name} {parser.raw_group()}")),
+    r"\pi": lambda _parser, _name: Constant("pi"),
+    r"\infty": lambda _parser, _name: INFINITY,
+    r"\frac": _fraction,
+    **_named(("sqrt", "cbrt"), _root),
+    **_named(("binom", "dbinom", "tbinom"), _binomial),
+    **_named(("lfloor", "lceil"), _rounded),
+    **_named(("sum", "prod"), _series),
+    r"\begin": _matrix,
+    r"\mathbb": _blackboard,
+    r"\angle": _angle,
+}
+_RULES: dict[str, _Rule] = {
     **_FACTORS,
-    **dict.fromkeys(("emptyset", "varnothing", "oslash"), lambda _parser, _name: EMPTY_SET),
-    **dict.fromkeys((command[1:] for command in CURRENCIES), _money),
+    **dict.fromkeys((r"\{", r"\lbrace"), Parser.bracket),
+    **dict.fromkeys(_BARS[1:], Parser.absolute),
+    **_named(("emptyset", "varnothing", "oslash"), lambda _parser, _name: EMPTY_SET),
+    **dict.fromkeys(CURRENCIES, _money),
 }
