@@ -120,18 +120,18 @@ def rational(tree: Tree) -> Fraction | None:
 
 
 def approximate(tree: Tree) -> Fraction | None:
-    """The value of a real number to 50 digits; None where it is not real, has no value, or one too large or
-    small to be written as a fraction."""
+    """The value of a real number, to 50 digits where it is not rational; None where it is not real, has no
+    value, or one too large or small to be written as a fraction."""
+    if (exact := rational(tree)) is not None:
+        return exact
     try:
         value = _Numeric(Budget(), {}, _DIGITS).value(tree)
     except (Undecided, RecursionError):
         return None
-    if isinstance(value, value.context.mpc):
+    if isinstance(value, value.context.mpc) or abs(value.man_exp[1]) >= _MAX_RATIONAL:
         return None
-    mantissa, exponent = value.man_exp
-    if abs(exponent) >= _MAX_RATIONAL:
-        return None
-    return Fraction(int(mantissa)) * Fraction(2) ** int(exponent)
+    mantissa, exponent = map(int, value.man_exp)  # without the sign
+    return Fraction(mantissa if value >= 0 else -mantissa) * Fraction(2) ** exponent
 
 
 def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool | None:

@@ -297,9 +297,6 @@ class Parser(Cursor):
     def symbol(self, name: str) -> Tree:
         return read_symbol(self, name, self.marks)
 
-    def number(self, written: str) -> Tree | Answer:
-        return read_number(self, written)
-
     def absolute(self, bar: str) -> Tree:
         if self.bars and bar == "|":  # it closes another
             raise Unreadable
@@ -496,12 +493,8 @@ def _named(names: Iterable[str], rule: _Rule) -> dict[str, _Rule]:
 _Rule = Callable[[Parser, str], Tree | Answer]  # what a token begins, by its value
 _STYLES = "mathbf boldsymbol mathit mathcal mathsf bm"
 _ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow widehat underline"
-_OF_KIND: dict[str, _Rule] = {
-    "number": Parser.number,
-    "letter": Parser.symbol,
-    "text": Parser.text,
-    "word": Parser.word,
-}
+_WORDS: dict[str, _Rule] = {"letter": Parser.symbol, "text": Parser.text, "word": Parser.word}
+_OF_KIND: dict[str, _Rule] = {"number": read_number, **_WORDS}
 _FACTORS: dict[str, _Rule] = {  # what may follow a factor without a sign between
     **dict.fromkeys(("(", "[", r"\langle"), Parser.bracket),
     **dict.fromkeys(("|", r"\lvert"), Parser.absolute),

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 
 from pns.answers.exact import approximate, rational
 from pns.answers.tree import (
@@ -29,12 +28,12 @@ from pns.answers.tree import (
     is_numeric,
     substitute,
     walk,
-    whole,
 )
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _NO_TREE = Symbol("")
-_PROBE = Fraction(1009, 3)  # where a function that is linear at 0, 1 and 2 is looked at again
+_LOWEST, _HIGHEST = Expression(MINUS_INFINITY), Expression(INFINITY)
+_LINE = (Fraction(0), Fraction(1), Fraction(2), Fraction(1009, 3))  # the last is far from where |x - 5| bends
 
 
 def tree_of(answer: Answer) -> Tree:
@@ -48,23 +47,31 @@ def named_value(relation: Relation) -> tuple[str, Answer] | None:
     if not {"=", "in"}.issuperset(relation.operators):
         return None
     first, last = relation.sides[0], relation.sides[-1]
-    if _is_name(first):
-        return _name(first), last
-    if relation.operators == ("=",) and _is_name(last):
-        return _name(last), first
+    if name := _name(first):
+        return name, last
+    if relation.operators == ("=",) and (name := _name(last)):
+        return name, first
     return None
 
 
-def _is_name(answer: Answer) -> bool:
-    if isinstance(answer, Group):
-        return bool(answer.items) and all(_symbol_of(item) for item in answer.items)
-    if isinstance(answer, Words):
-        return len(answer.text) == 1
-    if isinstance(answer, Ratio):
-        return all(map(_is_name, answer.parts))
-    if not isinstance(answer, Expression) or answer.unit or not answer.tree.symbols:
-        return False
-    return all(map(_is_part_of_name, walk(answer.tree)))
+def _name(answer: Answer) -> str:
+    """What tells a name from others: of a letter, a function, a product of letters, several; "" where it is
+    none."""
+    match answer:
+        case Words(text):
+            return text if len(text) == 1 else ""
+        case Expression(Symbol(name), unit=""):
+            return name
+        case Expression(tree, unit=""):
+            is_name = bool(tree.symbols) and all(map(_is_part_of_name, walk(tree)))
+        case Group(_, items):
+            are_symbols = [isinstance(item, Expression) and isinstance(item.tree, Symbol) for item in items]
+            is_name = bool(items) and all(are_symbols)
+        case Ratio(parts):
+            is_name = all(map(_name, parts))
+        case _:
+            is_name = False
+    return repr(answer) if is_name else ""
 
 
 def _is_part_of_name(tree: Tree) -> bool:
@@ -74,17 +81,6 @@ def _is_part_of_name(tree: Tree) -> bool:
         case Constant(name):
             return name in ("e", "i")  # letters that often are variables
     return isinstance(tree, Symbol | Product | Quotient)
-
-
-def _symbol_of(answer: Answer) -> str | None:
-    """The name that is all of an expression."""
-    if isinstance(answer, Expression) and isinstance(answer.tree, Symbol):
-        return answer.tree.name
-    return None
-
-
-def _name(answer: Answer) -> str:
-    return answer.text if isinstance(answer, Words) else _symbol_of(answer) or repr(answer)
 
 
 def bound_names(a: str, b: str) -> tuple[str, str] | None:
@@ -108,14 +104,14 @@ def difference_of_sides(relation: Relation) -> Tree | None:
 
 
 def linear_root(tree: Tree, name: str, values: Mapping[str, Tree]) -> tuple[Fraction, Fraction] | None:
-    """Zero and slope of an expression in one of its symbols, with values for the others, if at 0, 1 and 2 it
-    is linear and not constant."""
-    points = [substitute(tree, {**values, name: whole(point)}) for point in (0, 1, 2)]
-    at_0, at_1, at_2 = map(rational, points)
-    if at_0 is None or at_1 is None or at_2 is None or at_2 - at_1 != at_1 - at_0 or at_0 == at_1:
+    """Zero and slope of an expression in one of its symbols, with values for the others, if it
+    is linear, as some points show, and not constant."""
+    at_0, at_1, *others = [rational(substitute(tree, {**values, name: Number(x)})) for x in _LINE]
+    if at_0 is None or at_1 is None or at_0 == at_1:
         return None
     slope = at_1 - at_0
-    return -at_0 / slope, slope
+    is_linear = others == [at_0 + slope * x for x in _LINE[2:]]
+    return (-at_0 / slope, slope) if is_linear else None
 
 
 def subject(relation: Relation) -> Tree | None:
@@ -146,10 +142,6 @@ class Interval:
     low: Answer
     high: Answer
     closed: tuple[bool, bool]
-
-
-_above = partial(Interval, high=Expression(INFINITY))
-_below = partial(Interval, Expression(MINUS_INFINITY))
 
 
 def intervals(answer: Answer) -> list[Interval] | None:
@@ -193,26 +185,24 @@ def _solution(relation: Relation) -> list[Interval] | None:
     if relation.operators == ("in",):
         return intervals(relation.sides[1])
     about = subject(relation)
-    if about is None or len(relation.sides) > 3:
+    operators, sides = relation.operators, relation.sides
+    if about is None or len(sides) > 3:
         return None
-    if len(relation.sides) == 3:
-        chain = ascending(relation)  # 2 > x > 1
-        if not {"<", "<="}.issuperset(chain.operators):
-            return None
-        low, _, high = chain.sides
-        return [Interval(low, high, (chain.operators[0] == "<=", chain.operators[1] == "<="))]
-    if not isinstance(about, Symbol):
+    if len(sides) == 2 and not isinstance(about, Symbol):
         return _solve(relation)  # 2x - 1 > 5
-    operator, bound = relation.operators[0], relation.sides[1]
-    if is_numeric(relation.sides[0]):  # 1 < x
-        operator, bound = _FLIPPED.get(operator, operator), relation.sides[0]
-    if operator == "!=":  # all but one
-        return [_below(bound, (False, False)), _above(bound, closed=(False, False))]
-    if operator in ("<", "<="):
-        return [_below(bound, (False, operator == "<="))]
-    if operator in (">", ">="):
-        return [_above(bound, closed=(operator == ">=", False))]
-    return None
+    if operators == ("!=",):  # all but one
+        bound = sides[0] if is_numeric(sides[0]) else sides[1]
+        return [Interval(_LOWEST, bound, (False, False)), Interval(bound, _HIGHEST, (False, False))]
+    chain = ascending(relation)  # 2 > x > 1
+    operators, sides = chain.operators, chain.sides
+    if len(sides) == 2 and tree_of(sides[0]) == about:  # x < 2
+        operators, sides = ("<", *operators), (_LOWEST, *sides)
+    elif len(sides) == 2:
+        operators, sides = (*operators, "<"), (*sides, _HIGHEST)
+    if not {"<", "<="}.issuperset(operators):
+        return None
+    low, _, high = sides
+    return [Interval(low, high, (operators[0] == "<=", operators[1] == "<="))]
 
 
 def _solve(relation: Relation) -> list[Interval] | None:
@@ -228,8 +218,6 @@ def _solve(relation: Relation) -> list[Interval] | None:
     if root_and_slope is None:
         return None
     root, slope = root_and_slope
-    if rational(substitute(difference, {name: Number(_PROBE)})) != slope * (_PROBE - root):
-        return None
     operator = relation.operators[0]
     operator = operator if slope > 0 else _FLIPPED.get(operator, operator)
     return _solution(Relation((operator,), (Expression(Symbol(name)), Expression(Number(root)))))

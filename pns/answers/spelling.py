@@ -3,6 +3,7 @@ r"""The text of an answer: without what carries no meaning, and in one spelling.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _UNICODE = {
     **dict.fromkeys("−–—", "-"),
@@ -64,9 +65,13 @@ def clean(answer: str) -> str:
 def spelling(answer: str) -> str:
     """One spelling of the text itself: no decoration and spaces, words in lower case. Idempotent on what it
     returns within ten rounds."""
-    text = answer
+    return stable(_spell, answer)
+
+
+def stable(change: Callable[[str], str], text: str) -> str:
+    """The text changed again and again until it stays the same, at most ten times."""
     for _ in range(10):
-        previous, text = text, _spell(text)
+        previous, text = text, change(text)
         if text == previous:
             break
     return text

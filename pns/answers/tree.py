@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import TypeGuard
 
 
 class Tree:
@@ -188,7 +189,7 @@ def product_of(factors: list[Tree]) -> Tree:
     return factors[0] if len(factors) == 1 else Product(tuple(factors))
 
 
-def is_numeric(answer: Answer) -> bool:
+def is_numeric(answer: Answer) -> TypeGuard[Expression]:
     """Whether it is an expression without free symbols."""
     return isinstance(answer, Expression) and not answer.tree.symbols
 
