@@ -149,12 +149,10 @@ def read_derivative(cursor: Cursor) -> Symbol | None:
     r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel. None where they are
     a fraction's."""
     start = cursor.position
-    signs = ("d", r"\partial")
-    if cursor.peek().value != "{" or cursor.peek(1).value not in signs:
-        return None
-    upper = cursor.raw_group()
-    if cursor.peek().value == "{" and cursor.peek(1).value in signs:
-        return Symbol(f"{upper}/{cursor.raw_group()}")
+    if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
+        upper = cursor.raw_group()
+        if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
+            return Symbol(f"{upper}/{cursor.raw_group()}")
     cursor.position = start
     return None
 
@@ -201,21 +199,16 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
             continue
         while words and words[0] in _SCALES:  # "5 million dollars"
             scale *= _SCALES[words.pop(0)]
-        power = _read_unit_power(cursor)
+        power = ""
+        if cursor.peek(1).value != r"\circ" and cursor.accept("^"):
+            power = "^" + cursor.accept("-") + cursor.raw_group()
+        if not re.fullmatch(r"(\^-?\d+)?", power):
+            raise Unreadable
         if words:
             parts.append(" ".join(words) + power)
         cursor.accept(".")
     marks.unit = " ".join([marks.unit, *parts]).strip()
     return scale
-
-
-def _read_unit_power(cursor: Cursor) -> str:
-    if cursor.peek(1).value == r"\circ" or not cursor.accept("^"):
-        return ""
-    power = cursor.accept("-") + cursor.raw_group()
-    if not re.fullmatch(r"-?\d+", power):
-        raise Unreadable
-    return "^" + power
 
 
 def at_unit_letter(cursor: Cursor) -> bool:

@@ -25,16 +25,15 @@ from fractions import Fraction
 from pns.answers.exact import Budget, approximate, rational, same_value
 from pns.answers.readings import MAX_CHARACTERS, readings
 from pns.answers.relations import (
-    Interval,
+    End,
     ascending,
-    bound_names,
     difference_of_sides,
-    intervals,
+    ends,
     linear_root,
     named_value,
-    rename,
     subject,
     tree_of,
+    with_argument_of,
 )
 from pns.answers.spelling import spelling, stable
 from pns.answers.tree import (
@@ -118,26 +117,24 @@ def normalise_answer(answer: str) -> str:
 
 
 def _normal_form(text: str) -> str:
-    number = _stated_number(text)
-    if not number or max(map(abs, number[0].as_integer_ratio())) >= _MAX_WRITTEN:
+    number, is_percent = _stated_number(text)
+    if number is None or max(map(abs, number.as_integer_ratio())) >= _MAX_WRITTEN:
         return spelling(text)
-    return f"{number[0]}%" if number[1] else str(number[0])
+    return f"{number}%" if is_percent else str(number)
 
 
 def exact_value(answer: str) -> Fraction | None:
     """The rational number an answer states (percents in percent, units dropped); None where there is none."""
-    number = _stated_number(answer)
-    return number[0] if number else None
+    return _stated_number(answer)[0]
 
 
-def _stated_number(answer: str) -> tuple[Fraction, bool] | None:
+def _stated_number(answer: str) -> tuple[Fraction | None, bool]:
     for reading in readings(answer)[:1]:
         if isinstance(reading, Relation) and len(reading.sides) == 2 and (named := named_value(reading)):
             reading = named[1]
-        if isinstance(reading, Expression) and not reading.tree.symbols:
-            value = rational(reading.tree)
-            return None if value is None else (value, reading.percent)
-    return None
+        if is_numeric(reading):
+            return rational(reading.tree), reading.percent
+    return None, False
 
 
 def same_answer(gold: str, prediction: str, rule: AnswerRule = AnswerRule()) -> bool | None:  # noqa: B008
@@ -163,8 +160,8 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
         findings = [_compare(basis, a, b) for a in golds for b in predictions]
     except RecursionError:
         return _undecided("answers too deeply nested to compare")
-    likeliest, best = findings[0], _first(findings, (True, None, False))
-    if min(len(golds), len(predictions)) > 1 and likeliest.same is False and best.same:
+    best = _first(findings, (True, None, False))
+    if min(len(golds), len(predictions)) > 1 and findings[0].same is False and best.same:
         return _undecided("numbers with separators, or lists")  # 100,200 and 200,100
     return best
 
@@ -247,8 +244,11 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
     distance = None if basis.rule.tolerance else _distance(x, y)
     if distance is not None and (_is_rounding(a, b, distance) or _is_rounding(b, a, distance)):
         return _undecided("one number may be a rounding of the other")
-    if bool(a.unit) != bool(b.unit) and _is_conversion(x, y):  # 5 and 500 cm
-        return _undecided("one number may be the other in another unit")
+    ratio = rational(Call((x / y,), "abs"))
+    if ratio and bool(a.unit) != bool(b.unit):
+        factor = max(ratio, 1 / ratio)
+        if factor in _CONVERSIONS or factor == 10 ** round(math.log10(factor.numerator)):  # 5 and 500 cm
+            return _undecided("one number may be the other in another unit")
     if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
         return _TWO_READINGS
     return _DIFFERENT
@@ -268,28 +268,15 @@ def _is_rounding(rounded: Expression, other: Expression, distance: Fraction) -> 
     return distance * 2 <= step or (distance < step and lost is not None and lost > 0)
 
 
-def _is_conversion(x: Tree, y: Tree) -> bool:
-    """Whether one number may be the other in another unit."""
-    ratio = rational(Call((x / y,), "abs"))
-    if not ratio:
-        return False
-    factor = max(ratio, 1 / ratio)
-    return factor in _CONVERSIONS or factor == 10 ** round(math.log10(factor.numerator))
-
-
-def _compare_group(basis: _Basis, group: Group, other: Answer) -> Finding:
-    if isinstance(other, Group):
-        return _compare_groups(basis, group, other)
-    if group.brackets not in _UNORDERED:
-        is_several = group.brackets in ("[)", "(]") or len(group.items) > 1
-        return _DIFFERENT if is_several else _undecided("answers of different kinds")
-    verdicts = [_compare(basis, item, other).same for item in _flat(group.items)]
-    if False in verdicts or not verdicts:
-        return Finding(False, "one answer and several")
-    return _SAME if verdicts == [True] else _undecided("one answer and a set")
-
-
-def _compare_groups(basis: _Basis, a: Group, b: Group) -> Finding:
+def _compare_group(basis: _Basis, a: Group, b: Answer) -> Finding:
+    if not isinstance(b, Group):
+        if a.brackets not in _UNORDERED:
+            is_several = a.brackets in ("[)", "(]") or len(a.items) > 1
+            return _DIFFERENT if is_several else _undecided("answers of different kinds")
+        verdicts = [_compare(basis, item, b).same for item in _flat(a.items)]
+        if False in verdicts or not verdicts:
+            return Finding(False, "one answer and several")
+        return _SAME if verdicts == [True] else _undecided("one answer and a set")
     kinds = {a.brackets, b.brackets}
     items = a.items + b.items
     has_inequality = any(isinstance(item, Relation) and item.operators[0] != "=" for item in items)
@@ -301,9 +288,8 @@ def _compare_groups(basis: _Basis, a: Group, b: Group) -> Finding:
     is_vector = kinds == {"()", "[]"}  # that is written with either
     if a.brackets == b.brackets or (is_vector and not in_order.same):
         return in_order
-    if _compare_unordered(basis, a.items, b.items).same is False:
-        return _DIFFERENT
-    return _undecided("the same items in different brackets")
+    is_apart = _compare_unordered(basis, a.items, b.items).same is False
+    return _DIFFERENT if is_apart else _undecided("the same items in different brackets")
 
 
 def _compare_ordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
@@ -332,17 +318,14 @@ def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) 
     columns = [list(column) for column in zip(*rows, strict=True)]
     if any({False}.issuperset(line) for line in rows + columns):
         return Finding(False, "an item that the other list lacks")
-    if any(None in row for row in rows):
-        return _undecided("lists with items that may be the same")
-    return _undecided("lists that repeat items differently")
+    return _undecided("lists with items that may be the same, or that repeat them differently")
 
 
 def _flat(items: Sequence[Answer]) -> list[Answer]:
     """The items with those of bare lists among them in their place."""
     flat: list[Answer] = []
     for item in items:
-        is_list = isinstance(item, Group) and item.brackets in ("", "or")
-        flat += _flat(item.items) if isinstance(item, Group) and is_list else [item]
+        flat += _flat(item.items) if isinstance(item, Group) and item.brackets in ("", "or") else [item]
     return flat
 
 
@@ -357,68 +340,59 @@ def _compare_sets(basis: _Basis, a: Answer, b: Answer) -> Finding:
     for answer in (a, b):
         if is_numeric(answer) and not answer.ambiguous:
             return Finding(False, "a set and a number")
-    x, y = intervals(a), intervals(b)
+    x, y = ends(a), ends(b)
     if x is None or y is None:
         return _undecided("sets of a form that is not read here")
-    x, y = _merged(basis, x), _merged(basis, y)
+    x, y = _joined(basis, x), _joined(basis, y)
     if len(x) != len(y):
-        if all(is_numeric(interval.low) and is_numeric(interval.high) for interval in (*x, *y)):
+        if all(is_numeric(value) for value, _ in x + y):
             return Finding(False, "sets of different parts")
         return _undecided("unions of different length")
-    if [interval.closed for interval in x] != [interval.closed for interval in y]:
+    if [is_closed for _, is_closed in x] != [is_closed for _, is_closed in y]:
         return Finding(False, "an end that belongs to one set only")
-    ends = [[end for interval in parts for end in (interval.low, interval.high)] for parts in (x, y)]
-    return _compare_ordered(basis, *ends)
+    return _compare_ordered(basis, [value for value, _ in x], [value for value, _ in y])
 
 
-def _merged(basis: _Basis, parts: list[Interval]) -> list[Interval]:
-    """Ascending intervals with those joined that touch."""
-    merged = parts[:1]
-    for interval in parts[1:]:
-        last = merged[-1]
-        if (last.closed[1] or interval.closed[0]) and _compare(basis, last.high, interval.low).same:
-            merged[-1] = Interval(last.low, interval.high, (last.closed[0], interval.closed[1]))
-        else:
-            merged.append(interval)
-    return merged
+def _joined(basis: _Basis, ascending_ends: list[End]) -> list[End]:
+    """The ends of intervals with those joined that touch."""
+    joined = ascending_ends[:2]
+    for low, high in zip(ascending_ends[2::2], ascending_ends[3::2], strict=True):
+        touches = (joined[-1][1] or low[1]) and _compare(basis, joined[-1][0], low[0]).same
+        joined[-1:] = [high] if touches else [joined[-1], low, high]
+    return joined
 
 
 def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Finding:
+    is_equation = relation.operators[0] in ("=", "in")
     if isinstance(other, Relation):
-        return _compare_relations(basis, relation, other)
-    if relation.operators[0] not in ("=", "in"):
-        if isinstance(other, Group | Union):
-            return _compare_sets(basis, relation, other)
-        if is_numeric(other) and relation.operators[0] != "!=" and intervals(relation) is not None:
-            return Finding(False, "an inequality and a number")
-        return _undecided("an inequality and an answer of another kind")
+        if is_equation and other.operators[0] in ("=", "in"):
+            return _compare_equations(basis, relation, other)
+        if "=" in (relation.operators[0], other.operators[0]):
+            return _undecided("an equation and an inequality")
+        return _compare_inequalities(basis, relation, other)
+    if not is_equation and isinstance(other, Group | Union):
+        return _compare_sets(basis, relation, other)
+    if not is_equation and is_numeric(other) and relation.operators[0] != "!=" and ends(relation):
+        return Finding(False, "an inequality and a number")
     if named := named_value(relation):  # x = 5 and 5
         return _compare(basis, named[1], other)
-    difference = difference_of_sides(relation)
-    if difference is not None and is_numeric(other) and not other.ambiguous:
+    difference = difference_of_sides(relation, may_be_ambiguous=True)
+    if relation.operators == ("=",) and difference and is_numeric(other) and not other.ambiguous:
         names = difference.symbols
         at_number = substitute(difference, {min(names): other.tree}) if names else difference
         if len(names) > 1 or (names and basis.same(at_number, ZERO) is False):
             return Finding(False, "an equation and a number")
-    return _undecided("an equation and an answer of another kind")
+    return _undecided("a relation and an answer of another kind")
 
 
-def _compare_relations(basis: _Basis, a: Relation, b: Relation) -> Finding:
-    if a.operators[0] in ("=", "in") and b.operators[0] in ("=", "in"):
-        return _compare_equations(basis, a, b)
-    if "=" in (a.operators[0], b.operators[0]):
-        return _undecided("an equation and an inequality")
+def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:
     x, y = subject(a), subject(b)
-    if x is None or y is None or intervals(a) is None or intervals(b) is None:
-        return _compare_chains(basis, ascending(a), ascending(b))  # a > b > c and c < b < a
-    finding = _compare_sets(basis, a, b)
-    if x.symbols == y.symbols or finding.same is False:
-        return finding
-    return _undecided("the same inequality of different names")
-
-
-def _compare_chains(basis: _Basis, a: Relation, b: Relation) -> Finding:
-    """Inequalities whose sides are no ends of intervals: c < a < b."""
+    if x and y and ends(a) and ends(b):
+        finding = _compare_sets(basis, a, b)
+        if x.symbols == y.symbols or finding.same is False:
+            return finding
+        return _undecided("the same inequality of different names")
+    a, b = ascending(a), ascending(b)  # a > b > c and c < b < a
     if a.operators == b.operators:
         in_order = _compare_ordered(basis, a.sides, b.sides)
         has_same_sides = _compare_unordered(basis, a.sides, b.sides).same
@@ -433,10 +407,10 @@ def _compare_equations(basis: _Basis, a: Relation, b: Relation) -> Finding:
     if not named_a or not named_b:
         return _compare_solutions(basis, a, b)
     (name_a, x), (name_b, y) = named_a, named_b
-    arguments = bound_names(name_a, name_b)  # f(x) = 2x and f(n) = 2n
-    finding = _compare(basis, x, rename(y, *arguments) if arguments else y)
+    renamed = with_argument_of(name_a, name_b, y)  # f(x) = 2x and f(n) = 2n
+    finding = _compare(basis, x, renamed or y)
     are_numbers = is_numeric(x) and is_numeric(y)
-    if name_a == name_b or arguments:
+    if name_a == name_b or renamed:
         if finding.same is not False or isinstance(x, Group) or are_numbers or name_a.endswith(")"):
             return finding
         solutions = _compare_solutions(basis, a, b)
@@ -452,10 +426,8 @@ def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
     """Two equations with the same solutions: proportional sides, or each linear in a variable and zero where
     the other is."""
     x, y = difference_of_sides(a), difference_of_sides(b)
-    if x is None or y is None:
+    if x is None or y is None or not a.operators == b.operators == ("=",):
         return _undecided("equations of a form that is not read here")
-    if any(isinstance(side, Expression) and side.ambiguous for side in a.sides + b.sides):
-        return _undecided("an equation that is read in different ways")
     if x.symbols != y.symbols or not x.symbols:
         is_apart = basis.same(x, y) is False and basis.same(x, -y) is False
         reason = "equations in different variables"
@@ -474,20 +446,19 @@ def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
 
 
 def _compare_matrix(basis: _Basis, matrix: Matrix, other: Answer) -> Finding:
-    if isinstance(other, Matrix):
-        if [len(row) for row in matrix.rows] != [len(row) for row in other.rows]:
-            return Finding(False, "matrices of different shape")
-        pairs = zip(matrix.rows, other.rows, strict=True)
-        return _first([_compare_ordered(basis, row, other_row) for row, other_row in pairs])
     if is_numeric(other):
         return _DIFFERENT
     if isinstance(other, Group):
-        if other.brackets in ("()", "[]") and all(len(row) == 1 for row in matrix.rows):  # a column
-            return _compare_ordered(basis, [row[0] for row in matrix.rows], other.items)
         rows = [item.items for item in other.items if isinstance(item, Group) and item.brackets == "[]"]
+        if other.brackets in ("()", "[]") and all(len(row) == 1 for row in matrix.rows):  # a column
+            rows = [(item,) for item in other.items]
         if rows and len(rows) == len(other.items):
-            return _compare_matrix(basis, matrix, Matrix(tuple(rows)))
-    return _undecided("a matrix and an answer of another kind")
+            other = Matrix(tuple(rows))
+    if not isinstance(other, Matrix):
+        return _undecided("a matrix and an answer of another kind")
+    if [len(row) for row in matrix.rows] != [len(row) for row in other.rows]:
+        return Finding(False, "matrices of different shape")
+    return _compare_ordered(basis, sum(matrix.rows, ()), sum(other.rows, ()))
 
 
 def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:

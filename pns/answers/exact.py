@@ -26,8 +26,6 @@ from pns.answers.tree import (
     INFINITY,
     LOG_BASE,
     MINUS_INFINITY,
-    ONE,
-    TEN,
     Call,
     Constant,
     Negative,
@@ -58,12 +56,8 @@ _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
 _WHOLE = frozenset("nkmNjl")  # names that often stand for whole numbers
 _MAX_RENAMED = 3  # symbols whose renaming is tried
 _INFINITE = (INFINITY, MINUS_INFINITY)
-_ROUNDINGS: dict[str, Callable[[Fraction], Fraction | int]] = {
-    "abs": abs,
-    "floor": math.floor,
-    "ceil": math.ceil,
-}
-_LOG_BASES = (ONE, Call((TEN,), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
+_ROUNDINGS: dict[str, Callable[..., Any]] = {"abs": abs, "floor": math.floor, "ceil": math.ceil}
+_LOG_BASES = (whole(1), Call((whole(10),), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
 
 Point = dict[str, Fraction]
 
@@ -113,10 +107,9 @@ def same_value(a: Tree, b: Tree, budget: Budget) -> bool | None:
 def rational(tree: Tree) -> Fraction | None:
     """The exact value of a rational number; None for anything else."""
     try:
-        value: Fraction = _Exact(Budget(), {}).value(tree)
+        return _Exact(Budget(), {}).value(tree)
     except (ArithmeticError, RecursionError):
         return None
-    return value
 
 
 def approximate(tree: Tree) -> Fraction | None:
@@ -266,8 +259,9 @@ class _Arithmetic:
             self.point = outer
             yield value
 
-    def number(self, value: Fraction) -> Any:
-        raise NotImplementedError
+    number: Callable[[Fraction], Any]
+    power: Callable[[Any, Any], Any]
+    call: Callable[[str, list[Any]], Any]
 
     def constant(self, name: str) -> Any:
         raise Undecided
@@ -282,12 +276,6 @@ class _Arithmetic:
     def argument(self, tree: Tree) -> Any:
         """The value of an exponent, or of what a function is applied to."""
         return self.value(tree)
-
-    def power(self, base: Any, exponent: Any) -> Any:
-        raise NotImplementedError
-
-    def call(self, name: str, values: list[Any]) -> Any:
-        raise NotImplementedError
 
 
 class _Exact(_Arithmetic):
@@ -368,12 +356,8 @@ class _Residue(_Arithmetic):
             raise Undecided
         return numerator * pow(denominator, -1, self.prime) % self.prime
 
-    def terms(self, series: Series) -> Iterator[int]:
-        raise Undecided
-
     def argument(self, tree: Tree) -> Fraction:
-        value: Fraction = _Exact(self.budget, self.point).value(tree)
-        return value
+        return _Exact(self.budget, self.point).value(tree)
 
     def power(self, base: int, exponent: Fraction) -> int:
         if exponent.denominator != 1 or not base:
@@ -431,9 +415,7 @@ class _Numeric(_Arithmetic):
     def constant(self, name: str) -> Any:
         if name == "i":
             return self.mp.mpc(0, 1)
-        if name not in ("pi", "e"):
-            raise Undecided
-        return +getattr(self.mp, name)
+        return +getattr(self.mp, name)  # pi, e
 
     def power(self, base: Any, exponent: Any) -> Any:
         mp = self.mp

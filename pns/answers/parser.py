@@ -27,9 +27,7 @@ from pns.answers.tree import (
     EMPTY_SET,
     INFINITY,
     LOG_BASE,
-    ONE,
     REALS,
-    TEN,
     Answer,
     Call,
     Constant,
@@ -67,9 +65,9 @@ _TWO_SIGNS = {r"\pm": (False, True), r"\mp": (True, False)}  # whether the upper
 _SIGNS = {"+": (False, False), "-": (True, True), **_TWO_SIGNS}
 _LOGARITHMS = {
     "ln": None,
-    "lg": Call((TEN,), "ln"),
+    "lg": Call((whole(10),), "ln"),
     "log": Symbol(LOG_BASE),
-}  # by what the natural one is divided
+}  # divisors of the natural one
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 
@@ -232,8 +230,7 @@ class Parser(Cursor):
         base = self.atom()
         while True:
             if self.accept("^", "**"):
-                if self.accept(r"\circ") or self.accept_both("{", r"\circ"):  # 90^\circ, 90^{\circ}
-                    self.accept("}")
+                if self.accept(r"\circ"):
                     self.marks.degrees = True
                 else:
                     base = as_tree(base) ** self.exponent()
@@ -377,7 +374,7 @@ def _function(parser: Parser, written: str) -> Tree:
         base = bases[0] if bases else base
     else:
         value = _bare_argument(parser)
-    if name in TRIGONOMETRIC and power == -ONE:  # \sin^{-1} x is the angle, not 1/\sin x
+    if name in TRIGONOMETRIC and power == -whole(1):  # \sin^{-1} x is the angle, not 1/\sin x
         name, power = "a" + name, None
     call: Tree = Call((value,), "ln" if name in _LOGARITHMS else name)
     divisor = Call((base,), "ln") if base else _LOGARITHMS.get(name)
@@ -403,10 +400,6 @@ def _bare_argument(parser: Parser) -> Tree:
     return product_of(factors)
 
 
-def _fraction(parser: Parser, _name: str) -> Tree:
-    return read_derivative(parser) or parser.argument() / parser.argument()
-
-
 def _root(parser: Parser, name: str) -> Tree:
     degree: Tree = whole(3 if name == r"\cbrt" else 2)
     if parser.accept("["):
@@ -423,10 +416,6 @@ def _binomial(parser: Parser, _name: str) -> Tree:
     if not rest:
         raise Unreadable
     return Call((top, *rest), "binomial")
-
-
-def _rounded(parser: Parser, name: str) -> Tree:
-    return Call(parser.until({r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}[name]), name[2:])
 
 
 def _series(parser: Parser, kind: str) -> Tree:
@@ -463,11 +452,6 @@ def _matrix(parser: Parser, _name: str) -> Matrix:
     return Matrix(tuple(map(tuple, rows)))
 
 
-def _blackboard(parser: Parser, _name: str) -> Tree | Answer:
-    content = parser.raw_group()
-    return REALS if content == "R" else Symbol("mathbb" + content)
-
-
 def _angle(parser: Parser, _name: str) -> Tree:
     name = "angle "
     while parser.peek().kind == "letter":
@@ -491,6 +475,7 @@ def _named(names: Iterable[str], rule: _Rule) -> dict[str, _Rule]:
 
 
 _Rule = Callable[[Parser, str], Tree | Answer]  # what a token begins, by its value
+_SETS = {"R": REALS}
 _STYLES = "mathbf boldsymbol mathit mathcal mathsf bm"
 _ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow widehat underline"
 _WORDS: dict[str, _Rule] = {"letter": Parser.symbol, "text": Parser.text, "word": Parser.word}
@@ -505,13 +490,14 @@ _FACTORS: dict[str, _Rule] = {  # what may follow a factor without a sign betwee
     **_named(_ACCENTS.split(), lambda parser, name: parser.symbol(f"{name} {parser.raw_group()}")),
     r"\pi": lambda _parser, _name: Constant("pi"),
     r"\infty": lambda _parser, _name: INFINITY,
-    r"\frac": _fraction,
+    r"\frac": lambda parser, _name: read_derivative(parser) or parser.argument() / parser.argument(),
     **_named(("sqrt", "cbrt"), _root),
     **_named(("binom", "dbinom", "tbinom"), _binomial),
-    **_named(("lfloor", "lceil"), _rounded),
+    r"\lfloor": lambda parser, _name: Call(parser.until(r"\rfloor"), "floor"),
+    r"\lceil": lambda parser, _name: Call(parser.until(r"\rceil"), "ceil"),
     **_named(("sum", "prod"), _series),
     r"\begin": _matrix,
-    r"\mathbb": _blackboard,
+    r"\mathbb": lambda parser, _name: _SETS.get(name := parser.raw_group()) or Symbol("mathbb" + name),
     r"\angle": _angle,
 }
 _RULES: dict[str, _Rule] = {

@@ -54,7 +54,7 @@ def clean(answer: str) -> str:
     text = _SPACING.sub(" ", _DECORATION.sub("", text))
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1", text, flags=re.DOTALL)
-    text = re.sub(r"\\degrees?(?![A-Za-z])", r"^\\circ ", text)
+    text = re.sub(r"\\degrees?(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times ", text)
     text = re.sub(r"(?<=[\d ])([aApP])\.\s?[mM]\b\.?", r"\1m", text)
     text = re.sub(r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)", r"\\", text)

@@ -105,11 +105,6 @@ class Cursor:
             raise Unreadable
         return self.take().value
 
-    def accept_both(self, first: str, second: str) -> bool:
-        accepted = self.at(first) and self.peek(1).value == second
-        self.position += 2 * accepted
-        return accepted
-
     def at_digit(self) -> bool:
         r"""Whether the next token is the first of several digits, as in `\frac12`, and now by itself."""
         token = self.peek()

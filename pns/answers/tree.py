@@ -108,7 +108,7 @@ def whole(value: int) -> Number:
     return Number(Fraction(value))
 
 
-ZERO, ONE, TEN = map(whole, (0, 1, 10))
+ZERO, ONE = whole(0), whole(1)
 INFINITY = Constant("inf")
 MINUS_INFINITY = -INFINITY
 LOG_BASE = "log base"  # the symbol that stands for ln b, where b is the base that a logarithm leaves open
