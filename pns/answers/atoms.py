@@ -13,7 +13,7 @@ from pns.answers.tree import Based, Number, Symbol, Tree, letter
 from pns.answers.units import CURRENCIES, UNIT_LETTERS
 
 _MAX_DIGITS = 2000  # of one number
-_MAX_EXPONENT = 3000  # of scientific notation
+_MAX_EXPONENT = 3000  # of scientific notation; 1e999999999 is no number that could be written down
 _FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a letter is a function, not a factor
 _POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALES = {"dozen": 12} | {name: 10**power for name, power in _POWERS.items()}
@@ -160,14 +160,12 @@ def read_derivative(cursor: Cursor) -> Symbol | None:
 def skip_set_builder(cursor: Cursor) -> None:
     r"""Skip `x |` and `x \in R :` of a set given by a condition."""
     start = cursor.position
-    if cursor.peek().kind != "letter":
-        return
-    cursor.take()
+    is_letter = cursor.take().kind == "letter"
     if cursor.accept(r"\in"):
         cursor.take()
         if cursor.at("{"):
             cursor.raw_group()
-    if not cursor.accept("|", r"\mid", ":", r"\vert"):
+    if not is_letter or not cursor.accept("|", r"\mid", ":", r"\vert"):
         cursor.position = start
 
 
@@ -184,9 +182,8 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
     scale = 1
     parts: list[str] = []
     while True:
-        if parts and cursor.peek().value == "/" and cursor.peek(1).kind in ("text", "word", "letter"):  # km/h
+        if parts and cursor.at("/") and cursor.peek(1).kind in ("text", "word", "letter"):  # km/h
             parts.append(cursor.take().value)
-            continue
         words = cursor.peek().word.split()
         if not parts and at_unit_letter(cursor):
             words = [cursor.peek().value.casefold()]

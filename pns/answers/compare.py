@@ -409,17 +409,15 @@ def _compare_equations(basis: _Basis, a: Relation, b: Relation) -> Finding:
     (name_a, x), (name_b, y) = named_a, named_b
     renamed = with_argument_of(name_a, name_b, y)  # f(x) = 2x and f(n) = 2n
     finding = _compare(basis, x, renamed or y)
-    are_numbers = is_numeric(x) and is_numeric(y)
-    if name_a == name_b or renamed:
-        if finding.same is not False or isinstance(x, Group) or are_numbers or name_a.endswith(")"):
-            return finding
-        solutions = _compare_solutions(basis, a, b)
-        return solutions if solutions.same or finding.doubtful else finding
+    has_same_name = name_a == name_b or renamed is not None
+    if has_same_name and (finding.same is not False or isinstance(x, Group) or name_a.endswith(")")):
+        return finding
+    if finding.same is False and is_numeric(x) and is_numeric(y):
+        return finding
     if finding.same and (is_numeric(x) or not isinstance(x, Expression)):  # x = 5 and y = 5
         return _undecided("the same value under different names")
-    if finding.same is False and are_numbers:
-        return finding
-    return _compare_solutions(basis, a, b)
+    solutions = _compare_solutions(basis, a, b)
+    return finding if has_same_name and not solutions.same else solutions
 
 
 def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
@@ -432,9 +430,9 @@ def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
         is_apart = basis.same(x, y) is False and basis.same(x, -y) is False
         reason = "equations in different variables"
         return Finding(False, reason) if is_apart else _undecided(reason)
-    point: dict[str, Tree] = {}
-    for index, name in enumerate(sorted(x.symbols)):
-        point[name] = Number(Fraction(7 + 4 * index, 3))
+    point: dict[str, Tree] = {
+        name: whole(index + 7) / whole(3) for index, name in enumerate(sorted(x.symbols))
+    }
     x_at_point, y_at_point = substitute(x, point), substitute(y, point)
     if basis.same(x_at_point, ZERO) is False and basis.same(x * y_at_point, y * x_at_point):
         return Finding(True, "proportional equations")
@@ -487,8 +485,7 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     if in_order.same or len(ratio.parts) != 2 or len(other.parts) != 2:
         return in_order
     third, fourth = map(tree_of, other.parts)
-    has_no_zero = all(basis.same(part, ZERO) is False for part in (first, second, third, fourth))
-    if has_no_zero and basis.same(first * fourth, second * third):
+    if basis.same(first, ZERO) is False and basis.same(first / second, third / fourth):
         are_clocks = ratio.clock and other.clock
         return _undecided("ratios that may be times") if are_clocks else Finding(True, "equal ratios")
     return in_order

@@ -44,14 +44,17 @@ from pns.answers.tree import (
 )
 
 _MAX_BITS = 60_000  # of the numerator and the denominator of an exact value
-_MAX_FACTORIAL = 5000
-_MAX_RESIDUE_FACTORIAL = 200_000
+_MAX_FACTORIAL = 5000  # has 54,000 bits
+_MAX_RESIDUE_FACTORIAL = 200_000  # modulo a prime it is a loop of small products
 _MAX_TERMS = 20_000  # of a sum or product
 _MAX_MAGNITUDE = 1 << 30  # binary exponent of a numeric value, either way
-_MAX_ARGUMENT = 200  # binary exponent of the argument of a transcendental function
+_MAX_ARGUMENT = (
+    200  # binary exponent of a function's argument: the sine of more needs more digits than there are
+)
 _MAX_RATIONAL = 10_000  # binary exponent of a numeric value that is turned into a fraction, either way
 _DIGITS = 50
-_HUGE_BITS = 120  # numeric values beyond these are not called equal
+_HUGE_BITS = 120  # of 50 digits' 166: values beyond are not called equal, as too little is left of a fraction
+# By three of 61 bits: two different numbers agree modulo all of them as good as never.
 _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
 _WHOLE = frozenset("nkmNjl")  # names that often stand for whole numbers
 _MAX_RENAMED = 3  # symbols whose renaming is tried
@@ -129,16 +132,10 @@ def approximate(tree: Tree) -> Fraction | None:
 
 def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool | None:
     generator = random.Random(",".join(names))  # the same points for the same names
-    whole_points: list[Point] = []
-    for _ in range(3):
-        values = generator.sample(range(2, 12 + 2 * len(names)), len(names))
-        whole_points.append(dict(zip(names, map(Fraction, values), strict=True)))
-
-    def real_point(sign: int) -> Point:
-        numbers = [(generator.randint(10**6, 10**7), generator.randint(10**6, 4 * 10**6)) for _ in names]
-        return {name: sign * Fraction(*number) for name, number in zip(names, numbers, strict=True)}
-
-    positive_points, negative_points = [real_point(1) for _ in range(3)], [real_point(-1) for _ in range(2)]
+    numbers = [generator.sample(range(2, 12 + 2 * len(names)), len(names)) for _ in range(3)]
+    whole_points = [dict(zip(names, map(Fraction, values), strict=True)) for values in numbers]
+    positive_points = [{name: Fraction(generator.uniform(0.2, 10)) for name in names} for _ in range(3)]
+    negative_points = [{name: -value for name, value in point.items()} for point in positive_points[:2]]
     at_whole = [_same_exactly(point, a, b, budget) for point in whole_points]
     if False in at_whole:
         return None if _renamed(a, b, whole_points, budget) else False

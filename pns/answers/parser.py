@@ -63,11 +63,8 @@ _OPENING = {"(": "(", "[": "[", r"\{": "{", r"\lbrace": "{", r"\langle": "("}
 _CLOSING = {")": ")", "]": "]", r"\}": "}", r"\rbrace": "}", r"\rangle": ")"}
 _TWO_SIGNS = {r"\pm": (False, True), r"\mp": (True, False)}  # whether the upper and the lower one are a minus
 _SIGNS = {"+": (False, False), "-": (True, True), **_TWO_SIGNS}
-_LOGARITHMS = {
-    "ln": None,
-    "lg": Call((whole(10),), "ln"),
-    "log": Symbol(LOG_BASE),
-}  # divisors of the natural one
+# Of each logarithm by its name, what the natural one is divided by.
+_LOGARITHMS = {"ln": None, "lg": Call((whole(10),), "ln"), "log": Symbol(LOG_BASE)}
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 

@@ -67,11 +67,8 @@ def _name(answer: Answer) -> str:
             return name
         case Expression(tree, unit=""):
             is_name = bool(tree.symbols) and all(map(_is_part_of_name, walk(tree)))
-        case Group(_, items):
-            are_symbols = [isinstance(item, Expression) and isinstance(item.tree, Symbol) for item in items]
-            is_name = bool(items) and all(are_symbols)
-        case Ratio(parts):
-            is_name = all(map(_name, parts))
+        case Group(_, parts) | Ratio(parts):
+            is_name = bool(parts) and all(map(_name, parts))
         case _:
             is_name = False
     return repr(answer) if is_name else ""

@@ -15,6 +15,7 @@ _TOKEN = re.compile(
     r"|(?P<command>\\[A-Za-z]+\*?|\\[{}|%#&\\$])|(?P<letters>[A-Za-z]+)"
     r"|(?P<operator>\*\*|<=|>=|!=|==|<>|[-+*/^_(){}\[\]|,;:=<>!%'.&@#?\\\"`]))"
 )
+_COMMANDS = {*FUNCTIONS, "sqrt", "pi", "cbrt", "infty", "binom", *(name for name in GREEK if len(name) > 2)}
 SEPARATORS = {",": "", ";": "", "and": "", "or": "or"}  # the kind of list that each makes
 
 
@@ -60,8 +61,7 @@ def split_tokens(answer: str) -> list[Token]:
 
 
 def _split_letters(run: str, spaced: bool) -> list[Token]:
-    is_greek = run in GREEK and len(run) > 2
-    if run in FUNCTIONS or run in ("sqrt", "pi", "cbrt", "infty", "binom") or is_greek:
+    if run in _COMMANDS:
         return [Token("command", "\\" + run, spaced)]  # sin, \sin
     word = run.casefold()
     if word in ("inf", "oo", "infinity"):

@@ -216,4 +216,4 @@ def both_signs(*answers: Answer) -> list[Answer]:
     if isinstance(first, Group) and first.brackets in ("", "or", "{}"):
         values = [value for items in zip(*lists, strict=True) for value in both_signs(*items)]
         return [replace(first, items=tuple(values))]
-    return list(dict.fromkeys(answers))
+    return [first, *(answer for answer in answers[1:] if answer != first)]
