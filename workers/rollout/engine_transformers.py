@@ -1,7 +1,4 @@
-"""The reference engine: a plain transformers model with its own sampling loop, for small machines and for
-checking the other engine."""
-
-from __future__ import annotations
+"""The plain engine, a transformers model in a loop: for small machines and for checking the other engine."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,11 +42,10 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
         for request in requests:
-            if len(request.prompt_ids) >= self.max_tokens:
-                raise UserError(
-                    f"request {request.id}: a prompt of {len(request.prompt_ids)} tokens leaves no room in "
-                    f"{self.max_tokens}"
-                )
+            length = len(request.prompt_ids)
+            if length >= self.max_tokens:
+                room = f"leaves no room in {self.max_tokens}"
+                raise UserError(f"request {request.id}: a prompt of {length} tokens {room}")
         ordered = sorted(requests, key=lambda request: len(request.prompt_ids))  # little padding in a batch
         for start in range(0, len(ordered), self.max_batch):
             yield from self._generate_batch(ordered[start : start + self.max_batch], sampling)
@@ -58,8 +54,7 @@ class TransformersEngine:
         tokens: dict[str, list[int]] = {row.id: [] for row in rows}
         log_probs: dict[str, list[float]] = {row.id: [] for row in rows}
         width = max(len(row.prompt_ids) for row in rows)
-        # Padding is on the left, so that every row continues at the same column; the mask has room for all
-        # tokens to come.
+        # Padding is on the left, so that all rows continue at one column; the mask has room for what comes.
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.ones(len(rows), width + sampling.max_new_tokens, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -87,8 +82,7 @@ class TransformersEngine:
                 scores = perturb(logits, seeds, [step] * len(rows), sampling.temperature, sampling.top_p)
             chosen = scores.argmax(dim=-1)
             # Of the unmodified distribution: what the policy's loss compares its own with.
-            step_log_probs = logits.float().log_softmax(dim=-1)
-            chosen_log_probs = step_log_probs.gather(1, chosen[:, None])[:, 0]
+            chosen_log_probs = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
             input_ids, begin = chosen[:, None], end
             drawn = zip(rows, chosen.tolist(), chosen_log_probs.tolist(), strict=True)
             for i, (row, token, log_prob) in enumerate(drawn):
@@ -147,8 +141,7 @@ class TransformersEngine:
 
 
 class _BufferLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of (B, heads, capacity, D): a step writes one column instead of
-    copying everything."""
+    """Keys and values of a layer in buffers (B, heads, capacity, D): a step writes one column."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()

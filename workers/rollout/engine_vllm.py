@@ -1,5 +1,4 @@
-"""The vLLM engine: in process, continuous batching, new weights in the live model. Runs with vLLM 0.31 on CPU
-and 0.24 on GPU.
+"""The vLLM engine: in process, new weights in the live model. For vLLM 0.31 on CPU and 0.24 on GPU.
 
 Departures from vLLM's defaults, each for a reason:
 - Sampling is greedy over perturbed scores (`SeededNoise`): vLLM's own per-request generators fail on CPU when
@@ -11,12 +10,9 @@ Importing this module imports vLLM (many CPU seconds): only the actor that runs 
 environment of `workers.rollout.pool` set before.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -61,7 +57,7 @@ class VllmEngine:
             "gpu_memory_utilization": memory_fraction,
             "tensor_parallel_size": tensor_parallel,
             "trust_remote_code": runtime.trust_remote_code,
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": True,  # prompts and completions are token ids
             "generation_config": "vllm",
             "logits_processors": [SeededNoise],
             "enable_prefix_caching": True,  # the completions of a problem share its prompt
@@ -83,13 +79,12 @@ class VllmEngine:
     def load(self, model_path: str) -> None:
         directory = local_directory(model_path)
         self.end_ids = end_token_ids(directory)
-        config = json.loads((directory / "config.json").read_text())
-        architecture = {
-            key: value
-            for key, value in config.items()
-            if key not in _NOT_ARCHITECTURE and not key.endswith("token_id")
-        }
+        architecture = json.loads((directory / "config.json").read_text())
+        for key in list(architecture):
+            if key in _NOT_ARCHITECTURE or key.endswith("token_id"):
+                del architecture[key]
         if self.engine is not None and architecture == self.architecture:
+            # Into the live engine: a new one takes seconds, on a GPU a minute.
             tensors: dict[str, torch.Tensor] = {}
             for file in weight_files(directory):
                 tensors |= load_file(file)
@@ -97,16 +92,17 @@ class VllmEngine:
             return
         self._free()
         self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(directory), **self.arguments))
-        self.architecture, self.weight_names, self.version = architecture, _names(weight_files(directory)), 0
+        self.architecture, self.weight_names, self.version = architecture, set(), 0
+        for file in weight_files(directory):
+            with safe_open(file, framework="pt") as stored:
+                self.weight_names |= set(stored.keys())
 
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         engine = self._engine()
         check_names(self.weight_names, set(tensors), bool(engine.model_config.hf_config.tie_word_embeddings))
         engine.collective_rpc(_reload, args=(tensors,))
-        if not engine.reset_prefix_cache():
-            raise RuntimeError(
-                "vLLM's prefix cache could not be reset after a weight update: requests are still running"
-            )
+        if not engine.reset_prefix_cache():  # its keys and values are of the old weights
+            raise RuntimeError("vLLM's prefix cache was not reset after a weight update: requests still run")
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
@@ -124,7 +120,7 @@ class VllmEngine:
     ) -> list[np.ndarray]:
         params = SamplingParams(
             temperature=0.0,
-            max_tokens=1,
+            max_tokens=1,  # the least: vLLM scores prompts only while it generates
             prompt_logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -143,10 +139,10 @@ class VllmEngine:
     def _params(self, seed: int, sampling: Sampling) -> SamplingParams:
         noise = {_NOISE: (seed, sampling.temperature, sampling.top_p)} if sampling.temperature > 0 else None
         return SamplingParams(
-            temperature=0.0,
+            temperature=0.0,  # greedy: `SeededNoise` has made the scores a sample
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=list(self.end_ids),
-            logprobs=0,
+            logprobs=0,  # of the chosen token alone
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=noise,
@@ -174,7 +170,7 @@ class VllmEngine:
                         running.discard(output.request_id)
                         yield cast(RequestOutput, output)
         finally:
-            if running:
+            if running:  # the caller has left early, or a step failed
                 engine.abort_request(list(running))
 
     def _engine(self) -> LLMEngine:
@@ -186,7 +182,7 @@ class VllmEngine:
         if self.engine is not None:
             self.engine.engine_core.shutdown()
             self.engine = None
-            gc.collect()
+            gc.collect()  # vLLM's objects refer to each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -200,7 +196,7 @@ class SeededNoise(LogitsProcessor):
         self.rows: dict[int, tuple[tuple[int, float, float], list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
-        return False
+        return False  # True would leave it out of greedy requests
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.rows, batch_update, _noise_of)
@@ -232,11 +228,3 @@ def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:
     head = getattr(runner.get_model(), "lm_head", None)
     if head is not None and runner.model_config.hf_config.tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)
-
-
-def _names(files: list[Path]) -> set[str]:
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    return names
