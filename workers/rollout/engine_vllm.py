@@ -102,7 +102,9 @@ class VllmEngine:
         check_names(self.weight_names, set(tensors), bool(engine.model_config.hf_config.tie_word_embeddings))
         engine.collective_rpc(_reload, args=(tensors,))
         if not engine.reset_prefix_cache():  # its keys and values are of the old weights
-            raise RuntimeError("vLLM's prefix cache was not reset after a weight update: requests still run")
+            raise RuntimeError(
+                "vLLM's prefix cache could not be reset after a weight update: requests are still running"
+            )
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:

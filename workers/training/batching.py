@@ -5,8 +5,6 @@ with what neighbouring rows of one prompt have in common at their beginning held
 order of a packed micro-batch is that of `workers.training.attention`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, count, takewhile
@@ -137,15 +135,11 @@ def _size(units: Sequence[Unit], layout: Layout) -> int:
     return max(lengths) * len(lengths)
 
 
-def _longest(unit: Unit) -> int:
-    return max(max(family.lengths) for family in unit)
-
-
 def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """The units of each rank, as indices into their `sizes`."""
     if ranks == 1:
         return [list(range(len(sizes)))]
-    if len(sizes) < ranks:
+    if len(sizes) < ranks:  # verl's function refuses this
         return [[rank] if rank < len(sizes) else [] for rank in range(ranks)]
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
@@ -155,7 +149,7 @@ def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 def _fill_micro_batches(units: Sequence[Unit], max_tokens: int, layout: Layout) -> list[list[Unit]]:
     """The longest units first, so that rows of similar length come together."""
     micro_batches: list[list[Unit]] = []
-    for unit in sorted(units, key=_longest, reverse=True):
+    for unit in sorted(units, key=lambda unit: max(max(family.lengths) for family in unit), reverse=True):
         if micro_batches and _size([*micro_batches[-1], unit], layout) <= max_tokens:
             micro_batches[-1].append(unit)
         else:
@@ -168,7 +162,7 @@ def _split_to(count: int, micro_batches: list[list[Unit]], padding: Unit) -> Non
     they gather each other's weights."""
     while len(micro_batches) < count:
         largest = max(micro_batches, key=len, default=[])
-        if len(largest) < 2:
+        if len(largest) < 2:  # nothing left to split
             micro_batches.append([padding])
             continue
         half = len(largest) // 2
@@ -278,14 +272,13 @@ def _places(families: Sequence[Family]) -> list[np.ndarray]:
 
 
 def check_batch(batch: Batch, vocab_size: int) -> None:
-    """Raises ValueError for an empty batch or row, values that do not fit the rows, and token ids outside the
-    vocabulary."""
+    """ValueError for an empty batch or row, values that do not fit the rows, ids outside the vocabulary."""
     if not len(batch):
         raise ValueError("the batch has no rows")
     if any(not len(ids) for ids in batch.prompt_ids) or any(not len(ids) for ids in batch.completion_ids):
         raise ValueError("a row has an empty prompt or completion")
     for ids in (*batch.prompt_ids, *batch.completion_ids):
-        if min(ids) < 0 or max(ids) >= vocab_size:
+        if min(ids) < 0 or max(ids) >= vocab_size:  # on a GPU they would end in an assertion of the kernel
             raise ValueError(
                 f"token id {max(ids)} is outside the model's vocabulary of {vocab_size}: "
                 "use the tokenizer of the model"
