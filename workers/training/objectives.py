@@ -98,6 +98,7 @@ class PreferenceObjective:
         if ref_T is not None:
             ref_chosen_B, ref_rejected_B = _side_sums(ref_T * margin_T, lengths_B)
             pairs = replace(pairs, ref_chosen_B=ref_chosen_B, ref_rejected_B=ref_rejected_B)
+        # One value a row, of which the chosen one's counts.
         return replace(pairs, score_gap_B=data["score_gap"][::2]) if "score_gap" in data else pairs
 
 
