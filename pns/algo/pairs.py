@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,20 +80,16 @@ def build_pairs(
 
 def first_divergence(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> int | None:
     """Index of the first token that differs, or that one side alone has; None for equal sequences."""
-    for index, (right, wrong) in enumerate(zip(chosen_T, rejected_T, strict=False)):
+    for index, (right, wrong) in enumerate(zip_longest(chosen_T, rejected_T, fillvalue=ENDED)):
         if right != wrong:
             return index
-    return None if len(chosen_T) == len(rejected_T) else min(len(chosen_T), len(rejected_T))
+    return None
 
 
 def divergent_tokens(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> tuple[int, int] | None:
     """The (right, wrong) tokens at the first divergence, `ENDED` beyond an end; None for equal sequences."""
-    index = first_divergence(chosen_T, rejected_T)
-    if index is None:
-        return None
-    right = chosen_T[index] if index < len(chosen_T) else ENDED
-    wrong = rejected_T[index] if index < len(rejected_T) else ENDED
-    return right, wrong
+    both = zip_longest(chosen_T, rejected_T, fillvalue=ENDED)
+    return next(((right, wrong) for right, wrong in both if right != wrong), None)
 
 
 def token_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Counter[tuple[int, int]]:

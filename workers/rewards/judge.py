@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pns.algo.judging import (
@@ -101,14 +102,12 @@ class Judge:
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]]) -> list[list[int] | None]:
         """Reply ids: four digits with the fixed text between them; None where a logit was not finite."""
-        num_rows, width = len(prompts), max(map(len, prompts))
-        ids_BT = torch.full((num_rows, width), int(self._digits_V[0]))  # padding is any token that exists
-        mask_BT = torch.zeros(num_rows, width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            # On the left, so that every row continues at the same column.
-            ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask_BT[row, width - len(prompt) :] = 1
-        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        num_rows = len(prompts)
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        ones = [torch.ones_like(row) for row in rows]
+        # Padding is on the left, so that every row continues at the same column.
+        ids_BT = pad_sequence(rows, batch_first=True, padding_side="left").to(self._device)
+        mask_BT = pad_sequence(ones, batch_first=True, padding_side="left").to(self._device)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         finite_B = torch.ones(num_rows, dtype=torch.bool, device=self._device)
         cache: Any = None
@@ -133,8 +132,8 @@ class Judge:
             added = ids_BT.shape[1]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(num_rows, added)], 1)
             positions_BT = positions_BT[:, -1:] + torch.arange(1, added + 1, device=self._device)
-        rows = torch.cat(reply, 1).tolist()
-        return [row if finite else None for row, finite in zip(rows, finite_B.tolist(), strict=True)]
+        replies = zip(torch.cat(reply, 1).tolist(), finite_B.tolist(), strict=True)
+        return [ids if finite else None for ids, finite in replies]
 
 
 def _num_tokens(candidate: Candidate) -> int:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from pns.config import Pool
@@ -65,9 +66,7 @@ class RewardModel:
     @torch.inference_mode()
     def _forward(self, rows: list[Sequence[int]]) -> list[float]:
         lengths_B = torch.tensor([len(row) for row in rows])
-        ids_BT = torch.zeros(len(rows), int(lengths_B.max()), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids_BT[index, : len(row)] = torch.tensor(row)
+        ids_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         # Attention is causal and padding is on the right: no token that is read sees the padding, and no mask
         # is needed.
         hidden_BTD = self._body(input_ids=ids_BT.to(self._device), use_cache=False).last_hidden_state

@@ -98,8 +98,7 @@ class ScoringActor:
         tokens_per_batch: int,
     ) -> None:
         self._build, self._num_tokens, self._tokens_per_batch = build, num_tokens, tokens_per_batch
-        self._model: ServedModel[Any, Any] | None = None
-        self._version: ModelVersion | None = None
+        self._loaded: tuple[ModelVersion, ServedModel[Any, Any]] | None = None
         self._thread = ThreadPoolExecutor(1)  # one: a model takes one batch at a time
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
@@ -168,16 +167,14 @@ class ScoringActor:
             batch.append(self._queue.popleft())
         return batch
 
-    def _switch(self, model: ModelVersion) -> None:
-        if self._version != model:
-            self._model = self._version = None  # frees the memory first
-            self._model = self._build(model.path)
-            self._version = model
+    def _switch(self, model: ModelVersion) -> ServedModel[Any, Any]:
+        if self._loaded is None or self._loaded[0] != model:
+            self._loaded = None  # frees the memory first
+            self._loaded = model, self._build(model.path)
+        return self._loaded[1]
 
     def _score(self, model: ModelVersion, items: list[Any]) -> list[Outcome[Any]]:
-        self._switch(model)
-        assert self._model is not None
-        return _score_or_split(self._model, items)
+        return _score_or_split(self._switch(model), items)
 
 
 def _score_or_split(model: ServedModel[Any, Any], items: list[Any]) -> list[Outcome[Any]]:
@@ -194,7 +191,7 @@ def _score_or_split(model: ServedModel[Any, Any], items: list[Any]) -> list[Outc
 
 def describe_error(error: BaseException) -> str:
     """An exception as a one-line cause: its class and the first line of its message."""
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines()  # of CUDA's and Ray's there are dozens
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 

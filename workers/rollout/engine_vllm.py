@@ -35,6 +35,12 @@ from workers.rollout.engine import Request, Sample, Sampling, check_names, pertu
 from workers.runtime import Runtime
 
 _NOISE = "pns_noise"  # key of SamplingParams.extra_args: (seed, temperature, top_p)
+# Greedy even where a sample is asked for: `SeededNoise` has made the scores one.
+_GREEDY: dict[str, Any] = {
+    "temperature": 0.0,
+    "detokenize": False,
+    "output_kind": RequestOutputKind.FINAL_ONLY,
+}
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
@@ -90,7 +96,11 @@ class VllmEngine:
                 tensors |= load_file(file)
             self.update_weights(tensors, version=0)
             return
-        self._free()
+        if self.engine is not None:
+            self.engine.engine_core.shutdown()
+            self.engine = None
+            gc.collect()  # vLLM's objects refer to each other
+            torch.cuda.empty_cache()
         self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(directory), **self.arguments))
         self.architecture, self.weight_names, self.version = architecture, set(), 0
         for file in weight_files(directory):
@@ -98,7 +108,8 @@ class VllmEngine:
                 self.weight_names |= set(stored.keys())
 
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        engine = self._engine()
+        engine = self.engine
+        assert engine is not None  # after `load`
         check_names(self.weight_names, set(tensors), bool(engine.model_config.hf_config.tie_word_embeddings))
         engine.collective_rpc(_reload, args=(tensors,))
         if not engine.reset_prefix_cache():  # its keys and values are of the old weights
@@ -108,7 +119,16 @@ class VllmEngine:
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
-        params = {request.id: self._params(request.seed, sampling) for request in requests}
+        params = {}
+        for request in requests:
+            noise = (request.seed, sampling.temperature, sampling.top_p)
+            params[request.id] = SamplingParams(
+                **_GREEDY,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(self.end_ids),
+                logprobs=0,  # of the chosen token alone
+                extra_args={_NOISE: noise} if sampling.temperature > 0 else None,
+            )
         prompts = [(request.id, list(request.prompt_ids)) for request in requests]
         for output in self._run(prompts, params):
             completion = output.outputs[0]
@@ -120,13 +140,8 @@ class VllmEngine:
     def log_probs(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,  # the least: vLLM scores prompts only while it generates
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        # One token is the least: vLLM scores prompts only while it generates.
+        params = SamplingParams(**_GREEDY, max_tokens=1, prompt_logprobs=0)
         pairs = zip(prompt_ids, completion_ids, strict=True)
         texts = {str(i): [*prompt, *completion] for i, (prompt, completion) in enumerate(pairs)}
         results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
@@ -138,22 +153,11 @@ class VllmEngine:
             results[i] = np.array([entry[token].logprob for token, entry in by_token], dtype=np.float32)
         return results
 
-    def _params(self, seed: int, sampling: Sampling) -> SamplingParams:
-        noise = {_NOISE: (seed, sampling.temperature, sampling.top_p)} if sampling.temperature > 0 else None
-        return SamplingParams(
-            temperature=0.0,  # greedy: `SeededNoise` has made the scores a sample
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=list(self.end_ids),
-            logprobs=0,  # of the chosen token alone
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=noise,
-        )
-
     def _run(
         self, prompts: list[tuple[str, list[int]]], params: dict[str, SamplingParams]
     ) -> Iterator[RequestOutput]:
-        engine = self._engine()
+        engine = self.engine
+        assert engine is not None  # after `load`
         longest = engine.model_config.max_model_len
         for name, tokens in prompts:
             if len(tokens) >= longest:
@@ -174,19 +178,6 @@ class VllmEngine:
         finally:
             if running:  # the caller has left early, or a step failed
                 engine.abort_request(list(running))
-
-    def _engine(self) -> LLMEngine:
-        if self.engine is None:
-            raise RuntimeError("the vLLM engine has no model yet: call load() first")
-        return self.engine
-
-    def _free(self) -> None:
-        if self.engine is not None:
-            self.engine.engine_core.shutdown()
-            self.engine = None
-            gc.collect()  # vLLM's objects refer to each other
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
 
 class SeededNoise(LogitsProcessor):
