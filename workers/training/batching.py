@@ -120,7 +120,7 @@ def plan(
     for share in _shares(sizes, ranks):
         units_of_rank = [units[index] for index in share]
         planned.append(_fill_micro_batches(units_of_rank, max_tokens, layout))
-    most = max(map(len, planned))
+    most = max(map(len, planned))  # a rank with less work takes part in as many forward passes
     for micro_batches in planned:
         _split_to(most, micro_batches, padding=[Family((-1,), (2,))] * group_size)
     return [[list(chain.from_iterable(members)) for members in of_rank] for of_rank in planned]
@@ -179,19 +179,15 @@ def _units(batch: Batch, group_size: int, max_tokens: int, layout: Layout) -> li
     units: list[Unit] = []
     for group in groups:
         unit = _families(batch, group)
-        if units and _one_prompt(batch, units[-1], unit):
-            merged = _families(batch, [*units[-1][0].rows, *group])
+        before = units[-1] if units else []
+        alike = len(before) == len(unit) == 1
+        if alike and batch.prompt_ids[before[0].rows[0]] == batch.prompt_ids[group[0]]:
+            merged = _families(batch, [*before[0].rows, *group])
             if len(merged) == 1 and merged[0].tokens <= max_tokens:
                 units[-1] = merged
                 continue
         units.append(unit)
     return units
-
-
-def _one_prompt(batch: Batch, unit: Unit, following: Unit) -> bool:
-    """Whether both units are one family, and of one prompt."""
-    first, second = unit[0].rows[0], following[0].rows[0]
-    return len(unit) == len(following) == 1 and batch.prompt_ids[first] == batch.prompt_ids[second]
 
 
 def _families(batch: Batch, rows: Sequence[int]) -> Unit:
@@ -229,7 +225,7 @@ def micro_batch(batch: Batch, families: Sequence[Family], layout: Layout) -> Mic
     for place, prompt, completion in zip(places, prompts, completions, strict=True):
         token_ids[place] = np.fromiter((*prompt, *completion), np.int64, len(place))
         position_ids[place] = np.arange(len(place))
-        predictors.append(place[len(prompt) - 1 : -1])
+        predictors.append(place[len(prompt) - 1 : -1])  # each token is predicted by the one before it
     row_values = {"weight": [1.0] * len(batch), **batch.row_values}
     return MicroBatch(
         rows=np.array(rows),

@@ -28,8 +28,9 @@ from workers.training.rank import ModelSpec, actor_class
 
 VERL_CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu"}
 
-# What verl and transformers print about every model they build.
+# Against what verl, transformers and tokenizers print about every model and process.
 _QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
     "VERL_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore::UserWarning:verl.workers.engine",
@@ -58,11 +59,7 @@ class Policy:
         self._vocab_size = 0
         self._version = 0
         self._bundles = _place(pool, runtime)
-        environment = {
-            "OMP_NUM_THREADS": str(max(1, int(pool.cpus))),
-            "TOKENIZERS_PARALLELISM": "false",
-            **_QUIET,
-        }
+        environment = _QUIET | {"OMP_NUM_THREADS": str(max(1, int(pool.cpus)))}
         if not cuda:
             environment |= VERL_CPU_ENVIRONMENT | ALLOCATOR_ENVIRONMENT
         self._group = self._spawn(pool, environment, cuda)
