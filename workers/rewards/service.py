@@ -1,5 +1,4 @@
-"""A pool of Ray actors that score items: dynamic batches inside an actor, the least loaded replica outside, a
-cause for every miss.
+"""Ray actors that score: dynamic batches inside, the least loaded replica outside, a cause for every miss.
 
 Requests are retried by Ray when an actor dies and restarts, so scoring must be a pure function of model and
 item. A request names the model it wants, and the actor that serves it loads that model if it has another one:
@@ -14,11 +13,11 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
@@ -26,23 +25,17 @@ from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
 
 from pns.config import Pool
 from pns.errors import UserError
-from workers.runtime import Runtime
+from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
 
 _Item = TypeVar("_Item")
 _AnyItem = TypeVar("_AnyItem", contravariant=True)
 _Value = TypeVar("_Value")
 
-_CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    # Keep freed activations in the heap: small models otherwise spend their time in page faults.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-}
+_CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", **ALLOCATOR_ENVIRONMENT}  # two threads are slower on small models
 _TASK_RETRIES = 3  # of a request whose actor died; an item that kills actors must end
 _REMEMBERED_REQUESTS = 256  # of an actor, so that a repeated delivery is not computed twice
-# A batch is sorted by length and split; a request is at most one forward pass, so that replicas share large
-# submits.
+# A batch is sorted by length and split, so that a forward pass has little padding; a request is at most one
+# forward pass, so that replicas share a large submit.
 _FORWARDS_PER_BATCH = 4
 
 
@@ -55,8 +48,7 @@ class Outcome(Generic[_Value]):
 
 
 class ServedModel(Protocol[_AnyItem, _Value]):
-    """What runs inside an actor: one outcome an item, in order. Raises RuntimeError where the batch failed as
-    a whole."""
+    """What runs inside an actor: one outcome an item, in order. RuntimeError where the whole batch failed."""
 
     def score(self, items: Sequence[_AnyItem]) -> list[Outcome[_Value]]: ...
 
@@ -73,12 +65,12 @@ class ModelVersion(NamedTuple):
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-def micro_batches(lengths_B: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in batches of similar length with rows x longest <= `max_tokens` (at least one row),
-    longest rows first."""
+def micro_batches(lengths: Mapping[int, int], max_tokens: int) -> list[list[int]]:
+    """Rows, given with their lengths, in batches of similar length, the longest first: rows x longest is at
+    most `max_tokens` (or one row)."""
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths_B)), key=lambda row: -lengths_B[row]):
-        if batches and (len(batches[-1]) + 1) * lengths_B[batches[-1][0]] <= max_tokens:
+    for row in sorted(lengths, key=lambda row: -lengths[row]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -94,8 +86,7 @@ class _Waiting:
 
 
 class ScoringActor:
-    """One replica: requests wait in a queue, and whatever waits shares a forward pass, up to
-    `tokens_per_batch`.
+    """One replica: whatever waits in its queue shares a forward pass, up to `tokens_per_batch`.
 
     The event loop only takes requests; models are loaded and run in one thread beside it.
     """
@@ -107,8 +98,7 @@ class ScoringActor:
         tokens_per_batch: int,
     ) -> None:
         self._build, self._num_tokens, self._tokens_per_batch = build, num_tokens, tokens_per_batch
-        self._model: ServedModel[Any, Any] | None = None
-        self._version: ModelVersion | None = None
+        self._loaded: tuple[ModelVersion, ServedModel[Any, Any]] | None = None
         self._thread = ThreadPoolExecutor(1)  # one: a model takes one batch at a time
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
@@ -123,9 +113,8 @@ class ScoringActor:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._switch, model)
 
     async def score(self, request_id: str, model: ModelVersion, items: Sequence[Any]) -> list[Outcome[Any]]:
-        """Outcomes of `items`, in order. A request that is delivered again while it is remembered is not
-        computed again."""
-        if self._batches is None:
+        """Outcomes of `items`, in order; not computed again for a request that is delivered twice."""
+        if self._batches is None:  # not in `__init__`: a task needs a running loop
             self._batches = asyncio.create_task(self._run_batches())
         request = self._requests.get(request_id)
         if request is None:
@@ -148,7 +137,7 @@ class ScoringActor:
             await self._arrived.wait()
             batch = self._next_batch()
             if not batch:
-                self._arrived.clear()
+                self._arrived.clear()  # nothing can arrive in between: there is no await since the look
                 continue
             items = [entry.item for entry in batch]
             run = loop.run_in_executor(self._thread, self._score, batch[0].model, items)
@@ -178,21 +167,18 @@ class ScoringActor:
             batch.append(self._queue.popleft())
         return batch
 
-    def _switch(self, model: ModelVersion) -> None:
-        if self._version != model:
-            self._model = self._version = None  # frees the memory first
-            self._model = self._build(model.path)
-            self._version = model
+    def _switch(self, model: ModelVersion) -> ServedModel[Any, Any]:
+        if self._loaded is None or self._loaded[0] != model:
+            self._loaded = None  # frees the memory first
+            self._loaded = model, self._build(model.path)
+        return self._loaded[1]
 
     def _score(self, model: ModelVersion, items: list[Any]) -> list[Outcome[Any]]:
-        self._switch(model)
-        assert self._model is not None
-        return _score_or_split(self._model, items)
+        return _score_or_split(self._switch(model), items)
 
 
 def _score_or_split(model: ServedModel[Any, Any], items: list[Any]) -> list[Outcome[Any]]:
-    """A failing batch is halved until the failure is one item's own: out of memory, or a row the model cannot
-    take."""
+    """A failing batch is halved until the failure is one item's: out of memory, or a row it cannot take."""
     try:
         return model.score(items)
     except RuntimeError as error:
@@ -205,7 +191,7 @@ def _score_or_split(model: ServedModel[Any, Any], items: list[Any]) -> list[Outc
 
 def describe_error(error: BaseException) -> str:
     """An exception as a one-line cause: its class and the first line of its message."""
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines()  # of CUDA's and Ray's there are dozens
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
@@ -222,16 +208,11 @@ class _Request:
     num_items: int
 
 
-@dataclass
-class ServiceHandle:
-    """Items under way, in the order of their `submit`."""
-
-    requests: list[_Request] = field(default_factory=list)
+ServiceHandle = list[_Request]  # the items of one `submit`, in order
 
 
 class ScoringPool(Generic[_Item, _Value]):
-    """`pool.replicas` actors that score items with one model; `load` names the model before the first
-    `submit`.
+    """`pool.replicas` actors that score items with one model, named by `load` before the first `submit`.
 
     `name` stands in messages. `build(model_path)` makes the model inside the actor and must be picklable;
     `num_tokens(item)` is the item's size for batching and routing. No GPU is asked for on CPU. Raises
@@ -256,10 +237,6 @@ class ScoringPool(Generic[_Item, _Value]):
         self._retiring: list[_Replica] = []
         self.resize(pool.replicas)
 
-    @property
-    def replicas(self) -> int:
-        return len(self._replicas)
-
     def load(self, model_path: str) -> None:
         """Swap the model in every replica; items submitted before keep the model they were submitted for.
         Raises UserError where the model cannot be used and TimeoutError where loading takes longer than
@@ -270,8 +247,7 @@ class ScoringPool(Generic[_Item, _Value]):
         self._model = model  # only now: where loading fails, the model before is still served
 
     def resize(self, replicas: int) -> None:
-        """Start or retire replicas. New ones are ready on return; retired ones finish what they have, then
-        go."""
+        """Start or retire replicas. New ones are ready on return; retired ones finish what they have."""
         if replicas < 1:
             raise UserError(f"{self._name}: {replicas} replicas; use 1 or more")
         with ExitStack() as stack:
@@ -296,32 +272,32 @@ class ScoringPool(Generic[_Item, _Value]):
         """Begin scoring, without waiting."""
         if self._model is None:
             raise RuntimeError(f"{self._name}: submit before load")
-        handle = ServiceHandle()
+        handle: ServiceHandle = []
         chunk: list[_Item] = []
         chunk_tokens = 0
         for item in items:
             num_tokens = self._num_tokens(item)
             if chunk and chunk_tokens + num_tokens > self._forward_tokens:
-                handle.requests.append(self._send(self._model, chunk, chunk_tokens))
+                handle.append(self._send(self._model, chunk, chunk_tokens))
                 chunk, chunk_tokens = [], 0
             chunk.append(item)
             chunk_tokens += num_tokens
         if chunk:
-            handle.requests.append(self._send(self._model, chunk, chunk_tokens))
+            handle.append(self._send(self._model, chunk, chunk_tokens))
         return handle
 
     def done(self, handle: ServiceHandle) -> bool:
         """Whether `collect` would not wait."""
-        return all(request.future.done() for request in handle.requests)
+        return all(request.future.done() for request in handle)
 
     def collect(self, handle: ServiceHandle, deadline_seconds: float) -> list[Outcome[_Value]]:
         """Outcomes of one `submit`, in order. What is not there `deadline_seconds` after this call is missing
         with cause "deadline" and is given up; what failed is missing with the failure."""
-        wait_for_futures([request.future for request in handle.requests], timeout=deadline_seconds)
+        wait_for_futures([request.future for request in handle], timeout=deadline_seconds)
         outcomes: list[Outcome[_Value]] = []
-        for request in handle.requests:
+        for request in handle:
             if not request.future.done():
-                ray.cancel(request.reference)
+                ray.cancel(request.reference)  # items of it that still wait are never computed
                 outcomes += [Outcome(None, "deadline")] * request.num_items
             elif error := request.future.exception():
                 outcomes += [Outcome(None, _cause(error))] * request.num_items
@@ -347,7 +323,7 @@ class ScoringPool(Generic[_Item, _Value]):
             num_gpus=self._gpus,
             max_restarts=-1,  # a request names its model: a fresh process is as good as the old one
             max_task_retries=_TASK_RETRIES,
-            max_concurrency=1000,
+            max_concurrency=1000,  # calls that wait in the queue
             runtime_env=environment,
         )
         return remote.remote(self._build, self._num_tokens, _FORWARDS_PER_BATCH * self._forward_tokens)
@@ -367,7 +343,7 @@ class ScoringPool(Generic[_Item, _Value]):
 
     def _end_retired(self) -> None:
         with self._lock:
-            idle = [replica for replica in self._retiring if replica.tokens_in_flight == 0]
+            idle = [replica for replica in self._retiring if not replica.tokens_in_flight]
             self._retiring = [replica for replica in self._retiring if replica.tokens_in_flight]
         for replica in idle:
             ray.kill(replica.actor)
@@ -384,7 +360,7 @@ class ScoringPool(Generic[_Item, _Value]):
                     f"{purpose}; the cluster has {_free('GPU')} GPU and {_free('CPU')} CPU free"
                 ) from error
             except RayTaskError as error:
-                if isinstance(error.cause, UserError):
+                if isinstance(error.cause, UserError):  # in one line, as it was raised there
                     raise error.cause from None
                 raise
 

@@ -106,11 +106,11 @@ def values(outcomes: Sequence[Outcome[Any]]) -> list[Any]:
 
 def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
     lengths = [5, 90, 17, 17, 3, 60, 200, 1]
-    batches = micro_batches(lengths, 120)
+    batches = micro_batches(dict(enumerate(lengths)), 120)
     assert sorted(row for batch in batches for row in batch) == list(range(8))
     assert all(len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 120 for batch in batches)
     assert len(batches) == 4  # 200 | 90 | 60 | 17 17 5 3 1
-    assert micro_batches([], 120) == []
+    assert micro_batches({}, 120) == []
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig, Qwen3Config])
@@ -372,7 +372,6 @@ def test_pools_grow_and_shrink(
     words.resize(2)
     slow = [words.submit(["wait gate"]) for _ in range(2)]  # one to each replica
     words.resize(1)  # the retired replica finishes what it has
-    assert words.replicas == 1
     (tmp_path / "gate").touch()
     assert [words.collect(handle, LONG)[0].value for handle in slow] == ["WAIT GATE"] * 2
     assert words.score(["a"], LONG) == [Outcome("A")]

@@ -250,10 +250,10 @@ def test_waits_end_with_a_message_and_failures_at_once(ray_session: None) -> Non
         TimeoutError, match=r"waited 0.5 s for a training step; 1 of 2 processes have not answered"
     ):
         wait_for_all([ray.put(1), sleep.remote(5)], 0.5, "a training step")
-    started = time.monotonic()
-    with pytest.raises(ValueError, match="broken rank"):
-        wait_for_all([sleep.remote(20), fail.remote()], 30, "a training step")
-    assert time.monotonic() - started < 10
+    never = sleep.remote(3600)
+    with pytest.raises(ValueError, match="broken rank"):  # and not that nothing came in time
+        wait_for_all([never, fail.remote()], 240, "a training step")
+    ray.cancel(never, force=True)
 
 
 def test_a_pool_that_does_not_fit_is_refused_with_both_numbers(ray_session: None) -> None:
