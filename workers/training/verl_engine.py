@@ -66,8 +66,8 @@ class PolicyEngine(FSDPEngineWithLMHead):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        # FSDP reads in its first forward pass which weights are trained, to reduce their gradients in the right
-        # dtype; PEFT marks an adapter that is switched off as not trained.
+        # FSDP reads in its first forward pass which weights are trained, to reduce their gradients in the
+        # right dtype; PEFT marks an adapter that is switched off as not trained.
         trained = [weight for weight in self.module.parameters() if weight.requires_grad]
         with super().disable_adapter():
             for weight in trained:
