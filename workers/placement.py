@@ -67,9 +67,15 @@ def check_placement(
     config: Config, roles: Collection[str], cluster_resources: Mapping[str, float], device: str
 ) -> None:
     """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of the used
-    roles on `device`."""
+    roles on `device`, and every policy rank has a GPU that no other rank has."""
     needed = totals(config, roles, device)
     asked = bundles(config, roles, device)
+    for b in asked:
+        if b.role == "policy" and b.replicas > 1 and 0 < b.gpus <= 0.5:
+            raise UserError(
+                f"{b.key}.gpus: {b.gpus:g} lets two of {b.replicas} replicas share a GPU, and ranks exchange "
+                f"gradients only between GPUs (NCCL): set {b.key}.gpus above 0.5, or {b.key}.replicas=1"
+            )
     for unit in ("GPU", "CPU"):
         offered = cluster_resources.get(unit, 0.0)
         if needed[unit] <= offered:

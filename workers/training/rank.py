@@ -97,6 +97,8 @@ def _engine_config(spec: ModelSpec) -> Any:
         model_dtype="fp32",  # the master weights
         mixed_precision={"param_dtype": compute, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         reshard_after_forward=spec.runtime.device == "cuda",  # to save memory; on a CPU it only costs
+        # Else every rank holds the whole model's gradient in float32 from its first micro-batch to its last.
+        use_no_sync_for_gradient_accumulation=False,
         use_torch_compile=spec.settings.compile,
         seed=spec.seed,
     )

@@ -455,6 +455,27 @@ def test_lora_trains_the_adapter_and_switches_it_off_for_the_reference(
         two_ranks.settings = replace(two_ranks.settings, lora=config.Lora())
 
 
+def test_lora_in_bfloat16_trains_after_its_reference_was_asked_first(
+    one_rank: Policy, checkpoints: dict[str, str]
+) -> None:
+    path, batch = checkpoints["qwen2"], pairs(9)
+    whole = one_rank.settings
+    try:
+        one_rank.settings = replace(whole, dtype="bfloat16", lora=config.Lora(rank=4, alpha=8))
+        one_rank.load(path, "language_model", OPTIMIZER, total_steps=5, seed=0)
+        one_rank.load_reference(path)
+        reference = one_rank.reference_log_probs(batch)
+        given = Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": reference})
+        losses = [one_rank.train_step(given, DPO)["loss"] for _ in range(3)]
+        assert losses[0] == pytest.approx(math.log(2), abs=0.02)
+        assert losses[2] < losses[1] < losses[0]
+        np.testing.assert_array_equal(
+            np.concatenate(one_rank.reference_log_probs(batch)), np.concatenate(reference)
+        )
+    finally:
+        one_rank.settings = whole
+
+
 def test_grpo_steps_are_those_of_plain_torch(
     one_rank: Policy, two_ranks: Policy, checkpoints: dict[str, str]
 ) -> None:
