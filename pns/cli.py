@@ -1,14 +1,21 @@
-"""The `pns` command. Nothing heavy is imported before the arguments and the configuration are known to be
-right."""
+"""The `pns` command. Nothing heavy is imported before arguments and configuration are known to be right."""
 
 import argparse
 import os
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pns.commands.config import print_config
+from pns.commands.run import collect_garbage, list_runs, plan_recipe, report_run, run_recipe
+from pns.commands.tiny import make_tiny
+from pns.commands.verify import verify_file
 from pns.config import STAGES
 from pns.errors import UserError, did_you_mean
+from pns.preflight import check_model
+from pns.recipe import load
 
 Commands = Any  # argparse's collection of subparsers, which has no public name
 
@@ -17,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 on success, 2 for wrong use with one line on stderr, 130 after Ctrl-C; other errors keep
     their traceback."""
     parser = build_parser()
+    # Not `parse_args`: it takes positional words in one run, and calls overrides after an option unknown.
     options, rest = parser.parse_known_args(arguments)
     takes_overrides = "overrides" in options
     unknown = [word for word in rest if "=" not in word or word.startswith("-") or not takes_overrides]
@@ -26,30 +34,27 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     try:
         options.handler(options)
-    except UserError as error:
+    except UserError as error:  # all else keeps its traceback: it is ours to mend
         print(f"pns: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "pns: interrupted; the same command continues from the last complete checkpoint", file=sys.stderr
-        )
+        way_out = "the same command continues from the last complete checkpoint"
+        print(f"pns: interrupted; {way_out}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `pns config | head`: the reader has what it wanted
+    except BrokenPipeError:
+        # `pns config | head`: the reader has what it wanted. Python flushes stdout once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    description = (
+def build_parser() -> ArgumentParser:
+    meaning = (
         "Learn from plausible negative samples: reverse RL of a generator, then preference optimisation."
     )
-    parser = argparse.ArgumentParser(prog="pns", description=description)
+    parser = ArgumentParser(prog="pns", description=meaning)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_run(commands)
-    add_plan(commands)
-    add_config(commands)
-    add_report(commands)
-    add_runs(commands)
+    add_recipe_commands(commands)
+    add_run_commands(commands)
     add_evaluate(commands)
     add_export(commands)
     add_verify(commands)
@@ -57,10 +62,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a YAML file, e.g. recipes/tiny-qwen2.yaml")
-    overrides_help = "configuration keys to change, e.g. rl.steps=10"
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+def add_command(
+    commands: Commands, name: str, meaning: str, handler: Callable[[Namespace], object]
+) -> ArgumentParser:
+    parser = commands.add_parser(name, help=meaning)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def add_overrides(parser: ArgumentParser, meaning: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=meaning)
 
 
 def stage_name(word: str) -> str:
@@ -71,106 +82,61 @@ def stage_name(word: str) -> str:
     return word
 
 
-def add_run(commands: Commands) -> None:
-    def handle(options: argparse.Namespace) -> None:
-        from pns.commands.run import run_recipe
-
+def add_recipe_commands(commands: Commands) -> None:
+    def run(options: Namespace) -> None:
         run_recipe(options.recipe, options.overrides, options.first, options.last)
 
-    parser = commands.add_parser("run", help="make what is missing of a recipe's run, or go on with it")
-    add_recipe(parser)
-    first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
-    parser.add_argument("--from", dest="first", type=stage_name, metavar="STAGE", help=first_help)
-    last_help = f"stop after STAGE, one of: {', '.join(STAGES)}"
-    parser.add_argument("--until", dest="last", type=stage_name, metavar="STAGE", help=last_help)
-    parser.set_defaults(handler=handle)
-
-
-def add_plan(commands: Commands) -> None:
-    def handle(options: argparse.Namespace) -> None:
-        from pns.commands.run import plan_recipe
-
+    def plan(options: Namespace) -> None:
         plan_recipe(options.recipe, options.overrides)
 
-    parser = commands.add_parser(
-        "plan", help="check a recipe and show its stages and placement; start nothing"
-    )
-    add_recipe(parser)
-    parser.set_defaults(handler=handle)
+    runs = add_command(commands, "run", "make what is missing of a recipe's run, or go on with it", run)
+    plan_help = "check a recipe and show its stages and placement; start nothing"
+    for parser in (runs, add_command(commands, "plan", plan_help, plan)):
+        parser.add_argument("recipe", type=Path, help="a YAML file, e.g. recipes/tiny-qwen2.yaml")
+        add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
+    first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
+    runs.add_argument("--from", dest="first", type=stage_name, metavar="STAGE", help=first_help)
+    last_help = f"stop after STAGE, one of: {', '.join(STAGES)}"
+    runs.add_argument("--until", dest="last", type=stage_name, metavar="STAGE", help=last_help)
 
-
-def add_config(commands: Commands) -> None:
-    def handle(options: argparse.Namespace) -> None:
-        from pns.commands.config import print_config
-
-        print_config(options.subject, options.overrides)
-
-    parser = commands.add_parser(
-        "config", help="print keys with default, range and meaning, or a merged recipe"
+    config_help = "print keys with default, range and meaning, or a merged recipe"
+    parser = add_command(
+        commands, "config", config_help, lambda options: print_config(options.subject, options.overrides)
     )
     subject_help = "a key or section, e.g. rl.steps or reward, or a recipe; nothing: every key"
     parser.add_argument("subject", nargs="?", default="", help=subject_help)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with a recipe: keys to change")
-    parser.set_defaults(handler=handle)
+    add_overrides(parser, "with a recipe: keys to change")
 
 
-def add_report(commands: Commands) -> None:
-    def handle(options: argparse.Namespace) -> None:
-        from pns.commands.run import report_run
-
-        report_run(options.directory)
-
-    parser = commands.add_parser(
-        "report", help="print a run's tables again; rebuild report.json and the plots"
-    )
-    parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
-    parser.set_defaults(handler=handle)
-
-
-def add_runs(commands: Commands) -> None:
-    def show(options: argparse.Namespace) -> None:
-        from pns.commands.run import list_runs
-
-        list_runs(options.runs)
-
-    def collect(options: argparse.Namespace) -> None:
-        from pns.commands.run import collect_garbage
-
-        collect_garbage(options.runs, options.yes)
-
-    runs_help = "the directory of runs (default %(default)s)"
-    parser = commands.add_parser("runs", help="list runs and the outputs of their stages, with size and age")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=runs_help)
-    parser.set_defaults(handler=show)
-    parser = commands.add_parser("gc", help="remove stage outputs that no run leads to, after asking")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=runs_help)
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.set_defaults(handler=collect)
+def add_run_commands(commands: Commands) -> None:
+    report_help = "print a run's tables again; rebuild report.json and the plots"
+    report = add_command(commands, "report", report_help, lambda options: report_run(options.directory))
+    report.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
+    runs_help = "list runs and the outputs of their stages, with size and age"
+    runs = add_command(commands, "runs", runs_help, lambda options: list_runs(options.runs))
+    gc_help = "remove stage outputs that no run leads to, after asking"
+    gc = add_command(commands, "gc", gc_help, lambda options: collect_garbage(options.runs, options.yes))
+    gc.add_argument("--yes", action="store_true", help="do not ask")
+    where_help = "the directory of runs (default %(default)s)"
+    for parser in (runs, gc):
+        parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=where_help)
 
 
 def add_evaluate(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "evaluate", help="score a model on benchmarks, or go on with it; needs no recipe"
-    )
+    evaluate_help = "score a model on benchmarks, or go on with it; needs no recipe"
+    parser = add_command(commands, "evaluate", evaluate_help, handle_evaluate)
     parser.add_argument("model", help="model directory or Hub id")
-    overrides_help = (
-        "benchmarks=[gsm8k,math500,...], out=DIR (default runs/evaluate-MODEL), data.root=DIR (local "
-        "copies), any configuration key"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+    outputs = "out=DIR (default runs/evaluate-MODEL), data.root=DIR (local copies)"
+    add_overrides(parser, f"benchmarks=[gsm8k,math500,...], {outputs}, any configuration key")
     recipe_help = "a YAML file whose suites, engine, placement and prompt are used"
     parser.add_argument("--recipe", type=Path, help=recipe_help)
     against_help = "an earlier evaluation (DIR, or DIR/evaluate/MODEL.jsonl) to compare with"
     parser.add_argument("--against", type=Path, metavar="DIR", help=against_help)
     show_help = "print one prompt as the model reads it, and how suites are decoded"
     parser.add_argument("--show-prompt", action="store_true", help=show_help)
-    parser.set_defaults(handler=evaluate_model)
 
 
-def evaluate_model(options: argparse.Namespace) -> None:
-    from pns.preflight import check_model
-    from pns.recipe import load
-
+def handle_evaluate(options: Namespace) -> None:
     out = Path("runs") / f"evaluate-{Path(options.model).name}"
     settings = [f"models.backbone={options.model}"]
     if not options.recipe:
@@ -185,7 +151,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
             settings.append(word)
     config = load(options.recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
     check_model("MODEL", options.model)
-    from pns.commands import evaluate
+    from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
     if options.show_prompt:
         evaluate.show_prompt(config)
@@ -194,57 +160,47 @@ def evaluate_model(options: argparse.Namespace) -> None:
 
 
 def add_export(commands: Commands) -> None:
-    def handle(options: argparse.Namespace) -> None:
+    def handle(options: Namespace) -> None:
         from pns.commands.export import export
 
         export(options.directory, options.out, pairs=not options.model_only, model=not options.pairs_only)
 
-    parser = commands.add_parser("export", help="write a run's pairs and trained model, each with a card")
+    export_help = "write a run's pairs and trained model, each with a card"
+    parser = add_command(commands, "export", export_help, handle)
     parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
     parser.add_argument("out", type=Path, help="directory to be made: OUT/pairs and OUT/model")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--pairs-only", action="store_true", help="no model")
     part.add_argument("--model-only", action="store_true", help="no pairs")
-    parser.set_defaults(handler=handle)
 
 
 def add_verify(commands: Commands) -> None:
-    def handle(options: argparse.Namespace) -> None:
-        from pns.commands.verify import verify_file
-
+    def handle(options: Namespace) -> None:
         verify_file(options.cases, options.out, options.processes, options.seconds, options.force)
 
-    parser = commands.add_parser(
-        "verify", help="compare predictions with gold answers, with a reason for each"
-    )
-    cases_help = (
-        "JSONL with gold and prediction (a completion or an answer), optional unordered, tolerance, unit"
-    )
-    parser.add_argument("cases", type=Path, help=cases_help)
+    verify_help = "compare predictions with gold answers, with a reason for each"
+    parser = add_command(commands, "verify", verify_help, handle)
+    fields = "gold and prediction (a completion or an answer), optional unordered, tolerance, unit"
+    parser.add_argument("cases", type=Path, help=f"JSONL with {fields}")
     out_help = "JSONL with verdict, extracted, reason and seconds, one line a case, in order"
     parser.add_argument("--out", type=Path, required=True, help=out_help)
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = len(os.sched_getaffinity(0))  # those this process may use, which `cpu_count` does not know
     processes_help = "worker processes (default: the cores, %(default)s)"
     parser.add_argument("--processes", type=int, default=num_cores, help=processes_help)
     limit_help = "time limit of one case (default %(default)g)"
     parser.add_argument("--seconds", type=float, default=5.0, metavar="LIMIT", help=limit_help)
     parser.add_argument("--force", action="store_true", help="replace an existing --out file")
-    parser.set_defaults(handler=handle)
 
 
 def add_tiny(commands: Commands) -> None:
-    def handle(options: argparse.Namespace) -> None:
-        from pns.commands.tiny import make_tiny
-
-        make_tiny(options.out, options.overrides)
-
-    parser = commands.add_parser("tiny", help="make a backbone or the judge of the tiny world")
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    make = actions.add_parser("make", help="train one from nothing and write it to OUT")
-    make.add_argument("out", type=Path, help="directory to be made")
-    overrides_help = "settings of pns.tiny.settings, e.g. task=judge architecture=llama seed=1"
-    make.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
-    make.set_defaults(handler=handle)
+    tiny = commands.add_parser("tiny", help="make a backbone or the judge of the tiny world")
+    actions = tiny.add_subparsers(required=True, metavar="ACTION")
+    make_help = "train one from nothing and write it to OUT"
+    parser = add_command(
+        actions, "make", make_help, lambda options: make_tiny(options.out, options.overrides)
+    )
+    parser.add_argument("out", type=Path, help="directory to be made")
+    add_overrides(parser, "settings of pns.tiny.settings, e.g. task=judge architecture=llama seed=1")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A recipe holds only what differs from it; `pns.recipe.load` reads and checks one
 """
 
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -15,104 +15,27 @@ from pns.preference_losses import PREFERENCE_LOSSES
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
 
 
-class DataSource(Enum):
-    tiny = "tiny"
-    jsonl = "jsonl"
-
-
-# An enum whose values go on to a library or key a table of strings is a StrEnum.
-class PromptFamily(StrEnum):
-    """`pns.data.prompts` has what each fills in."""
-
-    none = "none"
-    auto = "auto"
-    qwen = "qwen"
-    llama = "llama"
-    deepseek = "deepseek"
-    base = "base"
-
-
-class ReasoningBlock(Enum):
-    """Whether completions begin with <think>...</think>."""
-
-    auto = "auto"
-    tags = "tags"
-    none = "none"
-
-
-class EngineKind(Enum):
-    vllm = "vllm"
-    transformers = "transformers"
-
-
-class Device(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Schedule(StrEnum):
-    constant = "constant"
-    cosine = "cosine"
-
-
-class Layout(Enum):
-    padded = "padded"
-    packed = "packed"
-    shared = "shared"
-
-
-class Advantage(Enum):
-    """How a group's rewards become advantages (`pns.algo.advantages`)."""
-
-    grpo = "grpo"
-    dr_grpo = "dr_grpo"
-    rloo = "rloo"
-    reinforce_pp = "reinforce_pp"
-
-
-class RatioLevel(Enum):
-    """What an importance ratio is of: a token (GRPO), or a whole completion (GSPO, arXiv 2507.18071)."""
-
-    token = "token"
-    sequence = "sequence"
-
-
-class GeneratorStart(Enum):
-    backbone = "backbone"
-    target = "target"
-    path = "path"
-
-
-class TermKind(Enum):
-    """How a reward term is computed; `pns.algo.reward` and `workers.rewards` know how."""
-
-    reward_model = "reward_model"  # sigmoid of a reward model's score
-    judge = "judge"  # rubric score of a language model
-
-
-class MarginMask(Enum):
-    completion = "completion"
-    first_wrong_step = "first_wrong_step"
-    first_divergent_token = "first_divergent_token"
-
-
-class BadPairs(Enum):
-    error = "error"
-    drop = "drop"
-
-
-class TrackingBackend(StrEnum):
-    tensorboard = "tensorboard"
-    wandb = "wandb"
-    mlflow = "mlflow"
-    trackio = "trackio"
+# Choices, by the word that a recipe says.
+DataSource = StrEnum("DataSource", ["tiny", "jsonl"])
+# `pns.data.prompts` has what each fills in.
+PromptFamily = StrEnum("PromptFamily", ["none", "auto", "qwen", "llama", "deepseek", "base"])
+# Whether completions begin with <think>...</think>.
+ReasoningBlock = StrEnum("ReasoningBlock", ["auto", "tags", "none"])
+EngineKind = StrEnum("EngineKind", ["vllm", "transformers"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float32"])
+Schedule = StrEnum("Schedule", ["constant", "cosine"])
+Layout = StrEnum("Layout", ["padded", "packed", "shared"])
+# How a group's rewards become advantages: `pns.algo.advantages` has how.
+Advantage = StrEnum("Advantage", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
+# What an importance ratio is of: a token (GRPO), or a whole completion (GSPO, arXiv 2507.18071).
+RatioLevel = StrEnum("RatioLevel", ["token", "sequence"])
+GeneratorStart = StrEnum("GeneratorStart", ["backbone", "target", "path"])
+# Sigmoid of a reward model's score, or rubric score of a language model: `pns.algo.reward` has how.
+TermKind = StrEnum("TermKind", ["reward_model", "judge"])
+MarginMask = StrEnum("MarginMask", ["completion", "first_wrong_step", "first_divergent_token"])
+BadPairs = StrEnum("BadPairs", ["error", "drop"])
+TrackingBackend = StrEnum("TrackingBackend", ["tensorboard", "wandb", "mlflow", "trackio"])
 
 
 @dataclass
@@ -162,9 +85,7 @@ class Data:
         "whether completions begin with <think>...</think> (the format gate asks for it); auto: where the "
         "prompt opens the block or the tokenizer has a token for it",
     )
-    stop: str = key(
-        "", "evaluation ignores this text and what follows (a base model's next problem); empty: none"
-    )
+    stop: str = key("", "evaluation cuts at this text (a base model's next problem); empty: none")
     max_prompt_tokens: int = key(
         1024, "tokens; training drops longer prompts and counts them, evaluation asks all", at_least(1)
     )
@@ -231,7 +152,7 @@ class PolicyConfig:
         16384, "tokens per rank, prompts included, as policy.layout counts them", at_least(1)
     )
     dtype: Dtype = key(
-        Dtype.auto, "of compute (master weights are float32); auto: bfloat16 on cuda, float32 on cpu"
+        Dtype.auto, "of compute (master weights: float32); auto: bfloat16 on cuda, else float32"
     )
     gradient_checkpointing: bool = key(True, "compute activations again in the backward pass, to save memory")
     compile: bool = key(
@@ -272,9 +193,7 @@ class GrpoConfig:
     # The upper side is wider, so that unlikely tokens can gain (clip-higher).
     clip_low: float = key(0.2, "the ratio is clipped below 1 - this", between(0, 1))
     clip_high: float = key(0.28, "the ratio is clipped above 1 + this", at_least(0))
-    kl_coefficient: float = key(
-        1e-3, "times the KL (k3) from the stage's starting policy; 0: none", at_least(0)
-    )
+    kl_coefficient: float = key(1e-3, "times the KL (k3) from the stage's first policy; 0: none", at_least(0))
     advantage: Advantage = key(
         Advantage.grpo,
         "a reward minus its group's mean: over the group's standard deviation; as it is; the mean of the "
@@ -319,7 +238,7 @@ class ReverseRl(GrpoConfig):
     stop_wrong_rate: float = key(0.9, "stop early at this share of wrong completions ...", between(0, 1))
     stop_format_rate: float = key(0.95, "... with at least this share well-formed ...", between(0, 1))
     stop_patience: int = key(
-        10, "... when stop_term has not risen for so many steps; 0: run all steps", at_least(0)
+        10, "... when stop_term has not risen for so many steps; 0: all steps", at_least(0)
     )
     stop_term: str = key("plausibility", "name of the reward term that stop_patience watches")
     max_hold_wrong_rate: float = key(
@@ -333,9 +252,7 @@ class ReverseRl(GrpoConfig):
 class RewardTerm:
     """One named term of the composite reward: an unweighted score in [0, 1] from a service of its own."""
 
-    kind: TermKind = key(
-        TermKind.reward_model, "sigmoid of a reward model's score, or rubric score of a language model"
-    )
+    kind: TermKind = key(TermKind.reward_model, "a reward model's score or a language model's rubric")
     weight: float = key(0.0, "times the score; 0: neither asked for, placed nor started", at_least(0))
     model: str = path_or_name("", "directory or Hub id; empty (reward_model only): this run's own")
     pool: Pool = section(Pool)
@@ -401,18 +318,12 @@ class Synthesize:
 class PairStage:
     """Each negative with a right completion of the target."""
 
-    samples_per_problem: int = key(
-        8, "completions of the RL-trained backbone, for the chosen side", at_least(1)
-    )
+    samples_per_problem: int = key(8, "completions of the target, for the chosen side", at_least(1))
     temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
     max_length_ratio: float = key(2.0, "longer over shorter side of a pair, in tokens, at most", at_least(1))
     pairs_per_problem: int = key(1, "pairs of each problem, at most", at_least(1))
-    prefer_shared_prefix: bool = key(
-        True, "give each negative the correct side that shares the longest prefix"
-    )
-    balance_flow: bool = key(
-        False, "keep as many (right, wrong) as (wrong, right) token flows at the first divergence"
-    )
+    prefer_shared_prefix: bool = key(True, "give each negative the right side with the longest common prefix")
+    balance_flow: bool = key(False, "as many (right, wrong) as (wrong, right) tokens at the first divergence")
     scored_by: str = key("plausibility", "reward_model term whose model scores pairs")
 
 
@@ -470,8 +381,7 @@ class PreferenceConfig:
 
 @dataclass
 class Decoding:
-    """How a suite is decoded. null: as the benchmark asks (`pns.data.benchmarks`); other suites greedily,
-    once."""
+    """How a suite is decoded. null: as the benchmark (`pns.data.benchmarks`) asks; others greedily, once."""
 
     samples_per_problem: int | None = key(None, "completions; null: the benchmark's, else 1", at_least(1))
     temperature: float | None = key(None, "0: greedy; null: the benchmark's, else 0", at_least(0))
@@ -521,12 +431,11 @@ class Config:
     tracking: Tracking = section(Tracking)
 
 
-def stages(config: Config) -> tuple[str, ...]:
-    """The stages that `config` asks for, in order. Pairs given from outside need no negatives made: the
-    backbone is trained on them."""
-    if external_pairs(config):
-        return ("preference", "evaluate")
-    return STAGES
+def stages(config: Config, last: str | None = None) -> tuple[str, ...]:
+    """The stages that `config` asks for, in order, up to `last`. Pairs given from outside need no negatives
+    made: the backbone is trained on them."""
+    asked = ("preference", "evaluate") if external_pairs(config) else STAGES
+    return asked[: asked.index(last) + 1] if last else asked
 
 
 def external_pairs(config: Config) -> bool:
@@ -543,6 +452,5 @@ def hyper_parameters(settings: PreferenceConfig) -> dict[str, float]:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain YAML/JSON values."""
-    return cast(
-        dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    )
+    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return cast(dict[str, Any], values)

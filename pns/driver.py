@@ -6,15 +6,15 @@ the steps; then those whose output is not there are made.
 
 from pathlib import Path
 
-from pns.config import STAGES, Config, Data, DataSource, external_pairs
+from pns.config import Config, Data, DataSource, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
-from pns.data.prompts import Prompts, apply_family, load_tokenizer
+from pns.data.prompts import PROMPT_KEYS, Prompts, apply_family, load_tokenizer
 from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json
-from pns.preflight import check_models
 from pns.records import to_json
 from pns.run.page import RunPage
+from pns.run.place import STORE
 from pns.run.report import write_report
 from pns.run.stage import Contents, ModelFiles, Plan, Step
 from pns.stages.context import Problems, Suites, World
@@ -26,14 +26,13 @@ from pns.stages.reward_model import reward_model
 from pns.stages.rl import rl
 from pns.stages.session import session
 
-STORE = "stages"  # below `runs`: where all runs keep what their stages made
-
 
 def method(run: Plan, config: Config, world: World) -> None:
     """RL of the backbone, reward models from its solutions, negatives, and preference optimisation on pairs
     of the two (arXiv 2602.03516); with pairs from outside, preference optimisation of the backbone alone."""
     backbone = world.backbone
     if external_pairs(config):
+        # Not on the tiny world: its problems are all of a few templates, so every one would overlap.
         decontaminated = config.data.decontaminate and config.data.source is DataSource.jsonl
         benchmarks = world.suites.benchmarks() if decontaminated else None
         result = run(preference, backbone, None, world.preference, benchmarks)
@@ -53,17 +52,16 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
 
     Returns the run's page. Raises UserError before anything is started or written where the inputs are wrong.
     """
-    check_names(config, first, last)
-    check_models(config, STAGES[: STAGES.index(last) + 1] if last else STAGES)
+    check_source(config)
     problem_sets = load_problem_sets(config)
     prompts = load_prompts(config)
     world = make_world(config, problem_sets)
-    store = Path(config.runs) / STORE
     with RunPage.open(Path(config.runs) / config.name) as page:
+        # Under the lock: two starts with --from must not count to the same number.
         attempts = dict(page.attempts)
         if first:
             attempts[first] = attempts.get(first, 0) + 1
-        plan = Plan(store, config, prompts_digest(prompts), attempts)
+        plan = Plan(Path(config.runs) / STORE, config, prompts_digest(prompts), attempts)
         method(plan, config, world)
         steps = plan.until(check_step(plan, last, "--until"))
         check_step(plan, first, "--from")
@@ -86,6 +84,7 @@ def make_steps(
         return
     if pending:
         with session(config, page, pending, prompts, attempts) as making:
+            # Only now that all roles are up: a start that fails writes nothing.
             report_removals(page, problem_sets)
             for step in steps:
                 if step.is_done():  # asked again at its turn: another run may have made it since
@@ -109,13 +108,11 @@ def roles_used(config: Config) -> dict[str, tuple[str, ...]]:
     return {step.name: step.roles for step in plan.steps}
 
 
-def check_names(config: Config, first: str | None, last: str | None) -> None:
-    """Raises UserError for names that can be seen to be wrong without a plan."""
+def check_source(config: Config) -> None:
+    """Raises UserError for an unknown source of negatives."""
     if config.negatives not in SOURCES:
         hint = did_you_mean(config.negatives, SOURCES) or f"; there are {', '.join(SOURCES)}"
         raise UserError(f"negatives: {config.negatives!r} is no source of negatives{hint}")
-    if first and last and STAGES.index(first) > STAGES.index(last):
-        raise UserError(f"--from {first} comes after --until {last}: exchange them")
 
 
 def check_step(plan: Plan, name: str | None, option: str) -> str | None:
@@ -129,9 +126,8 @@ def check_step(plan: Plan, name: str | None, option: str) -> str | None:
 def make_world(config: Config, sets: ProblemSets) -> World:
     """What the run begins with."""
     suites = Suites(sets.suites, sets.identities, decodings(config, sets.suites), config.data)
-    train, reward, preference = (
-        Problems(part, sets.checker) for part in (sets.train, sets.reward, sets.preference)
-    )
+    parts = (sets.train, sets.reward, sets.preference)
+    train, reward, preference = (Problems(part, sets.checker) for part in parts)
     return World(ModelFiles(config.models.backbone), train, reward, preference, suites)
 
 
@@ -145,17 +141,10 @@ def load_prompts(config: Config) -> Prompts:
 def prompts_digest(prompts: Prompts) -> str:
     """Of everything that makes token ids of a problem, and text of token ids."""
     data, tokenizer = prompts.data, prompts.tokenizer
-    keys = (
-        data.chat_template,
-        data.system_prompt,
-        data.problem_prefix,
-        data.instruction,
-        prompts.prefix,
-        prompts.reasoning_block,
-        data.stop,
-        data.max_prompt_tokens,
-    )
+    keys = [getattr(data, key) for key in (*PROMPT_KEYS, "max_prompt_tokens")]
+    keys += [prompts.prefix, prompts.reasoning_block]
     special = to_json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+    # The backend's text has merges and normaliser as well; slow tokenizers have none.
     vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()
     return sha256_of_json([keys, vocabulary, tokenizer.chat_template, special])
 

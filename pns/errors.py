@@ -5,8 +5,7 @@ from collections.abc import Collection
 
 
 class UserError(Exception):
-    """Wrong input: the message is one line that names what is wrong, where, and the way out. The command
-    prints it and exits with 2."""
+    """Wrong input: one line that names what is wrong, where, and the way out; the command exits with 2."""
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

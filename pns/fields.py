@@ -59,8 +59,7 @@ def up_to(high: float) -> Range:
 
 
 def key(default: Any, meaning: str, allowed: Range | None = None, **metadata: Any) -> Any:
-    """A dataclass field with its `meaning` (units, and what 0, empty or null stand for) and, for a number,
-    its range."""
+    """A dataclass field with its `meaning` (units, what 0, empty or null stand for) and a number's range."""
     metadata |= {"meaning": meaning, "range": allowed}
     # Dataclasses take no mutable defaults, and two configurations must not share one.
     if isinstance(default, list | dict):
@@ -107,6 +106,7 @@ def walk_keys(settings: Any, prefix: str = "") -> Iterator[Key]:
         sections = value if isinstance(value, dict) else {}
         if is_dataclass(value):
             yield from walk_keys(value, f"{name}.")
+        # A dict of sections, such as reward.terms.
         elif any(is_dataclass(entry) for entry in sections.values()):
             for entry_name, entry in sections.items():
                 yield from walk_keys(entry, f"{name}.{entry_name}.")
@@ -118,7 +118,7 @@ def check_ranges(settings: Any) -> None:
     """Raises UserError for the first number that is outside its range."""
     for number in walk_keys(settings):
         allowed, value = number.allowed, number.value
-        if allowed is None or value is None or value in allowed:
+        if allowed is None or value is None or value in allowed:  # null: another key's value is taken
             continue
         finite = "" if math.isfinite(value) or allowed == FINITE else "finite and "
         raise UserError(f"{number.name}: {value} must be {finite}{allowed}")

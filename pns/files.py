@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, path)  # a name never leads to half a file
     finally:
         partial.unlink(missing_ok=True)
     sync_to_disk(path.parent)  # the move itself is lost in a crash until the directory is on disk
@@ -58,8 +58,7 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a record or plain value, atomically. A figure that is not finite is written as null: JSON has no
-    other word for it."""
+    """Write a record or plain value, atomically; a figure that is not finite, which JSON has not, as null."""
     text = json.dumps(_finite(to_json(value)), indent=2, ensure_ascii=False)
     with replacing(Path(path)) as file:
         file.write(f"{text}\n".encode())
@@ -77,8 +76,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line from records or dicts, atomically. Raises ValueError for a number that is
-    not finite."""
+    """Write records or dicts, one a line, atomically. Raises ValueError for a number that is not finite."""
     with replacing(Path(path)) as file:
         file.writelines(_line(row) for row in rows)
 
@@ -99,17 +97,16 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, _json_object(line, path, number)
     except FileNotFoundError:
         raise UserError(f"{path} {_MISSING}") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises any of them for a damaged file
         raise UserError(f"{path}: cannot be read ({error}); mend it or name another file") from error
 
 
 def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
-    """Cut a JSON-lines file at a last line that was not written out, and at the first row whose `step` is not
-    below `keep_below_step`."""
+    """Cut a JSON-lines file at an unfinished last line, and at the first row from `keep_below_step` on."""
     end = 0
     with open(path, "r+b") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):  # a crash cut it
                 break
             if keep_below_step is not None:
                 row = _json_object(line, Path(path), number)
@@ -138,6 +135,7 @@ def sha256_of_files(named_files: Iterable[tuple[str, Path]]) -> str:
     """One SHA-256 over the names and contents of files, in the order given."""
     digest = hashlib.sha256()
     for name, file in named_files:
+        # The zero byte: no name can pass for the end of one and the beginning of a hash.
         digest.update(f"{name}\0{sha256_of_file(file)}\n".encode())
     return digest.hexdigest()
 
@@ -155,18 +153,20 @@ def sha256_of_tree(path: Path) -> str:
 def stat_of_tree(path: Path) -> list[list[Any]]:
     """[name, bytes, time of change in ns] of every file: while it stays, `sha256_of_tree` does, too."""
     status = ((name, file.stat()) for name, file in files_below(path))
-    return [[name, entry.st_size, entry.st_mtime_ns] for name, entry in status]
+    return [[name, entry.st_size, entry.st_mtime_ns] for name, entry in status]  # as JSON has it
 
 
 def files_below(path: Path) -> list[tuple[str, Path]]:
     """(name below `path`, file), sorted; `path` itself where it is a file; none where it does not exist."""
     if path.is_file():
         return [(path.name, path)]
+    # In one order: that of a directory differs between machines.
     files = (file for file in path.rglob("*") if file.is_file())
     return sorted((str(file.relative_to(path)), file) for file in files)
 
 
 def _line(row: Any) -> bytes:
+    # NaN is no JSON: other readers would refuse the whole file.
     return f"{json.dumps(to_json(row), ensure_ascii=False, allow_nan=False)}\n".encode()
 
 

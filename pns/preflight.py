@@ -1,5 +1,4 @@
-"""What can be wrong with models and their tokenizers, found before any actor starts. Imports neither torch
-nor transformers."""
+"""What can be wrong with models and tokenizers, found before anything heavy is imported or started."""
 
 import json
 import re
@@ -37,6 +36,7 @@ def check_model(key: str, value: str) -> None:
     if not value:
         raise UserError(f"{key} is empty: name a model directory or a Hub id")
     if not path.exists():
+        # In a directory that is there, `models/absnt` is a path with a slip, not a Hub id.
         if HUB_ID.fullmatch(value) and not path.parent.is_dir():
             return
         raise UserError(f"{key}: {value} is neither a directory that exists nor a Hub id (owner/name)")
@@ -50,11 +50,12 @@ def check_model(key: str, value: str) -> None:
     model = json.loads(config_file.read_text(encoding="utf-8"))
     tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    # Unigram tokenizers have a list, whose places are the ids.
     ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
     ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
     size = max(ids, default=-1) + 1
+    # A smaller tokenizer is fine: many models pad their embeddings to a round number.
     if size > model.get("vocab_size", 0):
-        raise UserError(
-            f"{key}: {value} has a tokenizer of {size} tokens and a model of {model.get('vocab_size')}; "
-            "resize the model's embeddings or use the model's own tokenizer"
-        )
+        fault = f"{value} has a tokenizer of {size} tokens and a model of {model.get('vocab_size')}"
+        way_out = "resize the model's embeddings or use the model's own tokenizer"
+        raise UserError(f"{key}: {fault}; {way_out}")

@@ -7,7 +7,7 @@ anything starts. No heavy import: errors answer within a second.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +20,6 @@ from pns.config import (
     Data,
     DataSource,
     GeneratorStart,
-    PreferenceConfig,
     RatioLevel,
     TermKind,
     external_pairs,
@@ -36,6 +35,7 @@ FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
 RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format")
 
 Settings = TypeVar("Settings")
+Check = Callable[[Config], Iterator[str]]  # what is wrong, in the order in which it is to be mended
 Layer = tuple[DictConfig, Path]  # keys, and the directory that their paths are relative to
 
 
@@ -53,7 +53,8 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
     config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
     samples = training and not external_pairs(config)
     check_config(config, samples)
-    check_data(config.data, samples)
+    raise_first(data_faults(config.data, samples))
+    # From here on every number that the loss reads is there, for stages and digests alike.
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
     return config
@@ -71,7 +72,7 @@ def _read(recipe: Path) -> list[Layer]:
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"recipe {recipe} is a list; it has to be keys and values")
-    base = loaded.pop("extends", None)
+    base = loaded.pop("extends", None)  # no key of the schema
     layer = (loaded, recipe.absolute().parent)
     if base is None:
         return [layer]
@@ -99,6 +100,7 @@ def merge_layers(schema: type[Settings], layers: list[Layer], source: str) -> Se
             for key in walk_keys(OmegaConf.to_object(merged)):
                 if "path" in key.field.metadata:
                     _resolve_paths(merged, layer, key, directory)
+        # Enums and nested dataclasses, no longer OmegaConf's own nodes.
         return cast(Settings, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
         key_name = error.full_key or str(error.key)
@@ -119,7 +121,7 @@ def _resolve_paths(merged: DictConfig, layer: DictConfig, key: Key, directory: P
         resolved = resolve_path(str(said), directory, named)
     else:
         return
-    OmegaConf.update(merged, key.name, resolved, merge=True)
+    OmegaConf.update(merged, key.name, resolved, merge=True)  # merge: of a dict only the paths that were said
 
 
 def resolve_path(value: str, directory: Path, named: bool) -> str:
@@ -146,218 +148,161 @@ def suggest_key(name: str, settings: Any) -> str:
 
 def check_config(config: Config, samples: bool) -> None:
     """Every number against its range, then what keys say of each other; of the reward only where the run
-    `samples` its pairs. Raises UserError."""
+    `samples` its pairs. Raises UserError for the first fault."""
     check_ranges(config)
-    check_loss(config.preference)
-    for check_keys in (*CHECKS, *REWARD_CHECKS) if samples else CHECKS:
-        check_keys(config)
+    checks: list[Check] = [loss_faults, key_faults, sampling_faults, pool_faults, pair_faults]
+    # Terms by their names first: what comes after them looks a term up.
+    checks += [term_faults, reward_faults, term_name_faults] if samples else []
+    raise_first(fault for check in checks for fault in check(config))
 
 
-def check_loss(settings: PreferenceConfig) -> None:
+def raise_first(faults: Iterator[str]) -> None:
+    for fault in faults:
+        raise UserError(fault)
+
+
+def loss_faults(config: Config) -> Iterator[str]:
     """The loss is in the table, and what is set is what it reads."""
+    settings = config.preference
     if settings.loss not in PREFERENCE_LOSSES:
         hint = f"{did_you_mean(settings.loss, PREFERENCE_LOSSES)}; there are {', '.join(PREFERENCE_LOSSES)}"
-        raise UserError(f"preference.loss: {settings.loss!r} is not the name of a loss{hint}")
+        yield f"preference.loss: {settings.loss!r} is not the name of a loss{hint}"
     reads = PREFERENCE_LOSSES[settings.loss].defaults
     for name in sorted({key for entry in PREFERENCE_LOSSES.values() for key in entry.defaults}):
         value = getattr(settings, name)
         if value is not None and name not in reads:
             readers = [loss for loss, entry in PREFERENCE_LOSSES.items() if name in entry.defaults]
             fault = f"{value} is not read by preference.loss={settings.loss} (it reads {', '.join(reads)})"
-            raise UserError(f"preference.{name}: {fault}: remove it, or choose {' or '.join(readers)}")
+            yield f"preference.{name}: {fault}: remove it, or choose {' or '.join(readers)}"
 
 
-def check_name(config: Config) -> None:
+def key_faults(config: Config) -> Iterator[str]:
     if "/" in config.name or config.name in (".", ".."):
-        raise UserError(f"name: {config.name!r} must be a directory name, without slashes")
-
-
-def check_model_keys(config: Config) -> None:
+        yield f"name: {config.name!r} must be a directory name, without slashes"
     if not config.models.backbone:
-        raise UserError("models.backbone is empty: name a model directory or a Hub id (owner/name)")
+        yield "models.backbone is empty: name a model directory or a Hub id (owner/name)"
     if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
-        raise UserError("reverse_rl.start is path and models.generator is empty: name the generator's model")
-
-
-def check_sampling(config: Config) -> None:
-    """Of training: what is sampled from has to be what is trained."""
-    for section, settings in (("rl", config.rl), ("reverse_rl", config.reverse_rl)):
-        if settings.top_p != 1:
-            raise UserError(
-                f"{section}.top_p: {settings.top_p}; the policy's log-probabilities are of all tokens, so "
-                "training has to sample from all: set it to 1, and use the temperature"
-            )
-        if settings.importance_cap and settings.temperature != 1:
-            raise UserError(
-                f"{section}.importance_cap: {settings.importance_cap} needs the rollout engine's "
-                f"log-probabilities, which are of temperature 1: set {section}.temperature=1, or the cap to 0"
-            )
-        if settings.dual_clip and settings.ratio is RatioLevel.sequence:
-            raise UserError(f"{section}.dual_clip is for ratio=token: set it to 0")
-        if settings.importance_cap and settings.ratio is RatioLevel.sequence:
-            raise UserError(f"{section}.importance_cap is for ratio=token: set it to 0")
-        if 0 < settings.dual_clip <= 1 + settings.clip_high:
-            raise UserError(
-                f"{section}.dual_clip: {settings.dual_clip} must be greater than 1 + clip_high "
-                f"({1 + settings.clip_high:g}), or 0"
-            )
-        if settings.overlong_tokens > config.rollout.max_new_tokens:
-            raise UserError(
-                f"{section}.overlong_tokens: {settings.overlong_tokens} is more than rollout.max_new_tokens "
-                f"({config.rollout.max_new_tokens}): lower it"
-            )
-
-
-def check_lora(config: Config) -> None:
+        yield "reverse_rl.start is path and models.generator is empty: name the generator's model"
     if not config.policy.lora.targets:
-        raise UserError(
-            "policy.lora.targets is empty: name linear layers, e.g. [q_proj,v_proj], or [all-linear]"
-        )
+        yield "policy.lora.targets is empty: name linear layers, e.g. [q_proj,v_proj], or [all-linear]"
 
 
-def check_pools(config: Config) -> None:
-    if config.placement.policy.gpus > 1:
-        raise UserError(
-            f"placement.policy.gpus: {config.placement.policy.gpus} must be at most 1, a rank's one GPU: add "
-            "ranks with placement.policy.replicas"
-        )
+def sampling_faults(config: Config) -> Iterator[str]:
+    """Of RL: what is sampled from has to be what is trained, and a bound has to be one."""
+    max_tokens = config.rollout.max_new_tokens
+    for section, own in (("rl", config.rl), ("reverse_rl", config.reverse_rl)):
+        sequence, highest = own.ratio is RatioLevel.sequence, 1 + own.clip_high
+        if own.top_p != 1:
+            way_out = "training has to sample from all tokens, whose log-probabilities it trains: set it to 1"
+            yield f"{section}.top_p: {own.top_p}; {way_out}, and use the temperature"
+        if own.importance_cap and own.temperature != 1:
+            fault = "the rollout engine's log-probabilities are of temperature 1"
+            yield f"{section}.importance_cap: {own.importance_cap}; {fault}: set it to 1, or the cap to 0"
+        for name in ("dual_clip", "importance_cap"):
+            if sequence and getattr(own, name):
+                yield f"{section}.{name} is read by {section}.ratio=token alone: set it to 0"
+        if 0 < own.dual_clip <= highest:
+            yield f"{section}.dual_clip: {own.dual_clip} must be 0, or above 1 + clip_high ({highest:g})"
+        if own.overlong_tokens > max_tokens:
+            fault = f"{own.overlong_tokens} is more than rollout.max_new_tokens, {max_tokens}"
+            yield f"{section}.overlong_tokens: {fault}: lower it"
+
+
+def pool_faults(config: Config) -> Iterator[str]:
+    gpus = config.placement.policy.gpus
+    if gpus > 1:
+        way_out = "add ranks with placement.policy.replicas"
+        yield f"placement.policy.gpus: {gpus} must be at most 1, a rank's one GPU: {way_out}"
     pools = {"placement.rollout": config.placement.rollout}
     pools |= {f"reward.terms.{name}.pool": term.pool for name, term in config.reward.terms.items()}
     for key, pool in pools.items():
         if pool.gpus > 1 and not float(pool.gpus).is_integer():
-            raise UserError(
-                f"{key}.gpus: {pool.gpus} must be whole where it is above 1: only one GPU can be shared"
-            )
+            yield f"{key}.gpus: {pool.gpus} must be whole where it is above 1: only one GPU can be shared"
 
 
-def check_terms(config: Config) -> None:
+def term_faults(config: Config) -> Iterator[str]:
     for name, term in config.reward.terms.items():
         key = f"reward.terms.{name}"
         if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in RESERVED_TERMS:
-            raise UserError(
-                f"{key}: {name!r} must be a plain word (a-z, 0-9, _) and none of {', '.join(RESERVED_TERMS)}"
-            )
+            taken = ", ".join(RESERVED_TERMS)
+            yield f"{key}: {name!r} must be a plain word (a-z, 0-9, _) and none of {taken}"
         if term.kind is TermKind.judge and term.weight > 0 and not term.model:
-            raise UserError(
-                f"{key}.model is empty: name the judge's model directory or Hub id, or set {key}.weight=0"
-            )
+            yield f"{key}.model is empty: name the judge's model directory or Hub id, or set {key}.weight=0"
 
 
-def check_rewards(config: Config) -> None:
+def reward_faults(config: Config) -> Iterator[str]:
     reward = config.reward
     best_wrong = reward.wrong + sum(term.weight for term in reward.terms.values())
     if reward.malformed > reward.correct:
-        raise UserError(
-            f"reward.malformed: {reward.malformed} must be at most reward.correct, {reward.correct}: "
-            "nothing is worth less than a malformed completion"
-        )
+        fault = f"{reward.malformed} must be at most reward.correct, {reward.correct}"
+        yield f"reward.malformed: {fault}: nothing is worth less than a malformed completion"
     if reward.correct >= best_wrong:
-        raise UserError(
-            f"reward.correct: {reward.correct} must be less than what a wrong completion can reach, "
-            f"{best_wrong} (reward.wrong and the weights of reward.terms): the generator learns wrong ones"
-        )
+        fault = f"{reward.correct} must be less than what a wrong completion can reach, {best_wrong}"
+        parts = "reward.wrong and the weights of reward.terms"
+        yield f"reward.correct: {fault} ({parts}): the generator learns wrong ones"
 
 
-def check_term_names(config: Config) -> None:
+def term_name_faults(config: Config) -> Iterator[str]:
     """What a stage reads of a reward term, the term has."""
+    computed = [name for name, term in config.reward.terms.items() if term.weight > 0]
+    scoring = [name for name, term in config.reward.terms.items() if term.kind is TermKind.reward_model]
+    named = {}  # key that names a term -> (the name, the key whose 0 needs none), where it is read
     if config.reverse_rl.stop_patience > 0:
-        check_computed(
-            config, "reverse_rl.stop_term", config.reverse_rl.stop_term, "reverse_rl.stop_patience=0"
-        )
+        named["reverse_rl.stop_term"] = config.reverse_rl.stop_term, "reverse_rl.stop_patience"
     if config.synthesize.min_quantile > 0:
-        check_computed(
-            config, "synthesize.quantile_term", config.synthesize.quantile_term, "synthesize.min_quantile=0"
-        )
-    scored_by, terms = config.pair.scored_by, config.reward.terms
-    scoring = [name for name, term in terms.items() if term.kind is TermKind.reward_model]
-    if scored_by not in scoring:
-        raise UserError(
-            f"pair.scored_by: {scored_by!r} must be a term of kind reward_model: {' or '.join(scoring)}"
-        )
+        named["synthesize.quantile_term"] = config.synthesize.quantile_term, "synthesize.min_quantile"
+    for key, (name, switch) in named.items():
+        if name not in computed:
+            fault = f"{name!r} must be a term of reward.terms with a weight greater than 0"
+            there = f"there are: {', '.join(computed) or 'none'}"
+            yield f"{key}: {fault} ({there}): name one, give it a weight, or set {switch}=0"
+    if config.pair.scored_by not in scoring:
+        kinds = " or ".join(scoring)
+        yield f"pair.scored_by: {config.pair.scored_by!r} must be a term of kind reward_model: {kinds}"
 
 
-def check_computed(config: Config, key: str, name: str, instead: str) -> None:
-    """`key` names a term that is computed; `instead` is the setting that needs none."""
-    computed = [term_name for term_name, term in config.reward.terms.items() if term.weight > 0]
-    if name not in computed:
-        raise UserError(
-            f"{key}: {name!r} must be a term of reward.terms with a weight greater than 0 (there are: "
-            f"{', '.join(computed) or 'none'}): name one, give it a weight, or set {instead}"
-        )
-
-
-def check_pairs(config: Config) -> None:
+def pair_faults(config: Config) -> Iterator[str]:
     data, key = config.preference.data, "preference.data"
     if data.path and data.hub:
-        raise UserError(
-            f"{key}.path and {key}.hub are both set ({data.path}, {data.hub}): pairs come from one of them"
-        )
+        both = f"({data.path}, {data.hub})"
+        yield f"{key}.path and {key}.hub are both set {both}: pairs come from one of them"
     if data.path and not data.path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise UserError(f"{key}.path: {data.path!r} is not a .jsonl, .jsonl.gz or .parquet file")
+        yield f"{key}.path: {data.path!r} is not a .jsonl, .jsonl.gz or .parquet file"
     if data.path and not Path(data.path).is_file():
-        raise UserError(f"{key}.path: {data.path!r} is not a file")
-    if data.hub and Path(data.hub).exists():
-        raise UserError(
-            f"{key}.hub: {data.hub!r} is a path here and would hide the data set of the Hub: name a file "
-            f"with {key}.path"
-        )
+        yield f"{key}.path: {data.path!r} is not a file"
+    if data.hub and Path(data.hub).exists():  # `datasets` would read it instead
+        fault = f"{data.hub!r} is a path here and would hide the data set of the Hub"
+        yield f"{key}.hub: {fault}: name a file with {key}.path"
     if data.hub and not re.fullmatch("[0-9a-f]{40}", data.revision):
-        raise UserError(
-            f"{key}.revision: {data.revision!r} is not the full hash of a commit (40 hexadecimal digits): a "
-            f"branch or tag may move; the history of {data.hub} on the Hub lists the hashes"
-        )
+        fault = f"{data.revision!r} is not the full hash of a commit (40 hexadecimal digits)"
+        way_out = f"a branch or tag may move; the history of {data.hub} on the Hub lists the hashes"
+        yield f"{key}.revision: {fault}: {way_out}"
     if data.revision and not data.hub:
-        raise UserError(
-            f"{key}.revision is set and {key}.hub is empty: name the data set with {key}.hub=OWNER/NAME"
-        )
+        yield f"{key}.revision is set and {key}.hub is empty: name the data set with {key}.hub=OWNER/NAME"
     if not data.split:
-        raise UserError(f'{key}.split is empty: name a split, e.g. "train"')
+        yield f'{key}.split is empty: name a split, e.g. "train"'
 
 
-CHECKS: tuple[Callable[[Config], None], ...] = (
-    check_name,
-    check_model_keys,
-    check_sampling,
-    check_lora,
-    check_pools,
-    check_pairs,
-)
-REWARD_CHECKS: tuple[Callable[[Config], None], ...] = (check_terms, check_rewards, check_term_names)
-
-
-def check_data(data: Data, training: bool) -> None:
-    """What can be wrong with `data` without reading a file; `training` False: only suites are needed. Raises
-    UserError."""
+def data_faults(data: Data, training: bool) -> Iterator[str]:
+    """What can be wrong with `data` without reading a file; `training` False: only suites are needed."""
     if data.source is DataSource.tiny:
         if data.benchmarks and training:
-            raise UserError("data.benchmarks: the tiny world has its own suites; set data.source=jsonl")
+            yield "data.benchmarks: the tiny world has its own suites; set data.source=jsonl"
         return
-    if training:
-        check_training_files(data)
-    check_suites(data)
-
-
-def check_training_files(data: Data) -> None:
-    if not data.jsonl.train:
-        raise UserError("data.jsonl.train is empty: name a file or a training set")
-    for key in ("train", "reward", "preference"):
+    if training and not data.jsonl.train:
+        yield "data.jsonl.train is empty: name a file or a training set"
+    for key in ("train", "reward", "preference") if training else ():
         path = getattr(data.jsonl, key)
-        if re.search(r"[./]", path) and not Path(path).is_file():
-            raise UserError(f"data.jsonl.{key}: {path!r} is not a file (nor the name of a training set)")
-
-
-def check_suites(data: Data) -> None:
-    suites = data.jsonl.suites
-    if not suites and not data.benchmarks:
-        raise UserError(
-            "data.jsonl.suites and data.benchmarks are empty: name at least one suite, e.g. "
-            "data.benchmarks=[gsm8k,math500] or data.jsonl.suites.own=FILE"
-        )
-    for suite, path in suites.items():
+        if re.search(r"[./]", path) and not Path(path).is_file():  # the names of sets have neither
+            yield f"data.jsonl.{key}: {path!r} is not a file (nor the name of a training set)"
+    if not data.jsonl.suites and not data.benchmarks:
+        examples = "data.benchmarks=[gsm8k,math500] or data.jsonl.suites.own=FILE"
+        yield f"data.jsonl.suites and data.benchmarks are empty: name at least one suite, e.g. {examples}"
+    for suite, path in data.jsonl.suites.items():
         key = f"data.jsonl.suites.{suite}"
         if suite == "mean":
-            raise UserError(f"{key}: the name is taken by the mean over all suites; choose another")
+            yield f"{key}: the name is taken by the mean over all suites; choose another"
         if suite in data.benchmarks or "/" in suite:
-            raise UserError(f"{key}: a suite's name is unique and has no slash; choose another")
+            yield f"{key}: a suite's name is unique and has no slash; choose another"
         if not Path(path).is_file():
-            raise UserError(f"{key}: {path!r} is not a file")
+            yield f"{key}: {path!r} is not a file"

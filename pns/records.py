@@ -5,6 +5,7 @@ batch, `_T` tokens.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -47,7 +48,7 @@ class Problem:
     solution: str | None = None
     subject: str = ""
     level: str = ""
-    rule: AnswerRule = AnswerRule()
+    rule: AnswerRule = AnswerRule()  # frozen: one serves all
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion with its reward: what is kept of every sample, so that rewards can be recomputed and
-    audited."""
+    """A completion with its reward: kept of every sample, so that rewards can be audited."""
 
     step: int
     problem: Problem
@@ -114,11 +114,9 @@ class PreferencePair:
     @property
     def score_gap(self) -> float | None:
         """score_chosen - score_rejected; None where one is missing."""
-        return (
-            None
-            if self.score_chosen is None or self.score_rejected is None
-            else self.score_chosen - self.score_rejected
-        )
+        if self.score_chosen is None or self.score_rejected is None:
+            return None
+        return self.score_chosen - self.score_rejected
 
 
 @dataclass(frozen=True)
@@ -153,10 +151,10 @@ class Score:
 
 
 def to_json(record: Any) -> Any:
-    """The record as JSON values (dict, list, str, number, None); the inverse for a known class is
-    `from_json`."""
+    """The record as JSON values (dict, list, str, number, None); `from_json` is the inverse."""
     if isinstance(record, Enum):
         return record.value
+    # `is_dataclass` holds for a class, too.
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
     if isinstance(record, dict):
@@ -164,6 +162,14 @@ def to_json(record: Any) -> Any:
     if isinstance(record, list | tuple):
         return [to_json(value) for value in record]
     return record
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def from_json(cls: type, value: dict[str, Any]) -> Any:
@@ -174,7 +180,7 @@ def from_json(cls: type, value: dict[str, Any]) -> Any:
             item = from_json(_NESTED[cls, key], item)
         elif key == "verdict":
             item = Verdict(item)
-        elif isinstance(item, list):
+        elif isinstance(item, list):  # JSON has no tuples, and frozen records hold no lists
             item = tuple(item)
         converted[key] = item
     return cls(**converted)

@@ -306,3 +306,19 @@ def test_settings_of_tiny_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(UserError, match=message):
             make(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rl.top_p=0.9"], r"rl.top_p: 0.9; .*set it to 1, and use the temperature"),
+        (["reverse_rl.importance_cap=2", "reverse_rl.temperature=0.7"], r"reverse_rl.importance_cap: 2.0; "),
+        (["rl.ratio=sequence", "rl.dual_clip=3"], "rl.dual_clip is read by rl.ratio=token alone"),
+        (["rl.dual_clip=1.2"], r"rl.dual_clip: 1.2 must be 0, or above 1 \+ clip_high \(1.28\)"),
+        (["rl.overlong_tokens=5000"], "rl.overlong_tokens: 5000 is more than rollout.max_new_tokens, 2048"),
+    ],
+)
+def test_settings_of_rl_that_do_not_fit_each_other(words: list[str], message: str) -> None:
+    base = ["models.backbone=somewhere", "reward.terms.coherence.weight=0"]
+    with pytest.raises(UserError, match=message):
+        load(None, [*base, *words])

@@ -1,7 +1,5 @@
 """Where a checkpoint's files are, and what they say."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -11,8 +9,7 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]  # of a Hub rep
 
 
 def local_directory(model_path: str) -> Path:
-    """The directory of a checkpoint; a Hub id is downloaded (or found in the cache). Raises UserError if it
-    is neither."""
+    """The directory of a checkpoint; a Hub id is downloaded, or found in the cache. UserError for neither."""
     if Path(model_path).is_dir():
         directory = Path(model_path)
     else:
@@ -22,9 +19,8 @@ def local_directory(model_path: str) -> Path:
         try:
             directory = Path(snapshot_download(model_path, allow_patterns=_FILES))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise UserError(
-                f"model {model_path!r} is neither a directory nor a Hub id that can be fetched: {error}"
-            ) from error
+            neither = "is neither a directory nor a Hub id that can be fetched"
+            raise UserError(f"model {model_path!r} {neither}: {error}") from error
     if not (directory / "config.json").is_file():
         raise UserError(f"model {model_path!r} has no config.json: name a Hugging Face checkpoint directory")
     return directory
@@ -39,8 +35,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def end_token_ids(directory: Path) -> tuple[int, ...]:
-    """The end tokens of a checkpoint: `eos_token_id` of generation_config.json, else of config.json. Raises
-    UserError if none is set."""
+    """`eos_token_id` of generation_config.json, else of config.json. Raises UserError if none is set."""
+    # In this order: chat models end turns with tokens that only their generation_config.json names.
     for name in ("generation_config.json", "config.json"):
         file = directory / name
         ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None

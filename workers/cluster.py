@@ -1,7 +1,5 @@
 """Ray, for as long as a run lasts."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 

@@ -1,8 +1,6 @@
-"""The run's actors, started once and kept across stages: rollout, policy, a pool for each reward term, and
-the verifier's processes.
+"""The run's roles, started once and kept across stages: rollout, policy, verifier, a pool a reward term.
 
-Each role starts when `start` names it, in the background; using a role waits for it. New weights go into
-running processes.
+Each starts in the background when `start` names it; using a role waits for it.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ class Fleet:
         self.runtime = runtime
         self._threads = ThreadPoolExecutor(thread_name_prefix="fleet")
         self._roles: dict[str, Future[Any]] = {}
-        self._policy: Policy | None = None
+        self._policy: Policy | None = None  # beside the others, as no thread may start it
 
     def start(self, roles: Collection[str]) -> None:
         """Begin starting the named roles without waiting for them; the policy starts when it is first used.
@@ -54,8 +52,7 @@ class Fleet:
 
     @property
     def policy(self) -> Policy:
-        """Started in the calling thread: verl is imported here, while the other roles start in their own
-        processes."""
+        """Started in the calling thread, which imports verl while the others start in their own processes."""
         if self._policy is None:
             from workers.training.policy import Policy
 
@@ -74,8 +71,7 @@ class Fleet:
                     stack.callback(future.result().shutdown)
 
     def _started(self, role: str) -> Any:
-        """The role, once it is up. Raises what any role failed with meanwhile: work that a missing role will
-        end should end now."""
+        """The role, once it is up. Raises what any role failed with: work that cannot end well ends now."""
         self.start([role])  # where no stage named it before
         for future in self._roles.values():
             if future.done():
@@ -83,6 +79,7 @@ class Fleet:
         return self._roles[role].result()
 
     def _build(self, role: str) -> Any:
+        # Imported where it is used: each brings in libraries that take seconds to load.
         if role == "rollout":
             from workers.rollout.pool import RolloutPool
 
@@ -91,19 +88,16 @@ class Fleet:
             from workers.rewards.verifier import Verifier
 
             return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)
-        return self._build_scorer(role)
-
-    def _build_scorer(self, name: str) -> ScoringPool[Any, Any]:
-        term, deadline = self.config.reward.terms[name], self.config.reward.deadline_seconds
+        term, deadline = self.config.reward.terms[role], self.config.reward.deadline_seconds
         pool: ScoringPool[Any, Any]
         if term.kind is TermKind.reward_model:
             from workers.rewards.reward_model import RewardModelPool
 
-            pool = RewardModelPool(name, term.pool, self.runtime, deadline)
+            pool = RewardModelPool(role, term.pool, self.runtime, deadline)
         else:
             from workers.rewards.judge import JudgePool
 
-            pool = JudgePool(name, term.pool, self.runtime, self.config.seed, deadline)
+            pool = JudgePool(role, term.pool, self.runtime, self.config.seed, deadline)
         with ExitStack() as stack:
             stack.callback(pool.shutdown)  # where the model cannot be loaded
             if term.model:

@@ -4,8 +4,6 @@ A role is "rollout", "policy", "verifier" or the name of a reward term; only rol
 no role takes a GPU; the verifier's processes belong to the driver and take nothing that Ray counts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -29,8 +27,7 @@ class Bundles:
 
 
 def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
-    """`roles`, each once, in the order of the configuration. Raises UserError for one that is neither a fixed
-    role nor a reward term."""
+    """`roles`, each once, in the order of the configuration. Raises UserError for one that there is not."""
     terms = config.reward.terms
     # A role is looked up by name alone: a term of the same name would start in the place of the role.
     if taken := [name for name in terms if name in FIXED_ROLES]:
@@ -42,8 +39,7 @@ def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
 
 
 def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles]:
-    """What each used role asks of Ray on `device` ("cpu" or "cuda"), in the order of the configuration. A
-    policy rank has at least one CPU."""
+    """What each used role asks of Ray on `device` ("cpu" or "cuda"), in the order of the configuration."""
     pools = {
         "rollout": ("placement.rollout", config.placement.rollout),
         "policy": ("placement.policy", config.placement.policy),
@@ -56,7 +52,7 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
             continue
         key, pool = pools[role]
         gpus = 0.0 if device == "cpu" else pool.gpus
-        cpus = max(1.0, pool.cpus) if role == "policy" else pool.cpus
+        cpus = max(1.0, pool.cpus) if role == "policy" else pool.cpus  # verl's own task takes one
         asked.append(Bundles(role, key, pool.replicas, gpus, cpus))
     return asked
 
@@ -64,18 +60,22 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
 def totals(config: Config, roles: Collection[str], device: str) -> dict[str, float]:
     """{"GPU": ..., "CPU": ...}: the sums over the used roles."""
     asked = bundles(config, roles, device)
-    gpus = sum(b.replicas * b.gpus for b in asked)
-    cpus = sum(b.replicas * b.cpus for b in asked)
-    return {"GPU": gpus, "CPU": cpus}
+    return {"GPU": sum(b.replicas * b.gpus for b in asked), "CPU": sum(b.replicas * b.cpus for b in asked)}
 
 
 def check_placement(
     config: Config, roles: Collection[str], cluster_resources: Mapping[str, float], device: str
 ) -> None:
     """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of the used
-    roles on `device`."""
+    roles on `device`, and every policy rank has a GPU that no other rank has."""
     needed = totals(config, roles, device)
     asked = bundles(config, roles, device)
+    for b in asked:
+        if b.role == "policy" and b.replicas > 1 and 0 < b.gpus <= 0.5:
+            raise UserError(
+                f"{b.key}.gpus: {b.gpus:g} lets two of {b.replicas} replicas share a GPU, and ranks exchange "
+                f"gradients only between GPUs (NCCL): set {b.key}.gpus above 0.5, or {b.key}.replicas=1"
+            )
     for unit in ("GPU", "CPU"):
         offered = cluster_resources.get(unit, 0.0)
         if needed[unit] <= offered:
@@ -97,24 +97,20 @@ def resolve_device(device: Device, cluster_gpus: float) -> str:
     if device is Device.auto:
         return "cuda" if cluster_gpus > 0 else "cpu"
     if device is Device.cuda and cluster_gpus <= 0:
-        raise UserError(
-            "placement.device is cuda and the cluster offers no GPU: set placement.device=cpu or add a GPU "
-            "node"
-        )
+        way_out = "set placement.device=cpu or add a GPU node"
+        raise UserError(f"placement.device is cuda and the cluster offers no GPU: {way_out}")
     return device.value
 
 
 def local_resources(config: Config, roles: Collection[str], device: str) -> dict[str, int]:
     """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every used role to be
     placed, however few cores there are. On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
-    num_cpus = math.ceil(totals(config, roles, device)["CPU"]) + _SPARE_CPUS
-    resources = {"num_cpus": num_cpus}
+    resources = {"num_cpus": math.ceil(totals(config, roles, device)["CPU"]) + _SPARE_CPUS}
     return resources if device == "cuda" else resources | {"num_gpus": 0}
 
 
 def placement_table(config: Config, roles: Collection[str], device: str) -> str:
-    """The placement as text, one role a line, for `pns plan`; the device "auto" shows what is asked for on
-    GPUs."""
+    """The placement as text, a role a line, for `pns plan`; "auto" shows what is asked for on GPUs."""
     needed = totals(config, roles, device)
     lines = [f"{'role':<14}{'replicas':>9}{'GPUs each':>11}{'CPUs each':>11}   device: {device}"]
     for b in bundles(config, roles, device):

@@ -1,7 +1,5 @@
 """What every worker process needs, whatever its role."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 
@@ -13,3 +11,12 @@ class Runtime:
     trust_remote_code: bool = False  # whether code that comes with a checkpoint is run
     start_timeout_seconds: float = 600.0  # for processes to come up and models to load
     step_timeout_seconds: float = 3600.0  # for one training step, checkpoint or export
+
+
+# Freed memory stays in the process: a model's buffers are of the same sizes again and again, and giving them
+# back to the system costs page faults at every step.
+ALLOCATOR_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}

@@ -3,8 +3,6 @@
 Axes: `_P` problems, `_G` completions of one problem.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

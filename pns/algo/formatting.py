@@ -1,7 +1,5 @@
 """The format term of a completion (the text rules of the composite reward)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pns.answers.extract import boxed_span

@@ -1,16 +1,12 @@
-"""The judge's prompt and the grammar of its verdict (arXiv 2602.03516: four dimensions; scale and prompt are
-ours).
+"""The judge's prompt and its verdict's grammar (four dimensions: arXiv 2602.03516; scale and prompt: ours).
 
 The candidate is untrusted text, written by a model that is rewarded for a high grade. It stands between two
 copies of a nonce it cannot know; whatever in it looks like a verdict, a role or a delimiter is defused; and a
 verdict counts only in the judge's own reply, with the nonce in it. What such attacks look like: arXiv
 2507.08794 (one-token "master keys"), arXiv 2403.17710 (injected verdicts).
 
-Two templates. `text`: chat messages for instruction-tuned judges. `tiny`: the tiny world's judge, a model
-trained on `render_tiny`.
+Two templates: `text`, chat messages for instruction-tuned judges; `tiny`, for a model trained on it.
 """
-
-from __future__ import annotations
 
 import hashlib
 import re
@@ -77,27 +73,26 @@ def render_text(problem: str, candidate: str, nonce: str) -> list[dict[str, str]
 
 
 def render_tiny(problem: str, candidate: str, nonce: str) -> str:
-    """The prompt of the tiny world's judge, up to the verdict's first digit. The tokenizer adds nothing to
-    it."""
+    """The prompt of the tiny world's judge, up to the verdict's first digit, with its special tokens."""
     return f"<bos>{problem}<judge>{nonce}{_without_markers(candidate)}{nonce}<verdict>"
 
 
 def neutralise(candidate: str, nonce: str) -> str:
-    """`candidate` with everything defused that could pass for a delimiter, a tag, a special token, a role or
-    a verdict. Numbers, formulas and reasoning stay readable: `<think>` becomes `‹think>`, `clarity=3` becomes
-    `clarity is 3`."""
+    """`candidate` without what could pass for a delimiter, a tag, a special token, a role or a verdict. It
+    stays readable: `<think>` becomes `‹think>`, `clarity=3` becomes `clarity is 3`."""
     text = candidate.replace(nonce, "[...]")
+    # A tag's opening, not a comparison; the bars are full-width and the block is SentencePiece's, as in some
+    # models' special tokens.
     text = re.sub(r"<(?=[/|!?\\\s]*[A-Za-z_|｜▁])", "‹", text)
+    # Llama's and Mistral's turns.
     text = re.sub(r"\[(?=/?(?:INST|SYS|TOOL|AVAILABLE_TOOLS)\w*\])", "(", text, flags=re.IGNORECASE)
-    text = re.sub(
-        r"(?m)^(\W*)(system|user|assistant|human|judge|grader|developer|tool)(\W*?):",
-        r"\1\2\3 -",
-        text,
-        flags=re.IGNORECASE,
-    )
+    text = _ROLE.sub(r"\1\2\3 -", text)
     return _ASSIGNED.sub(r"\1\2 is \3", text)
 
 
+_ROLE = re.compile(
+    r"(?m)^(\W*)(system|user|assistant|human|judge|grader|developer|tool)(\W*?):", re.IGNORECASE
+)
 _ASSIGNED = re.compile(
     rf"\b(verdict|scores?|grades?|{'|'.join(DIMENSIONS)})([\"'*_` ]*)[=:]+([\"'*_` ]*)(?=[\d{{(\[])",
     re.IGNORECASE,
@@ -121,19 +116,16 @@ def verdict_parts(template: Template, nonce: str) -> tuple[str, str, str, str, s
 
 
 def verdict_regex(template: Template, nonce: str) -> str:
-    """The verdict's grammar as a regular expression with one group a score, for guided decoding and for
-    parsing."""
+    """The verdict's grammar as a regular expression with one group a score."""
     *before, after = map(re.escape, verdict_parts(template, nonce))
     return "".join(f"{part}([0-{MAX_SCORE}])" for part in before) + after
 
 
 def parse_verdict(reply: str, template: Template, nonce: str) -> Scores | None:
-    """The four scores of a judge's reply; None unless the reply is one well-formed verdict with the nonce and
-    nothing else.
-
-    `reply` is only what the judge wrote after the prompt."""
+    """The four scores of what the judge wrote after the prompt; None unless that is one verdict with the
+    nonce and nothing else."""
     match = re.fullmatch(verdict_regex(template, nonce), reply.strip(), flags=re.ASCII)
     if match is None:
         return None
-    relevance, logic, completeness, clarity = map(int, match.groups())
-    return relevance, logic, completeness, clarity
+    relevance, coherence, completeness, clarity = map(int, match.groups())
+    return relevance, coherence, completeness, clarity

@@ -11,8 +11,6 @@ implicit rewards of the loss's paper), `margin` (their difference, before any ta
 (1 where margin > 0). A "log-ratio" is log pi - log pi_ref.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -141,8 +139,7 @@ class PairTerms:
     """What a preference loss may read of pairs, (B,) each: sums of log-probabilities over the tokens that
     take part in the margin, under the policy and under the reference (`ref_`); how many tokens those are
     (with none, sum and average are 0); `length_normalised_nll` of the whole chosen completion, whatever the
-    margin; the reward model's score difference r_w - r_l in log-odds; and, a scalar, `kto_kl` of the whole
-    batch."""
+    margin; the reward model's score difference r_w - r_l in log-odds; and `kto_kl` of the whole batch."""
 
     chosen_B: Tensor
     rejected_B: Tensor
@@ -173,21 +170,18 @@ def dpo_loss(pairs: PairTerms, beta: float, label_smoothing: float = 0.0) -> Los
     log sigmoid(h) - e log sigmoid(-h)`: arXiv 2305.18290 (equation 7), and for e = `label_smoothing` in [0,
     0.5) its conservative form, cDPO (arXiv 2403.00409 compares both).
     """
-    chosen_ratio_B, rejected_ratio_B = pairs.log_ratios()
-    margin_B, metrics = _rewards(beta * chosen_ratio_B, beta * rejected_ratio_B)
+    margin_B, metrics = _rewards(beta, pairs.log_ratios())
     kept_B, flipped_B = functional.logsigmoid(margin_B), functional.logsigmoid(-margin_B)
     return -(1 - label_smoothing) * kept_B - label_smoothing * flipped_B, metrics
 
 
 def robust_dpo_loss(pairs: PairTerms, beta: float, label_smoothing: float) -> LossAndMetrics:
-    """Robust DPO: unbiased when the share e = `label_smoothing` in [0, 0.5) of the pairs has its sides
-    swapped.
+    """Robust DPO: unbiased when the share e = `label_smoothing` in [0, 0.5) of the pairs is swapped.
 
     With the margin h of `dpo_loss`, `L = [-(1 - e) log sigmoid(h) + e log sigmoid(-h)] / (1 - 2 e)`: arXiv
     2403.00409 (section 3.1). It is negative for large margins and not bounded from below.
     """
-    chosen_ratio_B, rejected_ratio_B = pairs.log_ratios()
-    margin_B, metrics = _rewards(beta * chosen_ratio_B, beta * rejected_ratio_B)
+    margin_B, metrics = _rewards(beta, pairs.log_ratios())
     kept_B, flipped_B = -functional.logsigmoid(margin_B), -functional.logsigmoid(-margin_B)
     loss_B = ((1 - label_smoothing) * kept_B - label_smoothing * flipped_B) / (1 - 2 * label_smoothing)
     return loss_B, metrics
@@ -196,11 +190,9 @@ def robust_dpo_loss(pairs: PairTerms, beta: float, label_smoothing: float) -> Lo
 def hinge_loss(pairs: PairTerms, beta: float) -> LossAndMetrics:
     """Hinge loss of sequence likelihood calibration (SLiC, arXiv 2305.10425, section 2.2) on log-ratios.
 
-    With the margin h of `dpo_loss`, `L = max(0, 1 - h)`: arXiv 2309.06657 (section 3.2, hinge-norm). No
-    gradient from h = 1 on.
+    With the margin h of `dpo_loss`, `L = max(0, 1 - h)`: arXiv 2309.06657 (section 3.2, hinge-norm).
     """
-    chosen_ratio_B, rejected_ratio_B = pairs.log_ratios()
-    margin_B, metrics = _rewards(beta * chosen_ratio_B, beta * rejected_ratio_B)
+    margin_B, metrics = _rewards(beta, pairs.log_ratios())
     return functional.relu(1 - margin_B), metrics
 
 
@@ -215,15 +207,13 @@ def offset_dpo_loss(pairs: PairTerms, beta: float, offset_scale: float) -> LossA
     """
     if pairs.score_gap_B is None:
         raise ValueError("the loss needs the reward model's score differences")
-    chosen_ratio_B, rejected_ratio_B = pairs.log_ratios()
-    margin_B, metrics = _rewards(beta * chosen_ratio_B, beta * rejected_ratio_B)
+    margin_B, metrics = _rewards(beta, pairs.log_ratios())
     offset_B = offset_scale * pairs.score_gap_B.clamp(min=0)
     return -functional.logsigmoid(margin_B - offset_B), metrics
 
 
 def rpo_loss(pairs: PairTerms, beta: float, nll_weight: float) -> LossAndMetrics:
-    """`dpo_loss` plus `nll_weight` times the length-normalised NLL of the chosen completion: arXiv 2404.19733
-    (equation 1)."""
+    """`dpo_loss` plus `nll_weight` times the chosen side's NLL a token (arXiv 2404.19733, equation 1)."""
     loss_B, metrics = dpo_loss(pairs, beta)
     return loss_B + nll_weight * pairs.chosen_nll_B, metrics
 
@@ -231,22 +221,20 @@ def rpo_loss(pairs: PairTerms, beta: float, nll_weight: float) -> LossAndMetrics
 def length_normalised_dpo_loss(pairs: PairTerms, beta: float) -> LossAndMetrics:
     """DPO on log-ratios per token: `L = -log sigmoid(h)`, h = beta [log-ratio(chosen) / |chosen| -
     log-ratio(rejected) / |rejected|]: arXiv 2411.15124 (section 5.1)."""
-    chosen_average_B, rejected_average_B = pairs.per_token(*pairs.log_ratios())
-    margin_B, metrics = _rewards(beta * chosen_average_B, beta * rejected_average_B)
+    margin_B, metrics = _rewards(beta, pairs.per_token(*pairs.log_ratios()))
     return -functional.logsigmoid(margin_B), metrics
 
 
 def ipo_loss(pairs: PairTerms, beta: float) -> LossAndMetrics:
-    """Identity preference optimisation: a margin is regressed on 1 / (2 beta) instead of being pushed up for
-    ever.
+    """Identity preference optimisation: the margin is regressed on 1 / (2 beta), not pushed up for ever.
 
     `L = (log-ratio(chosen) / |chosen| - log-ratio(rejected) / |rejected| - 1 / (2 beta))^2`: arXiv 2310.12036
     (equation 17, tau = `beta`). The paper's log-ratios are of whole sequences; per token, as here and in TRL,
     the target does not depend on the length.
     """
-    chosen_average_B, rejected_average_B = pairs.per_token(*pairs.log_ratios())
+    chosen_average_B, rejected_average_B = averages = pairs.per_token(*pairs.log_ratios())
     loss_B = (chosen_average_B - rejected_average_B - 1 / (2 * beta)) ** 2
-    return loss_B, _rewards(beta * chosen_average_B, beta * rejected_average_B)[1]
+    return loss_B, _rewards(beta, averages)[1]
 
 
 def simpo_loss(pairs: PairTerms, beta: float, target_margin: float) -> LossAndMetrics:
@@ -255,40 +243,37 @@ def simpo_loss(pairs: PairTerms, beta: float, target_margin: float) -> LossAndMe
     `L = -log sigmoid(beta log pi(chosen) / |chosen| - beta log pi(rejected) / |rejected| - target_margin)`:
     arXiv 2405.14734 (equation 6, gamma = `target_margin`).
     """
-    chosen_average_B, rejected_average_B = pairs.per_token(pairs.chosen_B, pairs.rejected_B)
-    margin_B, metrics = _rewards(beta * chosen_average_B, beta * rejected_average_B)
+    margin_B, metrics = _rewards(beta, pairs.per_token(pairs.chosen_B, pairs.rejected_B))
     return -functional.logsigmoid(margin_B - target_margin), metrics
 
 
 def orpo_loss(pairs: PairTerms, odds_ratio_weight: float) -> LossAndMetrics:
-    """Odds ratio preference optimisation, without a reference: supervised learning of the chosen side plus a
-    preference for it.
+    """Odds ratio preference optimisation: supervised learning of the chosen side and a preference for it.
 
     With p = exp(log pi(y) / |y|) and odds(y) = p / (1 - p), `L = chosen_nll - odds_ratio_weight log
     sigmoid(log odds(chosen) - log odds(rejected))`: arXiv 2403.07691 (equations 4, 6 and 7, lambda =
     `odds_ratio_weight`). The paper defines no reward; as in TRL it is lambda log p. p stays below 1 by the
     dtype's epsilon, which keeps the odds and their gradient finite.
     """
-    chosen_average_B, rejected_average_B = pairs.per_token(pairs.chosen_B, pairs.rejected_B)
+    chosen_average_B, rejected_average_B = averages = pairs.per_token(pairs.chosen_B, pairs.rejected_B)
     ratio_loss_B = -functional.logsigmoid(_log_odds(chosen_average_B) - _log_odds(rejected_average_B))
-    _, metrics = _rewards(odds_ratio_weight * chosen_average_B, odds_ratio_weight * rejected_average_B)
+    _, metrics = _rewards(odds_ratio_weight, averages)
     return pairs.chosen_nll_B + odds_ratio_weight * ratio_loss_B, metrics
 
 
 def kto_loss(
     pairs: PairTerms, beta: float, desirable_weight: float, undesirable_weight: float
 ) -> LossAndMetrics:
-    """Kahneman-Tversky optimisation of a pair split into a desirable and an undesirable example; their losses
-    are averaged.
+    """Kahneman-Tversky optimisation: the mean over a pair as a desirable and an undesirable example.
 
     With the log-ratios d and the reference point z = `kl` (`kto_kl`, in nats, before beta), `L_w = lambda_D
     (1 - sigmoid(beta (d_w - z)))`, `L_l = lambda_U (1 - sigmoid(beta (z - d_l)))`, `L = (L_w + L_l) / 2`:
     arXiv 2402.01306 (section 4.1, equation 7).
     """
-    chosen_ratio_B, rejected_ratio_B = pairs.log_ratios()
+    chosen_ratio_B, rejected_ratio_B = ratios = pairs.log_ratios()
     desirable_B = desirable_weight * torch.sigmoid(beta * (pairs.kl - chosen_ratio_B))
     undesirable_B = undesirable_weight * torch.sigmoid(beta * (rejected_ratio_B - pairs.kl))
-    _, metrics = _rewards(beta * chosen_ratio_B, beta * rejected_ratio_B)
+    _, metrics = _rewards(beta, ratios)
     return (desirable_B + undesirable_B) / 2, metrics
 
 
@@ -300,7 +285,9 @@ def kto_kl(log_ratios_B: Tensor) -> Tensor:
 
 
 def _log_odds(log_p_B: Tensor) -> Tensor:
-    """`log p - log(1 - p)`, exact on both sides of p = 1/2."""
+    """`log p - log(1 - p)`."""
+    # Each formula of log(1 - p) is exact on its own side of p = 1/2 (Maechler, "Accurately computing log(1 -
+    # exp(-|a|))", 2012); at p = 1 both would be infinite.
     log_p_B = log_p_B.clamp(max=-torch.finfo(log_p_B.dtype).eps)
     complement_B = torch.where(
         log_p_B < -math.log(2), torch.log1p(-torch.exp(log_p_B)), torch.log(-torch.expm1(log_p_B))
@@ -308,8 +295,9 @@ def _log_odds(log_p_B: Tensor) -> Tensor:
     return log_p_B - complement_B
 
 
-def _rewards(chosen_reward_B: Tensor, rejected_reward_B: Tensor) -> LossAndMetrics:
-    """The margin, with its gradient, and the metrics of every preference loss."""
+def _rewards(scale: float, sides: tuple[Tensor, Tensor]) -> LossAndMetrics:
+    """The margin, with its gradient, and the metrics of every preference loss; rewards are scaled sides."""
+    chosen_reward_B, rejected_reward_B = scale * sides[0], scale * sides[1]
     margin_B = chosen_reward_B - rejected_reward_B
     return margin_B, {
         "margin": margin_B.detach(),
@@ -323,11 +311,8 @@ def bradley_terry_loss(chosen_B: Tensor, rejected_B: Tensor, centre: float) -> L
     """Centre-regularised Bradley-Terry loss of a reward model, one per pair.
 
     `L = -log sigmoid(r_w - r_l) + centre (r_w + r_l)^2`: arXiv 2203.02155 (equation 1) with the centring term
-    of arXiv 2312.09244, which keeps scores symmetric around 0, so that sigmoid(r) can be read as a score in
-    (0, 1).
-
-    Returns the losses (B,) and, (B,) each, `margin` (r_w - r_l), `accuracy` (margin > 0), `chosen_score` and
-    `rejected_score`.
+    of arXiv 2312.09244, which keeps scores symmetric around 0, so that sigmoid(r) is a score in (0, 1). The
+    metrics are `margin` (r_w - r_l), `accuracy` (margin > 0), `chosen_score` and `rejected_score`.
     """
     margin_B = chosen_B - rejected_B
     loss_B = -functional.logsigmoid(margin_B) + centre * (chosen_B + rejected_B) ** 2
@@ -346,8 +331,7 @@ def row_sums(values_T: Tensor, lengths_B: Tensor) -> Tensor:
 
 
 def length_normalised_nll(log_probs_T: Tensor, lengths_B: Tensor) -> Tensor:
-    """`-log pi(y) / |y|` of each row (B,): the term that RPO adds for the chosen side (arXiv 2404.19733,
-    equation 1)."""
+    """`-log pi(y) / |y|` of each row (B,): what RPO adds for the chosen side."""
     return -row_sums(log_probs_T, lengths_B) / lengths_B
 
 

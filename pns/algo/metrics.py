@@ -1,7 +1,5 @@
 """Accuracies with their uncertainty, and how well scores separate and calibrate."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,13 +14,14 @@ _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share in [0, 1]. `num_correct` may be fractional (means over samples).
-    Raises ValueError for an empty sample or a count outside [0, n]."""
+    """95 % Wilson score interval of a share; `num_correct` may be fractional (a mean over samples). Raises
+    ValueError for an empty sample or a count outside [0, n]."""
     if n <= 0 or not 0 <= num_correct <= n:
         raise ValueError(f"{num_correct} of {n} is not a share")
     share, z2 = num_correct / n, _Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # At the ends the limit is exact, where rounding would leave 1e-17.
     low = 0.0 if num_correct == 0 else max(0.0, centre - half)
     high = 1.0 if num_correct == n else min(1.0, centre + half)
     return low, high
@@ -56,8 +55,7 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """after - before in [-1, 1], its 95 % bootstrap interval, and the p-value of the permutation test that
-    both are the same."""
+    """after - before in [-1, 1], its 95 % bootstrap interval, and the p-value of the permutation test."""
 
     difference: float
     low: float
@@ -77,14 +75,12 @@ class Difference:
 def paired_difference(
     before: Sequence[ArrayLike], after: Sequence[ArrayLike], num_resamples: int = 10_000, seed: int = 0
 ) -> Difference:
-    """The difference after - before of the mean over suites of the mean over problems (one suite: its mean
-    over problems).
+    """The difference after - before of the mean over suites of the mean over problems.
 
     `before` and `after` hold per suite one accuracy in [0, 1] per problem (a mean over samples), of the same
     problems in the same order. Problems are resampled with replacement within their suite (percentile
-    interval); the permutation test flips the sign of each problem's difference at random (two-sided; exact
-    for the smallest p as (1 + hits) / (1 + resamples) allows). Raises ValueError for empty or unequal
-    lengths.
+    interval); the permutation test flips the sign of each problem's difference at random (two-sided). Raises
+    ValueError for empty or unequal lengths.
     """
     differences = [_paired(a, b) for a, b in zip(before, after, strict=True)]
     if not differences:
@@ -100,6 +96,7 @@ def paired_difference(
             flipped[start:stop] += signs @ d / d.size / len(differences)
     observed = float(np.mean([d.mean() for d in differences]))
     low, high = np.quantile(resampled, [0.025, 0.975])
+    # As large as observed, up to rounding. What was observed counts as one of the permutations: p is never 0.
     hits = int((np.abs(flipped) >= abs(observed) - 1e-12).sum())
     return Difference(observed, float(low), float(high), (1 + hits) / (1 + num_resamples))
 
@@ -112,8 +109,7 @@ def _paired(before: ArrayLike, after: ArrayLike) -> NDArray[np.float64]:
 
 
 def majority(classes: Sequence[int | None], right: Sequence[bool]) -> float:
-    """Chance in [0, 1] that the most frequent answer of a problem's samples is right, ties broken at random
-    (maj@k, arXiv 2203.11171).
+    """Chance that the most frequent answer of a problem is right, ties broken at random (arXiv 2203.11171).
 
     `classes` gives the answer of each sample as a number, the same for equal answers (None: no answer, no
     vote); `right` says whether it is correct, the same throughout a class. 0 without any vote.

@@ -1,7 +1,5 @@
 """Which sampled completions may serve as negatives, and how a generator of negatives degenerates."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,17 +11,9 @@ from pns.answers.compare import exact_value, normalise_answer, same_answer
 from pns.answers.extract import boxed_span, extract_boxed
 from pns.records import Rollout, Verdict
 
-REASONS = (
-    "malformed",
-    "correct",
-    "unverified",
-    "verifiers_disagree",
-    "second_verifier_undecided",
-    "box_only_flip",
-    "duplicate",
-    "no_quantile_term",
-    "below_quantile",
-)
+# As they are looked at: what the two verifiers say, then the text, then the quantile.
+_OF_VERDICTS = ("malformed", "correct", "unverified", "verifiers_disagree", "second_verifier_undecided")
+REASONS = (*_OF_VERDICTS, "box_only_flip", "duplicate", "no_quantile_term", "below_quantile")
 _NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-)?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?"
     r"|-?\\[dt]?frac\s*\{[^{}]+\}\s*\{[^{}]+\}"
@@ -34,8 +24,7 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 
 def box_only_flip(text: str, gold: str) -> bool:
-    """Whether the reasoning ends in the gold answer while the box states another: a negative whose reasoning
-    is right.
+    """Whether the reasoning ends in the gold answer while the box states another: its reasoning is right.
 
     A heuristic on text: the reasoning is what stands before the closing tag (without one, before the box); it
     ends in the gold answer if its last number, the right side of its last equation, its last box or, for a
@@ -64,14 +53,12 @@ def filter_negatives(
     quantile_term: str = "plausibility",
     drop_box_only_flips: bool = True,
 ) -> tuple[list[Rollout], dict[str, int]]:
-    """The completions that are safe to use as negatives, in order, and how many were dropped for each of
-    `REASONS`.
+    """The completions that are safe as negatives, in order, and how many were dropped for each of `REASONS`.
 
     Kept are well-formed completions that the first verifier (`reward.verdict`) calls wrong and the second
     (`same_answer`) calls different: a doubtful one is dropped. Then box-only flips, repeated texts of a
     problem (up to white space) and, where `min_quantile` in [0, 1] is above 0, those whose reward term
-    `quantile_term` is unknown or below that quantile of the rest's. The counts and the number kept add up to
-    the number of rollouts.
+    `quantile_term` is unknown or below that quantile of the rest's.
     """
     counts = dict.fromkeys(REASONS, 0)
     kept: list[Rollout] = []
@@ -114,8 +101,7 @@ def _verdict_reason(rollout: Rollout) -> str:
 
 
 def degeneration(rollouts: Sequence[Rollout], distinct_n: int = 4) -> dict[str, float]:
-    """What a generator turns into, over one step's completions. A figure with nothing to average is left out;
-    no completions: {}.
+    """What a generator turns into, over one step's completions. A figure of nothing is left out.
 
     Over all completions, in [0, 1]: `format_rate` (well-formed), `wrong_rate` (well-formed and verified
     wrong), `correct_rate` (well-formed and verified correct), `masked_rate`; `length_mean` and `length_max`
@@ -157,8 +143,7 @@ def degeneration(rollouts: Sequence[Rollout], distinct_n: int = 4) -> dict[str, 
 
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float | None:
-    """Different n-grams over all n-grams of `sequences`, in (0, 1]; None where every sequence is shorter than
-    n."""
+    """Different n-grams over all n-grams of `sequences`, in (0, 1]; None where there is none."""
     ngrams: Counter[tuple[int, ...]] = Counter()
     for sequence in sequences:
         ngrams.update(tuple(sequence[start : start + n]) for start in range(len(sequence) - n + 1))

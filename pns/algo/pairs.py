@@ -1,10 +1,8 @@
-"""Preference pairs: matching sides by length, where the sides diverge, what the margin covers, and the
-standard export."""
-
-from __future__ import annotations
+"""Preference pairs: sides matched by length, where they diverge, what the margin covers, the export."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +14,7 @@ ENDED = -1  # stands for the token of a sequence that has ended before it diverg
 
 
 def lengths_match(length_a: int, length_b: int, max_ratio: float) -> bool:
-    """Whether |log(length_a / length_b)| <= log(max_ratio), for lengths in tokens; an empty side never
-    matches."""
+    """Whether |log(length_a / length_b)| <= log(max_ratio), in tokens; an empty side never matches."""
     shorter, longer = sorted((length_a, length_b))
     return shorter > 0 and longer <= max_ratio * shorter
 
@@ -25,8 +22,7 @@ def lengths_match(length_a: int, length_b: int, max_ratio: float) -> bool:
 def match_by_length(
     lengths_a: Sequence[int], lengths_b: Sequence[int], max_ratio: float
 ) -> list[tuple[int, int]]:
-    """As many index pairs (a, b) as possible with `lengths_match`, each index used at most once; in order of
-    length."""
+    """As many index pairs (a, b) with `lengths_match` as possible, no index twice; in order of length."""
     order_a = sorted(range(len(lengths_a)), key=lengths_a.__getitem__)
     order_b = sorted(range(len(lengths_b)), key=lengths_b.__getitem__)
     matched: list[tuple[int, int]] = []
@@ -51,8 +47,7 @@ def build_pairs(
     pairs_per_problem: int = 1,
     source: str = "pns",
 ) -> tuple[list[PreferencePair], dict[str, int]]:
-    """Pair verified-correct (`chosen`) with negative (`rejected`) completions of the same problem, both by
-    problem id.
+    """Pair verified-correct (`chosen`) with negative (`rejected`) completions, both by problem id.
 
     Each chosen completion, in order, takes the first negative not yet taken that is within `max_length_ratio`
     of its length in tokens, until the problem has `pairs_per_problem`; arms that share `chosen` thus prefer
@@ -74,9 +69,8 @@ def build_pairs(
             for negative in negatives:
                 if lengths_match(length, len(negative.token_ids), max_length_ratio):
                     negatives.remove(negative)
-                    own.append(
-                        PreferencePair(problem.id, problem.prompt, candidate.text, negative.text, source)
-                    )
+                    sides = candidate.text, negative.text
+                    own.append(PreferencePair(problem.id, problem.prompt, *sides, source))
                     break
         counts["length_ratio"] += not own
         pairs += own
@@ -85,36 +79,28 @@ def build_pairs(
 
 
 def first_divergence(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> int | None:
-    """Index of the first token that differs (the shorter length where one side is a prefix of the other);
-    None for equal sequences."""
-    for index, (right, wrong) in enumerate(zip(chosen_T, rejected_T, strict=False)):
+    """Index of the first token that differs, or that one side alone has; None for equal sequences."""
+    for index, (right, wrong) in enumerate(zip_longest(chosen_T, rejected_T, fillvalue=ENDED)):
         if right != wrong:
             return index
-    return None if len(chosen_T) == len(rejected_T) else min(len(chosen_T), len(rejected_T))
+    return None
 
 
 def divergent_tokens(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> tuple[int, int] | None:
-    """The (right, wrong) tokens at the first divergence, `ENDED` for a side that has ended; None for equal
-    sequences."""
-    index = first_divergence(chosen_T, rejected_T)
-    if index is None:
-        return None
-    right = chosen_T[index] if index < len(chosen_T) else ENDED
-    wrong = rejected_T[index] if index < len(rejected_T) else ENDED
-    return right, wrong
+    """The (right, wrong) tokens at the first divergence, `ENDED` beyond an end; None for equal sequences."""
+    both = zip_longest(chosen_T, rejected_T, fillvalue=ENDED)
+    return next(((right, wrong) for right, wrong in both if right != wrong), None)
 
 
 def token_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Counter[tuple[int, int]]:
-    """How many (chosen, rejected) pairs of token ids replace a right by a wrong token at the first
-    divergence: {(right, wrong): count}."""
+    """{(right, wrong): how many pairs of token ids replace the one by the other at the first divergence}."""
     tokens = (divergent_tokens(chosen, rejected) for chosen, rejected in pairs)
     return Counter(flow for flow in tokens if flow is not None)
 
 
 def one_sidedness(flow: Mapping[tuple[int, int], int]) -> float | None:
     """How far a flow is from balance: sum of |n(a, b) - n(b, a)| over unordered token pairs, over all counts.
-    0: for every right -> wrong as many wrong -> right; 1: no replacement ever occurs the other way round.
-    None for an empty flow."""
+    0: as many wrong -> right as right -> wrong, for every two; 1: none the other way. None for no flow."""
     total = sum(flow.values())
     if not total:
         return None
@@ -123,9 +109,8 @@ def one_sidedness(flow: Mapping[tuple[int, int], int]) -> float | None:
 
 
 def balance_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
-    """Indices, ascending, of a largest subset of (chosen, rejected) token-id pairs whose flow is balanced
-    (`one_sidedness` 0): of every (right, wrong) as many as of (wrong, right), the earliest first. Equal
-    sequences are left out."""
+    """Indices, ascending, of a largest subset of (chosen, rejected) token-id pairs whose flow is balanced: of
+    every (right, wrong) as many as of (wrong, right), the earliest. Equal sequences are left out."""
     flow = token_flow(pairs)
     taken: Counter[tuple[int, int]] = Counter()
     kept: list[int] = []
@@ -138,8 +123,8 @@ def balance_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[i
 
 
 def num_margin_tokens(token_starts_T: Sequence[int], margin_end: int | None) -> int:
-    """Number of leading tokens that begin within the first `margin_end` characters, given each token's first
-    character (ascending, as a tokenizer's offsets give them); all of them for None."""
+    """Number of leading tokens that begin within the first `margin_end` characters (None: all), given the
+    first character of each in ascending order."""
     if margin_end is None:
         return len(token_starts_T)
     return sum(start < margin_end for start in token_starts_T)
@@ -151,8 +136,7 @@ def margin_masks(
     margin: MarginMask,
     rejected_margin_tokens: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which tokens of each side take part in the preference margin: two 0/1 arrays as long as `chosen_T` and
-    `rejected_T`.
+    """Which tokens of each side take part in the preference margin: two 0/1 arrays of the sides' lengths.
 
     completion: all. first_wrong_step: all of chosen, and the first `rejected_margin_tokens` of rejected
     (None: all), which reach up to and include the first wrong step. first_divergent_token: on either side

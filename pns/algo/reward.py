@@ -1,12 +1,9 @@
-"""The composite reward of reverse RL, the ordinary reward of the backbone's RL, and the accounting of masked
-completions.
+"""The composite reward of reverse RL, the ordinary reward of RL, and the accounting of masked completions.
 
 The terms of the composite reward are data (`reward.terms`): a name, a weight and a kind. `KINDS` says of each
 kind what its service is asked and how its answer becomes a score. A term that could not be computed is never
 a number: it masks the completion, with its cause.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +28,8 @@ class TooManyMaskedError(UserError):
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind of term meets its service: `item(prompt_ids, problem, completion)` is what the service is
-    asked, `score(value)` makes its answer a number in [0, 1]."""
+    """How a kind of term meets its service: `item(prompt_ids, problem, completion)` is what it is asked,
+    `score(value)` makes its answer a number in [0, 1]."""
 
     item: Callable[[Sequence[int], Problem, Completion], Any]
     score: Callable[[Any], float]
@@ -75,7 +72,7 @@ def compose(
     missing: Mapping[str, str],
     rules: RewardConfig,
 ) -> Reward:
-    """The reward of one of the generator's completions; the gates are evaluated in the order of the method.
+    """The reward of one of the generator's completions; its gates in the order of the method.
 
     `terms` are the unweighted terms that were computed, in [0, 1]; `missing` maps what could not be computed
     (a term or `VERDICT`) to its cause.
@@ -85,8 +82,7 @@ def compose(
     ablation): without the gate on correct, w_wrong * [wrong] + sum of w_i * term_i, so that a correct
     completion earns the terms as well.
 
-    Raises ValueError for a term outside its range (NaN included) or one that is given and also reported
-    missing.
+    Raises ValueError for a term outside its range (or NaN), or given and also reported missing.
     """
     for name, term in terms.items():
         if not 0.0 <= term <= 1.0:
@@ -94,7 +90,7 @@ def compose(
         if name in missing:
             raise ValueError(f"{name} is {term} and also reported missing: {missing[name]}")
     causes: dict[str, str] = {}
-    value: float | None = None
+    value: float | None = None  # masked
     names = needed(format_ok, verdict, rules)
     if not format_ok:
         value = rules.malformed

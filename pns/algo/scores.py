@@ -1,7 +1,5 @@
 """Statistics of an evaluation: figures of models on suites, and paired differences between models."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import fsum  # sums that do not depend on the order
 from typing import Any
@@ -29,8 +27,7 @@ def summarise(
     `accuracy` (pass@1: the mean over problems of the share of right samples) with its 95 % interval [`low`,
     `high`] (Wilson over the n problems, which is on the safe side with several samples), counts of
     completions, how they were decoded; with several samples `pass_at` and `majority_at`; `by_subject` and
-    `by_level` where the problems have them; `against` earlier models: paired difference, 95 % interval,
-    p-value and verdict.
+    `by_level` where the problems have them; `against` earlier models: `Difference` and verdict.
     """
     scores: SuiteScores = {suite: {} for suite in [*decodings, MEAN]}
     accuracies: dict[str, dict[str, list[float]]] = {}
@@ -50,8 +47,7 @@ def summarise(
 
 
 def add_difference(scores: SuiteScores, accuracies: Accuracies, earlier: str, name: str) -> None:
-    """Add to the figures of `name` its difference from `earlier`, whose accuracies are those of the same
-    problems in the same order."""
+    """Add to the figures of `name` its difference from `earlier` on the same problems in the same order."""
     suites = [suite for suite in scores if suite != MEAN]
     for suite in scores:
         compared = suites if suite == MEAN else [suite]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from pns.answers.spelling import GREEK, NUMBER_WORDS
@@ -13,10 +13,15 @@ from pns.answers.tree import Based, Number, Symbol, Tree, letter
 from pns.answers.units import CURRENCIES, UNIT_LETTERS
 
 _MAX_DIGITS = 2000  # of one number
-_MAX_EXPONENT = 3000  # of scientific notation
+_MAX_EXPONENT = 3000  # of scientific notation; 1e999999999 is no number that could be written down
 _FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a letter is a function, not a factor
 _POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALES = {"dozen": 12} | {name: 10**power for name, power in _POWERS.items()}
+_AROUND_NUMBERS = ("$", r"\$", r"\%", "%", "{", "}")
+_DECIMAL = re.compile(
+    r"\d*\.(?P<decimals>\d*)(?:[eE](?P<exponent>[+-]?\d+))?"
+    r"(?:(?:\\times|\\cdot|\*)10\^(?P<power>[+-]?\d+)|(?:\^|\\circ).*)?"
+)
 
 
 @dataclass
@@ -37,9 +42,8 @@ def number_value(written: str) -> Fraction:
     return Fraction(int((whole + decimals) or 0), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0)
 
 
-def read_number(cursor: Cursor, token: Token) -> Number | Based:
+def read_number(cursor: Cursor, written: str) -> Number | Based:
     """The number that begins with a token: with its base, its fraction or its repeating decimals."""
-    written = token.value
     value = number_value(written)
     if cursor.accept("_"):
         base = _read_base(cursor)
@@ -59,17 +63,9 @@ def read_number(cursor: Cursor, token: Token) -> Number | Based:
 
 
 def _read_base(cursor: Cursor) -> int:
-    braced = cursor.accept("{")
-    bracketed = cursor.accept("(")
-    token = cursor.take()
-    base = NUMBER_WORDS.get(token.word, 0)
-    if token.kind == "number" and token.value.isdigit():
-        base = int(token.value[:4])
-    if bracketed:
-        cursor.expect(")")
-    if braced:
-        cursor.expect("}")
-    return base
+    base = cursor.raw_group().strip("()") or cursor.raw_group() + cursor.expect(")")  # _2, _{two}, _(2)
+    base = base.strip("()").casefold()
+    return int(base[:4]) if base.isdecimal() else NUMBER_WORDS.get(base, 0)
 
 
 def _read_mixed(cursor: Cursor, whole: Fraction) -> Number | None:
@@ -78,48 +74,34 @@ def _read_mixed(cursor: Cursor, whole: Fraction) -> Number | None:
     if cursor.accept(r"\frac"):
         digits = [_fraction_digits(cursor), _fraction_digits(cursor)]
     else:
-        numerator_digits, _slash, denominator_digits = cursor.take(), cursor.take(), cursor.take()
-        digits = [numerator_digits.value, denominator_digits.value]
-    if all(part and re.fullmatch(r"\d{1,9}", part) for part in digits) and not cursor.at("^", "!"):
-        numerator, denominator = (int(part or 0) for part in digits)
+        digits = [cursor.take().value, cursor.take().value, cursor.take().value][::2]
+    if all(re.fullmatch(r"\d{1,9}", part) for part in digits) and not cursor.at("^", "!"):
+        numerator, denominator = map(int, digits)
         if 0 < numerator < denominator:
             return Number(whole + Fraction(numerator, denominator))
     cursor.position = start
     return None
 
 
-def _fraction_digits(cursor: Cursor) -> str | None:
-    r"""The digits of a `\frac` argument; None where it is anything else."""
-    token = cursor.peek()
-    if token.kind == "number":
-        if len(token.value) > 1 and token.value.isdigit():  # \frac12
-            cursor.tokens[cursor.position] = replace(token, value=token.value[1:], spaced=False)
-            cursor.tokens.insert(cursor.position, replace(token, value=token.value[0]))
+def _fraction_digits(cursor: Cursor) -> str:
+    r"""The digits of a `\frac` argument; "" where it is anything else."""
+    if cursor.at_digit() or cursor.peek().kind == "number":
         return cursor.take().value
-    if token.value == "{" and cursor.peek(1).kind == "number" and cursor.peek(2).value == "}":
+    if cursor.at("{") and cursor.peek(1).kind == "number" and cursor.peek(2).value == "}":
         cursor.position += 3
         return cursor.peek(-2).value
-    return None
+    return ""
 
 
 def last_place(tokens: Sequence[Token]) -> Fraction | None:
     """The place value of the last digit of a decimal, plain or scientific; None where the tokens are anything
     else."""
-    signs = ("-", "+", "$", r"\$", r"\%", "%", "{", "}")
-    values = [token.value for token in tokens if token.value not in signs and token.kind != "text"]
-    if not values or "." not in values[0] or not re.fullmatch(r"[\d.]+(?:[eE][+-]?\d+)?", values[0]):
+    values = [token.value for token in tokens if token.kind != "text" and token.value not in _AROUND_NUMBERS]
+    decimal = _DECIMAL.fullmatch("".join(values).lstrip("+-"))
+    if not decimal:
         return None
-    mantissa, _, exponent = values[0].casefold().partition("e")
-    power = int(exponent or 0)
-    if len(values) > 1 and values[1] not in ("^", r"\circ"):
-        is_times_ten = values[1] in (r"\times", r"\cdot", "*") and values[2:3] == ["10"]
-        if len(values) != 5 or not is_times_ten or not values[4].isdigit():
-            return None
-        sign = -1 if any(token.value == "-" for token in tokens[-4:]) else 1
-        power = sign * int(values[4][:4])
-    if abs(power) > _MAX_EXPONENT:
-        return None
-    return Fraction(10) ** (power - len(mantissa.partition(".")[2]))
+    power = int(decimal["power"] or decimal["exponent"] or 0)
+    return None if abs(power) > _MAX_EXPONENT else Fraction(10) ** (power - len(decimal["decimals"]))
 
 
 def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
@@ -127,20 +109,18 @@ def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
     plain = name
     if cursor.accept("_"):
         name += "_" + cursor.raw_group()
-    while cursor.at("'", "^"):
-        exponent = cursor.peek(2 if cursor.peek(1).value == "{" else 1)
+    while True:
         if cursor.accept("'"):
             name += "'"
-        elif exponent.value == r"\prime":
+        elif cursor.at("^") and cursor.peek(2 if cursor.peek(1).value == "{" else 1).value == r"\prime":
             cursor.take()
             name += "'" * cursor.raw_group().count("prime")
         else:
             break
-    if plain in _FUNCTION_LETTERS:
-        ahead = [cursor.peek(place).value for place in range(6)]
-        if ahead == ["^", "{", "-", "1", "}", "("]:  # f^{-1}(x), the inverse function
-            cursor.position += 5
-            name += "^-1"
+    ahead = "".join(cursor.peek(place).value for place in range(6))
+    if plain in _FUNCTION_LETTERS and ahead == "^{-1}(":  # f^{-1}(x), the inverse function
+        cursor.position += 5
+        name += "^-1"
     if cursor.at("(") and (argument := _read_argument(cursor, plain)):
         marks.ambiguous |= plain not in _FUNCTION_LETTERS  # a(x) may be a product
         return Symbol(name + argument)
@@ -149,22 +129,17 @@ def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
 
 def _read_argument(cursor: Cursor, name: str) -> str:
     """The bracket of `f(x)`, `I(0)` as text; "" where it is a factor: `n(n+1)`."""
-    if name in ("e", "i"):  # e(1+i) is a product
+    closing, level = 0, 1
+    while level:
+        closing += 1
+        token = cursor.peek(closing)
+        if token.kind == "end":
+            raise Unreadable
+        level += {"(": 1, ")": -1}.get(token.value, 0)
+    inner = cursor.peek(1)
+    is_simple = closing == 2 and (inner.kind in ("number", "letter") or inner.value[1:] in GREEK)  # V(\theta)
+    if name in ("e", "i") or not (is_simple or name in _FUNCTION_LETTERS):  # e(1+i) is a product
         return ""
-    closing = 2
-    if name in _FUNCTION_LETTERS:  # f(2x+1): anything up to the bracket that closes
-        closing, level = 0, 1
-        while level:
-            closing += 1
-            token = cursor.peek(closing)
-            if token.kind == "end":
-                raise Unreadable
-            level += {"(": 1, ")": -1}.get(token.value, 0)
-    else:
-        inner = cursor.peek(1)
-        is_simple = inner.kind in ("number", "letter") or inner.value[1:] in GREEK  # I(0), x(t), V(\theta)
-        if not is_simple or cursor.peek(closing).value != ")":
-            return ""
     tokens = cursor.tokens[cursor.position + 1 : cursor.position + closing]
     cursor.position += closing + 1
     return "(" + "".join(token.value for token in tokens) + ")"
@@ -174,12 +149,10 @@ def read_derivative(cursor: Cursor) -> Symbol | None:
     r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel. None where they are
     a fraction's."""
     start = cursor.position
-    signs = ("d", r"\partial")
-    if cursor.peek().value != "{" or cursor.peek(1).value not in signs:
-        return None
-    upper = cursor.raw_group()
-    if cursor.peek().value == "{" and cursor.peek(1).value in signs:
-        return Symbol(f"{upper}/{cursor.raw_group()}")
+    if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
+        upper = cursor.raw_group()
+        if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
+            return Symbol(f"{upper}/{cursor.raw_group()}")
     cursor.position = start
     return None
 
@@ -187,21 +160,17 @@ def read_derivative(cursor: Cursor) -> Symbol | None:
 def skip_set_builder(cursor: Cursor) -> None:
     r"""Skip `x |` and `x \in R :` of a set given by a condition."""
     start = cursor.position
-    if cursor.peek().kind != "letter":
-        return
-    cursor.take()
+    is_letter = cursor.take().kind == "letter"
     if cursor.accept(r"\in"):
         cursor.take()
         if cursor.at("{"):
             cursor.raw_group()
-    if not cursor.accept("|", r"\mid", ":", r"\vert"):
+    if not is_letter or not cursor.accept("|", r"\mid", ":", r"\vert"):
         cursor.position = start
 
 
 def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
     """Read the unit after an expression into the marks; returns the factor of words like "million"."""
-    if cursor.accept(r"\%", "%"):
-        marks.percent = True
     if cursor.peek().value in CURRENCIES and not marks.unit:
         marks.unit = CURRENCIES[cursor.take().value]
     if tree.symbols:
@@ -213,9 +182,8 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
     scale = 1
     parts: list[str] = []
     while True:
-        if parts and cursor.peek().value == "/" and cursor.peek(1).kind in ("text", "word", "letter"):  # km/h
+        if parts and cursor.at("/") and cursor.peek(1).kind in ("text", "word", "letter"):  # km/h
             parts.append(cursor.take().value)
-            continue
         words = cursor.peek().word.split()
         if not parts and at_unit_letter(cursor):
             words = [cursor.peek().value.casefold()]
@@ -228,25 +196,16 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
             continue
         while words and words[0] in _SCALES:  # "5 million dollars"
             scale *= _SCALES[words.pop(0)]
-        power = _read_unit_power(cursor)
+        power = ""
+        if cursor.peek(1).value != r"\circ" and cursor.accept("^"):
+            power = "^" + cursor.accept("-") + cursor.raw_group()
+        if not re.fullmatch(r"(\^-?\d+)?", power):
+            raise Unreadable
         if words:
             parts.append(" ".join(words) + power)
         cursor.accept(".")
     marks.unit = " ".join([marks.unit, *parts]).strip()
     return scale
-
-
-def _read_unit_power(cursor: Cursor) -> str:
-    if cursor.peek(1).value == r"\circ" or not cursor.accept("^"):
-        return ""
-    braced = cursor.accept("{")
-    sign = "-" if cursor.accept("-") else ""
-    token = cursor.take()
-    if token.kind != "number":
-        raise Unreadable
-    if braced:
-        cursor.expect("}")
-    return "^" + sign + token.value
 
 
 def at_unit_letter(cursor: Cursor) -> bool:

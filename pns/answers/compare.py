@@ -18,26 +18,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from pns.answers.exact import Budget, approximate, rational, same_value
 from pns.answers.readings import MAX_CHARACTERS, readings
 from pns.answers.relations import (
-    Interval,
+    End,
     ascending,
-    bound_names,
     difference_of_sides,
-    intervals,
+    ends,
     linear_root,
     named_value,
-    rename,
     subject,
     tree_of,
+    with_argument_of,
 )
-from pns.answers.spelling import spelling
+from pns.answers.spelling import spelling, stable
 from pns.answers.tree import (
+    EMPTY_SET,
     INFINITY,
     ONE,
     REALS,
@@ -79,8 +79,9 @@ _VAGUE = {
 }
 _POLAR = ({"yes", "no"}, {"true", "false"})  # opposites, in each set
 _UNCLEAR = _VAGUE.union(*_POLAR)
+_UNORDERED = {"", "or", "{}"}
 _CONVERSIONS = {3, 7, 12, 24, 60, 3600}  # beside powers of ten: ratios that may be a change of unit
-_DEGREE = Constant("pi") / whole(180)
+_DEGREES = whole(180) / Constant("pi")  # of a radian
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,6 @@ class Finding:
 
 _SAME = Finding(True, "equal")
 _DIFFERENT = Finding(False, "different")
-_DIFFERENT_NUMBERS = Finding(False, "different numbers")
 _TWO_READINGS = Finding(None, "an expression that is read in different ways", doubtful=True)
 
 
@@ -104,50 +104,37 @@ def _undecided(reason: str) -> Finding:
     return Finding(None, reason, doubtful=True)
 
 
-def _first(findings: Iterable[Finding], *verdicts: bool | None) -> Finding | None:
-    """The first finding with the first of these verdicts that any has."""
-    findings = list(findings)
-    for verdict in verdicts:
-        for finding in findings:
-            if finding.same is verdict:
-                return finding
-    return None
-
-
-def _all_of(findings: Iterable[Finding]) -> Finding:
-    """All the same, one different, or neither proved."""
-    return _first(findings, False, None) or _SAME
+def _first(findings: Iterable[Finding], verdicts: Sequence[bool | None] = (False, None, True)) -> Finding:
+    """The first finding with the first of these verdicts that any has; as they are, whether all are the
+    same."""
+    return min(findings, key=lambda finding: verdicts.index(finding.same), default=_SAME)
 
 
 def normalise_answer(answer: str) -> str:
     """One spelling of equal answers: exact numbers as `n` or `n/d` without separators and units (percents
     keep `%`), anything else without TeX decoration and spaces, words in lower case. Idempotent."""
-    text = answer
-    for _ in range(10):
-        previous, number = text, _stated_number(text)
-        if number and max(map(abs, number[0].as_integer_ratio())) < _MAX_WRITTEN:
-            text = f"{number[0]}%" if number[1] else str(number[0])
-        else:
-            text = spelling(text)
-        if text == previous:
-            break
-    return text
+    return stable(_normal_form, answer)
+
+
+def _normal_form(text: str) -> str:
+    number, is_percent = _stated_number(text)
+    if number is None or max(map(abs, number.as_integer_ratio())) >= _MAX_WRITTEN:
+        return spelling(text)
+    return f"{number}%" if is_percent else str(number)
 
 
 def exact_value(answer: str) -> Fraction | None:
     """The rational number an answer states (percents in percent, units dropped); None where there is none."""
-    number = _stated_number(answer)
-    return number[0] if number else None
+    return _stated_number(answer)[0]
 
 
-def _stated_number(answer: str) -> tuple[Fraction, bool] | None:
+def _stated_number(answer: str) -> tuple[Fraction | None, bool]:
     for reading in readings(answer)[:1]:
         if isinstance(reading, Relation) and len(reading.sides) == 2 and (named := named_value(reading)):
             reading = named[1]
-        if isinstance(reading, Expression) and not reading.tree.symbols:
-            value = rational(reading.tree)
-            return None if value is None else (value, reading.percent)
-    return None
+        if is_numeric(reading):
+            return rational(reading.tree), reading.percent
+    return None, False
 
 
 def same_answer(gold: str, prediction: str, rule: AnswerRule = AnswerRule()) -> bool | None:  # noqa: B008
@@ -173,8 +160,8 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
         findings = [_compare(basis, a, b) for a in golds for b in predictions]
     except RecursionError:
         return _undecided("answers too deeply nested to compare")
-    likeliest, best = findings[0], _first(findings, True, None) or findings[0]
-    if min(len(golds), len(predictions)) > 1 and likeliest.same is False and best.same:
+    best = _first(findings, (True, None, False))
+    if min(len(golds), len(predictions)) > 1 and findings[0].same is False and best.same:
         return _undecided("numbers with separators, or lists")  # 100,200 and 200,100
     return best
 
@@ -208,27 +195,11 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
     """The gold answer and the prediction, or parts of them."""
     if a == b:
         return _SAME
-    for x, y in ((a, b), (b, a)):
-        if isinstance(x, Relation):
-            return _compare_relation(basis, x, y)  # first, as x = (1, 2) may stand for (1, 2)
-        if isinstance(x, Words):
-            return _compare_words(x.text, y)
-    for x, y in ((a, b), (b, a)):
-        if isinstance(x, Matrix):
-            return _compare_matrix(basis, x, y)
-        if isinstance(x, Based):
-            return _compare_based(basis, x, y)
-        if isinstance(x, Ratio):
-            return _compare_ratio(basis, x, y)
-    if isinstance(a, Union) or isinstance(b, Union):
-        return _compare_sets(basis, a, b)
-    if isinstance(a, Group):
-        return _compare_group(basis, a, b)
-    if isinstance(b, Group):
-        return _compare_group(basis, b, a)
-    assert isinstance(a, Expression)
-    assert isinstance(b, Expression)
-    return _compare_expressions(basis, a, b)
+    for forms in _PRECEDENCE:
+        for x, y in ((a, b), (b, a)):
+            if compare := forms.get(type(x)):
+                return compare(basis, x, y)
+    raise TypeError(type(a))
 
 
 def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding:
@@ -246,14 +217,13 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
     if same:
         is_letter_unit = is_ambiguous and bool(a.unit) != bool(b.unit)
         return _undecided("a letter that may be a unit or a factor") if is_letter_unit else _SAME
-    if a.percent != b.percent:
-        percentage, share = (a.tree, b.tree) if a.percent else (b.tree, a.tree)
-        if basis.same(percentage, share * whole(100)):  # 50% and 0.5
-            return Finding(True, "equal as percentages")
-    if a.degrees != b.degrees:
-        angles = (x * _DEGREE, y) if a.degrees else (x, y * _DEGREE)
-        if basis.same(*angles):  # 90^\circ and \pi/2
-            return Finding(True, "equal as angles")
+    for is_in_a, is_in_b, factor, reason in (
+        (a.percent, b.percent, whole(100), "equal as percentages"),  # 50% and 0.5
+        (a.degrees, b.degrees, _DEGREES, "equal as angles"),  # 90^\circ and \pi/2
+    ):
+        marked, plain = (x, y) if is_in_a else (y, x)
+        if is_in_a != is_in_b and basis.same(marked, plain * factor):
+            return Finding(True, reason)
     are_numbers = not x.symbols and not y.symbols
     if same is None:
         kind = "numbers" if are_numbers else "expressions"
@@ -262,11 +232,10 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         return _compare_numbers(basis, a, b, x, y)
     if is_ambiguous:
         return _TWO_READINGS
-    for number, other in ((x, y), (y, x)):
-        if not number.symbols and other.symbols <= UNIT_LETTERS:
-            names = [part.name for part in walk(other) if isinstance(part, Symbol)]
-            if basis.same(number, substitute(other, dict.fromkeys(names, ONE))):
-                return _undecided("a symbol that may be a unit")
+    ones = dict.fromkeys(UNIT_LETTERS, ONE)
+    is_number_and_letters = not (x.symbols and y.symbols) and x.symbols | y.symbols <= UNIT_LETTERS
+    if is_number_and_letters and basis.same(substitute(x, ones), substitute(y, ones)):
+        return _undecided("a symbol that may be a unit")
     return _DIFFERENT
 
 
@@ -275,20 +244,19 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
     distance = None if basis.rule.tolerance else _distance(x, y)
     if distance is not None and (_is_rounding(a, b, distance) or _is_rounding(b, a, distance)):
         return _undecided("one number may be a rounding of the other")
-    if bool(a.unit) != bool(b.unit) and _is_conversion(x, y):  # 5 and 500 cm
-        return _undecided("one number may be the other in another unit")
+    ratio = rational(Call((x / y,), "abs"))
+    if ratio and bool(a.unit) != bool(b.unit):
+        factor = max(ratio, 1 / ratio)
+        if factor in _CONVERSIONS or factor == 10 ** round(math.log10(factor.numerator)):  # 5 and 500 cm
+            return _undecided("one number may be the other in another unit")
     if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
         return _TWO_READINGS
-    return _DIFFERENT_NUMBERS
+    return _DIFFERENT
 
 
 def _distance(x: Tree, y: Tree) -> Fraction | None:
     """|x - y| of two real numbers, to 50 digits where it is not rational."""
-    difference = x - y
-    distance = rational(difference)
-    if distance is None:
-        distance = approximate(difference)
-    return None if distance is None else abs(distance)
+    return approximate(Call((x - y,), "abs"))
 
 
 def _is_rounding(rounded: Expression, other: Expression, distance: Fraction) -> bool:
@@ -296,72 +264,44 @@ def _is_rounding(rounded: Expression, other: Expression, distance: Fraction) -> 
     step = rounded.step
     if not step or (other.step and other.step >= step):
         return False
-    if distance * 2 <= step:
-        return True
-    cut = rational(Call((rounded.tree,), "abs"))
-    size = approximate(Call((other.tree,), "abs"))
-    return distance < step and cut is not None and size is not None and cut < size
+    lost = approximate(Call((other.tree,), "abs") - Call((rounded.tree,), "abs"))
+    return distance * 2 <= step or (distance < step and lost is not None and lost > 0)
 
 
-def _is_conversion(x: Tree, y: Tree) -> bool:
-    """Whether one number may be the other in another unit."""
-    exact_x, exact_y = rational(x), rational(y)
-    if not exact_x or not exact_y:
-        return False
-    ratio = abs(exact_x / exact_y)
-    factor = max(ratio, 1 / ratio)
-    is_power_of_ten = factor == 10 ** round(math.log10(factor.numerator))
-    return is_power_of_ten or factor in _CONVERSIONS
-
-
-def _compare_group(basis: _Basis, group: Group, other: Answer) -> Finding:
-    if isinstance(other, Group):
-        return _compare_groups(basis, group, other)
-    if not group.items:
-        return _DIFFERENT
-    if group.brackets not in ("", "or", "{}"):
-        is_several = group.brackets in ("[)", "(]") or len(group.items) > 1
-        return _DIFFERENT if is_several else _undecided("answers of different kinds")
-    verdicts = [_compare(basis, item, other).same for item in _flat(group.items)]
-    if all(same is False for same in verdicts) or (len(verdicts) > 1 and False in verdicts):
-        return Finding(False, "one answer and several")
-    return _SAME if verdicts == [True] else _undecided("one answer and a set")
-
-
-def _compare_groups(basis: _Basis, a: Group, b: Group) -> Finding:
+def _compare_group(basis: _Basis, a: Group, b: Answer) -> Finding:
+    if not isinstance(b, Group):
+        if a.brackets not in _UNORDERED:
+            is_several = a.brackets in ("[)", "(]") or len(a.items) > 1
+            return _DIFFERENT if is_several else _undecided("answers of different kinds")
+        verdicts = [_compare(basis, item, b).same for item in _flat(a.items)]
+        if False in verdicts or not verdicts:
+            return Finding(False, "one answer and several")
+        return _SAME if verdicts == [True] else _undecided("one answer and a set")
     kinds = {a.brackets, b.brackets}
-    inequalities = [
-        item for item in a.items + b.items if isinstance(item, Relation) and item.operators[0] != "="
-    ]
-    if kinds & {"[)", "(]"} or ("or" in kinds and inequalities):  # x < 1 or x > 2
+    items = a.items + b.items
+    has_inequality = any(isinstance(item, Relation) and item.operators[0] != "=" for item in items)
+    if kinds & {"[)", "(]"} or ("or" in kinds and has_inequality):  # x < 1 or x > 2
         return _compare_sets(basis, a, b)
-    is_list = bool(kinds & {"", "or"})
-    if kinds <= {"", "or", "{}"}:
-        if not a.items or not b.items:
-            return _SAME if a.items == b.items else _DIFFERENT
-        return _compare_unordered(basis, a.items, b.items)
-    if basis.rule.unordered and is_list:
+    if kinds <= _UNORDERED or (basis.rule.unordered and kinds & {"", "or"}):
         return _compare_unordered(basis, a.items, b.items)
     in_order = _compare_ordered(basis, a.items, b.items)
-    if a.brackets == b.brackets:
+    is_vector = kinds == {"()", "[]"}  # that is written with either
+    if a.brackets == b.brackets or (is_vector and not in_order.same):
         return in_order
-    if in_order.same:
-        return _undecided("the same items in different brackets")
-    if kinds == {"()", "[]"}:  # a vector is written with either
-        return in_order
-    if _compare_unordered(basis, a.items, b.items).same is False:
-        return _DIFFERENT
-    return _undecided("the same items in different brackets")
+    is_apart = _compare_unordered(basis, a.items, b.items).same is False
+    return _DIFFERENT if is_apart else _undecided("the same items in different brackets")
 
 
 def _compare_ordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
     if len(a) != len(b):
         return Finding(False, "a different number of items")
-    return _all_of(_compare(basis, x, y) for x, y in zip(a, b, strict=True))
+    return _first(_compare(basis, x, y) for x, y in zip(a, b, strict=True))
 
 
 def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
     a, b = _flat(a), _flat(b)
+    if not a or not b:
+        return _DIFFERENT
     if len(a) * len(b) > _MAX_PAIRS:
         return _undecided("lists too long to compare")
     if _has_names(a) != _has_names(b):  # x=1, y=2 and 1, 2: the names give the order
@@ -378,109 +318,87 @@ def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) 
     columns = [list(column) for column in zip(*rows, strict=True)]
     if any({False}.issuperset(line) for line in rows + columns):
         return Finding(False, "an item that the other list lacks")
-    if any(None in row for row in rows):
-        return _undecided("lists with items that may be the same")
-    return _undecided("lists that repeat items differently")
+    return _undecided("lists with items that may be the same, or that repeat them differently")
 
 
 def _flat(items: Sequence[Answer]) -> list[Answer]:
     """The items with those of bare lists among them in their place."""
     flat: list[Answer] = []
     for item in items:
-        is_list = isinstance(item, Group) and item.brackets in ("", "or")
-        flat += _flat(item.items) if isinstance(item, Group) and is_list else [item]
+        flat += _flat(item.items) if isinstance(item, Group) and item.brackets in ("", "or") else [item]
     return flat
 
 
 def _has_names(items: Sequence[Answer]) -> bool:
     """Whether equations give the items different names."""
     equations = [item for item in items if isinstance(item, Relation) and item.operators[0] == "="]
-    names = {named[0] for equation in equations if (named := named_value(equation))}
-    return len(names) > 1
+    return len({named[0] for equation in equations if (named := named_value(equation))}) > 1
 
 
 def _compare_sets(basis: _Basis, a: Answer, b: Answer) -> Finding:
     """Unions of intervals and points, inequalities."""
     for answer in (a, b):
-        if isinstance(answer, Expression):
-            is_number = not answer.ambiguous and not answer.tree.symbols
-            return (
-                Finding(False, "a set and a number") if is_number else _undecided("a set and an expression")
-            )
-    x, y = intervals(a), intervals(b)
+        if is_numeric(answer) and not answer.ambiguous:
+            return Finding(False, "a set and a number")
+    x, y = ends(a), ends(b)
     if x is None or y is None:
         return _undecided("sets of a form that is not read here")
-    x, y = _merged(basis, x), _merged(basis, y)
+    x, y = _joined(basis, x), _joined(basis, y)
     if len(x) != len(y):
-        if all(is_numeric(interval.low) and is_numeric(interval.high) for interval in (*x, *y)):
+        if all(is_numeric(value) for value, _ in x + y):
             return Finding(False, "sets of different parts")
         return _undecided("unions of different length")
-    findings = []
-    for mine, theirs in zip(x, y, strict=True):
-        low, high = _compare(basis, mine.low, theirs.low), _compare(basis, mine.high, theirs.high)
-        is_open_alike = mine.closed == theirs.closed
-        ends = _SAME if is_open_alike else Finding(False, "an end that belongs to one set only")
-        findings.append(_all_of([low, high, ends]))
-    return _all_of(findings)
+    if [is_closed for _, is_closed in x] != [is_closed for _, is_closed in y]:
+        return Finding(False, "an end that belongs to one set only")
+    return _compare_ordered(basis, [value for value, _ in x], [value for value, _ in y])
 
 
-def _merged(basis: _Basis, parts: list[Interval]) -> list[Interval]:
-    """Ascending intervals with those joined that touch."""
-    merged = parts[:1]
-    for interval in parts[1:]:
-        last = merged[-1]
-        if (last.closed[1] or interval.closed[0]) and _compare(basis, last.high, interval.low).same:
-            merged[-1] = Interval(last.low, interval.high, (last.closed[0], interval.closed[1]))
-        else:
-            merged.append(interval)
-    return merged
+def _joined(basis: _Basis, ascending_ends: list[End]) -> list[End]:
+    """The ends of intervals with those joined that touch."""
+    joined = ascending_ends[:2]
+    for low, high in zip(ascending_ends[2::2], ascending_ends[3::2], strict=True):
+        touches = (joined[-1][1] or low[1]) and _compare(basis, joined[-1][0], low[0]).same
+        joined[-1:] = [high] if touches else [joined[-1], low, high]
+    return joined
 
 
 def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Finding:
+    is_equation = relation.operators[0] in ("=", "in")
     if isinstance(other, Relation):
-        return _compare_relations(basis, relation, other)
-    if relation.operators[0] not in ("=", "in"):
-        if isinstance(other, Group | Union):
-            return _compare_sets(basis, relation, other)
-        if isinstance(other, Words) and other.text in _EVERYTHING | _NOTHING:
-            return _undecided("words and an inequality")
-        if is_numeric(other) and relation.operators[0] != "!=" and intervals(relation) is not None:
-            return Finding(False, "an inequality and a number")
-        return _undecided("an inequality and an answer of another kind")
+        if is_equation and other.operators[0] in ("=", "in"):
+            return _compare_equations(basis, relation, other)
+        if "=" in (relation.operators[0], other.operators[0]):
+            return _undecided("an equation and an inequality")
+        return _compare_inequalities(basis, relation, other)
+    if not is_equation and isinstance(other, Group | Union):
+        return _compare_sets(basis, relation, other)
+    if not is_equation and is_numeric(other) and relation.operators[0] != "!=" and ends(relation):
+        return Finding(False, "an inequality and a number")
     if named := named_value(relation):  # x = 5 and 5
         return _compare(basis, named[1], other)
-    difference = difference_of_sides(relation)
-    if difference is not None and isinstance(other, Expression) and is_numeric(other) and not other.ambiguous:
+    difference = difference_of_sides(relation, may_be_ambiguous=True)
+    if relation.operators == ("=",) and difference and is_numeric(other) and not other.ambiguous:
         names = difference.symbols
         at_number = substitute(difference, {min(names): other.tree}) if names else difference
         if len(names) > 1 or (names and basis.same(at_number, ZERO) is False):
             return Finding(False, "an equation and a number")
-    return _undecided("an equation and an answer of another kind")
+    return _undecided("a relation and an answer of another kind")
 
 
-def _compare_relations(basis: _Basis, a: Relation, b: Relation) -> Finding:
-    if a.operators[0] in ("=", "in") and b.operators[0] in ("=", "in"):
-        return _compare_equations(basis, a, b)
-    if "=" in (a.operators[0], b.operators[0]):
-        return _undecided("an equation and an inequality")
+def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:
     x, y = subject(a), subject(b)
-    if x is None or y is None or intervals(a) is None or intervals(b) is None:
-        return _compare_chains(basis, ascending(a), ascending(b))  # a > b > c and c < b < a
-    finding = _compare_sets(basis, a, b)
-    if x.symbols == y.symbols or finding.same is False:
-        return finding
-    return _undecided("the same inequality of different names")
-
-
-def _compare_chains(basis: _Basis, a: Relation, b: Relation) -> Finding:
-    """Inequalities whose sides are no ends of intervals: c < a < b."""
+    if x and y and ends(a) and ends(b):
+        finding = _compare_sets(basis, a, b)
+        if x.symbols == y.symbols or finding.same is False:
+            return finding
+        return _undecided("the same inequality of different names")
+    a, b = ascending(a), ascending(b)  # a > b > c and c < b < a
     if a.operators == b.operators:
         in_order = _compare_ordered(basis, a.sides, b.sides)
-        if in_order.same:
-            return in_order
         has_same_sides = _compare_unordered(basis, a.sides, b.sides).same
-        if len(a.sides) > 2 and has_same_sides and in_order.same is False and set(a.operators) == {"<"}:
-            return Finding(False, "another order")
+        is_reordered = in_order.same is False and len(a.sides) > 2 and set(a.operators) == {"<"}
+        if in_order.same or (has_same_sides and is_reordered):
+            return in_order
     return _undecided("inequalities of which nothing is proved")
 
 
@@ -489,36 +407,32 @@ def _compare_equations(basis: _Basis, a: Relation, b: Relation) -> Finding:
     if not named_a or not named_b:
         return _compare_solutions(basis, a, b)
     (name_a, x), (name_b, y) = named_a, named_b
-    arguments = bound_names(name_a, name_b)  # f(x) = 2x and f(n) = 2n
-    finding = _compare(basis, x, rename(y, *arguments) if arguments else y)
-    are_numbers = is_numeric(x) and is_numeric(y)
-    if name_a == name_b or arguments:
-        if finding.same is not False or isinstance(x, Group) or are_numbers or name_a.endswith(")"):
-            return finding
-        solutions = _compare_solutions(basis, a, b)
-        return solutions if solutions.same or finding.doubtful else finding
+    renamed = with_argument_of(name_a, name_b, y)  # f(x) = 2x and f(n) = 2n
+    finding = _compare(basis, x, renamed or y)
+    has_same_name = name_a == name_b or renamed is not None
+    if has_same_name and (finding.same is not False or isinstance(x, Group) or name_a.endswith(")")):
+        return finding
+    if finding.same is False and is_numeric(x) and is_numeric(y):
+        return finding
     if finding.same and (is_numeric(x) or not isinstance(x, Expression)):  # x = 5 and y = 5
         return _undecided("the same value under different names")
-    if finding.same is False and are_numbers:
-        return finding
-    return _compare_solutions(basis, a, b)
+    solutions = _compare_solutions(basis, a, b)
+    return finding if has_same_name and not solutions.same else solutions
 
 
 def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
     """Two equations with the same solutions: proportional sides, or each linear in a variable and zero where
     the other is."""
     x, y = difference_of_sides(a), difference_of_sides(b)
-    if x is None or y is None:
+    if x is None or y is None or not a.operators == b.operators == ("=",):
         return _undecided("equations of a form that is not read here")
-    if any(isinstance(side, Expression) and side.ambiguous for side in a.sides + b.sides):
-        return _undecided("an equation that is read in different ways")
     if x.symbols != y.symbols or not x.symbols:
         is_apart = basis.same(x, y) is False and basis.same(x, -y) is False
         reason = "equations in different variables"
         return Finding(False, reason) if is_apart else _undecided(reason)
-    point: dict[str, Tree] = {}
-    for index, name in enumerate(sorted(x.symbols)):
-        point[name] = Number(Fraction(7 + 4 * index, 3))
+    point: dict[str, Tree] = {
+        name: whole(index + 7) / whole(3) for index, name in enumerate(sorted(x.symbols))
+    }
     x_at_point, y_at_point = substitute(x, point), substitute(y, point)
     if basis.same(x_at_point, ZERO) is False and basis.same(x * y_at_point, y * x_at_point):
         return Finding(True, "proportional equations")
@@ -530,48 +444,39 @@ def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
 
 
 def _compare_matrix(basis: _Basis, matrix: Matrix, other: Answer) -> Finding:
-    if isinstance(other, Matrix):
-        if [len(row) for row in matrix.rows] != [len(row) for row in other.rows]:
-            return Finding(False, "matrices of different shape")
-        pairs = zip(matrix.rows, other.rows, strict=True)
-        return _all_of([_compare_ordered(basis, row, other_row) for row, other_row in pairs])
     if is_numeric(other):
         return _DIFFERENT
     if isinstance(other, Group):
-        if other.brackets in ("()", "[]") and all(len(row) == 1 for row in matrix.rows):  # a column
-            return _compare_ordered(basis, [row[0] for row in matrix.rows], other.items)
         rows = [item.items for item in other.items if isinstance(item, Group) and item.brackets == "[]"]
+        if other.brackets in ("()", "[]") and all(len(row) == 1 for row in matrix.rows):  # a column
+            rows = [(item,) for item in other.items]
         if rows and len(rows) == len(other.items):
-            return _compare_matrix(basis, matrix, Matrix(tuple(rows)))
-    return _undecided("a matrix and an answer of another kind")
+            other = Matrix(tuple(rows))
+    if not isinstance(other, Matrix):
+        return _undecided("a matrix and an answer of another kind")
+    if [len(row) for row in matrix.rows] != [len(row) for row in other.rows]:
+        return Finding(False, "matrices of different shape")
+    return _compare_ordered(basis, sum(matrix.rows, ()), sum(other.rows, ()))
 
 
 def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:
     if isinstance(other, Based):
-        if based.base != other.base:
-            return Finding(False, "different bases")
-        return _SAME if based.digits == other.digits else Finding(False, "different digits")
+        return Finding(False, "different bases" if based.base != other.base else "different digits")
     if not isinstance(other, Expression) or (other.tree.symbols and other.ambiguous):
         return _undecided("a number in a base and an answer of another kind")
     if other.tree.symbols:
         return Finding(False, "a number in a base and an expression")
     digits = based.digits[:_MAX_BASED_DIGITS]
-    value = rational(other.tree)
-    if value is None:
-        if basis.same(other.tree, whole(int(digits))) is False:
-            return _DIFFERENT_NUMBERS
-        return _undecided("a number in a base and an answer of another kind")
-    is_in_base = all(int(digit) < based.base for digit in based.digits)
-    if value == int(digits) or (is_in_base and value == int(digits, based.base)):
-        return _undecided("the base is not stated on both sides")
-    return _DIFFERENT_NUMBERS
+    bases = (10, based.base) if max(map(int, digits)) < based.base else (10,)
+    if all(basis.same(other.tree, whole(int(digits, base))) is False for base in bases):
+        return _DIFFERENT
+    return _undecided("the base is not stated on both sides")
 
 
 def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     first, second = map(tree_of, ratio.parts[:2])
     if not isinstance(other, Ratio):
-        are_numbers = is_numeric(other) and all(map(is_numeric, ratio.parts))
-        if isinstance(other, Expression) and are_numbers and not other.ambiguous:
+        if is_numeric(other) and all(map(is_numeric, ratio.parts)) and not other.ambiguous:
             near = (first / second, second / first, first * whole(60) + second, first)
             if all(basis.same(value, other.tree) is False for value in near):
                 return Finding(False, "a ratio or a time and another number")
@@ -580,36 +485,25 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     if in_order.same or len(ratio.parts) != 2 or len(other.parts) != 2:
         return in_order
     third, fourth = map(tree_of, other.parts)
-    has_no_zero = all(basis.same(part, ZERO) is False for part in (first, second, third, fourth))
-    if has_no_zero and basis.same(first * fourth, second * third):
+    if basis.same(first, ZERO) is False and basis.same(first / second, third / fourth):
         are_clocks = ratio.clock and other.clock
         return _undecided("ratios that may be times") if are_clocks else Finding(True, "equal ratios")
     return in_order
 
 
-def _compare_words(text: str, other: Answer) -> Finding:
+def _compare_words(_basis: _Basis, words: Words, other: Answer) -> Finding:
+    text = words.text
     if isinstance(other, Words):
         return _same_words(text, other.text)
-    if text in _NOTHING and isinstance(other, Group) and not other.items:
+    if (text in _NOTHING and other == EMPTY_SET) or (text in _EVERYTHING and other == REALS):
         return _SAME
-    if text in _EVERYTHING:
-        return _SAME if other == REALS else _undecided("words and a formula")
-    if isinstance(other, Group) and other.brackets in ("", "or"):
-        has_words = any(isinstance(item, Words) for item in other.items)
-        if has_words:
-            return _undecided("words and a list of words")
-    if text in _NOTHING or not _VAGUE.isdisjoint(text.split()):
+    if not isinstance(other, Expression) or not _VAGUE.isdisjoint(text.split()):
         return _undecided("words that may state the same")
-    if len(text) == 1:
-        return _compare_letter(text, tree_of(other))
-    if not isinstance(other, Expression) or other.unit or other.ambiguous or INFINITY in walk(other.tree):
-        return _undecided("words and a formula")
-    return Finding(False, "words and a formula")
-
-
-def _compare_letter(text: str, other: Tree) -> Finding:
-    match other:
-        case Symbol(name) | Constant("e" | "i" as name) if name:
+    if len(text) > 1:
+        is_vague = other.unit or other.ambiguous or INFINITY in walk(other.tree)
+        return _undecided("words and a formula") if is_vague else Finding(False, "words and a formula")
+    match other.tree:
+        case Symbol(name) | Constant("e" | "i" as name):
             if name == text:
                 return _SAME
             return _undecided("two letters") if name.casefold() == text.casefold() else _DIFFERENT
@@ -619,26 +513,22 @@ def _compare_letter(text: str, other: Tree) -> Finding:
 def _same_words(a: str, b: str) -> Finding:
     """Two different words. Not decided: letters that differ in case only, abbreviations, plurals, words for
     "there is none"."""
-    same = Finding(True, "the same words")
-    x, y = a.casefold(), b.casefold()
-    if a == b or (x == y and len(x) > 1):
-        return same
+    x, y = (_ARTICLE.sub("", text.casefold()) for text in (a, b))
+    if (x == y and len(x) > 1) or {x, y} == {"no solution", "no solutions"}:
+        return Finding(True, "the same words")
     if {x, y} in _POLAR:
         return Finding(False, "opposite words")
-    if {x, y} == {"no solution", "no solutions"}:
-        return same
-    x, y = _ARTICLE.sub("", x), _ARTICLE.sub("", y)
-    if x == y and len(x) > 1:
-        return same
-    if len(x) == 1 and len(y) == 1:
-        is_other_case = x == y
-        return (
-            _undecided("two letters that differ in case")
-            if is_other_case
-            else Finding(False, "different letters")
-        )
     words = x.split() + y.split()
     is_abbreviation = x.startswith(y) or y.startswith(x)  # "cube" and "cubes"
     if is_abbreviation or len(words) > 2 or not _UNCLEAR.isdisjoint(words):
         return _undecided("words that may state the same")
     return Finding(False, "different words")
+
+
+_PRECEDENCE: tuple[dict[type, Callable[..., Finding]], ...] = (  # which form decides how two are compared
+    {Relation: _compare_relation, Words: _compare_words},  # first, as x = (1, 2) may stand for (1, 2)
+    {Matrix: _compare_matrix, Based: _compare_based, Ratio: _compare_ratio},
+    {Union: _compare_sets},
+    {Group: _compare_group},
+    {Expression: _compare_expressions},
+)

@@ -8,8 +8,7 @@ cheap on any text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
 from pns.answers.atoms import (
     Marks,
@@ -28,9 +27,7 @@ from pns.answers.tree import (
     EMPTY_SET,
     INFINITY,
     LOG_BASE,
-    ONE,
     REALS,
-    TEN,
     Answer,
     Call,
     Constant,
@@ -39,7 +36,6 @@ from pns.answers.tree import (
     Matrix,
     Negative,
     Number,
-    PlusMinus,
     Product,
     Ratio,
     Relation,
@@ -65,6 +61,10 @@ _RELATIONS = {
 }  # fmt: skip
 _OPENING = {"(": "(", "[": "[", r"\{": "{", r"\lbrace": "{", r"\langle": "("}
 _CLOSING = {")": ")", "]": "]", r"\}": "}", r"\rbrace": "}", r"\rangle": ")"}
+_TWO_SIGNS = {r"\pm": (False, True), r"\mp": (True, False)}  # whether the upper and the lower one are a minus
+_SIGNS = {"+": (False, False), "-": (True, True), **_TWO_SIGNS}
+# Of each logarithm by its name, what the natural one is divided by.
+_LOGARITHMS = {"ln": None, "lg": Call((whole(10),), "ln"), "log": Symbol(LOG_BASE)}
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 
@@ -80,22 +80,14 @@ class Parser(Cursor):
     """Reads the tokens of one answer. Its rules return a tree, or an answer of another form where a bracket,
     words or a matrix are no part of an expression; what the tree cannot hold goes into `marks`."""
 
-    def __init__(self, tokens: list[Token]) -> None:
+    def __init__(self, tokens: list[Token], is_lower: bool) -> None:
         super().__init__(tokens)
+        self.is_lower = is_lower  # of the two signs of a plus-minus
         self.marks = Marks()
         self.bars = 0  # absolute values that are open here
-        self.has_signs = False
-
-    def answer(self) -> Answer:
-        answer = self.items()
-        if self.peek().kind != "end":
-            raise Unreadable
-        values = both_signs(answer) if self.has_signs else [answer]
-        return values[0] if len(values) == 1 else Group("", tuple(values))
 
     def items(self) -> Answer:
         """One relation, or a bare list of them."""
-        self.deepen()
         items = [self.relation()]
         kind = ""
         while (separator := self.separator()) is not None:
@@ -103,7 +95,6 @@ class Parser(Cursor):
                 break
             kind = kind or separator
             items.append(self.relation())
-        self.depth -= 1
         return items[0] if len(items) == 1 else Group(kind, tuple(items))
 
     def separator(self) -> str | None:
@@ -120,16 +111,14 @@ class Parser(Cursor):
         operators: list[str] = []
         self.accept(r"\approx", "=")  # "= 5"
         sides = [self.union()]
-        while self.peek().kind in ("operator", "command") and (operator := _RELATIONS.get(self.peek().value)):
-            self.take()
-            operators.append(operator)
+        while sign := self.accept(*_RELATIONS):
+            operators.append(_RELATIONS[sign])
             sides.append(self.union())
-        while "~" in operators:  # what follows is rounded
+        if operators[:1] == ["~"] and isinstance(sides[0], Expression) and sides[0].tree.symbols:
+            operators[0] = "="  # x \approx 0.3
+        if "~" in operators:  # what follows is rounded
             index = operators.index("~")
-            if index == 0 and isinstance(sides[0], Expression) and sides[0].tree.symbols:
-                operators[0] = "="  # x \approx 0.3
-            else:
-                operators, sides = operators[:index], sides[: index + 1]
+            operators, sides = operators[:index], sides[: index + 1]
         if not operators:
             return sides[0]
         if self.accept(":"):  # an inequality with its interval: -1<x<=1:(-1,1]
@@ -151,8 +140,8 @@ class Parser(Cursor):
                 raise Unreadable
         if len(parts) == 1:
             return parts[0]
-        is_two_digits = re.fullmatch(r"[0-5]\d", self.peek(-1).value) is not None
-        return Ratio(tuple(parts), len(parts) == 2 and self.peek(-2).value == ":" and is_two_digits)
+        has_minutes = re.fullmatch(r":[0-5]\d", self.peek(-2).value + self.peek(-1).value) is not None
+        return Ratio(tuple(parts), clock=len(parts) == 2 and has_minutes)
 
     def quantity(self) -> Answer:
         """A sum with its unit, or a bracket, a matrix, words."""
@@ -167,44 +156,25 @@ class Parser(Cursor):
         return value
 
     def sum(self) -> Tree | Answer:
-        self.deepen()
         terms: list[Tree] = []
-        while True:
-            sign = self.term_sign()
-            if terms and not sign and self.peek(-1).value != "+":  # two minuses after a term are no sign
-                break
+        while not terms or self.at(*_SIGNS):
+            is_negative = self.signs()
+            if terms and not is_negative and self.peek(-1).value == "-":  # 5--8 is a range
+                raise Unreadable
             value = self.product()
-            has_next = self.at("+", "-", r"\pm", r"\mp")
-            if not isinstance(value, Tree) and not (terms or sign or self.at("+", "-")):
-                self.depth -= 1
+            if not (terms or is_negative or self.at(*_SIGNS)):
                 return value
-            term = as_tree(value)
-            if sign == "-":
-                term = -term
-            elif sign:
-                self.has_signs = True
-                term = PlusMinus((term,), 1 if sign == r"\pm" else -1)
-            terms.append(term)
-            if not has_next:
-                break
-        self.depth -= 1
+            terms.append(-as_tree(value) if is_negative else as_tree(value))
         return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
-    def term_sign(self) -> str:
-        r"""Read the signs before a term: "-", "\pm", "\mp", or "" for a plus or none."""
-        sign = ""
-        while self.at("+", "-", r"\pm", r"\mp"):
-            value = self.take().value
-            if value in (r"\pm", r"\mp"):
-                if sign:
-                    raise Unreadable
-                sign = value
-            elif value == "-" and sign in ("", "-"):
-                sign = "" if sign else "-"
-            elif value == "+" and self.at("/") and self.peek(1).value == "-":  # +/-
-                self.position += 2
-                sign = r"\pm"
-        return sign
+    def signs(self) -> bool:
+        """Read plus and minus signs; whether they make a minus."""
+        is_negative = False
+        while sign := self.accept(*_SIGNS):
+            if sign in _TWO_SIGNS and self.peek(-2).value in _SIGNS:  # "-\pm"
+                raise Unreadable
+            is_negative ^= _SIGNS[sign][self.is_lower]
+        return is_negative
 
     def product(self) -> Tree | Answer:
         value = self.signed_power()
@@ -246,23 +216,18 @@ class Parser(Cursor):
             return not is_union and token.word not in SEPARATORS
         if token.kind == "number":
             return self.peek(-1).kind != "number"  # "3 4" is no product
-        if token.kind == "operator":
-            return token.value in ("(", "{", "[") or (token.value == "|" and not self.bars)  # else it closes
-        is_opening = token.value in (r"\lvert", r"\langle")
-        return token.kind == "command" and (is_opening or token.value[1:] in _FACTORS)
+        return token.value in _FACTORS and not (token.value == "|" and self.bars)  # else it closes
 
     def signed_power(self) -> Tree | Answer:
-        negative = self.sign()
+        is_negative = self.signs()
         value = self.power()
-        return -as_tree(value) if negative else value
+        return -as_tree(value) if is_negative else value
 
     def power(self) -> Tree | Answer:
-        self.deepen()
         base = self.atom()
         while True:
             if self.accept("^", "**"):
-                if self.accept(r"\circ") or self.accept_both("{", r"\circ"):  # 90^\circ, 90^{\circ}
-                    self.accept("}")
+                if self.accept(r"\circ"):
                     self.marks.degrees = True
                 else:
                     base = as_tree(base) ** self.exponent()
@@ -274,70 +239,70 @@ class Parser(Cursor):
             elif isinstance(base, Tree) and self.accept(r"\%", "%"):
                 self.marks.percent = True
             else:
-                self.depth -= 1
                 return base
 
-    def accept_both(self, first: str, second: str) -> bool:
-        accepted = self.at(first) and self.peek(1).value == second
-        self.position += 2 * accepted
-        return accepted
-
     def exponent(self) -> Tree:
-        negative = self.sign()
+        self.deepen()
+        is_negative = self.signs()
         value = as_tree(self.atom())
         if self.accept("^", "**"):  # 9^9^9 is 9^(9^9)
-            self.deepen()
             value = value ** self.exponent()
-            self.depth -= 1
-        return -value if negative else value
+        self.depth -= 1
+        return -value if is_negative else value
+
+    def until(self, *closing: str, most: int = 1) -> tuple[Tree, ...]:
+        """An expression, or up to `most` with commas between, and the bracket that closes them."""
+        values = [as_tree(self.sum())]
+        while len(values) < most and self.accept(","):
+            values.append(as_tree(self.sum()))
+        self.expect(*closing)
+        return tuple(values)
 
     def atom(self) -> Tree | Answer:
+        self.deepen()
         token = self.take()
-        if token.kind == "number":
-            return read_number(self, token)
-        if token.kind == "letter":
-            return self.symbol(token.value)
-        if token.kind in ("text", "word"):
-            return self.text(token) if token.kind == "text" else self.word(token)
-        if token.value in _OPENING:
-            return self.bracket(_OPENING[token.value])
-        if token.value == "{":
-            answer = self.items()
-            self.expect("}")
-            return self.inside(answer)
-        if token.value in (*_BARS, r"\lvert") and not (self.bars and token.value == "|"):
-            self.bars += 1
-            value = as_tree(self.sum())
-            self.bars -= 1
-            self.expect(*_BARS, r"\rvert")
-            return Call((value,), "abs")
-        command = _COMMANDS.get(token.value[1:]) if token.kind == "command" else None
-        if not command:
+        rule = _OF_KIND.get(token.kind) or _RULES.get(token.value)
+        if not rule:
             raise Unreadable
-        return command(self, token.value[1:])
+        value = rule(self, token.value)
+        self.depth -= 1
+        return value
 
-    def word(self, token: Token) -> Tree:
-        word = token.word
+    def word(self, written: str) -> Tree:
+        word = written.casefold()
         if word in SEPARATORS:
             raise Unreadable
         if len(word) < 4 and word in UNITS:  # a unit's name, read as a product of letters
-            return Product(tuple(letter(name) for name in token.value))
-        if token.value.isupper() or self.at("=") or self.peek(-2).value == "=":  # AB, speed = 5
-            return self.symbol(token.value)
+            return Product(tuple(map(letter, written)))
+        if written.isupper() or self.at("=") or self.peek(-2).value == "=":  # AB, speed = 5
+            return self.symbol(written)
         raise Unreadable  # a sentence
 
-    def text(self, token: Token) -> Tree | Words:
-        if not re.fullmatch(r"[A-Za-z]+", token.value):
+    def text(self, written: str) -> Tree | Words:
+        if not re.fullmatch(r"[A-Za-z]+", written):
             raise Unreadable
-        if len(token.value) == 1:
-            return self.symbol(token.value)
-        if is_prose(token.value):
-            return Words(token.word)
+        if len(written) == 1:
+            return self.symbol(written)
+        if is_prose(written):
+            return Words(written.casefold())
         self.marks.ambiguous = True
-        return Product(tuple(letter(name) for name in token.value))
+        return Product(tuple(map(letter, written)))
 
     def symbol(self, name: str) -> Tree:
         return read_symbol(self, name, self.marks)
+
+    def absolute(self, bar: str) -> Tree:
+        if self.bars and bar == "|":  # it closes another
+            raise Unreadable
+        self.bars += 1
+        value = Call(self.until(*_BARS, r"\rvert"), "abs")
+        self.bars -= 1
+        return value
+
+    def group(self, _brace: str) -> Tree | Answer:
+        answer = self.items()
+        self.expect("}")
+        return self.inside(answer)
 
     def inside(self, answer: Answer) -> Tree | Answer:
         """The tree of an expression in brackets, whose marks are passed on; any other answer as it is."""
@@ -351,22 +316,17 @@ class Parser(Cursor):
         self.marks.unit = self.marks.unit or answer.unit
         return answer.tree
 
-    def bracket(self, opening: str) -> Tree | Answer:
+    def bracket(self, written: str) -> Tree | Answer:
+        opening = _OPENING[written]
         bars, self.bars = self.bars, 0  # a bar in here closes none that was opened outside
-        closing = (r"\}", r"\rbrace") if opening == "{" else (")", "]", r"\rangle")
+        closing = [end for end, bracket in _CLOSING.items() if (bracket == "}") == (opening == "{")]
+        answer: Answer = Group("", ())
         if opening == "{":
-            if self.accept(*closing):
-                self.bars = bars
-                return EMPTY_SET
             skip_set_builder(self)
-        elif self.at(*closing):
-            raise Unreadable
-        answer = self.items()
-        end = self.take()
-        if end.kind == "text" or end.value not in closing:
-            raise Unreadable
+        if opening != "{" or not self.at(*closing):
+            answer = self.items()
+        brackets = opening + _CLOSING[self.expect(*closing)]
         self.bars = bars
-        brackets = opening + _CLOSING[end.value]
         if isinstance(answer, Group) and answer.brackets in ("", "or"):
             return Group(brackets, answer.items)
         if opening == "{":
@@ -378,15 +338,26 @@ class Parser(Cursor):
 
     def argument(self) -> Tree:
         """A TeX argument: a group, a command, or one digit or letter."""
-        token = self.peek()
-        if token.kind == "number" and len(token.value) > 1 and token.value.isdigit():
-            self.tokens[self.position] = replace(token, value=token.value[1:], spaced=False)
-            return whole(int(token.value[0]))
+        if self.at_digit():
+            return whole(int(self.take().value))
         return as_tree(self.atom())
 
 
+def read_answer(tokens: list[Token]) -> Answer:
+    """The answer that the tokens are. Raises Unreadable where they are none."""
+    answers = []
+    has_both_signs = any(token.value in _TWO_SIGNS for token in tokens)
+    for is_lower in (False, True)[: 1 + has_both_signs]:
+        parser = Parser(list(tokens), is_lower)
+        answers.append(parser.items())
+        if parser.peek().kind != "end":
+            raise Unreadable
+    values = both_signs(*answers)
+    return values[0] if len(values) == 1 else Group("", tuple(values))
+
+
 def _function(parser: Parser, written: str) -> Tree:
-    name = FUNCTIONS[written]
+    name = FUNCTIONS[written[1:]]
     power: Tree | None = None
     base: Tree | None = None
     while parser.at("^", "_", "**"):
@@ -394,33 +365,21 @@ def _function(parser: Parser, written: str) -> Tree:
             base = parser.argument()
         else:
             power = parser.exponent()
-    if parser.at("(", "{", "["):
-        opening = parser.take().value
-        value = as_tree(parser.sum())
-        if opening == "(" and parser.accept(","):  # log(8, 2)
-            base = as_tree(parser.sum())
-        parser.expect({"(": ")", "{": "}", "[": "]"}[opening])
+    if opening := parser.accept("(", "{", "["):
+        most = 2 if opening == "(" else 1  # log(8, 2)
+        value, *bases = parser.until({"(": ")", "{": "}", "[": "]"}[opening], most=most)
+        base = bases[0] if bases else base
     else:
         value = _bare_argument(parser)
-    if name in TRIGONOMETRIC and power == -ONE:  # \sin^{-1} x is the angle, not 1/\sin x
+    if name in TRIGONOMETRIC and power == -whole(1):  # \sin^{-1} x is the angle, not 1/\sin x
         name, power = "a" + name, None
-    call: Tree
+    call: Tree = Call((value,), "ln" if name in _LOGARITHMS else name)
+    divisor = Call((base,), "ln") if base else _LOGARITHMS.get(name)
     if name == "exp":
         call = Constant("e") ** value
-    elif name in ("log", "lg", "ln"):
-        call = _logarithm(name, value, base)
-    else:
-        call = Call((value,), name)
+    elif name in _LOGARITHMS and divisor:
+        call = call / divisor
     return call if power is None else call**power
-
-
-def _logarithm(name: str, value: Tree, base: Tree | None) -> Tree:
-    logarithm = Call((value,), "ln")
-    if name == "lg":  # log to the base 10
-        base = TEN
-    if base is not None:
-        return logarithm / Call((base,), "ln")
-    return logarithm / Symbol(LOG_BASE) if name == "log" else logarithm
 
 
 def _bare_argument(parser: Parser) -> Tree:
@@ -438,15 +397,10 @@ def _bare_argument(parser: Parser) -> Tree:
     return product_of(factors)
 
 
-def _fraction(parser: Parser, _name: str) -> Tree:
-    return read_derivative(parser) or parser.argument() / parser.argument()
-
-
 def _root(parser: Parser, name: str) -> Tree:
-    degree: Tree = whole(3 if name == "cbrt" else 2)
+    degree: Tree = whole(3 if name == r"\cbrt" else 2)
     if parser.accept("["):
-        degree = as_tree(parser.sum())
-        parser.expect("]")
+        [degree] = parser.until("]")
     if parser.peek().kind == "number":  # \sqrt12 is \sqrt{12}, though not in TeX
         return Root((Number(number_value(parser.take().value)), degree))
     return Root((parser.argument(), degree))
@@ -455,17 +409,10 @@ def _root(parser: Parser, name: str) -> Tree:
 def _binomial(parser: Parser, _name: str) -> Tree:
     if not parser.accept("("):
         return Call((parser.argument(), parser.argument()), "binomial")
-    top = as_tree(parser.sum())
-    parser.expect(",")
-    bottom = as_tree(parser.sum())
-    parser.expect(")")
-    return Call((top, bottom), "binomial")
-
-
-def _rounded(parser: Parser, name: str) -> Tree:
-    value = as_tree(parser.sum())
-    parser.expect({"lfloor": r"\rfloor", "lceil": r"\rceil"}[name])
-    return Call((value,), name[1:])
+    top, *rest = parser.until(")", most=2)
+    if not rest:
+        raise Unreadable
+    return Call((top, *rest), "binomial")
 
 
 def _series(parser: Parser, kind: str) -> Tree:
@@ -475,11 +422,10 @@ def _series(parser: Parser, kind: str) -> Tree:
     if variable.kind != "letter":
         raise Unreadable
     parser.expect("=")
-    low = as_tree(parser.sum())
-    parser.expect("}")
+    [low] = parser.until("}")
     parser.expect("^")
     high = parser.exponent()
-    return Series((low, high, as_tree(parser.product())), kind, variable.value)
+    return Series((low, high, as_tree(parser.product())), kind[1:], variable.value)
 
 
 def _matrix(parser: Parser, _name: str) -> Matrix:
@@ -488,24 +434,19 @@ def _matrix(parser: Parser, _name: str) -> Matrix:
         raise Unreadable
     if name == "array":  # its columns
         parser.raw_group()
-    rows: list[tuple[Answer, ...]] = []
-    row: list[Answer] = []
-    while not parser.accept(r"\end"):
-        row.append(parser.ratio())
-        if parser.accept("&"):
-            continue
-        rows.append(tuple(row))
-        row = []
-        if not parser.accept("\\\\") and not parser.at(r"\end"):
-            raise Unreadable
-    if row or not rows or parser.raw_group() != name:
+    rows: list[list[Answer]] = [[]]
+    while True:
+        rows[-1].append(parser.ratio())
+        is_row = parser.accept("\\\\")
+        if parser.accept(r"\end"):
+            break
+        if is_row:
+            rows.append([])
+        else:
+            parser.expect("&")
+    if parser.raw_group() != name:
         raise Unreadable
-    return Matrix(tuple(rows))
-
-
-def _blackboard(parser: Parser, _name: str) -> Tree | Answer:
-    content = parser.raw_group()
-    return REALS if content == "R" else Symbol("mathbb" + content)
+    return Matrix(tuple(map(tuple, rows)))
 
 
 def _angle(parser: Parser, _name: str) -> Tree:
@@ -521,31 +462,45 @@ def _money(parser: Parser, name: str) -> Tree:
     value = as_tree(parser.atom())
     if parser.marks.unit:  # \$5 \$
         raise Unreadable
-    parser.marks.unit = CURRENCIES["\\" + name]
+    parser.marks.unit = CURRENCIES[name]
     return value
 
 
+def _named(names: Iterable[str], rule: _Rule) -> dict[str, _Rule]:
+    """The rule for each of these commands."""
+    return {"\\" + name: rule for name in names}
+
+
+_Rule = Callable[[Parser, str], Tree | Answer]  # what a token begins, by its value
+_SETS = {"R": REALS}
 _STYLES = "mathbf boldsymbol mathit mathcal mathsf bm"
 _ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow widehat underline"
-_Command = Callable[[Parser, str], Tree | Answer]
-_FACTORS: dict[str, _Command] = {  # commands that may follow a factor without a sign between
-    **dict.fromkeys(GREEK, lambda parser, name: parser.symbol("\\" + name)),
-    **dict.fromkeys(FUNCTIONS, _function),
-    **dict.fromkeys(_STYLES.split(), lambda parser, _name: parser.symbol(parser.raw_group())),
-    **dict.fromkeys(_ACCENTS.split(), lambda parser, name: parser.symbol(f"\\{name} {parser.raw_group()}")),
-    "pi": lambda _parser, name: Constant(name),
-    "infty": lambda _parser, _name: INFINITY,
-    "frac": _fraction,
-    **dict.fromkeys(("sqrt", "cbrt"), _root),
-    **dict.fromkeys(("binom", "dbinom", "tbinom"), _binomial),
-    **dict.fromkeys(("lfloor", "lceil"), _rounded),
-    **dict.fromkeys(("sum", "prod"), _series),
-    "begin": _matrix,
-    "mathbb": _blackboard,
-    "angle": _angle,
+_WORDS: dict[str, _Rule] = {"letter": Parser.symbol, "text": Parser.text, "word": Parser.word}
+_OF_KIND: dict[str, _Rule] = {"number": read_number, **_WORDS}
+_FACTORS: dict[str, _Rule] = {  # what may follow a factor without a sign between
+    **dict.fromkeys(("(", "[", r"\langle"), Parser.bracket),
+    **dict.fromkeys(("|", r"\lvert"), Parser.absolute),
+    "{": Parser.group,
+    **_named(GREEK, Parser.symbol),
+    **_named(FUNCTIONS, _function),
+    **_named(_STYLES.split(), lambda parser, _name: parser.symbol(parser.raw_group())),
+    **_named(_ACCENTS.split(), lambda parser, name: parser.symbol(f"{name} {parser.raw_group()}")),
+    r"\pi": lambda _parser, _name: Constant("pi"),
+    r"\infty": lambda _parser, _name: INFINITY,
+    r"\frac": lambda parser, _name: read_derivative(parser) or parser.argument() / parser.argument(),
+    **_named(("sqrt", "cbrt"), _root),
+    **_named(("binom", "dbinom", "tbinom"), _binomial),
+    r"\lfloor": lambda parser, _name: Call(parser.until(r"\rfloor"), "floor"),
+    r"\lceil": lambda parser, _name: Call(parser.until(r"\rceil"), "ceil"),
+    **_named(("sum", "prod"), _series),
+    r"\begin": _matrix,
+    r"\mathbb": lambda parser, _name: _SETS.get(name := parser.raw_group()) or Symbol("mathbb" + name),
+    r"\angle": _angle,
 }
-_COMMANDS: dict[str, _Command] = {
+_RULES: dict[str, _Rule] = {
     **_FACTORS,
-    **dict.fromkeys(("emptyset", "varnothing", "oslash"), lambda _parser, _name: EMPTY_SET),
-    **dict.fromkeys((command[1:] for command in CURRENCIES), _money),
+    **dict.fromkeys((r"\{", r"\lbrace"), Parser.bracket),
+    **dict.fromkeys(_BARS[1:], Parser.absolute),
+    **_named(("emptyset", "varnothing", "oslash"), lambda _parser, _name: EMPTY_SET),
+    **dict.fromkeys(CURRENCIES, _money),
 }

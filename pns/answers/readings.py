@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from pns.answers.parser import Parser
+from pns.answers.parser import read_answer
 from pns.answers.spelling import NUMBER_WORDS, TEXT, clean, is_prose
 from pns.answers.tokens import Unreadable, split_tokens
 from pns.answers.tree import INFINITY, Answer, Expression, Words, letter, whole
@@ -39,8 +39,7 @@ def readings(answer: str) -> list[Answer]:
         if whole == "0" or len(decimals) != 3:
             texts.append(text.replace(",", "."))  # a decimal comma
     answers: list[Answer] = []
-    for candidate in texts:
-        reading = _read(candidate)
+    for reading in map(_read, texts):
         if reading is not None and reading not in answers:
             answers.append(reading)
     return answers
@@ -51,14 +50,13 @@ def _read(text: str) -> Answer | None:
         return None
     bare = re.sub(TEXT, r" \1 ", text).strip().strip("\"'`").strip()
     word = bare.casefold()
-    if choice := re.fullmatch(r"\(\s*([A-Za-z])\s*\)|([A-Z])\s*[.)]", bare):
-        return Words(choice[1] or choice[2])
-    if match := re.fullmatch(r"\(?\s*([A-Za-z])\s*\)?", bare):
-        is_choice = match[1].isupper() or re.search(TEXT, text)
-        return Words(match[1]) if is_choice else Expression(letter(match[1]))
+    if match := re.fullmatch(r"(\(?)\s*([A-Za-z])\s*([.)]?)", bare):
+        is_enclosed = match[1] and match[3]  # (a)
+        is_choice = is_enclosed or match[2].isupper() or re.search(TEXT, text)
+        return Words(match[2]) if is_choice else Expression(letter(match[2]))
     if word in NUMBER_WORDS:
         return Expression(whole(NUMBER_WORDS[word]))
-    if word in ("infinity", r"\infty", r"+\infty", "infinite"):
+    if word in ("infinity", "infinite"):
         return Expression(INFINITY)
     if is_prose(bare):
         return Words(re.sub(r"\s+", " ", re.sub(r"[.,;!?]+(?=\s|$)", "", word)).strip())
@@ -66,6 +64,6 @@ def _read(text: str) -> Answer | None:
         base = match[2] if match[2].isdigit() else str(NUMBER_WORDS.get(match[2], ""))
         text = f"{match[1].rstrip(' ({')}_{{{base}}}"
     try:
-        return Parser(split_tokens(text)).answer()
+        return read_answer(split_tokens(text))
     except (Unreadable, RecursionError):
         return None

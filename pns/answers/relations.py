@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 
 from pns.answers.exact import approximate, rational
 from pns.answers.tree import (
@@ -29,12 +29,14 @@ from pns.answers.tree import (
     is_numeric,
     substitute,
     walk,
-    whole,
 )
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _NO_TREE = Symbol("")
-_PROBE = Fraction(1009, 3)  # where a function that is linear at 0, 1 and 2 is looked at again
+_LOWEST, _HIGHEST = Expression(MINUS_INFINITY), Expression(INFINITY)
+_LINE = (Fraction(0), Fraction(1), Fraction(2), Fraction(1009, 3))  # the last is far from where |x - 5| bends
+
+End = tuple[Answer, bool]  # of an interval, and whether it belongs to it
 
 
 def tree_of(answer: Answer) -> Tree:
@@ -48,23 +50,28 @@ def named_value(relation: Relation) -> tuple[str, Answer] | None:
     if not {"=", "in"}.issuperset(relation.operators):
         return None
     first, last = relation.sides[0], relation.sides[-1]
-    if _is_name(first):
-        return _name(first), last
-    if relation.operators == ("=",) and _is_name(last):
-        return _name(last), first
+    if name := _name(first):
+        return name, last
+    if relation.operators == ("=",) and (name := _name(last)):
+        return name, first
     return None
 
 
-def _is_name(answer: Answer) -> bool:
-    if isinstance(answer, Group):
-        return bool(answer.items) and all(_symbol_of(item) for item in answer.items)
-    if isinstance(answer, Words):
-        return len(answer.text) == 1
-    if isinstance(answer, Ratio):
-        return all(map(_is_name, answer.parts))
-    if not isinstance(answer, Expression) or answer.unit or not answer.tree.symbols:
-        return False
-    return all(map(_is_part_of_name, walk(answer.tree)))
+def _name(answer: Answer) -> str:
+    """What tells a name from others: of a letter, a function, a product of letters, several; "" where it is
+    none."""
+    match answer:
+        case Words(text):
+            return text if len(text) == 1 else ""
+        case Expression(Symbol(name), unit=""):
+            return name
+        case Expression(tree, unit=""):
+            is_name = bool(tree.symbols) and all(map(_is_part_of_name, walk(tree)))
+        case Group(_, parts) | Ratio(parts):
+            is_name = bool(parts) and all(map(_name, parts))
+        case _:
+            is_name = False
+    return repr(answer) if is_name else ""
 
 
 def _is_part_of_name(tree: Tree) -> bool:
@@ -76,46 +83,35 @@ def _is_part_of_name(tree: Tree) -> bool:
     return isinstance(tree, Symbol | Product | Quotient)
 
 
-def _symbol_of(answer: Answer) -> str | None:
-    """The name that is all of an expression."""
-    if isinstance(answer, Expression) and isinstance(answer.tree, Symbol):
-        return answer.tree.name
+def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
+    """The value that `other` has, in the argument of `name`: of `f(n)` in x, where that is `f(x)`. None where
+    the two are not the same function of one argument each."""
+    x, y = (re.fullmatch(r"(.+)\((\w+)\)", function) for function in (name, other))
+    if not x or not y or x[1] != y[1] or x[2] == y[2]:
+        return None
+    if not isinstance(value, Expression):
+        return value
+    return replace(value, tree=substitute(value.tree, {y[2]: Symbol(x[2])}))
+
+
+def difference_of_sides(relation: Relation, may_be_ambiguous: bool = False) -> Tree | None:
+    """Left minus right of two expressions; None where a side is none, or may be read in other ways."""
+    match relation.sides:
+        case (Expression(left) as x, Expression(right) as y):
+            if may_be_ambiguous or not (x.ambiguous or y.ambiguous):
+                return left - right
     return None
 
 
-def _name(answer: Answer) -> str:
-    return answer.text if isinstance(answer, Words) else _symbol_of(answer) or repr(answer)
-
-
-def bound_names(a: str, b: str) -> tuple[str, str] | None:
-    """The arguments of `f(x)` and `f(n)`, where only they differ."""
-    x, y = (re.fullmatch(r"(.+)\((\w+)\)", name) for name in (a, b))
-    return (x[2], y[2]) if x and y and x[1] == y[1] and x[2] != y[2] else None
-
-
-def rename(answer: Answer, new: str, old: str) -> Answer:
-    if not isinstance(answer, Expression):
-        return answer
-    return replace(answer, tree=substitute(answer.tree, {old: Symbol(new)}))
-
-
-def difference_of_sides(relation: Relation) -> Tree | None:
-    """Left minus right of an equation of two expressions."""
-    left, right = relation.sides[0], relation.sides[-1]
-    if relation.operators != ("=",) or not isinstance(left, Expression) or not isinstance(right, Expression):
-        return None
-    return left.tree - right.tree
-
-
 def linear_root(tree: Tree, name: str, values: Mapping[str, Tree]) -> tuple[Fraction, Fraction] | None:
-    """Zero and slope of an expression in one of its symbols, with values for the others, if at 0, 1 and 2 it
-    is linear and not constant."""
-    points = [substitute(tree, {**values, name: whole(point)}) for point in (0, 1, 2)]
-    at_0, at_1, at_2 = map(rational, points)
-    if at_0 is None or at_1 is None or at_2 is None or at_2 - at_1 != at_1 - at_0 or at_0 == at_1:
+    """Zero and slope of an expression in one of its symbols, with values for the others, if it
+    is linear, as some points show, and not constant."""
+    at_0, at_1, *others = [rational(substitute(tree, {**values, name: Number(x)})) for x in _LINE]
+    if at_0 is None or at_1 is None or at_0 == at_1:
         return None
     slope = at_1 - at_0
-    return -at_0 / slope, slope
+    is_linear = others == [at_0 + slope * x for x in _LINE[2:]]
+    return (-at_0 / slope, slope) if is_linear else None
 
 
 def subject(relation: Relation) -> Tree | None:
@@ -139,97 +135,63 @@ def ascending(relation: Relation) -> Relation:
     return Relation(operators, relation.sides[::-1])
 
 
-@dataclass(frozen=True)
-class Interval:
-    """`closed`: whether its low and its high end belong to it."""
-
-    low: Answer
-    high: Answer
-    closed: tuple[bool, bool]
-
-
-_above = partial(Interval, high=Expression(INFINITY))
-_below = partial(Interval, Expression(MINUS_INFINITY))
-
-
-def intervals(answer: Answer) -> list[Interval] | None:
-    """The intervals of a set of reals in ascending order where their ends are numbers; None for what is not
-    such a set."""
-    if isinstance(answer, Union):
-        return _united(answer.parts)
-    if isinstance(answer, Relation):
-        return _solution(answer)
-    if not isinstance(answer, Group):
-        return None
-    if answer.brackets == "or":
-        return _united(answer.items)
-    if answer.brackets == "{}":
-        return [Interval(item, item, (True, True)) for item in answer.items] or None
-    if len(answer.items) != 2 or not answer.brackets:
-        return None
-    low, high = answer.items
-    return [Interval(low, high, (answer.brackets[0] == "[", answer.brackets[1] == "]"))]
-
-
-def _united(parts: tuple[Answer, ...]) -> list[Interval] | None:
-    united: list[Interval] = []
-    for part in parts:
-        of_part = intervals(part)
-        if of_part is None:
-            return None
-        united += of_part
-    lows: list[tuple[Fraction | float, int]] = []
-    for index, interval in enumerate(united):
-        low = tree_of(interval.low)
-        value = float("-inf") if low == MINUS_INFINITY else approximate(low)
-        if value is None:  # ends with symbols have no order
-            return united
-        lows.append((value, index))
-    return [united[index] for _, index in sorted(lows)]
-
-
-def _solution(relation: Relation) -> list[Interval] | None:
-    """The reals of which a relation is true."""
-    if relation.operators == ("in",):
-        return intervals(relation.sides[1])
-    about = subject(relation)
-    if about is None or len(relation.sides) > 3:
-        return None
-    if len(relation.sides) == 3:
-        chain = ascending(relation)  # 2 > x > 1
-        if not {"<", "<="}.issuperset(chain.operators):
-            return None
-        low, _, high = chain.sides
-        return [Interval(low, high, (chain.operators[0] == "<=", chain.operators[1] == "<="))]
-    if not isinstance(about, Symbol):
-        return _solve(relation)  # 2x - 1 > 5
-    operator, bound = relation.operators[0], relation.sides[1]
-    if is_numeric(relation.sides[0]):  # 1 < x
-        operator, bound = _FLIPPED.get(operator, operator), relation.sides[0]
-    if operator == "!=":  # all but one
-        return [_below(bound, (False, False)), _above(bound, closed=(False, False))]
-    if operator in ("<", "<="):
-        return [_below(bound, (False, operator == "<="))]
-    if operator in (">", ">="):
-        return [_above(bound, closed=(operator == ">=", False))]
+def ends(answer: Answer) -> list[End] | None:
+    """The low and the high end of each interval of a set of reals, ascending where they are numbers; None for
+    what is not such a set."""
+    match answer:
+        case Union(parts) | Group("or", parts):
+            return _ends_of_union(parts)
+        case Relation():
+            return _ends_of_solution(answer)
+        case Group("{}", items):
+            return [(item, True) for item in items for _ in range(2)] or None
+        case Group(brackets, (low, high)) if brackets:
+            return [(low, brackets[0] == "["), (high, brackets[1] == "]")]
     return None
 
 
-def _solve(relation: Relation) -> list[Interval] | None:
-    """The reals of which an inequality is true that is linear in its one symbol: 2x - 1 > 5."""
-    left, right = relation.sides
-    if not isinstance(left, Expression) or not isinstance(right, Expression):
+def _ends_of_union(parts: tuple[Answer, ...]) -> list[End] | None:
+    pairs: list[list[End]] = []
+    for part in parts:
+        of_part = ends(part)
+        if of_part is None:
+            return None
+        pairs += [of_part[index : index + 2] for index in range(0, len(of_part), 2)]
+    lows = [-math.inf if pair[0][0] == _LOWEST else approximate(tree_of(pair[0][0])) for pair in pairs]
+    known = [low for low in lows if low is not None]
+    if len(known) == len(pairs):  # ends with symbols have no order
+        pairs = [pairs[index] for index in sorted(range(len(pairs)), key=known.__getitem__)]
+    return [end for pair in pairs for end in pair]
+
+
+def _ends_of_solution(relation: Relation) -> list[End] | None:
+    """The reals of which a relation is true."""
+    if relation.operators == ("in",):
+        return ends(relation.sides[1])
+    about = subject(relation)
+    operators, sides = relation.operators, relation.sides
+    if about is None or len(sides) > 3:
         return None
-    difference = left.tree - right.tree
-    if len(difference.symbols) != 1 or left.ambiguous or right.ambiguous:
+    if len(sides) == 2 and not isinstance(about, Symbol):  # 2x - 1 > 5
+        difference = difference_of_sides(relation)
+        if difference is None or len(difference.symbols) != 1:
+            return None
+        name = min(difference.symbols)
+        root, slope = linear_root(difference, name, {}) or (None, 0)
+        if root is None:
+            return None
+        about = Symbol(name)
+        sides = (Expression(about), Expression(Number(root)))
+        operators = operators if slope > 0 else (_FLIPPED.get(operators[0], operators[0]),)
+    if operators == ("!=",):  # all but one
+        bound = sides[0] if is_numeric(sides[0]) else sides[1]
+        return [(_LOWEST, False), (bound, False), (bound, False), (_HIGHEST, False)]
+    chain = ascending(Relation(operators, sides))  # 2 > x > 1
+    operators, sides = chain.operators, chain.sides
+    if len(sides) == 2 and tree_of(sides[0]) == about:  # x < 2
+        operators, sides = ("<", *operators), (_LOWEST, *sides)
+    elif len(sides) == 2:
+        operators, sides = (*operators, "<"), (*sides, _HIGHEST)
+    if not {"<", "<="}.issuperset(operators):
         return None
-    name = min(difference.symbols)
-    root_and_slope = linear_root(difference, name, {})
-    if root_and_slope is None:
-        return None
-    root, slope = root_and_slope
-    if rational(substitute(difference, {name: Number(_PROBE)})) != slope * (_PROBE - root):
-        return None
-    operator = relation.operators[0]
-    operator = operator if slope > 0 else _FLIPPED.get(operator, operator)
-    return _solution(Relation((operator,), (Expression(Symbol(name)), Expression(Number(root)))))
+    return [(sides[0], operators[0] == "<="), (sides[2], operators[1] == "<=")]

@@ -3,6 +3,7 @@ r"""The text of an answer: without what carries no meaning, and in one spelling.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _UNICODE = {
     **dict.fromkeys("−–—", "-"),
@@ -48,12 +49,12 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_NUMBER_WORDS.split())}
 def clean(answer: str) -> str:
     """The text without wrappers and spacing commands that carry no meaning, in ASCII and LaTeX only."""
     text = re.sub(r"(?<=\d)\u066c(?=\d)", ",", answer).translate(_TRANSLATION)
-    text = text.replace("{,}", ",")
+    text = text.replace("{,}", ",").replace("+/-", r"\pm ")
     text = re.sub(r",\\!\s*(?=\d)", ",", text)
     text = _SPACING.sub(" ", _DECORATION.sub("", text))
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1", text, flags=re.DOTALL)
-    text = re.sub(r"\\degrees?(?![A-Za-z])", r"^\\circ ", text)
+    text = re.sub(r"\\degrees?(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times ", text)
     text = re.sub(r"(?<=[\d ])([aApP])\.\s?[mM]\b\.?", r"\1m", text)
     text = re.sub(r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)", r"\\", text)
@@ -64,9 +65,13 @@ def clean(answer: str) -> str:
 def spelling(answer: str) -> str:
     """One spelling of the text itself: no decoration and spaces, words in lower case. Idempotent on what it
     returns within ten rounds."""
-    text = answer
+    return stable(_spell, answer)
+
+
+def stable(change: Callable[[str], str], text: str) -> str:
+    """The text changed again and again until it stays the same, at most ten times."""
     for _ in range(10):
-        previous, text = text, _spell(text)
+        previous, text = text, change(text)
         if text == previous:
             break
     return text

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pns.answers.spelling import FUNCTIONS, GREEK, SHORT_WORDS, TEXT
 from pns.answers.units import UNITS
 
-_MAX_DEPTH = 30
+_MAX_DEPTH = 30  # of atoms in atoms: answers have under ten, and Python's stack is far larger
 _CODE = re.compile(r"\b(?:np|numpy|math|sympy|sp|cmath)\.(?=[a-z])")
 _TOKEN = re.compile(
     rf"\s*(?:(?P<text>{TEXT})|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+(?![\d.]))?)"
     r"|(?P<command>\\[A-Za-z]+\*?|\\[{}|%#&\\$])|(?P<letters>[A-Za-z]+)"
     r"|(?P<operator>\*\*|<=|>=|!=|==|<>|[-+*/^_(){}\[\]|,;:=<>!%'.&@#?\\\"`]))"
 )
+_COMMANDS = {*FUNCTIONS, "sqrt", "pi", "cbrt", "infty", "binom", *(name for name in GREEK if len(name) > 2)}
 SEPARATORS = {",": "", ";": "", "and": "", "or": "or"}  # the kind of list that each makes
 
 
@@ -24,7 +25,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Token:
-    kind: str  # number, command, letter, word, text, operator; end behind the last one
+    kind: str  # number, digit, command, letter, word, text, operator; end behind the last one
     value: str
     spaced: bool = False  # white space before it
 
@@ -60,8 +61,7 @@ def split_tokens(answer: str) -> list[Token]:
 
 
 def _split_letters(run: str, spaced: bool) -> list[Token]:
-    is_greek = run in GREEK and len(run) > 2
-    if run in FUNCTIONS or run in ("sqrt", "pi", "cbrt", "infty", "binom") or is_greek:
+    if run in _COMMANDS:
         return [Token("command", "\\" + run, spaced)]  # sin, \sin
     word = run.casefold()
     if word in ("inf", "oo", "infinity"):
@@ -94,21 +94,24 @@ class Cursor:
         token = self.peek()
         return token.value in values and token.kind not in ("text", "end")
 
-    def accept(self, *values: str) -> bool:
-        accepted = self.at(*values)
-        self.position += accepted
-        return accepted
+    def accept(self, *values: str) -> str:
+        """Take the next token if it is one of these; its value, or "" """
+        if not self.at(*values):
+            return ""
+        return self.take().value
 
-    def expect(self, *values: str) -> None:
-        if not self.accept(*values):
+    def expect(self, *values: str) -> str:
+        if not self.at(*values):
             raise Unreadable
+        return self.take().value
 
-    def sign(self) -> bool:
-        """Read plus and minus signs; whether they make a minus."""
-        negative = False
-        while self.at("+", "-"):
-            negative ^= self.take().value == "-"
-        return negative
+    def at_digit(self) -> bool:
+        r"""Whether the next token is the first of several digits, as in `\frac12`, and now by itself."""
+        token = self.peek()
+        if token.kind == "number" and len(token.value) > 1 and token.value.isdigit():
+            digits = [Token("digit", token.value[0], token.spaced), Token("number", token.value[1:])]
+            self.tokens[self.position : self.position + 1] = digits
+        return self.peek().kind == "digit"
 
     def deepen(self) -> None:
         """Go one level into the grammar; `depth` is put back at the end of the level."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import TypeGuard
 
 
 class Tree:
@@ -84,13 +85,6 @@ class Root(Operation): ...  # radicand, degree
 
 
 @dataclass(frozen=True)
-class PlusMinus(Operation):
-    """Its one part with either sign; `sign` is the upper one, so that -1 is a minus-plus."""
-
-    sign: int
-
-
-@dataclass(frozen=True)
 class Call(Operation):
     """A function by its name, applied to the parts."""
 
@@ -114,7 +108,7 @@ def whole(value: int) -> Number:
     return Number(Fraction(value))
 
 
-ZERO, ONE, TEN = map(whole, (0, 1, 10))
+ZERO, ONE = whole(0), whole(1)
 INFINITY = Constant("inf")
 MINUS_INFINITY = -INFINITY
 LOG_BASE = "log base"  # the symbol that stands for ln b, where b is the base that a logarithm leaves open
@@ -195,7 +189,7 @@ def product_of(factors: list[Tree]) -> Tree:
     return factors[0] if len(factors) == 1 else Product(tuple(factors))
 
 
-def is_numeric(answer: Answer) -> bool:
+def is_numeric(answer: Answer) -> TypeGuard[Expression]:
     """Whether it is an expression without free symbols."""
     return isinstance(answer, Expression) and not answer.tree.symbols
 
@@ -207,39 +201,19 @@ def walk(tree: Tree) -> Iterator[Tree]:
             yield from walk(part)
 
 
-def rebuild(tree: Tree, change: Callable[[Tree], Tree]) -> Tree:
-    """The tree with `change` applied to every node, leaves first."""
-    if isinstance(tree, Operation):
-        tree = replace(tree, parts=tuple(rebuild(part, change) for part in tree.parts))
-    return change(tree)
-
-
 def substitute(tree: Tree, values: Mapping[str, Tree]) -> Tree:
     """The tree with a value in place of every symbol that has one."""
-    return rebuild(tree, lambda part: values.get(part.name, part) if isinstance(part, Symbol) else part)
+    if isinstance(tree, Operation):
+        return replace(tree, parts=tuple(substitute(part, values) for part in tree.parts))
+    return values.get(tree.name, tree) if isinstance(tree, Symbol) else tree
 
 
-def both_signs(answer: Answer) -> list[Answer]:
-    """The two values of an answer with plus-minus signs, [answer] for any other; in a list they are two more
-    items."""
-    if isinstance(answer, Group) and answer.brackets in ("", "or", "{}"):
-        values = [value for item in answer.items for value in both_signs(item)]
-        return [replace(answer, items=tuple(values))]
-    signed = [_with_sign(answer, sign) for sign in (1, -1)]
-    return signed if signed[0] != signed[1] else [answer]
-
-
-def _with_sign(answer: Answer, sign: int) -> Answer:
-    if isinstance(answer, Relation):
-        return replace(answer, sides=tuple(_with_sign(side, sign) for side in answer.sides))
-    if isinstance(answer, Group):
-        return replace(answer, items=tuple(_with_sign(item, sign) for item in answer.items))
-    if not isinstance(answer, Expression):
-        return answer
-
-    def signed(tree: Tree) -> Tree:
-        if not isinstance(tree, PlusMinus):
-            return tree
-        return tree.parts[0] if tree.sign == sign else -tree.parts[0]
-
-    return replace(answer, tree=rebuild(answer.tree, signed))
+def both_signs(*answers: Answer) -> list[Answer]:
+    """The values of an answer that was read with its upper and with its lower signs; in a list they are two
+    more items."""
+    lists = [answer.items for answer in answers if isinstance(answer, Group)]
+    first = answers[0]
+    if isinstance(first, Group) and first.brackets in ("", "or", "{}"):
+        values = [value for items in zip(*lists, strict=True) for value in both_signs(*items)]
+        return [replace(first, items=tuple(values))]
+    return [first, *(answer for answer in answers[1:] if answer != first)]

@@ -34,7 +34,7 @@ UNITS = {name: (Fraction(1), name) for name in _ALONE.split()}
 for _dimension, _size, *_names in map(str.split, _SIZES.strip().split("\n")):
     UNITS |= dict.fromkeys(_names, (Fraction(_size), _dimension))
 CURRENCIES = {r"\$": "dollar", r"\euro": "euro", r"\pounds": "pound sterling"}
-UNIT_LETTERS = frozenset("mgslLNJWVKCFhA")
+UNIT_LETTERS = frozenset("mgslLNJWVKCFhA")  # that are read as units behind a number and a space
 
 
 def unit_size(unit: str) -> tuple[Fraction, tuple[tuple[str, int], ...], bool]:

@@ -1,5 +1,4 @@
-"""`pns config`: every key with default, range and meaning; some of them; or a recipe with all that it leaves
-out."""
+"""`pns config`: every key with default, range and meaning; some of them; or a recipe with all defaults."""
 
 import inspect
 import json

@@ -1,6 +1,6 @@
-"""`pns evaluate MODEL`: the evaluate stage on any model, without a recipe. Its directory is a run's page that
-keeps its own stage."""
+"""`pns evaluate MODEL`: the evaluate stage on any model; its directory is a page that keeps its own stage."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pns import driver
-from pns.algo.scores import COUNTED, SuiteScores, add_difference, grouped_by_problem, right_shares
+from pns.algo.scores import COUNTED, SuiteScores, add_difference, right_shares
 from pns.config import Config
 from pns.data.benchmarks import decoding, decodings
 from pns.data.problems import load_suites
@@ -17,7 +17,10 @@ from pns.errors import UserError
 from pns.files import read_json, read_jsonl, write_json
 from pns.records import Answered, from_json
 from pns.run.page import RunPage
+from pns.run.place import STORE, UNFINISHED
+from pns.run.report import interval
 from pns.run.stage import ModelFiles, Plan
+from pns.run.tracking import METRICS
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
 from pns.stages.evaluate import evaluate
@@ -37,7 +40,7 @@ def evaluate_model(config: Config, against: Path | None = None) -> Path:
     suites = Suites(suite_problems, identities, decodings(config, suite_problems), config.data)
     model = Path(config.models.backbone).name
     with RunPage.open(Path(config.runs) / config.name) as page:
-        plan = Plan(page.path / driver.STORE, config, driver.prompts_digest(prompts), page.attempts)
+        plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
         evaluation = plan(evaluate, {model: ModelFiles(config.models.backbone)}, suites)
         earlier = read_other(against, evaluation, suites) if against else None
         (step,) = plan.steps
@@ -59,8 +62,7 @@ def evaluate_model(config: Config, against: Path | None = None) -> Path:
 
 
 def show_prompt(config: Config) -> None:
-    """Print the first problem's prompt as the model reads it, special tokens included, and how each suite is
-    decoded."""
+    """Print the first prompt as the model reads it, special tokens included, and how suites are decoded."""
     suites, _ = load_suites(config)
     prompts = driver.load_prompts(config)
     problem = next(iter(suites.values()))[0]
@@ -76,8 +78,8 @@ def read_other(path: Path, evaluation: Evaluation, suites: Suites) -> tuple[str,
     Raises UserError unless there is one model, asked the same `suites` with the same decoding."""
     one_file = path.suffix == ".jsonl"
     folder = path.parent if one_file else path / "evaluate"
-    files = [path] if one_file else [f for f in sorted(folder.glob("*.jsonl")) if f.name != "metrics.jsonl"]
-    files = [file for file in files if ".unfinished" not in file.name]
+    kept = (file for file in sorted(folder.glob("*.jsonl")) if file.name != METRICS)
+    files = [path] if one_file else [file for file in kept if not file.name.endswith(UNFINISHED)]
     if len(files) != 1:
         names = ", ".join(file.name for file in files)
         holds = f"has {len(files)} models ({names})" if files else "has no finished evaluation"
@@ -104,7 +106,8 @@ def compare_evaluations(
     for suite in dict.fromkeys(row.problem.suite for row in [*other_rows, *rows]):
         own = [row for row in rows if row.problem.suite == suite]
         others = [row for row in other_rows if row.problem.suite == suite]
-        if num_samples(own) != num_samples(others):
+        # Paired differences need the same problems, each asked as often.
+        if Counter(row.problem.id for row in own) != Counter(row.problem.id for row in others):
             difference = f"the two evaluations differ in the problems or samples of {suite}"
             raise UserError(f"--against: {difference}; evaluate both with the same keys")
         shares, other_shares = right_shares(own), right_shares(others)
@@ -114,56 +117,34 @@ def compare_evaluations(
     return scores
 
 
-def num_samples(rows: Sequence[Answered]) -> dict[str, int]:
-    """Problem id -> number of its samples."""
-    return {identity: len(own) for identity, own in grouped_by_problem(rows).items()}
-
-
 def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> list[Table]:
     """Terminal tables of one model: the suites, differences from other models, and by subject and level where
     the problems have them."""
-    table = Table(
-        "suite", "n", "k", "accuracy % [95 %]", "pass@k", "maj@k", "cut", "none", "long", "?", title=name
-    )
-    table.caption = (
-        "k samples a problem; completions cut at the token limit, without an answer, not asked (prompt too "
-        "long), undecided (?)"
-    )
+    heads = ["suite", "n", "k", "accuracy % [95 %]", "pass@k", "maj@k", "cut", "none", "long", "?"]
+    meaning = "cut at the token limit, without an answer, not asked (prompt too long), undecided (?)"
+    table = Table(*heads, title=name, caption=f"k samples a problem; completions {meaning}")
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for suite, models in scores.items():
         found = models[name]
-        best = [
-            f"{100 * list(found[key].values())[-1]:.1f}" if key in found else ""
-            for key in ("pass_at", "majority_at")
-        ]
-        counts = [str(found[what]) for what in COUNTED]
-        samples = str(found.get("samples_per_problem", ""))
-        table.add_row(
-            suite,
-            str(found["n"]),
-            samples,
-            _share(found),
-            *best,
-            *counts,
-            end_section=suite == list(scores)[-2],
-        )
+        # Of the largest k alone: the figures rise with it, and a table has no room for all.
+        best = [list(found.get(key, {}).values())[-1:] for key in ("pass_at", "majority_at")]
+        shares = [f"{100 * share[0]:.1f}" if share else "" for share in best]
+        row = [suite, found["n"], found.get("samples_per_problem", ""), interval(found), *shares]
+        cells = [str(cell) for cell in (*row, *(found[what] for what in COUNTED))]
+        table.add_row(*cells, end_section=suite == list(scores)[-2])  # a line above the mean
     shown = [table]
     for other in scores["mean"][name].get("against", {}):
         differences = Table("suite", "difference % [95 %]", "p", "", title=f"{name} against {other}")
         for suite, models in scores.items():
             d = models[name]["against"][other]
-            interval = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-            differences.add_row(suite, interval, f"{d['p_value']:.4f}", d["verdict"])
+            difference = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+            differences.add_row(suite, difference, f"{d['p_value']:.4f}", d["verdict"])
         shown.append(differences)
     for what in ("subject", "level"):
         groups = Table("suite", what, "n", "accuracy % [95 %]")
         for suite, models in scores.items():
             for group, found in models[name].get(f"by_{what}", {}).items():
-                groups.add_row(suite, group, str(found["n"]), _share(found))
+                groups.add_row(suite, group, str(found["n"]), interval(found))
         if groups.row_count:
             shown.append(groups)
     return shown
-
-
-def _share(found: Mapping[str, float]) -> str:
-    return f"{100 * found['accuracy']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"

@@ -15,11 +15,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pns.config import Config, to_dict
-from pns.data.preference import canonical_line, data_hash, pair_rows, read_pairs, read_rows
+from pns.data.preference import COLUMNS, canonical_line, data_hash, pair_rows, read_pairs, read_rows
 from pns.errors import UserError
 from pns.files import PARTIAL, read_json, read_jsonl
 from pns.preflight import HUB_ID
+from pns.records import leaves
 from pns.run.page import linked_places
+from pns.run.place import Place
 from pns.run.report import build_report, interval
 from pns.run.tracking import METRICS
 
@@ -27,22 +29,11 @@ PAPER = "arXiv:2602.03516"
 _TAGS = ["preference", "dpo", "reasoning", "pns", PAPER.lower()]
 # The Hub's names of sizes, each with the first number of rows that is too many for it.
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
-_COLUMN_MEANINGS = {
-    "prompt": "the conversation before the answer (or its text)",
-    "chosen": "the preferred answer",
-    "rejected": "the answer to be avoided",
-    "problem_id": "the problem the pair belongs to",
-    "source": "how the rejected answer was made",
-    "margin_end": "leading characters of the rejected answer, up to and including the first wrong step",
-    "score_chosen": "raw reward-model score of the chosen answer",
-    "score_rejected": "raw reward-model score of the rejected answer",
-}
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run with its configuration; `external`: where the pairs come from, where it is not the run's own pair
-    stage."""
+    """A run with its configuration; `external`: where its pairs come from, empty for its own pair stage."""
 
     path: Path
     config: Config
@@ -52,14 +43,9 @@ class _Run:
     def name(self) -> str:
         return self.config.name or self.path.resolve().name
 
-    def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, else None."""
-        path = self.path / stage / "manifest.json"
-        return read_json(path) if path.is_file() else None
-
     def finished(self, stage: str) -> dict[str, Any]:
         """The stage's manifest. Raises UserError while it has none."""
-        manifest = self.manifest(stage)
+        manifest = Place(self.path / stage).manifest()
         if manifest is None:
             way_out = f"run its recipe again, until {stage} at least"
             raise UserError(f"{self.path}: stage {stage} is not finished; {way_out}")
@@ -140,8 +126,9 @@ def _write_pairs(run: _Run, directory: Path, rows: Sequence[Mapping[str, Any]], 
     directory.mkdir()
     lines = [canonical_line(row) for row in rows]
     (directory / "train.jsonl").write_bytes("".join(lines).encode())
+    # As JSON gives them back: both files hold the same values.
     written = [json.loads(line) for line in lines]
-    columns = [name for name in _COLUMN_MEANINGS if any(name in row for row in written)]
+    columns = [name for name in COLUMNS if any(name in row for row in written)]
     try:
         table = pyarrow.Table.from_pydict({name: [row.get(name) for row in written] for name in columns})
     except pyarrow.ArrowException as error:
@@ -161,7 +148,7 @@ def _write_pairs(run: _Run, directory: Path, rows: Sequence[Mapping[str, Any]], 
     values = {
         "manifest": None if run.external else run.finished("pair"),
         "quality": {name: value for name, value in quality if name != "counts"},
-        "columns": [[f"`{name}`", _COLUMN_MEANINGS[name]] for name in columns],
+        "columns": [[f"`{name}`", COLUMNS[name]] for name in columns],
         "num_rows": len(rows),
     }
     card = _card("pairs", run, report, sha256, front, values)
@@ -171,8 +158,9 @@ def _write_pairs(run: _Run, directory: Path, rows: Sequence[Mapping[str, Any]], 
 def _write_model(run: _Run, directory: Path, sha256: str) -> None:
     shutil.copytree(run.path / "preference" / "model", directory, copy_function=_link_or_copy)
     report, manifest = build_report(run.path), run.finished("preference")
-    base = _hub_base(run)
-    front: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if base else {}
+    front: dict[str, Any] = {}
+    if HUB_ID.fullmatch(run.config.models.backbone):  # a directory's path is absolute, and no id
+        front = {"base_model": run.config.models.backbone, "base_model_relation": "finetune"}
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _TAGS}
     values = {
         "manifest": manifest,
@@ -201,14 +189,12 @@ def _card(
     values: Mapping[str, Any],
 ) -> str:
     """The card `templates/<kind>.md.jinja`: `front` is the YAML that the Hub and `datasets` read."""
+    # Strict: a card with a hole in it would be published.
+    loader, strict = jinja2.PackageLoader("pns.commands"), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pns.commands"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, undefined=strict, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"cell": _cell, "leaves": _leaves, "yaml": _yaml, "json": _json}
+    environment.filters |= {"cell": _cell, "leaves": leaves, "yaml": _yaml, "json": _json}
     trained_on = _trained_on(run)
     return environment.get_template(f"{kind}.md.jinja").render(
         paper=PAPER,
@@ -224,15 +210,9 @@ def _card(
     )
 
 
-def _hub_base(run: _Run) -> str | None:
-    """The backbone's Hub id; None where it was a directory."""
-    backbone = run.config.models.backbone  # a directory's path is absolute
-    return backbone if HUB_ID.fullmatch(backbone) else None
-
-
 def _scores(run: _Run, report: Mapping[str, Any]) -> dict[str, Any]:
     """The table of accuracies, a row a suite, and how it was evaluated; nothing where it was not."""
-    suites, manifest = report.get("suites"), run.manifest("evaluate")
+    suites, manifest = report.get("suites"), Place(run.path / "evaluate").manifest()
     if not suites or manifest is None:
         return {}
     models = list(dict.fromkeys(model for scores in suites.values() for model in scores))
@@ -247,7 +227,7 @@ def _scores(run: _Run, report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys of nested settings, but those that were left empty."""
-    return {key: value for key, value in _leaves(values) if value not in (None, "")}
+    return {key: value for key, value in leaves(values).items() if value not in (None, "")}
 
 
 def _first_and_last_metrics(path: Path) -> dict[str, Any]:
@@ -265,21 +245,10 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     for key, value in values.items():
         default = defaults.get(key)
         if isinstance(value, dict) and isinstance(default, dict):
-            value = _changed(value, default)
-            if value:
-                changed[key] = value
-        elif value != default:
+            value, default = _changed(value, default), {}
+        if value != default:
             changed[key] = value
     return changed
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[list[Any]]:
-    """[dotted name, value] of nested values."""
-    leaves: list[list[Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        leaves += _leaves(value, f"{name}.") if isinstance(value, dict) else [[name, value]]
-    return leaves
 
 
 def _cell(value: Any) -> str:

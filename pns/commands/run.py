@@ -10,17 +10,15 @@ from pns.files import files_below, remove
 from pns.preflight import check_models
 from pns.recipe import load
 from pns.run.page import linked_places, pages
-from pns.run.place import Place, locked
-
-STORE = "stages"  # below `runs`
+from pns.run.place import STORE, Place, locked
 
 
 def run_recipe(recipe: Path, overrides: Sequence[str], first: str | None, last: str | None) -> None:
     """Make what is missing of the recipe's run."""
     config = load(recipe, list(overrides))
     check_stages(config, first, last)
-    check_early(config, last)
-    from pns import driver
+    check_models(config, stages(config, last))
+    from pns import driver  # takes seconds: what is wrong has been said by now
 
     driver.run(config, first, last)
 
@@ -28,7 +26,7 @@ def run_recipe(recipe: Path, overrides: Sequence[str], first: str | None, last: 
 def plan_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     """Print the stages of the recipe's run with the roles they use, and the placement of all roles."""
     config = load(recipe, list(overrides))
-    check_early(config, None)
+    check_models(config, stages(config))
     from pns import driver
     from workers.placement import placement_table
 
@@ -36,9 +34,8 @@ def plan_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     print(f"{recipe}: {Path(config.runs) / config.name}")
     for step, step_roles in roles_by_step.items():
         print(f"  {step:<14}{', '.join(step_roles)}")
-    roles = list(dict.fromkeys(role for step_roles in roles_by_step.values() for role in step_roles))
-    device = config.placement.device.value
-    print(placement_table(config, roles, device))
+    roles = dict.fromkeys(role for step_roles in roles_by_step.values() for role in step_roles)
+    print(placement_table(config, list(roles), config.placement.device.value))
 
 
 def check_stages(config: Config, first: str | None, last: str | None) -> None:
@@ -48,12 +45,6 @@ def check_stages(config: Config, first: str | None, last: str | None) -> None:
     for option, stage in (("--from", first), ("--until", last)):
         if stage and stage not in stages(config):
             raise UserError(f"{option} {stage}: the stages of this run are {', '.join(stages(config))}")
-
-
-def check_early(config: Config, last: str | None) -> None:
-    """What needs no heavy import to be found wrong."""
-    asked = stages(config)
-    check_models(config, asked[: asked.index(last) + 1] if last else asked)
 
 
 def report_run(directory: Path) -> None:
@@ -94,6 +85,7 @@ def collect_garbage(runs: Path, yes: bool) -> None:
         return
     for place in unlinked:
         try:
+            # Whoever makes it holds the lock; after a crash nobody does.
             with locked(place / "lock", "it stays"):
                 remove(place)
         except UserError as error:
@@ -118,8 +110,7 @@ def used_places(runs: Path) -> set[Path]:
 
 def described_place(place: Path) -> str:
     """Name, state, size and age of a stage's output."""
-    manifest = Place(place).manifest()
-    state = "done" if manifest else "unfinished"
+    state = "done" if Place(place).manifest() else "unfinished"
     age = readable_age(time.time() - place.stat().st_mtime)
     return f"{place.name:<36}{state:<12}{readable_size(num_bytes(place)):>10}{age:>10}"
 

@@ -1,5 +1,4 @@
-"""`pns tiny make OUT`: train a model of the tiny world. OUT.run beside it is a run's page that keeps its own
-stage."""
+"""`pns tiny make OUT`: train a model of the tiny world. OUT.run is a run's page that keeps its own stage."""
 
 import os
 import shutil
@@ -27,6 +26,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     from pns import driver
     from pns.data.prompts import Prompts, load_tokenizer
     from pns.run.page import RunPage
+    from pns.run.place import STORE
     from pns.run.stage import Plan
     from pns.stages.session import session
     from pns.tiny.tokenizer import build_tokenizer
@@ -36,7 +36,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     solves = settings.task is TinyTask.solve
     prompts = Prompts(build_tokenizer() if solves else load_tokenizer(settings.samples_from), config.data)
     with RunPage.open(Path(config.runs) / config.name) as page:
-        plan = Plan(page.path / driver.STORE, config, driver.prompts_digest(prompts), page.attempts)
+        plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
         made = plan(warm_start_stage(settings))
         (step,) = plan.steps
         if not step.is_done():
@@ -44,6 +44,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
                 making.make(step)
         partial = out.with_name(f"{PARTIAL}{out.name}")
         remove(partial)
+        # A copy: `out` is for the user to keep, move or change; the stage's own stays as it was hashed.
         shutil.copytree(made.model, partial)
         os.replace(partial, out)
         if made.quality_file.is_file():

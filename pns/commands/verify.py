@@ -57,7 +57,9 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
     total, seconds = counts.total(), time.monotonic() - begin
     shares = [f"{count} {verdict} ({count / max(1, total):.1%})" for verdict, count in counts.items()]
     speed = f"{seconds:.1f} s, {total / seconds:.0f} a second"
-    print(f"{total} cases: {', '.join(shares)}; {speed} -> {out}", file=sys.stderr)
+    print(
+        f"{total} cases: {', '.join(shares)}; {speed} -> {out}", file=sys.stderr
+    )  # `--out /dev/stdout` stays clean
     return dict(counts)
 
 
@@ -73,15 +75,11 @@ def _checked_case(case: dict[str, Any], where: str) -> tuple[str, str, AnswerRul
         if not isinstance(case.get(field), str):
             kind = f"a {type(case[field]).__name__}" if field in case else "missing"
             raise UserError(f"{where}: {field} is {kind}; it must be a string")
-    unordered, tolerance, unit = (
-        case.get("unordered", False),
-        case.get("tolerance", 0),
-        case.get("unit") or "",
-    )
+    unordered, tolerance = case.get("unordered", False), case.get("tolerance", 0)
+    unit = case.get("unit") or ""
     if not isinstance(unordered, bool):
         raise UserError(f"{where}: unordered is {unordered!r}; it must be true or false")
-    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if not is_number or not 0 <= tolerance < float("inf"):
+    if type(tolerance) not in (int, float) or not 0 <= tolerance < float("inf"):
         raise UserError(f"{where}: tolerance is {tolerance!r}; it must be a number of at least 0")
     if not isinstance(unit, str):
         raise UserError(f"{where}: unit is {unit!r}; it must be a string")

@@ -46,7 +46,7 @@ def _only(value: Any) -> str:
 
 
 _GREEDY = Decoding(1, 0.0, 1.0)
-_SAMPLED = Decoding(32, 0.6, 0.95)
+_SAMPLED = Decoding(32, 0.6, 0.95)  # of sets so small that one sample a problem says little
 
 
 @dataclass(frozen=True)
@@ -75,32 +75,30 @@ class ProblemSet:
     decoding: Decoding = field(default_factory=lambda: _GREEDY)
 
 
+# Fields of a record here, by their names there.
 _QUESTION = {"problem": "question", "answer": "answer"}
 _PROBLEM = {"problem": "problem", "answer": "answer"}
-_MATH = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
+_SOLUTION = {"problem": "problem", "answer": "solution"}
+_MATH500 = _PROBLEM | {"id": "unique_id", "solution": "solution", "subject": "subject", "level": "level"}
+_MATH_TRAIN = _SOLUTION | {"solution": "solution", "subject": "type", "level": "level"}
+_OLYMPIAD = {"problem": "question", "answer": "final_answer", "subject": "subfield"} | {
+    "multiple": "is_multiple_answer",
+    "unit": "unit",
+    "error": "error",  # an absolute tolerance
+}
+_GSM8K = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
+_MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 
 BENCHMARKS: dict[str, ProblemSet] = {
     "gsm8k": ProblemSet(
         1319,
         "c7e88feeaf55ce07b7f233fc33e7ecc98c176d7c6205725c6e51b53336989b26",
-        Hub("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", _QUESTION, _after_marks, ("main",)),
+        Hub(*_GSM8K, _QUESTION, _after_marks, ("main",)),
     ),
     "math500": ProblemSet(
         500,
         "9b34dbfc465f4c3ddea6135a4bf4a00deb26430c2576d244b9747b4cf79b7bec",
-        Hub(
-            "HuggingFaceH4/MATH-500",
-            "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-            _PROBLEM | {"id": "unique_id", "solution": "solution", "subject": "subject", "level": "level"},
-        ),
+        Hub("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", _MATH500),
     ),
     "amc23": ProblemSet(
         40,
@@ -116,29 +114,12 @@ BENCHMARKS: dict[str, ProblemSet] = {
     "olympiadbench": ProblemSet(
         675,
         "7e3355c154df8d0ad7fad73cdd77779dc887cf3c84e69d2f6f84e7147bc9c625",
-        Hub(
-            "math-ai/olympiadbench",
-            "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84",
-            {
-                "problem": "question",
-                "answer": "final_answer",
-                "subject": "subfield",
-                "multiple": "is_multiple_answer",
-            }
-            | {"unit": "unit", "error": "error"},
-            _only,
-            count=674,
-        ),
+        Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84", _OLYMPIAD, _only, count=674),
     ),
     "aime24": ProblemSet(
         30,
         "8c928377e52063470ebc55435ec0c55a05a3bb020d5bb31fb3c77dd98d2e6cae",
-        Hub(
-            "math-ai/aime24",
-            "83a7f387baaa524a8bda0022eac0541582297103",
-            {"problem": "problem", "answer": "solution"},
-            _boxed,
-        ),
+        Hub("math-ai/aime24", "83a7f387baaa524a8bda0022eac0541582297103", _SOLUTION, _boxed),
         _SAMPLED,
     ),
     "aime25": ProblemSet(
@@ -155,14 +136,7 @@ TRAINING_SETS: dict[str, ProblemSet] = {
     "gsm8k_train": ProblemSet(
         7473,
         "48c9ad8d3d9b10383f9e290909b76a150b58187745c598788cb0f1346f2ed01e",
-        Hub(
-            "openai/gsm8k",
-            "740312add88f781978c0658806c59bc2815b9866",
-            _QUESTION | {"solution": "answer"},
-            _after_marks,
-            ("main",),
-            "train",
-        ),
+        Hub(*_GSM8K, _QUESTION | {"solution": "answer"}, _after_marks, ("main",), "train"),
     ),
     "math_train": ProblemSet(
         7500,
@@ -170,15 +144,9 @@ TRAINING_SETS: dict[str, ProblemSet] = {
         Hub(
             "EleutherAI/hendrycks_math",
             "21a5633873b6a120296cce3e2df9d5550074f4a3",
-            {
-                "problem": "problem",
-                "answer": "solution",
-                "solution": "solution",
-                "subject": "type",
-                "level": "level",
-            },
+            _MATH_TRAIN,
             _boxed,
-            _MATH,
+            tuple(_MATH.split()),
             "train",
         ),
     ),
@@ -217,7 +185,7 @@ def decoding(config: Config, suite: str) -> Decoding:
     values = {}
     for name in ("samples_per_problem", "temperature", "top_p"):
         stated = (getattr(layer, name) for layer in chain)
-        values[name] = next((value for value in stated if value is not None), None)
+        values[name] = next((value for value in stated if value is not None), None)  # 0 is a temperature
     tokens = own.max_new_tokens or config.evaluate.max_new_tokens or config.rollout.max_new_tokens
     complete = replace(Decoding(**values), max_new_tokens=tokens)
     if complete.temperature == 0 and complete.samples_per_problem != 1:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pns.records import Problem
 
-NUM_WORDS = 13
+NUM_WORDS = 13  # as in GPT-3's report (arXiv 2005.14165)
 MIN_SHARE = 0.5
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _SPACES_AND_DOLLARS = re.compile(r"[\s$]+")
@@ -22,8 +22,7 @@ _SPACES_AND_DOLLARS = re.compile(r"[\s$]+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """`share` of the benchmark problem's word sequences that the training problem has, in [0, 1]; 1 for
-    `exact` and `alnum`."""
+    """`share` of the benchmark problem's word sequences found in training; 1 for `exact` and `alnum`."""
 
     suite: str
     benchmark_id: str
@@ -55,6 +54,7 @@ class Overlaps:
         found: dict[int, tuple[str, float]] = {}
         for index in self._exact.get(_exact(problem.prompt), ()):
             found[index] = ("exact", 1.0)
+        # Not of problems without a letter or digit, which would all be the same.
         if alnum := _alnum(problem.prompt):
             for index in self._alnum.get(alnum, ()):
                 found.setdefault(index, ("alnum", 1.0))

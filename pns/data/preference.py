@@ -26,17 +26,18 @@ from pns.files import json_lines, read_jsonl
 from pns.preference_losses import PREFERENCE_LOSSES
 from pns.records import PreferencePair, Problem, from_json
 
-COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "problem_id",
-    "source",
-    "margin_end",
-    "score_chosen",
-    "score_rejected",
-)
 SIDES = ("chosen", "rejected")
+# The standard three and those that describe the pair, with what a card says of each.
+COLUMNS = {
+    "prompt": "the conversation before the answer (or its text)",
+    "chosen": "the preferred answer",
+    "rejected": "the answer to be avoided",
+    "problem_id": "the problem the pair belongs to",
+    "source": "how the rejected answer was made",
+    "margin_end": "leading characters of the rejected answer, up to and including the first wrong step",
+    "score_chosen": "raw reward-model score of the chosen answer",
+    "score_rejected": "raw reward-model score of the rejected answer",
+}
 CAUSES = ("empty_side", "end_token_inside", "identical_sides", "prompt_too_long", "pair_too_long")
 _UNSUPPORTED = ("tools", "images")  # columns that change what a chat template renders
 _SHORT_REVISION = 12
@@ -75,13 +76,8 @@ class LoadedPairs:
 
     def summary(self) -> dict[str, Any]:
         """All but the pairs, as JSON values."""
-        return {
-            "source": self.source,
-            "sha256": self.sha256,
-            "rows": self.num_rows,
-            "pairs": len(self.pairs),
-            "dropped": self.dropped,
-        }
+        counts = {"rows": self.num_rows, "pairs": len(self.pairs), "dropped": self.dropped}
+        return {"source": self.source, "sha256": self.sha256, **counts}
 
 
 def load_pairs(
@@ -153,7 +149,7 @@ def pair_rows(pairs: Sequence[PreferencePair], data: Data) -> list[dict[str, Any
     asked = [replace(pair, prompt=pair.prompt + data.instruction) for pair in pairs]
     rows: list[dict[str, Any]] = []
     for row, pair in zip(preference_rows(asked, data.system_prompt), pairs, strict=True):
-        values = {key: getattr(pair, key) for key in COLUMNS[3:]}  # those that describe the pair
+        values = {key: getattr(pair, key) for key in list(COLUMNS)[3:]}
         rows.append(row | {key: value for key, value in values.items() if value is not None})
     return rows
 
@@ -169,7 +165,7 @@ def read_rows(settings: PreferenceData) -> Iterator[tuple[str, dict[str, Any]]]:
         lines = json_lines(settings.path)
         rows = ((f"{settings.path}, line {number}", row) for number, row in lines)
     empty = True
-    for placed in islice(rows, settings.limit or None):
+    for placed in islice(rows, settings.limit or None):  # None: all
         empty = False
         yield placed
     if empty:
@@ -183,6 +179,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            # Other columns may hold megabytes a row.
             for batch in file.iter_batches(columns=_known(file.schema_arrow.names)):
                 for row in batch.to_pylist():
                     number += 1
@@ -224,13 +221,13 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
     """
     for column in _UNSUPPORTED:
         if row.get(column):
-            raise UserError(
-                f"{where}: a pair with {column!r} cannot be rendered; remove the column or the row"
-            )
+            fault = f"a pair with {column!r} cannot be rendered"
+            raise UserError(f"{where}: {fault}; remove the column or the row")
     values: dict[str, Any] = {key: row.get(key) for key in ("prompt", *SIDES)}
     plain = all(isinstance(value, str) for value in values.values())
     if plain:
         prompt = values["prompt"] if values["prompt"].strip() else ""
+        # Some files have the end token in the text; it is added once to all.
         sides = [_Side(values[side].removesuffix(tokenizer.eos_token), 0) for side in SIDES]
     elif all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
         prompt, sides = _render(tokenizer, values, where)
@@ -314,10 +311,9 @@ def _side(tokenizer: Any, before: str, whole: str, content: str, where: str) -> 
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
         start = len(list(same))
         change = f"{before[start : start + 20]!r} becomes {whole[start : start + 20]!r}"
-        raise UserError(
-            f"{where}: the chat template renders the prompt otherwise once the assistant's turn follows "
-            f"(from character {start}: {change}); give the pair as plain strings"
-        )
+        fault = "the chat template renders the prompt otherwise once the assistant's turn follows"
+        place = f"from character {start}: {change}"
+        raise UserError(f"{where}: {fault} ({place}); give the pair as plain strings")
     if not content.strip():
         return _Side("", 0)
     added = whole.removeprefix(before)
@@ -357,6 +353,7 @@ def _completion_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 def _margin_end(row: Mapping[str, Any], rejected: Any, where: str) -> int | None:
     value = row.get("margin_end")
     length = len(rejected if isinstance(rejected, str) else rejected[-1]["content"])
+    # Not `isinstance`: true is an int, too.
     if value is not None and (type(value) is not int or not 0 < value <= length):
         wanted = f"it counts characters of the rejected text, from 1 to {length}"
         raise UserError(f"{where}: margin_end is {value!r}; {wanted}")

@@ -1,8 +1,7 @@
-"""Problems of a run: the tiny world, named sets (pns.data.benchmarks) or local files, checked before anything
-starts."""
+"""Problems of a run: the tiny world, named sets or local files, checked before anything starts."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -54,23 +53,15 @@ def load_problem_sets(config: Config) -> ProblemSets:
     data = config.data
     suites, identities = load_suites(config)
     if data.source is DataSource.tiny:
-        tiny = data.tiny
-        return ProblemSets(
-            train=tiny_world.problems("train", None, tiny.num_train, config.seed),
-            reward=tiny_world.problems("reward", None, tiny.num_reward, config.seed),
-            preference=tiny_world.problems("preference", None, tiny.num_preference, config.seed),
-            suites=suites,
-            identities=identities,
-            checker=tiny_world.StepChecker(),
+        sizes = vars(data.tiny)
+        train, reward, preference = (
+            tiny_world.problems(part, None, sizes[f"num_{part}"], config.seed) for part in TRAINING
         )
+        checker = tiny_world.StepChecker()
+        return ProblemSets(train, reward, preference, suites, identities, checker=checker)
     if external_pairs(config):
         return ProblemSets([], [], [], suites, identities)
-    files = data.jsonl
-    names = {
-        "train": files.train,
-        "reward": files.reward or files.train,
-        "preference": files.preference or files.train,
-    }
+    names = {part: getattr(data.jsonl, part) or data.jsonl.train for part in TRAINING}
     parts = {part: _training_problems(name, part, data) for part, name in names.items()}
     removed: dict[str, list[Overlap]] = {}
     if data.decontaminate:
@@ -86,8 +77,7 @@ def load_problem_sets(config: Config) -> ProblemSets:
 
 
 def load_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Identity]]:
-    """The suites of an evaluation, and what they are. Raises UserError as `load_problem_sets`, and for a
-    wrong decoding."""
+    """The suites of an evaluation, and what they are. Raises UserError also for a wrong decoding."""
     suites, identities = _read_suites(config)
     decodings(config, suites)
     return suites, identities
@@ -98,19 +88,17 @@ def _read_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Id
     suites: dict[str, list[Problem]] = {}
     identities: dict[str, Identity] = {}
     if data.source is DataSource.tiny:
-        # The test problems are the same whatever the run's seed: scores of different runs compare.
-        suites = {
-            suite: tiny_world.problems("test", suite, data.tiny.num_test_per_suite, 0)
-            for suite in tiny_world.SUITES
-        }
-        return suites, {suite: _identity("tiny world", problems) for suite, problems in suites.items()}
+        for suite in tiny_world.SUITES:
+            # The same whatever the run's seed (0 here): scores of different runs compare.
+            suites[suite] = tiny_world.problems("test", suite, data.tiny.num_test_per_suite, 0)
+            identities[suite] = _identity("tiny world", suites[suite])
+        return suites, identities
     for name in data.benchmarks:
         suites[name], identities[name] = load_named(name, data)
         if data.jsonl.limit:
             suites[name] = suites[name][: data.jsonl.limit]
-            identities[name] = _identity(
-                f"the first {data.jsonl.limit} of {identities[name].source}", suites[name]
-            )
+            first = f"the first {data.jsonl.limit} of {identities[name].source}"
+            identities[name] = _identity(first, suites[name])
     for name, path in data.jsonl.suites.items():
         suites[name] = read_problems(Path(path), name, data.jsonl.limit)
         identities[name] = _identity(path, suites[name])
@@ -127,6 +115,8 @@ def load_named(
     expected = table[name]
     if data.root:
         path = _local_file(name, Path(data.root))
+        if not path.is_file():
+            raise UserError(f"{name}: {path} does not exist; data.root names a directory that has the file")
         source, records, pinned, count = str(path), list(read_records(path)), False, expected.count
     else:
         if expected.hub is None:
@@ -137,16 +127,14 @@ def load_named(
         records = list(read_hub(name, expected.hub, revision))
         pinned, count = revision == expected.hub.revision, expected.hub.count or expected.count
     if len(records) != count:
-        raise UserError(
-            f"{name}: {source} has {len(records)} records, {count} are expected; fetch the whole set again"
-        )
+        fault = f"{source} has {len(records)} records, {count} are expected"
+        raise UserError(f"{name}: {fault}; fetch the whole set again")
     digest = content_hash((record["problem"], record["answer"]) for record in records)
     if not pinned and digest != expected.sha256:
         fault = f"has sha256 {digest[:16]}..., {expected.sha256[:16]}... is expected"
         way_out = "fetch the set again, or name one of your own under data.jsonl.suites"
-        raise UserError(
-            f"{name}: the content of {source} {fault}, and its scores would not compare: {way_out}"
-        )
+        consequence = f"{fault}, and its scores would not compare"
+        raise UserError(f"{name}: the content of {source} {consequence}: {way_out}")
     problems = [problem for record in records if (problem := to_problem(record, name))]
     asked = {problem.id for problem in problems}
     without_answer = tuple(record["id"] for record in records if record["id"] not in asked)
@@ -172,16 +160,10 @@ def to_problem(record: Mapping[str, Any], suite: str) -> Problem | None:
     if record.get("note") and not record["answer"]:
         return None
     tolerance, unit = float(record.get("error") or 0), str(record.get("unit") or "").strip("$")
-    return Problem(
-        record["id"],
-        record["problem"],
-        record["answer"],
-        suite,
-        record.get("solution"),
-        str(record.get("subject") or ""),
-        str(record.get("level") or "").removeprefix("Level "),
-        AnswerRule(bool(record.get("multiple")), tolerance, unit),
-    )
+    rule = AnswerRule(bool(record.get("multiple")), tolerance, unit)
+    subject, level = str(record.get("subject") or ""), str(record.get("level") or "")
+    described = record.get("solution"), subject, level.removeprefix("Level ")  # MATH says "Level 3"
+    return Problem(record["id"], record["problem"], record["answer"], suite, *described, rule)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -235,18 +217,17 @@ def _checked(record: dict[str, Any], where: str, identity: str, seen: set[str]) 
     return record
 
 
-def removals(removed: Mapping[str, Iterable[Overlap]]) -> dict[str, Any]:
+def removals(removed: Mapping[str, Sequence[Overlap]]) -> dict[str, Any]:
     """What decontamination left out, for decontamination.json: per part the number of problems, how many of
     them each suite accounts for, and the overlaps."""
     report = {}
     for part, overlaps in removed.items():
-        listed = list(overlaps)
-        pairs = {(overlap.suite, overlap.train_id) for overlap in listed}
-        by_suite = Counter(suite for suite, _ in pairs)
+        # A problem that overlaps with several of one suite counts once there.
+        pairs = {(overlap.suite, overlap.train_id) for overlap in overlaps}
         report[part] = {
             "problems": len({train_id for _, train_id in pairs}),
-            "by_suite": dict(sorted(by_suite.items())),
-            "overlaps": [vars(overlap) for overlap in listed],
+            "by_suite": dict(sorted(Counter(suite for suite, _ in pairs).items())),
+            "overlaps": [vars(overlap) for overlap in overlaps],
         }
     return report
 
@@ -259,8 +240,7 @@ def _training_problems(name: str, part: str, data: Data) -> list[Problem]:
 
 
 def benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Iterator[Problem]:
-    """The suites' problems whole (whatever `limit` says), and those of every other benchmark that lies in
-    `data.root`."""
+    """The suites' problems whole, whatever `limit` says, and those of every other set in `data.root`."""
     for name, problems in suites.items():
         if name in data.benchmarks and data.jsonl.limit:
             problems = load_named(name, data)[0]
@@ -268,7 +248,7 @@ def benchmark_problems(suites: Mapping[str, list[Problem]], data: Data) -> Itera
     if data.root:
         # In a fixed order: sets have another one in every process.
         for name in sorted(BENCHMARKS.keys() - suites.keys()):
-            if any(path.is_file() for path in _candidates(name, Path(data.root))):
+            if _local_file(name, Path(data.root)).is_file():
                 yield from load_named(name, data)[0]
 
 
@@ -278,14 +258,7 @@ def _identity(source: str, problems: list[Problem]) -> Identity:
 
 
 def _local_file(name: str, root: Path) -> Path:
-    candidates = _candidates(name, root)
-    for path in candidates:
-        if path.is_file():
-            return path
-    way_out = "data.root names a directory that has the file"
-    raise UserError(f"{name}: {candidates[0]} does not exist; {way_out}")
-
-
-def _candidates(name: str, root: Path) -> list[Path]:
+    """Where the set is below `root`, or where it would be."""
     folder = "benchmarks" if name in BENCHMARKS else "train"
-    return [base / f"{name}{suffix}" for base in (root / folder, root) for suffix in (".jsonl", ".jsonl.gz")]
+    paths = [base / f"{name}{end}" for base in (root / folder, root) for end in (".jsonl", ".jsonl.gz")]
+    return next((path for path in paths if path.is_file()), paths[0])

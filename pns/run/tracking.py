@@ -14,17 +14,10 @@ from pns.files import append_jsonl, cut_rows, read_jsonl, write_jsonl
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
 METRICS = "metrics.jsonl"
-SHOWN = (
-    "reward",
-    "loss",
-    "accuracy",
-    "wrong_rate",
-    "format_rate",
-    "plausibility_mean",
-    "coherence_mean",
-    "masked_rate",
-    "tokens_per_second",
-)
+SHOWN = (  # of a step's metrics, on the terminal
+    "reward loss accuracy wrong_rate format_rate plausibility_mean coherence_mean masked_rate "
+    "tokens_per_second"
+).split()
 
 
 class Backends(Protocol):
@@ -80,7 +73,7 @@ class Tracker:
         they come again. Returns the values of the steps before."""
         rows = []
         if self._path.is_file():
-            cut_rows(self._path)
+            cut_rows(self._path)  # a row that a crash cut cannot be read
             rows = read_jsonl(self._path)
         kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
         write_jsonl(self._path, kept)
@@ -122,14 +115,14 @@ class Tracker:
         if not terminal and done < self._total and now - self._shown < PLAIN_INTERVAL_SECONDS:
             return
         self._shown = now
+        # Of the steps since this start alone: those before an interruption were in another process.
         remaining = (now - self._began) / max(done - self._first_step, 1) * (self._total - done)
         shown = {key: values[key] for key in SHOWN if key in values} or dict(list(values.items())[:4])
-        figures = "  ".join(
-            f"{key} {'-' if value is None else format(value, '.3g')}" for key, value in shown.items()
-        )
+        spelt = {key: "-" if value is None else f"{value:.3g}" for key, value in shown.items()}
+        figures = "  ".join(f"{key} {value}" for key, value in spelt.items())
         eta = f"ETA {remaining // 60:.0f}:{remaining % 60:02.0f}"
         line = f"{self._stage}  {done}/{self._total}  {eta}  {figures}"
-        self._out.write(
-            f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n"
-        )
+        # On a terminal in the place of the last one, and never so long that it would wrap.
+        width = shutil.get_terminal_size().columns - 1
+        self._out.write(f"\r\x1b[K{line[:width]}" if terminal else f"{line}\n")
         self._out.flush()

@@ -67,6 +67,7 @@ class Problems:
 
     @cached_property
     def digest(self) -> str:
+        # With a checker a stage makes more of the same problems.
         return sha256_of_json([to_json(list(self.problems)), self.checker is not None])
 
     @property
@@ -124,6 +125,7 @@ def draw(pool: Sequence[Drawn], num: int, step: int, seed: int) -> list[Drawn]:
     for index in range(step * num, (step + 1) * num):
         epoch, position = divmod(index, len(pool))
         if epoch not in orders:
+            # A pair of numbers: with seed + epoch the runs of neighbouring seeds would share orders.
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(pool))
         drawn.append(pool[orders[epoch][position]])
     return drawn

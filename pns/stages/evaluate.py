@@ -61,7 +61,7 @@ def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: 
     for suite, problems in suites.problems.items():
         decoding = suites.decodings[suite]
         for problem in problems:
-            fits = len(ctx.prompts.encode(problem)) < longest
+            fits = len(ctx.prompts.encode(problem)) < longest  # room for one token at least
             for sample in range(decoding.samples_per_problem or 1):
                 seed = stable_seed(ctx.seed, "evaluate", problem.id, sample)
                 row = not_asked(problem, sample, seed)
@@ -74,6 +74,7 @@ def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: 
     answers = stream(ctx, asks, scorer, unfinished, lambda row: True, model, label)
     rows |= {ask.key: row for ask, row in zip(asks, answers, strict=True)}
     write_jsonl(file, rows.values())
+    # Only now that the whole file is there: until then these rows are what an interruption leaves.
     unfinished.drop(list(unfinished.rows))
 
 
@@ -101,20 +102,10 @@ class AnswerScorer:
         for ask, sample in samples:
             text, stopped = self._prompts.until_stop(self._prompts.decode(sample.token_ids))
             reason = "stop" if stopped else sample.finish_reason
+            problem = replace(ask.problem, solution=None)  # rows are read by people: a solution is long
+            drawn = text, len(sample.token_ids), reason
             # What it will be once there is a verdict.
-            rows.append(
-                Answered(
-                    replace(ask.problem, solution=None),
-                    ask.sample,
-                    ask.seed,
-                    text,
-                    len(sample.token_ids),
-                    reason,
-                    None,
-                    Verdict.UNVERIFIED,
-                    "",
-                )
-            )
+            rows.append(Answered(problem, ask.sample, ask.seed, *drawn, None, Verdict.UNVERIFIED, ""))
             keys.append(ask.key)
         answers = [(row.problem.answer, row.completion, row.problem.rule) for row in rows]
         self._verifying.append((rows, keys, self._verifier.submit(answers)))
@@ -126,21 +117,18 @@ class AnswerScorer:
                 still_verifying.append((rows, keys, handle))
                 continue
             for row, key, result in zip(rows, keys, self._verifier.collect(handle), strict=True):
-                extracted = result.extracted
+                extracted, said = result.extracted, result.reason
                 verdict, reason = final_verdict(result.verdict, result.cause, extracted, row.finish_reason)
-                answered = replace(
-                    row, extracted=extracted, verdict=verdict, reason=reason, detail=result.reason
-                )
-                whole.append((key, answered))
+                judged = replace(row, extracted=extracted, verdict=verdict, reason=reason, detail=said)
+                whole.append((key, judged))
         self._verifying = still_verifying
         return whole
 
 
 def not_asked(problem: Problem, sample: int, seed: int) -> Answered:
     """What stands for a sample of a problem whose prompt leaves no room for an answer."""
-    reason = "prompt_too_long"
-    problem = replace(problem, solution=None)
-    return Answered(problem, sample, seed, "", 0, reason, None, Verdict.WRONG, reason)
+    reason, asked = "prompt_too_long", replace(problem, solution=None)
+    return Answered(asked, sample, seed, "", 0, reason, None, Verdict.WRONG, reason)
 
 
 def final_verdict(

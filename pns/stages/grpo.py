@@ -1,5 +1,4 @@
-"""The loop that `rl` and `reverse_rl` share: roll out, reward, group advantages, a policy update, new weights
-to rollout."""
+"""The loop of `rl` and `reverse_rl`: roll out, reward, group advantages, update, new weights to rollout."""
 
 import time
 from collections import Counter
@@ -70,6 +69,7 @@ def train(
     unfinished = unfinished_rollouts(ctx)
     take_back(trained, unfinished, first_step)
     history = ctx.track.begin(run.name, settings.steps, first_step)
+    # A stop condition has a memory, which an interruption has wiped.
     for step, values in enumerate(history):
         stop(step, values)
     for step in range(first_step, settings.steps):
@@ -95,11 +95,10 @@ def train(
 
 
 def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step: int) -> None:
-    """Steps after the checkpoint are made again, from the rollouts that they had; masked ones are asked
-    again."""
+    """Steps after the checkpoint are made again from the rollouts they had; masked ones are asked again."""
     if not trained.rollouts_file.exists():
         return
-    cut_rows(trained.rollouts_file)
+    cut_rows(trained.rollouts_file)  # first the line that a crash cut, which cannot be read
     rows = read_jsonl(trained.rollouts_file)
     later = [from_json(Rollout, row) for row in rows if row["step"] >= first_step]
     unfinished.add(rollout for rollout in later if not rollout.reward.masked)

@@ -42,6 +42,7 @@ def rejection_sample(
 ) -> Negatives:
     """The target's own wrong completions, by the filters that every source passes."""
     rollouts = sample_negatives(ctx, settings, target.model, problems, rules=None)
+    # No quantile: the ordinary reward has no terms to rank by.
     kept, counts = filter_negatives(
         rollouts, 0.0, settings.synthesize.quantile_term, settings.synthesize.drop_box_only_flips
     )

@@ -19,8 +19,6 @@ from pns.stages.context import Context, Problems
 from pns.stages.scoring import Draws, by_problem, by_verdict, roll_out
 from workers.rollout.engine import Sampling
 
-Completions = Mapping[str, list[Completion]]  # problem id -> its completions, the preferred ones first
-
 
 @dataclass(frozen=True)
 class PairSettings:
@@ -54,9 +52,8 @@ def pair(
     write_jsonl(artefact.rollouts_file, rollouts)
     pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected)
     if not pairs:
-        raise UserError(
-            f"pair: no pairs ({counts}); raise pair.samples_per_problem or synthesize.samples_per_problem"
-        )
+        way_out = "raise pair.samples_per_problem or synthesize.samples_per_problem"
+        raise UserError(f"pair: no pairs ({counts}); {way_out}")
     if problems.checker is not None:
         pairs = with_margin_ends(pairs, problems.by_id, problems.checker)
     pairs = scored_pairs(ctx, settings, pairs, rewards, problems)
@@ -84,12 +81,10 @@ def make_pairs(
     if own.prefer_shared_prefix:
         for identity in chosen.keys() & rejected.keys():
             chosen[identity], rejected[identity] = nearest_first(chosen[identity], rejected[identity])
-    pairs, counts = build_pairs(
-        problems, chosen, rejected, own.max_length_ratio, own.pairs_per_problem, settings.source
-    )
+    limits = own.max_length_ratio, own.pairs_per_problem
+    pairs, counts = build_pairs(problems, chosen, rejected, *limits, settings.source)
     if own.balance_flow:
-        kept = balance_flow([pair_token_ids(ctx, made) for made in pairs])
-        pairs = [pairs[i] for i in kept]
+        pairs = [pairs[i] for i in balance_flow([pair_token_ids(ctx, made) for made in pairs])]
     return pairs, counts
 
 
@@ -104,22 +99,18 @@ def nearest_first(
         divergence = first_divergence(right.token_ids, wrong.token_ids)
         return len(right.token_ids) if divergence is None else divergence
 
-    best_chosen, best_rejected = max(((c, r) for c in chosen for r in rejected), key=shared)
-    return (
-        sorted(chosen, key=lambda c: c is not best_chosen),
-        sorted(rejected, key=lambda r: r is not best_rejected),
-    )
+    best = max(((c, r) for c in chosen for r in rejected), key=shared)
+    # Sorting is stable: the others keep their order.
+    right, wrong = (sorted(side, key=lambda c: c not in best) for side in (chosen, rejected))
+    return right, wrong
 
 
 def with_margin_ends(
     pairs: Sequence[PreferencePair], by_id: Mapping[str, Problem], checker: Checker
 ) -> list[PreferencePair]:
     """The pairs with the end of the first wrong step of their rejected side."""
-    marked = []
-    for own in pairs:
-        first_wrong = checker.check(by_id[own.problem_id], own.rejected)
-        marked.append(replace(own, margin_end=first_wrong.first_wrong_end))
-    return marked
+    checks = [checker.check(by_id[own.problem_id], own.rejected) for own in pairs]
+    return [replace(own, margin_end=c.first_wrong_end) for own, c in zip(pairs, checks, strict=True)]
 
 
 def scored_pairs(
@@ -139,7 +130,7 @@ def scored_pairs(
     values = [outcome.value for outcome in pool.score(sequences)]
     scored = []
     for own, chosen, rejected in zip(pairs, values[::2], values[1::2], strict=True):
-        both = chosen is not None and rejected is not None
+        both = chosen is not None and rejected is not None  # one score says nothing of a pair
         scored.append(replace(own, score_chosen=chosen, score_rejected=rejected) if both else own)
     return scored
 
@@ -163,7 +154,7 @@ def quality_of_negatives(
     sources: dict[str, Sequence[Rollout]] = {
         "correct": by_verdict(rollouts, Verdict.CORRECT),
         "rs": by_verdict(rollouts, Verdict.WRONG),
-        settings.source: negatives,  # in the place of the pair stage's own where they are the target's, too
+        settings.source: negatives,  # in the place of the pair stage's own where they are the target's
     }
     scores: dict[str, dict[str, list[float]]] = {}
     num_unscored = 0
@@ -173,11 +164,8 @@ def quality_of_negatives(
         num_unscored += sum(len(own) - len(scores[name][source]) for source, own in sources.items())
     write_json(artefact.scores_file, scores["main"])
     held_out = scores["held_out"]
-    comparable = [
-        source
-        for source in dict.fromkeys(("rs", settings.source))
-        if held_out[source] and held_out["correct"]
-    ]
+    sides = dict.fromkeys(("rs", settings.source))  # one where the negatives are the target's own
+    comparable = [source for source in sides if held_out[source] and held_out["correct"]]
     flow = token_flow([pair_token_ids(ctx, own) for own in pairs])
     return {
         "auroc_held_out": {source: auroc(held_out["correct"], held_out[source]) for source in comparable},

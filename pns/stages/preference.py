@@ -110,8 +110,7 @@ def optimise(
 
 
 def pair_batch(pairs: Sequence[TokenPair], margin: MarginMask) -> Batch:
-    """Rows chosen, rejected, chosen, rejected, ... with the margin mask, and score gaps where all pairs have
-    one."""
+    """Rows chosen, rejected, ... with the margin mask, and score gaps where all pairs have one."""
     prompts, completions, gaps = [], [], []
     masks: list[np.ndarray] = []
     for pair in pairs:
@@ -178,19 +177,14 @@ def not_finite(ctx: Context, settings: PreferenceConfig, pairs: Sequence[TokenPa
 def chosen_falls(history: Sequence[Mapping[str, float | None]]) -> str:
     """What to say when the chosen completions have become less likely than at the start, judged over the last
     steps; empty while they have not. Without a reference the first steps stand for the start."""
-    last, first = history[-_WINDOW:], history[:_WINDOW]
     if len(history) < _WINDOW:
         return ""
+    last, first = history[-_WINDOW:], history[:_WINDOW]
     ratios = [ratio for metrics in last if (ratio := metrics.get("chosen_log_ratio")) is not None]
     if ratios:
         fallen = -sum(ratios) / len(ratios)
-        return (
-            f"chosen completions are {fallen:.1f} nats less likely than at the start"
-            if fallen > _FALLEN_NATS
-            else ""
-        )
-    now, before = (
-        float(np.mean([metrics["chosen_nll"] or math.nan for metrics in steps])) for steps in (last, first)
-    )
-    risen = now > _RISEN * before
-    return f"the NLL of chosen completions has risen from {before:.3g} to {now:.3g} a token" if risen else ""
+        now_less = f"chosen completions are {fallen:.1f} nats less likely than at the start"
+        return now_less if fallen > _FALLEN_NATS else ""
+    nll_before, nll = (np.mean([row["chosen_nll"] or math.nan for row in steps]) for steps in (first, last))
+    change = f"from {nll_before:.3g} to {nll:.3g} a token"
+    return f"the NLL of chosen completions has risen {change}" if nll > _RISEN * nll_before else ""

@@ -46,12 +46,11 @@ def reverse_rl(
     train: Problems,
     measured: Problems,
 ) -> Generator:
-    """The generator of negatives: `start` trained on the problems `train`, measured before and after on
-    others."""
+    """The generator of negatives: `start` trained on `train`, measured before and after on others."""
     generator = Generator(ctx.directory)
     load_terms(ctx, settings.rules, rewards.main)
     fitting, rules = ctx.fitting(train), settings.rules
-    if not generator.before_file.exists():
+    if not generator.before_file.exists():  # not again after an interruption
         write_json(generator.before_file, measure_generator(ctx, settings, start.model, measured, "before"))
     limits = settings.max_new_tokens, rules.max_masked_fraction
     run = grpo.GrpoRun("reverse_rl", settings.reverse_rl, *limits, rules)
@@ -100,7 +99,7 @@ def measure_generator(
     draws = Draws("generator", 1, sampling, settings.rules.max_masked_fraction, settings.rules)
     rollouts = roll_out(ctx, draws, in_turn, unfinished, model=model)
     figures = degeneration(rollouts) | checked_figures(rollouts, problems.checker)
-    unfinished.drop(list(unfinished.rows))
+    unfinished.drop(list(unfinished.rows))  # only their figures are kept
     return {**figures, "num_completions": float(len(rollouts))}
 
 

@@ -1,5 +1,4 @@
-"""The reward model and the held-out one: centre-regularised Bradley-Terry on (correct, incorrect) pairs of
-the RL-trained backbone."""
+"""The reward model and the held-out one: centre-regularised Bradley-Terry on the target's solutions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ def reward_model_settings(config: Config) -> RewardModelSettings:
 def reward_model(
     ctx: Context, settings: RewardModelSettings, target: TrainedModel, initial: AnyModel, problems: Problems
 ) -> RewardModels:
-    """Both reward models, from `initial`, on pairs that `target` sampled for `problems` and while it was
-    trained."""
+    """Both, from `initial`, on pairs that `target` sampled for `problems` and while it was trained."""
     models = RewardModels(ctx.directory)
     fitting, own = ctx.fitting(problems), settings.reward_model
     sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
@@ -103,7 +101,8 @@ def train_one(
     """Train one reward model, export it, and return its quality on the held-out problems."""
     seed = stable_seed(ctx.seed, name)
     ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
-    # Drawn, not the first: files are often sorted by difficulty, and problems of rl stand at the end.
+    # By problem: two pairs of one problem are too much alike. Drawn: files are often sorted, and the
+    # problems of rl stand at the end.
     order = np.random.default_rng(seed).permutation(len(ids))
     held_out_ids = {ids[i] for i in order[: round(len(ids) * settings.held_out_fraction)]}
     held_out = [pair for pair in pairs if pair.problem_id in held_out_ids]
@@ -145,9 +144,6 @@ def pairwise_quality(scores_B2: np.ndarray) -> dict[str, float]:
 def text_pair_batch(ctx: Context, pairs: Sequence[PreferencePair], prompts: Mapping[str, Problem]) -> Batch:
     """Rows chosen, rejected, chosen, rejected, ..."""
     prompt_ids = [ctx.prompts.encode(prompts[pair.problem_id]) for pair in pairs]
-    return Batch(
-        prompt_ids=[ids for ids in prompt_ids for _ in range(2)],
-        completion_ids=[
-            ctx.prompts.encode_completion(text) for pair in pairs for text in (pair.chosen, pair.rejected)
-        ],
-    )
+    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    encoded = [ctx.prompts.encode_completion(text) for text in texts]
+    return Batch([ids for ids in prompt_ids for _ in range(2)], encoded)

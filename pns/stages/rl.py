@@ -1,5 +1,4 @@
-"""RL of the backbone with the ordinary correctness reward: the RL-trained backbone that everything after it
-starts from."""
+"""RL of the backbone with the ordinary correctness reward: the target that all after it starts from."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,4 @@
-"""Rewards of completions while others still decode: format, verdict, then the terms that the verdict asks
-for."""
+"""Rewards while others still decode: format, verdict, then the terms that the verdict asks for."""
 
 import functools
 import math
@@ -33,9 +32,9 @@ _SAY_SECONDS = 30.0  # of waiting for a reward, before it is said what for
 
 def reward_rules(config: Config) -> RewardConfig:
     """The reward as stages depend on it: without terms of weight 0, and without where terms are computed."""
-    terms = {
-        name: replace(term, pool=Pool()) for name, term in config.reward.terms.items() if term.weight > 0
-    }
+    weighted = {name: term for name, term in config.reward.terms.items() if term.weight > 0}
+    # Every pool the default one: a stage counts as another only where its rewards would be.
+    terms = {name: replace(term, pool=Pool()) for name, term in weighted.items()}
     return replace(config.reward, terms=terms)
 
 
@@ -72,15 +71,10 @@ class RewardScorer:
         for ask, sample in samples:
             failure = sample_failure(sample)
             text = self._prompts.decode(sample.token_ids)
-            completion = Completion(
-                f"{ask.problem.id}#{ask.sample}",
-                ask.problem.id,
-                text,
-                sample.token_ids,
-                () if failure else sample.log_probs,
-                sample.finish_reason,
-                sample.weights_version,
-            )
+            own_id, problem_id = f"{ask.problem.id}#{ask.sample}", ask.problem.id
+            log_probs = () if failure else sample.log_probs
+            drawn = sample.token_ids, log_probs, sample.finish_reason, sample.weights_version
+            completion = Completion(own_id, problem_id, text, *drawn)
             if failure:
                 reward = Reward(None, False, Verdict.UNVERIFIED, missing={ROLLOUT: failure})
                 with self._changed:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pns.config import Config
 from pns.data.prompts import Prompts
 from pns.files import read_jsonl
+from pns.records import leaves
 from pns.run.memory import PeakMemory
 from pns.run.page import RunPage, linked_places
 from pns.run.stage import Step
@@ -19,26 +21,27 @@ from workers.metric_backends import open_backends
 from workers.runtime import Runtime
 
 
+@dataclass(frozen=True)
 class Session:
     """Makes steps, one after the other, with actors that stay up between them."""
 
-    def __init__(
-        self, config: Config, page: RunPage, fleet: Fleet, prompts: Prompts, tracker: Tracker
-    ) -> None:
-        self._config, self._page = config, page
-        self._fleet, self._prompts, self._tracker = fleet, prompts, tracker
+    config: Config
+    page: RunPage
+    fleet: Fleet
+    prompts: Prompts
+    tracker: Tracker
 
     def make(self, step: Step) -> None:
         """Make a step that is not done, or go on where an interruption left it."""
-        if changes := changed_keys(self._page.previous(step.name), step.made_from):
-            self._tracker.note(f"{step.name}: made anew, as {changes} (the output before is kept)")
+        if changes := changed_keys(self.page.previous(step.name), step.made_from):
+            self.tracker.note(f"{step.name}: made anew, as {changes} (the output before is kept)")
         with step.place.making(step.made_from):
-            self._page.link(step)
-            self._tracker.enter(step.place.directory)
-            shared = Path(self._config.runs)
-            ctx = Context(self._config.seed, step.place, self._fleet, self._prompts, self._tracker, shared)
+            self.page.link(step)
+            self.tracker.enter(step.place.directory)
+            shared = Path(self.config.runs)
+            ctx = Context(self.config.seed, step.place, self.fleet, self.prompts, self.tracker, shared)
             step.stage.make(ctx, step.settings, *step.inputs)
-            self._page.save()
+            self.page.save()
 
 
 @contextmanager
@@ -55,8 +58,9 @@ def session(
         stack.callback(lambda: page.save(memory.gib))
         runtime = Runtime(device, config.models.trust_remote_code, placement.start_timeout_seconds)
         fleet = Fleet(config, runtime)
-        stack.callback(fleet.shutdown)
+        stack.callback(fleet.shutdown)  # before `start`, which may fail half-way
         files = [directory / METRICS for directory in linked_places(page.path).values()]
+        # Backends want one count of rows that never falls, over all stages and starts.
         num_rows = sum(len(read_jsonl(file)) for file in files if file.is_file())
         tracker = Tracker(page.path, config.tracking, open_backends, num_rows)
         stack.callback(tracker.close)
@@ -65,22 +69,10 @@ def session(
 
 
 def changed_keys(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
-    """What differs between two records of what a step was made from, in words; empty where nothing that the
-    configuration says does."""
+    """What the configuration says otherwise in two records of what a step was made from; empty: nothing."""
     if before is None:
         return ""
-    was, is_now = (
-        flat_record({key: record[key] for key in ("settings", "roles", "seed")}) for record in (before, now)
-    )
+    said = ("settings", "roles", "seed")  # by the configuration; inputs and prompts follow from other keys
+    was, is_now = (leaves({key: record[key] for key in said}) for record in (before, now))
     keys = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
     return ", ".join(f"{key} was {was.get(key)} and is {is_now.get(key)}" for key in keys)
-
-
-def flat_record(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= flat_record(inner, f"{prefix}.{key}" if prefix else key)
-    return flat

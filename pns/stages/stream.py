@@ -97,7 +97,7 @@ def stream(
     def take(wait: bool) -> None:
         whole = dict(scorer.finished(wait))
         rows.update(whole)
-        unfinished.add(row for row in whole.values() if keep(row))
+        unfinished.add(row for row in whole.values() if keep(row))  # on disk before the next one comes
 
     shown = time.monotonic()
     for sampling, requests in _requests(ctx, missing.values()).items():

@@ -1,5 +1,4 @@
-"""Synthesis: the generator's plausible negatives, kept only when two independent verifiers agree that they
-are wrong."""
+"""Synthesis: the generator's negatives, kept only where two independent verifiers call them wrong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,16 +7,8 @@ from pns.config import Optimizer, Schedule
 from pns.errors import UserError
 from pns.fields import at_least, between, check_ranges, key, path_or_name, section, up_to
 
-
-class TinyTask(StrEnum):
-    solve = "solve"
-    judge = "judge"
-
-
-class Architecture(StrEnum):
-    qwen2 = "qwen2"
-    llama = "llama"
-    qwen3 = "qwen3"
+TinyTask = StrEnum("TinyTask", ["solve", "judge"])
+Architecture = StrEnum("Architecture", ["qwen2", "llama", "qwen3"])
 
 
 @dataclass
@@ -35,9 +27,7 @@ class WarmStart:
     init_std: float = key(0.06, "standard deviation of the initial weights", up_to(1))
     tie_embeddings: bool = key(True, "the head is the embedding")
     batch_size: int = key(32, "rows of one step", at_least(1))
-    curriculum_steps: int = key(
-        500, "training steps on short problems alone, before all of them come; 0: none", at_least(0)
-    )
+    curriculum_steps: int = key(500, "steps on short problems alone, before all come; 0: none", at_least(0))
     checkpoint_every: int = key(500, "steps between checkpoints", at_least(1))
     samples_from: str = path_or_name(
         "", "judge: the model that training starts from and whose samples are graded beside made-up errors"
@@ -54,9 +44,8 @@ def check_settings(settings: WarmStart) -> None:
     check_ranges(settings)
     heads, head_size = settings.heads, settings.hidden_size // settings.heads
     if settings.hidden_size % heads or head_size % 2:
-        raise UserError(
-            f"hidden_size: {settings.hidden_size} must be an even multiple of heads, {heads} (rotary)"
-        )
+        fault = f"{settings.hidden_size} must be an even multiple of heads, {heads} (rotary)"
+        raise UserError(f"hidden_size: {fault}")
     if heads % settings.key_value_heads:
         raise UserError(f"heads: {heads} must be a multiple of key_value_heads, {settings.key_value_heads}")
     if settings.task is TinyTask.judge and not settings.samples_from:

@@ -58,6 +58,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=PAD,  # only so that Qwen2Tokenizer adds no token of its own: unknown text becomes UNKNOWN
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        padding_side="left",
-        model_max_length=512,
+        padding_side="left",  # as generation wants it
+        model_max_length=512,  # the models' positions
     )

@@ -93,8 +93,7 @@ def make_batch(ctx: Context, settings: WarmStart, sampled: list[Candidate], step
 
 
 def fresh_problems(ctx: Context, settings: WarmStart, step: int) -> list[Problem]:
-    """Training problems of one step. During the curriculum short ones alone: looking a quantity up is learned
-    first."""
+    """Training problems of one step; in the curriculum short ones alone, as looking up is learned first."""
     phases = CURRICULUM[settings.task]
     lasting = [longest for share, longest in phases if step < share * settings.curriculum_steps]
     max_steps = lasting[0] if lasting else world.MAX_STEPS

@@ -37,43 +37,25 @@ MAX_STEPS = 4
 MAX_BASE = 20
 MAX_VALUE = 99
 
-SPLITS: dict[str, range] = {
-    "train": range(0, 52),
-    "reward": range(52, 68),
-    "preference": range(68, 84),
-    "test": range(84, 100),
+# Split -> its buckets of 100.
+SPLITS = {"train": range(0, 52), "reward": range(52, 68), "preference": range(68, 84), "test": range(84, 100)}
+
+# What can be wrong with a step, or with the box, which counts as the step after the last.
+_ERRORS = {
+    "arithmetic": "the right expression (or a wrong one) with a wrong result",
+    "operator": "the right numbers, another operator",
+    "operand": "a wrong number that is nobody's value",
+    "order": "uses a quantity that only a later step derives",
+    "entity": "takes the value of the wrong person, or names the wrong person",
+    "answer": "the box is neither the derived answer nor anybody's value",
+    "query": "the box holds the value of somebody else",
+    "duplicate": "derives a quantity a second time",
+    "surplus": "derives a quantity that the query does not need",
+    "missing": "uses a quantity that no step derives",
+    "format": "not of the form <think>steps</think>\\boxed{integer}",
+    "garbage": "no solution at all (for `corrupt` only: the checker says format)",
 }
-"""Split → its buckets of 100."""
-
-ERROR_KINDS: tuple[str, ...] = (
-    "arithmetic",
-    "operator",
-    "operand",
-    "order",
-    "entity",
-    "answer",
-    "query",
-    "duplicate",
-    "surplus",
-    "missing",
-    "format",
-    "garbage",
-)
-"""What can be wrong with a step (or with the box, which counts as the step after the last):
-
-arithmetic  the right expression (or a wrong one) with a wrong result
-operator    the right numbers, another operator
-operand     a wrong number that is nobody's value
-order       uses a quantity that only a later step derives
-entity      takes the value of the wrong person, or names the wrong person
-answer      the box is neither the derived answer nor anybody's value
-query       the box holds the value of somebody else
-duplicate   derives a quantity a second time
-surplus     derives a quantity that the query does not need
-missing     uses a quantity that no step derives
-format      not of the form <think>steps</think>\\boxed{integer}
-garbage     (for `corrupt` only, the checker says format) no solution at all
-"""
+ERROR_KINDS = tuple(_ERRORS)
 
 
 @dataclass(frozen=True)
@@ -101,6 +83,17 @@ _RULES: dict[str, SuiteRule] = {
 SUITES: tuple[str, ...] = tuple(_RULES)
 
 
+# Of a fact: {0} its name, {1} its number, {2} and {3} the names it refers to.
+_SENTENCES = {
+    "base": "{0} has {1}. ",
+    "more": "{0} has {1} more than {2}. ",
+    "fewer": "{0} has {1} fewer than {2}. ",
+    "times": "{0} has {1} times {2}. ",
+    "half": "{0} has half of {2}. ",
+    "plus": "{0} has {2} plus {3}. ",
+}
+
+
 @dataclass(frozen=True)
 class Fact:
     """One sentence of a problem. `relation` is base, more, fewer, times, half or plus; `number` its constant
@@ -112,40 +105,25 @@ class Fact:
     parts: tuple[str, ...] = ()
 
     def text(self) -> str:
-        match self.relation:
-            case "base":
-                return f"{self.name} has {self.number}. "
-            case "half":
-                return f"{self.name} has half of {self.parts[0]}. "
-            case "plus":
-                return f"{self.name} has {self.parts[0]} plus {self.parts[1]}. "
-            case "times":
-                return f"{self.name} has {self.number} times {self.parts[0]}. "
-            case _:
-                return f"{self.name} has {self.number} {self.relation} than {self.parts[0]}. "
+        return _SENTENCES[self.relation].format(self.name, self.number, *self.parts)
 
     def compute(self, value: Mapping[str, int]) -> int | None:
         """This quantity, given the values of its parts; None where it is not an integer."""
-        number = self.number or 0
-        match self.relation:
-            case "base":
-                return number
-            case "more":
-                return value[self.parts[0]] + number
-            case "fewer":
-                return value[self.parts[0]] - number
-            case "times":
-                return value[self.parts[0]] * number
-            case "half":
-                half, rest = divmod(value[self.parts[0]], 2)
-                return None if rest else half
-            case _:
-                return value[self.parts[0]] + value[self.parts[1]]
+        number, a, b = self.number or 0, *[value[part] for part in self.parts], *[0] * (2 - len(self.parts))
+        if self.relation == "half":
+            return None if a % 2 else a // 2
+        results = {
+            "base": number,
+            "more": a + number,
+            "fewer": a - number,
+            "times": a * number,
+            "plus": a + b,
+        }
+        return results[self.relation]
 
     def expressions(self, value: Mapping[str, int]) -> list[str]:
         """Every right way to write this quantity, given its parts' values; the first is the plain one."""
-        numbers = [value[part] for part in self.parts]
-        a = numbers[0]
+        a, *others = [value[part] for part in self.parts]
         match self.relation:
             case "more":
                 return [f"{a}+{self.number}", f"{self.number}+{a}"]
@@ -156,11 +134,11 @@ class Fact:
             case "half":
                 return [f"{a}/2"]
             case _:
-                return [f"{a}+{numbers[1]}", f"{numbers[1]}+{a}"]
+                return [f"{a}+{others[0]}", f"{others[0]}+{a}"]
 
 
 @dataclass(frozen=True)
-class World:
+class WordProblem:
     """A parsed problem: facts in the order of the text, and the name asked for."""
 
     facts: dict[str, Fact]
@@ -199,8 +177,7 @@ class World:
         return value
 
     def tree(self, name: str | None = None) -> str:
-        """The query's expression tree: equal for problems that differ in names, order of facts and
-        distractors only."""
+        """The query's expression tree, which names, the order of facts and distractors leave unchanged."""
         fact = self.facts[name or self.query]
         parts = sorted(self.tree(part) for part in fact.parts)
         return f"({fact.relation} {fact.number} {' '.join(parts)})"
@@ -211,7 +188,7 @@ class World:
         return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def evaluate(expression: str) -> Fraction | None:
+def expression_value(expression: str) -> Fraction | None:
     """The value of integers joined by + - * / with the usual precedence; None for a division by zero."""
     total = Fraction(0)
     for sign, product in re.findall(r"(^|[+-])(-?\d+(?:[*/]-?\d+)*)", expression):
@@ -226,7 +203,7 @@ def evaluate(expression: str) -> Fraction | None:
 
 
 _NAME = "(" + "|".join(NAMES) + ")"
-_INTEGER = r"-?(?:0|[1-9][0-9]{0,8})"
+_INTEGER = r"-?(?:0|[1-9][0-9]{0,8})"  # sampled text may have thousands of digits
 _EXPRESSION = rf"({_INTEGER}(?:[+\-*/]{_INTEGER})+)"
 _FACT = re.compile(
     rf"{_NAME} has (?:([0-9]+)|([0-9]+) (more|fewer) than {_NAME}|([0-9]+) (times) {_NAME}|"
@@ -240,8 +217,9 @@ _BOX = re.compile(rf"</think>\\boxed\{{({_INTEGER})\}}")
 _ANY_BOX = re.compile(r"\\boxed\{([^}]*)\}")
 
 
+# A problem is asked for again with each of its completions.
 @lru_cache(maxsize=65536)
-def parse_problem(text: str) -> World:
+def parse_problem(text: str) -> WordProblem:
     """Read a problem's text. Raises UserError when it is not a problem of the tiny world."""
     facts: dict[str, Fact] = {}
     position = 0
@@ -260,12 +238,10 @@ def parse_problem(text: str) -> World:
     if query is None:
         fault = f"tiny world: cannot read {text[position:]!r} in problem {text!r}"
         raise UserError(f"{fault}: use the sentences of pns.tiny.world")
-    unknown = {part for fact in facts.values() for part in fact.parts} | {query[1]}
-    if unknown - facts.keys():
-        raise UserError(
-            f"tiny world: no fact about {', '.join(sorted(unknown - facts.keys()))} in {text!r}: add one"
-        )
-    world = World(facts, query[1])
+    named = {part for fact in facts.values() for part in fact.parts} | {query[1]}
+    if unknown := ", ".join(sorted(named - facts.keys())):
+        raise UserError(f"tiny world: no fact about {unknown} in {text!r}: add one")
+    world = WordProblem(facts, query[1])
     world.values()
     return world
 
@@ -284,9 +260,8 @@ def problems(split: str, suite: str | None, num: int, seed: int, max_steps: int 
         raise UserError(f"tiny world: unknown suite {suite!r}: use one of {', '.join(SUITES)}")
     wanted = [name for name in SUITES if suite in (None, name) and _RULES[name].steps[0] <= max_steps]
     if not wanted:
-        raise UserError(
-            f"tiny world: max_steps={max_steps} leaves no problem in suite {suite or 'all'}: raise max_steps"
-        )
+        fault = f"max_steps={max_steps} leaves no problem in suite {suite or 'all'}"
+        raise UserError(f"tiny world: {fault}: raise max_steps")
     rng = Random(f"{split}/{suite}/{seed}/{max_steps}")
     found: dict[str, Problem] = {}
     tries = 0
@@ -295,9 +270,8 @@ def problems(split: str, suite: str | None, num: int, seed: int, max_steps: int 
         world = _draw(_RULES[name], max_steps, rng)
         tries += 1
         if tries > 1000 * (num + 100):
-            raise UserError(
-                f"tiny world: suite {name} of split {split} has no {num} different problems: ask for fewer"
-            )
+            fault = f"suite {name} of split {split} has no {num} different problems"
+            raise UserError(f"tiny world: {fault}: ask for fewer")
         if world is None or world.split() != split or world.text() in found:
             continue
         text = world.text()
@@ -306,14 +280,12 @@ def problems(split: str, suite: str | None, num: int, seed: int, max_steps: int 
     return list(found.values())
 
 
-def _draw(rule: SuiteRule, max_steps: int, rng: Random) -> World | None:
+def _draw(rule: SuiteRule, max_steps: int, rng: Random) -> WordProblem | None:
     """One try at a problem: None when what came up breaks a rule."""
     num_steps = rng.randint(rule.steps[0], min(rule.steps[1], max_steps))
     names = rng.sample(NAMES, len(NAMES))
-    facts = [
-        Fact(names.pop(), "base", rng.randint(2, MAX_BASE))
-        for _ in range(rng.randint(1, min(3, num_steps + 1)))
-    ]
+    num_bases = rng.randint(1, min(3, num_steps + 1))  # a step joins two quantities at most
+    facts = [Fact(names.pop(), "base", rng.randint(2, MAX_BASE)) for _ in range(num_bases)]
     value = {fact.name: fact.number or 0 for fact in facts}
     for remaining in reversed(range(num_steps)):
         used = {part for fact in facts for part in fact.parts}
@@ -327,18 +299,13 @@ def _draw(rule: SuiteRule, max_steps: int, rng: Random) -> World | None:
         value[fact.name] = result
         facts.append(fact)
     query = facts[-1].name
-    if (
-        value[query] < rule.min_answer
-        or sum(fact.relation in _PRODUCTS for fact in facts) < rule.min_products
-    ):
+    num_products = sum(fact.relation in _PRODUCTS for fact in facts)
+    if value[query] < rule.min_answer or num_products < rule.min_products:
         return None
     if rule.distractor:
-        name = names.pop()
-        extra = (
-            Fact(name, "base", rng.randint(2, MAX_BASE))
-            if rng.random() < 0.3
-            else _relate(name, facts, [], False, rng)
-        )
+        name, plain = names.pop(), rng.random() < 0.3
+        base = Fact(name, "base", rng.randint(2, MAX_BASE)) if plain else None
+        extra = base or _relate(name, facts, [], False, rng)
         if extra is None:
             return None
         order = [fact.name for fact in facts]
@@ -346,7 +313,7 @@ def _draw(rule: SuiteRule, max_steps: int, rng: Random) -> World | None:
         facts.insert(rng.randint(after, len(facts)), extra)
     if rule.shuffled:
         rng.shuffle(facts)
-    world = World({fact.name: fact for fact in facts}, query)
+    world = WordProblem({fact.name: fact for fact in facts}, query)
     return world if len(world.needed()) == len(facts) - rule.distractor and _fair(world) else None
 
 
@@ -359,6 +326,7 @@ def _relate(name: str, facts: list[Fact], free: list[str], must_join: bool, rng:
     rule of sums and products."""
     summands = [fact.name for fact in facts if fact.relation not in _SUMS]
     known = [fact.name for fact in facts]
+    # Mostly what nothing uses yet: chains get long, and fewer draws are thrown away.
     first = rng.choice(free if free and (must_join or rng.random() < 0.7) else known)
     relations: tuple[str, ...] = _PRODUCTS if first not in summands else _SUMS
     if first in summands and next(fact for fact in facts if fact.name == first).relation == "base":
@@ -366,45 +334,41 @@ def _relate(name: str, facts: list[Fact], free: list[str], must_join: bool, rng:
     relation = "plus" if must_join else rng.choice(relations)
     if relation == "plus":
         others = [other for other in (free if must_join else known) if other != first and other in summands]
-        return (
-            Fact(name, relation, None, (first, rng.choice(others))) if others and first in summands else None
-        )
+        if not others or first not in summands:
+            return None
+        return Fact(name, relation, None, (first, rng.choice(others)))
     number = {"times": rng.randint(2, 4), "half": None}.get(relation, rng.randint(1, MAX_BASE))
     return Fact(name, relation, number, (first,))
 
 
-def _fair(world: World) -> bool:
+def _fair(world: WordProblem) -> bool:
     """Whether no wrong step can pass for a right one."""
     value = world.values()
-    if not len(set(value.values())) == len(value) == len(world.facts) or not all(
-        0 < number <= MAX_VALUE for number in value.values()
-    ):
+    if not len(set(value.values())) == len(value) == len(world.facts):
         return False
-    derived = [fact for fact in world.facts.values() if fact.relation != "base"]
-    for fact in derived:
+    if not all(0 < number <= MAX_VALUE for number in value.values()):
+        return False
+    for fact in (fact for fact in world.facts.values() if fact.relation != "base"):
         left, operator, right = re.split(r"([+\-*/])", fact.expressions(value)[0])
         a, b = int(left), int(right)
+        # Such as 2+2 and 2*2, where the wrong operator would be right.
         results = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}
         if list(results.values()).count(results[operator]) > 1 or (fact.relation == "more" and a == b):
             return False
     return not _swappable(world, value[world.query])
 
 
-def _swappable(world: World, answer: int) -> bool:
-    """Whether two different numbers that do not meet in one step can change places without changing the
-    answer."""
-    together = [
-        {fact.name, *(part for part in fact.parts if world.is_base(part))} for fact in world.facts.values()
-    ]
-    numbered = [fact for fact in world.facts.values() if fact.number is not None]
+def _swappable(world: WordProblem, answer: int) -> bool:
+    """Whether two numbers that do not meet in one step can change places without changing the answer."""
+    facts = world.facts.values()
+    together = [{fact.name, *filter(world.is_base, fact.parts)} for fact in facts]
+    numbered = [fact for fact in facts if fact.number is not None]
     for left, right in combinations(numbered, 2):
         if left.number == right.number or any({left.name, right.name} <= names for names in together):
             continue
-        swapped = {
-            left.name: replace(left, number=right.number),
-            right.name: replace(right, number=left.number),
-        }
-        if World({**world.facts, **swapped}, world.query).values().get(world.query) == answer:
+        swapped = replace(left, number=right.number), replace(right, number=left.number)
+        changed = world.facts | {fact.name: fact for fact in swapped}
+        if WordProblem(changed, world.query).values().get(world.query) == answer:
             return True
     return False
 
@@ -421,7 +385,7 @@ def random_solution(problem: Problem, rng: Random) -> str:
     return _right(parse_problem(problem.prompt), rng)
 
 
-def _right(world: World, rng: Random) -> str:
+def _right(world: WordProblem, rng: Random) -> str:
     steps = _derive(world, rng)
     assert steps is not None, "a fair problem has an integer value for every quantity"
     return _render(steps, steps[-1][2], rng)
@@ -435,7 +399,7 @@ def _render(steps: _Derivation, box: int | str, rng: Random) -> str:
     return f"<think>{sentences}</think>\\boxed{{{box}}}"
 
 
-def _derive(world: World, rng: Random, wrong: str | None = None, kind: str = "") -> _Derivation | None:
+def _derive(world: WordProblem, rng: Random, wrong: str | None = None, kind: str = "") -> _Derivation | None:
     """Steps (name, expression, result) in a random valid order, with an error of `kind` in the step of
     `wrong`, carried on by the steps after it; None where a carried value is not an integer of 0..99."""
     stated: dict[str, int] = {}
@@ -447,12 +411,12 @@ def _derive(world: World, rng: Random, wrong: str | None = None, kind: str = "")
         value = world.values(stated)
         if any(part not in value for part in world.facts[name].parts):
             return None
-        expression = rng.choice(
-            [text for text in world.facts[name].expressions(value) if text.count("+") < 2]
-        )
+        # Without repeated sums: long ones are no use to a model that cannot carry a total.
+        forms = [text for text in world.facts[name].expressions(value) if text.count("+") < 2]
+        expression = rng.choice(forms)
         if name == wrong and kind != "arithmetic":
             expression = _wrong_expression(world, value, name, expression, kind, rng)
-        result = evaluate(expression)
+        result = expression_value(expression)
         if name == wrong and kind == "arithmetic" and result is not None:
             result += rng.choice((-10, -2, -1, 1, 2, 10))
         if result is None or result.denominator != 1 or not 0 <= result <= MAX_VALUE:
@@ -463,17 +427,14 @@ def _derive(world: World, rng: Random, wrong: str | None = None, kind: str = "")
 
 
 def _wrong_expression(
-    world: World, value: Mapping[str, int], name: str, expression: str, kind: str, rng: Random
+    world: WordProblem, value: Mapping[str, int], name: str, expression: str, kind: str, rng: Random
 ) -> str:
     left, operator, right = re.split(r"([+\-*/])", expression)
     if kind == "operator":
         return f"{left}{rng.choice([other for other in '+-*/' if other != operator])}{right}"
     if kind == "entity":
-        others = [
-            value[other]
-            for other in sorted(world.needed())
-            if world.is_base(other) and other not in world.facts[name].parts
-        ]
+        bases = [other for other in sorted(world.needed()) if world.is_base(other)]
+        others = [value[other] for other in bases if other not in world.facts[name].parts]
         new = str(rng.choice(others)) if others else left
     else:
         new = str(max(1, int(rng.choice((left, right))) + rng.choice((-3, -2, -1, 1, 2, 3, 10))))
@@ -481,7 +442,7 @@ def _wrong_expression(
 
 
 @dataclass(frozen=True)
-class Step:
+class SolutionStep:
     """One parsed step of a solution; text[start:end] is its sentence with the space after it. `kinds` are its
     own errors (empty: none); `carried` says that it is free of own errors but states a wrong value because an
     earlier step did."""
@@ -502,21 +463,17 @@ class Check:
 
     `correct`: the text is one of the problem's right solutions. `answer_correct`: the (last) box holds the
     gold answer. `first_wrong_step`: index of the first step with an own error, len(steps) for the box or the
-    place where the format breaks, None if there is none; `first_wrong_end` its end in characters of the text;
-    `kind` its (first) kind. `kinds`: all own errors in the order of the text, `num_errors` their number.
-    `single_error`: exactly one own error, all else consistent with it, the box included. `box_only_flip`: the
-    derivation states the gold answer for the query and the box does not hold it."""
+    place where the format breaks, None if there is none; `first_wrong_end` its end in characters of the text.
+    `kinds`: all own errors in the order of the text. `single_error`: exactly one, all else consistent with
+    it, the box included."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[SolutionStep, ...]
     correct: bool
     answer_correct: bool
     first_wrong_step: int | None
     first_wrong_end: int | None
-    kind: str | None
     kinds: tuple[str, ...]
-    num_errors: int
     single_error: bool
-    box_only_flip: bool
     format_ok: bool
 
 
@@ -536,18 +493,15 @@ def check(problem: Problem, text: str) -> Check:
 
     stated: dict[str, int] = {}
     reported: set[str] = set()
-    steps: list[Step] = []
+    steps: list[SolutionStep] = []
     for index, match in enumerate(matches):
         expression, result = match[2] or match[4], int(match[3] or match[5])
-        kinds, meant = _judge_step(
-            world, stated, named[index], set(named[index + 1 :]), expression, result, reported
-        )
+        name, later = named[index], set(named[index + 1 :])
+        kinds, meant = _judge_step(world, stated, name, later, expression, result, reported)
         if meant is not None:
-            stated[meant] = result
-        carried = not kinds and result != gold[named[index]]
-        steps.append(
-            Step(named[index], expression, result, match.start(), match.end(), tuple(kinds), carried)
-        )
+            stated[meant] = result  # wrong or not: later steps are held to what this one says
+        carried = not kinds and result != gold[name]
+        steps.append(SolutionStep(name, expression, result, *match.span(), tuple(kinds), carried))
 
     box = _BOX.fullmatch(text, position)
     if box is not None:
@@ -568,17 +522,14 @@ def check(problem: Problem, text: str) -> Check:
         answer_correct=answer_correct,
         first_wrong_step=first,
         first_wrong_end=None if first is None else ends[first],
-        kind=None if first is None else kinds_of[first][0],
         kinds=all_kinds,
-        num_errors=len(all_kinds),
         single_error=box is not None and len(all_kinds) == 1,
-        box_only_flip=bool(boxes) and stated.get(world.query) == gold[world.query] and not answer_correct,
         format_ok=box is not None,
     )
 
 
 def _judge_step(
-    world: World,
+    world: WordProblem,
     stated: Mapping[str, int],
     name: str,
     later: set[str],
@@ -598,14 +549,9 @@ def _judge_step(
 
     meant: str | None = name
     kinds: list[str] = []
-    mislabelled = [
-        other
-        for other in pending
-        if other not in later
-        and other != name
-        and fits(other)
-        and not set(world.facts[other].parts) - known.keys()
-    ]
+    # Quantities that this step would state rightly under their own name, and that no later step states.
+    unnamed = [other for other in pending if other not in later and other != name]
+    mislabelled = [o for o in unnamed if fits(o) and not set(world.facts[o].parts) - known.keys()]
     if name in pending and fits(name):
         kinds += [] if name in world.needed() else ["surplus"]
     elif mislabelled:
@@ -623,7 +569,7 @@ def _judge_step(
             if part not in known and part not in reported:
                 kinds.append("order" if part in later else "missing")
                 reported.add(part)
-    if evaluate(expression) != result:
+    if expression_value(expression) != result:
         kinds.append("arithmetic")
     return kinds, meant
 
@@ -644,24 +590,17 @@ def _judge_expression(
     return ["entity" if extra.keys() & others else "operand"] + ([] if same_operators else ["operator"])
 
 
-def _judge_box(world: World, stated: Mapping[str, int], box: int, reported: set[str]) -> list[str]:
+def _judge_box(world: WordProblem, stated: Mapping[str, int], box: int, reported: set[str]) -> list[str]:
     implied = world.values(stated)
     if world.query in stated and box == stated[world.query]:
         return []
-    if any(
-        implied[name] == box
-        for name in world.facts
-        if name != world.query and (name in stated or world.is_base(name))
-    ):
+    known = [name for name in world.facts if name in stated or world.is_base(name)]
+    if any(implied[name] == box for name in known if name != world.query):
         return ["query"]
     answer = [] if box == implied.get(world.query) else ["answer"]
     if world.query in stated:
         return answer
-    return answer + [
-        "missing"
-        for name in world.needed()
-        if not world.is_base(name) and name not in stated and name not in reported
-    ]
+    return answer + ["missing" for name in world.needed() if name not in known and name not in reported]
 
 
 def rubric(problem: Problem, text: str) -> tuple[int, int, int, int]:
@@ -693,6 +632,9 @@ class StepChecker:
     rubric = staticmethod(rubric)
 
 
+_HARMLESS = ("order", "duplicate", "surplus", "missing")  # to the answer
+
+
 def corrupt(problem: Problem, rng: Random, kind: str) -> str:
     """A solution with one error of `kind` (one of ERROR_KINDS), carried on by all later steps; "garbage" is
     no solution at all.
@@ -704,28 +646,24 @@ def corrupt(problem: Problem, rng: Random, kind: str) -> str:
     if kind not in ERROR_KINDS:
         raise UserError(f"tiny world: unknown kind of error {kind!r}: use one of {', '.join(ERROR_KINDS)}")
     world = parse_problem(problem.prompt)
+    # A draw may miss: a wrong number can be somebody's value, or right by another way.
     for _ in range(40):
         text = _corrupt_once(world, rng, kind)
         if text is None:
             continue
         found = check(problem, text)
-        if kind in ("format", "garbage"):
-            if not found.format_ok:
-                return text
-        elif found.kinds == (kind,) and found.answer_correct == (
-            kind in ("order", "duplicate", "surplus", "missing")
-        ):
+        as_asked = found.kinds == (kind,) and found.answer_correct == (kind in _HARMLESS)
+        if not found.format_ok if kind in ("format", "garbage") else as_asked:
             return text
     return corrupt(problem, rng, rng.choice(ERROR_KINDS))
 
 
-def _corrupt_once(world: World, rng: Random, kind: str) -> str | None:
+def _corrupt_once(world: WordProblem, rng: Random, kind: str) -> str | None:
     needed = world.needed()
     derived = sorted(name for name in world.facts if not world.is_base(name))
     in_step = kind in ("arithmetic", "operator", "operand", "entity")
-    steps = _derive(
-        world, rng, rng.choice([name for name in derived if name in needed]) if in_step else None, kind
-    )
+    wrong = rng.choice([name for name in derived if name in needed]) if in_step else None
+    steps = _derive(world, rng, wrong, kind)
     if steps is None:
         return None
     value = world.values()
@@ -761,9 +699,8 @@ def _corrupt_once(world: World, rng: Random, kind: str) -> str | None:
     return text
 
 
-def _mislabel(world: World, rng: Random) -> str | None:
-    """A right derivation that calls one quantity by a wrong name and answers with the value that this name
-    has."""
+def _mislabel(world: WordProblem, rng: Random) -> str | None:
+    """A right derivation that calls one quantity by a wrong name and answers with that name's value."""
     steps = _derive(world, rng)
     if steps is None or len(steps) < 2:
         return None

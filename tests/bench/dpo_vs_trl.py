@@ -343,7 +343,8 @@ class Side:
         )
         environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if work.device == "cpu":
-            from workers.training.policy import ALLOCATOR_ENVIRONMENT, VERL_CPU_ENVIRONMENT
+            from workers.runtime import ALLOCATOR_ENVIRONMENT
+            from workers.training.policy import VERL_CPU_ENVIRONMENT
 
             environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **ALLOCATOR_ENVIRONMENT}
         if work.side in OURS:

@@ -157,7 +157,8 @@ def test_pairs_load_as_they_are_and_train_the_same(run: Path, tmp_path: Path) ->
         "| auroc_held_out.pns | 0.5125 |",
         "| one_sidedness | - |",
         "instruction: ;",
-        "never use it as a demonstration",
+        "a generator trained by reverse RL",
+        "wrong on purpose and made to convince: never use it as a demonstration",
     ):
         assert text in card.text, text
     assert "reward 0.123" not in card.text
@@ -190,6 +191,7 @@ def test_model_loads_as_it_is(run: Path, tmp_path: Path) -> None:
     sha256 = json.loads((run / "preference" / "data.json").read_text())["sha256"]
     for text in (
         sha256,
+        "trained with plausible negative samples",
         "| mean | 50.0 [40.0, 80.0] | 62.5 [40.0, 80.0] | 40 |",
         "| loss | 0.6931 | 0.4931 |",
         "| preference.optimizer.learning_rate | 5e-07 |",
@@ -223,6 +225,14 @@ def test_what_no_stage_wrote_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     assert "reverse_rl" not in columns
 
 
+def test_cards_of_another_source_of_negatives_name_it(tmp_path: Path) -> None:
+    assert export(make_run(tmp_path / "demo", settings(negatives="rs")), tmp_path / "out") == 0
+    pairs, model = ((tmp_path / "out" / part / "README.md").read_text() for part in ("pairs", "model"))
+    assert "from the source of negatives `rs`" in pairs
+    assert "The rejected side is wrong: never use it as a demonstration" in pairs
+    assert not [word for word in ("plausible", "reverse RL", "on purpose") if word in pairs + model]
+
+
 def test_external_pairs_are_given_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "theirs.jsonl"
     rows = [
@@ -242,7 +252,9 @@ def test_external_pairs_are_given_as_they_are(tmp_path: Path, capsys: pytest.Cap
     assert f"read them from `{path}`" in card
     assert "| dropped.identical_sides | 1 |" in card
     assert "reverse RL" not in card
-    assert f"Pairs from `{path}`" in (tmp_path / "out" / "model" / "README.md").read_text()
+    model_card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert f"Pairs from `{path}`" in model_card
+    assert "plausible" not in model_card
 
     write_jsonl(path, rows[:1])
     assert "is not what stage preference" in fail(capsys, run, tmp_path / "out2")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pns import config
+from workers.rollout.pool import RolloutPool
 from workers.runtime import Runtime
 from workers.training.batching import Batch
 from workers.training.objectives import (
@@ -30,42 +31,51 @@ pytestmark = [
 VOCABULARY = 64
 OPTIMIZER = config.Optimizer(learning_rate=1e-3)
 DPO = PreferenceObjective("sigmoid", {"beta": 0.1})
+RUNTIME = Runtime(device="cuda", start_timeout_seconds=300)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Random models of three architectures, with a tokenizer each."""
+    import transformers
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(3)
-    Qwen2ForCausalLM(
-        Qwen2Config(
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w2"
+    )
+    root = tmp_path_factory.mktemp("models")
+    for name, tied in (("Qwen2", True), ("Qwen3", True), ("Llama", False)):
+        torch.manual_seed(3)
+        shape = getattr(transformers, f"{name}Config")(
             vocab_size=VOCABULARY,
             hidden_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=32,
             intermediate_size=256,
             max_position_embeddings=256,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=None,
         )
-    ).save_pretrained(path)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w2"
-    ).save_pretrained(path)
-    return str(path)
+        getattr(transformers, f"{name}ForCausalLM")(shape).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints: dict[str, str]) -> str:
+    return checkpoints["Qwen2"]
 
 
 @pytest.fixture(
     scope="module", params=["bfloat16-shared", "bfloat16-packed", "bfloat16-padded", "float32-shared"]
 )
 def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
-    """One rank on one GPU, in a Ray of its own that sees the real devices."""
+    """One rank on half a GPU, in a Ray of its own that sees the real devices."""
     import ray
 
     os.environ.pop("VERL_PLATFORM", None)
@@ -75,8 +85,7 @@ def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     dtype, layout = request.param.split("-")
     settings = config.PolicyConfig(max_tokens_per_micro_batch=512, dtype=dtype, layout=config.Layout(layout))
-    runtime = Runtime(device="cuda", start_timeout_seconds=300)
-    made = Policy(config.Pool(replicas=1, gpus=1.0), settings, runtime)
+    made = Policy(config.Pool(replicas=1, gpus=0.5), settings, RUNTIME)
     yield made
     made.shutdown()
     ray.shutdown()
@@ -105,7 +114,11 @@ def reference_log_probs(path: str, batch: Batch) -> list[np.ndarray]:
     return results
 
 
-def test_log_probs_are_those_of_transformers(policy: Policy, checkpoint: str) -> None:
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama"])
+def test_log_probs_are_those_of_transformers(
+    policy: Policy, checkpoints: dict[str, str], architecture: str
+) -> None:
+    checkpoint = checkpoints[architecture]
     policy.load(checkpoint, "language_model", None, total_steps=1, seed=0)
     batch = rows(24)
     difference = np.abs(
@@ -150,26 +163,25 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
         policy.settings = whole
 
 
-@pytest.mark.parametrize("trunk", [5, 200])
-def test_variable_length_kernel_is_torch_attention_row_by_row(trunk: int) -> None:
-    """Outputs and gradients of the two kernel calls, against a call of torch's attention a row in float32."""
-    from workers.training.attention import packed_attention, segments_of
-
-    torch.manual_seed(0)
-    segments = segments_of([(trunk, [70, 33, 1]), (0, [130]), (17, [64, 64])])
-    count = sum(segments.leading) + sum(segments.branches)
-    shapes = ((1, 8, count, 64), (1, 2, count, 64), (1, 2, count, 64))
-    exact = [torch.randn(shape, device="cuda").bfloat16().float().requires_grad_() for shape in shapes]
-    fast = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
-    expected, found = (
-        packed_attention(torch.nn.Module(), *tensors, None, segments)[0] for tensors in (exact, fast)
-    )
-    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
-    weights = torch.randn_like(expected)
-    (expected * weights).sum().backward()
-    (found.float() * weights).sum().backward()
-    for own, other in zip(fast, exact, strict=True):
-        torch.testing.assert_close(own.grad.float(), other.grad, atol=5e-2, rtol=5e-2)
+def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: str) -> None:
+    """From the policy through the object store into an engine on the same device; stale weights would show."""
+    engine = config.RolloutEngine(engine=config.EngineKind.transformers, max_batch=32)
+    pool = RolloutPool(config.Pool(replicas=1, gpus=0.5), engine, RUNTIME)
+    try:
+        pool.load(checkpoint)
+        policy.load(checkpoint, "language_model", config.Optimizer(learning_rate=1e-2), 5, seed=0)
+        batch = rows(16)
+        before = np.concatenate(pool.log_probs(batch.prompt_ids, batch.completion_ids))
+        for _ in range(5):
+            policy.train_step(batch, SftObjective())
+        version, reference = policy.weights()
+        pool.update_weights([reference], version)
+        after = np.concatenate(pool.log_probs(batch.prompt_ids, batch.completion_ids))
+        own = np.concatenate(policy.log_probs(batch))
+    finally:
+        pool.shutdown()
+    assert np.abs(after - own).mean() < 0.02  # the engine's weights are bfloat16
+    assert np.abs(before - own).mean() > 0.2
 
 
 def test_restore_and_export(policy: Policy, checkpoint: str, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 Needs trl==1.16.0 (with transformers, accelerate and datasets), which the tests do not: they read the recorded
 values. To record again:
 
-    python -m venv .trl && .trl/bin/pip install trl==1.16.0 numpy && .trl/bin/python
-    tests/parity/record_trl_losses.py
+    python -m venv .trl && .trl/bin/pip install trl==1.16.0 numpy
+    .trl/bin/python tests/parity/record_trl_losses.py
 
 TRL's own trainers compute every number: the methods that turn a batch into a loss run on trainers that carry
 the attributes those methods read, with a model that answers with prescribed log-probabilities. Batches hold
@@ -35,10 +35,8 @@ from trl.trainer.kto_trainer import KTOTrainer
 TRL = "1.16.0"
 SEED = 20240601
 NUM_PAIRS = 16
-COMPLETION, PADDING = (
-    0,
-    1,
-)  # token ids; a sequence is one prompt token, the number of its row, and completion tokens
+# Token ids; a sequence is one prompt token, the number of its row, and completion tokens.
+COMPLETION, PADDING = 0, 1
 CASES: list[tuple[str, dict[str, float]]] = [
     ("sigmoid", {"beta": 0.1}),
     ("sigmoid", {"beta": 2.0}),
@@ -88,9 +86,8 @@ class Prescribed(torch.nn.Module):
             )
         real = log_probs < 0
         safe = torch.where(real, log_probs, -1.0)
-        logits = torch.stack(
-            [safe, torch.log(-torch.expm1(safe))], dim=-1
-        )  # of the tokens COMPLETION and PADDING
+        # Of the tokens COMPLETION and PADDING.
+        logits = torch.stack([safe, torch.log(-torch.expm1(safe))], dim=-1)
         return SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 0, 0, 1)))
 
 
@@ -245,9 +242,8 @@ def draw() -> list[dict[str, Any]]:
 def main() -> None:
     if trl.__version__ != TRL:
         raise SystemExit(f"trl is {trl.__version__}, and this script drives {TRL}: pip install trl=={TRL}")
-    torch.Tensor.float = (
-        torch.Tensor.double
-    )  # ORPOTrainer casts to float32, which is coarser than the comparison
+    # ORPOTrainer casts to float32, which is coarser than the comparison.
+    torch.Tensor.float = torch.Tensor.double
     pairs, cases = draw(), []
     for loss, values in CASES:
         case: dict[str, Any] = {

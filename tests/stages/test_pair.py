@@ -10,9 +10,10 @@ import pytest
 
 from pns.config import Config, PairStage
 from pns.data.checker import Checker
+from pns.data.preference import read_pairs
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl, write_jsonl
-from pns.records import Completion, PreferencePair, Problem, Reward, Rollout, Verdict, from_json
+from pns.records import Completion, PreferencePair, Problem, Reward, Rollout, Verdict
 from pns.stages.artefacts import Negatives, Pairs, RewardModels, TrainedModel
 from pns.stages.context import Problems
 from pns.stages.pair import nearest_first, pair
@@ -44,10 +45,6 @@ def made(bench: Any, config: Config, negatives: Negatives, problems: Problems, n
         return pair.make(ctx, pair.settings(config), target, negatives, rewards, problems)
 
 
-def pairs_in(artefact: Pairs) -> list[PreferencePair]:
-    return [from_json(PreferencePair, row) for row in read_jsonl(artefact.pairs_file)]
-
-
 def test_the_target_is_right_and_the_negative_wrong(bench: Any) -> None:
     """Of p0 the first completion is wrong; p1 has no negative, p2 no right completion."""
     right_from = {"p0": 1, "p1": 0, "p2": 9}
@@ -59,7 +56,7 @@ def test_the_target_is_right_and_the_negative_wrong(bench: Any) -> None:
     bench.fleet.scorer("plausibility").value = lambda ids: float(len(ids))
     negatives = negatives_of(bench, {"p0": [bench.solution(55)], "p2": [bench.solution(56)]})
     pairs = made(bench, config_of(), negatives, bench.problems(3))
-    [kept] = pairs_in(pairs)
+    [kept] = read_pairs(pairs.pairs_file)
     problem = bench.problems(1).problems[0]
     assert (kept.problem_id, kept.chosen, kept.rejected) == ("p0", bench.solution(10), bench.solution(55))
     assert kept.source == "pns"
@@ -102,7 +99,7 @@ def test_what_has_no_score_is_counted_and_its_pair_kept_without(bench: Any) -> N
     bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
     bench.fleet.scorer("plausibility").value = lambda ids: None
     pairs = made(bench, config_of(), negatives_of(bench, {"p0": [bench.solution(55)]}), bench.problems(1))
-    [kept] = pairs_in(pairs)
+    [kept] = read_pairs(pairs.pairs_file)
     assert (kept.score_chosen, kept.score_rejected, kept.score_gap) == (None, None, None)
     # Two right completions and one negative, each without a score of two reward models.
     assert read_json(pairs.quality_file)["unscored"] == 6
@@ -124,8 +121,8 @@ class FakeChecker(Checker):
 def test_a_checker_marks_the_first_wrong_step(bench: Any) -> None:
     bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
     problems = Problems(bench.problems(1).problems, FakeChecker())
-    negatives = negatives_of(bench, {"p0": [bench.solution(55)]})
-    [kept] = pairs_in(made(bench, config_of(), negatives, problems))
+    pairs = made(bench, config_of(), negatives_of(bench, {"p0": [bench.solution(55)]}), problems)
+    [kept] = read_pairs(pairs.pairs_file)
     assert kept.margin_end == 11
 
 
@@ -157,7 +154,7 @@ def test_an_interruption_asks_for_the_rest_alone(bench: Any) -> None:
     bench.fleet.rollout.take_asked()
     pairs = made(bench, config, negatives, bench.problems(1))
     assert bench.fleet.rollout.take_asked() == ["0/p0#0", "0/p0#1", "0/p0#2"]
-    assert len(pairs_in(pairs)) == 1
+    assert isinstance(read_pairs(pairs.pairs_file)[0], PreferencePair)
 
 
 def test_roles_and_source_are_declared() -> None:

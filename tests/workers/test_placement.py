@@ -105,6 +105,18 @@ def test_a_single_replica_cannot_be_lowered() -> None:
         check_placement(asked, ALL, {"GPU": 8, "CPU": 64}, "cuda")
 
 
+@pytest.mark.parametrize("gpus", [0.5, 0.25])
+def test_two_policy_ranks_share_no_gpu(gpus: float) -> None:
+    shared = Config(placement=Placement(policy=Pool(2, gpus=gpus)))
+    with pytest.raises(UserError, match=rf"placement\.policy\.gpus: {gpus} lets .*\.replicas=1") as error:
+        check_placement(shared, ["policy"], {"GPU": 8, "CPU": 64}, "cuda")
+    assert "\n" not in str(error.value)
+    check_placement(shared, ["policy"], {"CPU": 64}, "cpu")
+    for pool in (Pool(1, gpus=gpus), Pool(2, gpus=0.6)):  # ranks of 0.6 cannot meet on one
+        alone = Config(placement=Placement(policy=pool))
+        check_placement(alone, ["policy"], {"GPU": 8, "CPU": 64}, "cuda")
+
+
 def test_resolve_device() -> None:
     assert resolve_device(Device.auto, 0) == "cpu"
     assert resolve_device(Device.auto, 2) == "cuda"

@@ -1,18 +1,15 @@
-"""The chain-of-thought judge as a service: four rubric scores 0-3 of a candidate solution, decoded within the
-verdict's grammar.
+"""The chain-of-thought judge as a service: rubric scores 0-3 of a solution, within the grammar of a verdict.
 
 One prefill reads the prompt; then four times the likeliest of the tokens 0-3 is taken, and the verdict's
-fixed text is fed in between, on the cached keys and values. Temperature 0, and no reply can leave the
-grammar.
+fixed text is fed in between, on the cached keys and values. Temperature 0; no reply can leave the grammar.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pns.algo.judging import (
@@ -39,8 +36,7 @@ class Judge:
     """A language model that grades (problem, solution) pairs. A tokenizer with the token `<judge>` is the
     tiny world's; any other model is prompted through its chat template. float32 on CPU, bfloat16 on a GPU.
 
-    Raises UserError where the model cannot be loaded, has no chat template, or does not write the digits 0-3
-    as single tokens.
+    Raises UserError where it cannot be loaded, has no chat template or does not write 0-3 as single tokens.
     """
 
     def __init__(self, model_path: str, runtime: Runtime, seed: int = 0, forward_tokens: int = 0) -> None:
@@ -59,16 +55,14 @@ class Judge:
             raise UserError(f"judge {model_path} has no chat template: name an instruction-tuned model")
         digits = [self._encode(str(digit)) for digit in range(MAX_SCORE + 1)]
         if any(len(ids) != 1 for ids in digits):
-            raise UserError(
-                f"judge {model_path} does not write each of the digits 0 to {MAX_SCORE} as one token: name "
-                "another model"
-            )
+            digits_said = f"each of the digits 0 to {MAX_SCORE} as one token"
+            raise UserError(f"judge {model_path} does not write {digits_said}: name another model")
         self._digits_V = torch.tensor([ids[0] for ids in digits], device=self._device)
         self._between = [self._encode(part) for part in verdict_parts(self._template, "")[1:4]]
 
     def score(self, candidates_B: Sequence[Candidate]) -> list[Outcome[Scores]]:
-        """Scores (relevance, coherence, completeness, clarity), each 0-3. Missing: "too_long" (prompt and
-        verdict exceed the model's context), "not_finite", "unparsable"."""
+        """Scores (relevance, coherence, completeness, clarity). Missing: "too_long" (for the model's context
+        with the verdict), "not_finite", "unparsable"."""
         nonces, prompts = [], []
         for problem, solution in candidates_B:
             nonces.append(make_nonce(self._seed, problem, solution, self._template))
@@ -76,9 +70,8 @@ class Judge:
         reply_tokens = 4 + sum(map(len, self._between))  # four digits and what stands between them
         room = self._model.config.max_position_embeddings - reply_tokens
         outcomes: list[Outcome[Scores]] = [Outcome(None, "too_long")] * len(prompts)
-        accepted = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
-        for batch in micro_batches([len(prompts[row]) for row in accepted], self._forward_tokens):
-            rows = [accepted[index] for index in batch]
+        lengths = {row: len(prompt) for row, prompt in enumerate(prompts) if len(prompt) <= room}
+        for rows in micro_batches(lengths, self._forward_tokens):
             replies = self._decode([prompts[row] for row in rows])
             for row, reply_ids in zip(rows, replies, strict=True):
                 outcomes[row] = self._read(reply_ids, nonces[row])
@@ -91,9 +84,9 @@ class Judge:
         for token in self._tokenizer.all_special_tokens:  # the tokenizer reads them anywhere in a text
             candidate = candidate.replace(token, token[:1] + " " + token[1:])
         messages = render_text(problem, candidate, nonce)
-        text = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
+        # Without thinking: the verdict is fed to the model, it has no room to think in.
+        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        text = self._tokenizer.apply_chat_template(messages, **options)
         return self._encode(text + verdict_parts(self._template, nonce)[0])
 
     def _encode(self, text: str) -> list[int]:
@@ -108,16 +101,13 @@ class Judge:
 
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]]) -> list[list[int] | None]:
-        """Reply ids for each prompt: four digits with the fixed text between them; None where a logit was not
-        finite."""
-        num_rows, width = len(prompts), max(map(len, prompts))
-        ids_BT = torch.full((num_rows, width), int(self._digits_V[0]))
-        mask_BT = torch.zeros(num_rows, width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            # Padding is on the left, so that every row continues at the same column.
-            ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask_BT[row, width - len(prompt) :] = 1
-        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        """Reply ids: four digits with the fixed text between them; None where a logit was not finite."""
+        num_rows = len(prompts)
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        ones = [torch.ones_like(row) for row in rows]
+        # Padding is on the left, so that every row continues at the same column.
+        ids_BT = pad_sequence(rows, batch_first=True, padding_side="left").to(self._device)
+        mask_BT = pad_sequence(ones, batch_first=True, padding_side="left").to(self._device)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         finite_B = torch.ones(num_rows, dtype=torch.bool, device=self._device)
         cache: Any = None
@@ -142,8 +132,8 @@ class Judge:
             added = ids_BT.shape[1]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(num_rows, added)], 1)
             positions_BT = positions_BT[:, -1:] + torch.arange(1, added + 1, device=self._device)
-        rows = torch.cat(reply, 1).tolist()
-        return [row if finite else None for row, finite in zip(rows, finite_B.tolist(), strict=True)]
+        replies = zip(torch.cat(reply, 1).tolist(), finite_B.tolist(), strict=True)
+        return [ids if finite else None for ids, finite in replies]
 
 
 def _num_tokens(candidate: Candidate) -> int:

@@ -1,12 +1,11 @@
 """The reward model as a service: raw scores r(x, y) of token sequences; sigmoid(r) is the reward term."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from pns.config import Pool
@@ -35,12 +34,13 @@ class RewardModel:
             )
         except OSError as error:
             raise UserError(f"reward model {model_path}: {str(error).splitlines()[0]}") from error
-        if any(name.startswith("score.") for name in report["missing_keys"]):
+        if any(name.startswith("score.") for name in report["missing_keys"]):  # drawn at random instead
             raise UserError(
                 f"reward model {model_path} has no reward head (score.weight): name a model trained by the "
                 "stage reward_model"
             )
         self._body = model.base_model.to(device).eval()
+        # bfloat16 would round scores to three digits: too coarse for the differences within a group.
         self._head = model.score.to(device=device, dtype=torch.float32)
         self._vocabulary = model.config.vocab_size
         self._max_length = model.config.max_position_embeddings
@@ -49,10 +49,11 @@ class RewardModel:
         """r for each sequence of token ids (prompt and completion), any real number. Missing: "empty",
         "too_long" (beyond the model's positions), "token_id" (outside its vocabulary), "not_finite"."""
         outcomes: list[Outcome[float]] = [Outcome(None, self._refusal(row)) for row in token_ids_BT]
-        accepted = [index for index, outcome in enumerate(outcomes) if outcome.cause is None]
-        lengths = [len(token_ids_BT[row]) for row in accepted]
-        for batch in micro_batches(lengths, self._forward_tokens):
-            rows = [accepted[index] for index in batch]
+        lengths = {row: len(ids) for row, ids in enumerate(token_ids_BT) if outcomes[row].cause is None}
+        # The last bits of a score depend on what shares its forward pass, and that on timing. On a CPU, where
+        # runs are the same to the bit, a row is alone.
+        alone = [[row] for row in lengths]
+        for rows in alone if self._device == "cpu" else micro_batches(lengths, self._forward_tokens):
             values = self._forward([token_ids_BT[row] for row in rows])
             for row, value in zip(rows, values, strict=True):
                 outcomes[row] = Outcome(value) if math.isfinite(value) else Outcome(None, "not_finite")
@@ -68,9 +69,7 @@ class RewardModel:
     @torch.inference_mode()
     def _forward(self, rows: list[Sequence[int]]) -> list[float]:
         lengths_B = torch.tensor([len(row) for row in rows])
-        ids_BT = torch.zeros(len(rows), int(lengths_B.max()), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids_BT[index, : len(row)] = torch.tensor(row)
+        ids_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         # Attention is causal and padding is on the right: no token that is read sees the padding, and no mask
         # is needed.
         hidden_BTD = self._body(input_ids=ids_BT.to(self._device), use_cache=False).last_hidden_state

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, field
@@ -27,19 +27,13 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import Pool
 from pns.errors import UserError
-from workers.runtime import Runtime
+from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
 
 _Item = TypeVar("_Item")
 _AnyItem = TypeVar("_AnyItem", contravariant=True)
 _Value = TypeVar("_Value")
 
-_CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    # Keep freed activations in the heap: small models otherwise spend their time in page faults.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-}
+_CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", **ALLOCATOR_ENVIRONMENT}  # two threads are slower on small models
 _REQUESTS_PER_REPLICA = 2  # one that is computed, and the next, so that no replica waits for the driver
 # A request is split into forward passes of similar lengths: a few of them, so that the lengths can be sorted.
 _FORWARDS_PER_REQUEST = 4
@@ -82,12 +76,12 @@ class ModelVersion(NamedTuple):
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-def micro_batches(lengths_B: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in batches of similar length with rows x longest <= `max_tokens` (at least one row),
-    longest rows first."""
+def micro_batches(lengths: Mapping[int, int], max_tokens: int) -> list[list[int]]:
+    """Rows, given with their lengths, in batches of similar length, the longest first: rows x longest is at
+    most `max_tokens` (or one row)."""
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths_B)), key=lambda row: -lengths_B[row]):
-        if batches and (len(batches[-1]) + 1) * lengths_B[batches[-1][0]] <= max_tokens:
+    for row in sorted(lengths, key=lambda row: -lengths[row]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])

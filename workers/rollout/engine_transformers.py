@@ -1,13 +1,11 @@
-"""The reference engine: a plain transformers model with its own sampling loop, for small machines and for
-checking the other engine."""
-
-from __future__ import annotations
+"""The plain engine, a transformers model in a loop: for small machines and for checking the other engine."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -45,28 +43,23 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
         for request in requests:
-            if len(request.prompt_ids) >= self.max_tokens:
-                raise UserError(
-                    f"request {request.id}: a prompt of {len(request.prompt_ids)} tokens leaves no room in "
-                    f"{self.max_tokens}"
-                )
+            length = len(request.prompt_ids)
+            if length >= self.max_tokens:
+                room = f"leaves no room in {self.max_tokens}"
+                raise UserError(f"request {request.id}: a prompt of {length} tokens {room}")
         ordered = sorted(requests, key=lambda request: len(request.prompt_ids))  # little padding in a batch
         for start in range(0, len(ordered), self.max_batch):
             yield from self._generate_batch(ordered[start : start + self.max_batch], sampling)
 
     def _generate_batch(self, rows: list[Request], sampling: Sampling) -> Iterator[Sample]:
-        tokens: dict[str, list[int]] = {row.id: [] for row in rows}
-        log_probs: dict[str, list[float]] = {row.id: [] for row in rows}
-        width = max(len(row.prompt_ids) for row in rows)
-        # Padding is on the left, so that every row continues at the same column; the mask has room for all
-        # tokens to come.
-        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.ones(len(rows), width + sampling.max_new_tokens, dtype=torch.long)
+        drawn: dict[str, list[tuple[int, float]]] = {row.id: [] for row in rows}  # tokens, log-probabilities
+        prompts = [torch.tensor(row.prompt_ids) for row in rows]
+        # Padding is on the left, so that all rows continue at one column; the mask has room for what comes.
+        input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(self.device)
+        width = input_ids.shape[1]
+        mask = input_ids.new_ones(len(rows), width + sampling.max_new_tokens)
         for i, row in enumerate(rows):
-            padding = width - len(row.prompt_ids)
-            input_ids[i, padding:] = torch.tensor(row.prompt_ids)
-            mask[i, :padding] = 0
-        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+            mask[i, : width - len(row.prompt_ids)] = 0
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         cache = self._new_cache(width + sampling.max_new_tokens)
         done = [False] * len(rows)
@@ -87,22 +80,20 @@ class TransformersEngine:
                 scores = perturb(logits, seeds, [step] * len(rows), sampling.temperature, sampling.top_p)
             chosen = scores.argmax(dim=-1)
             # Of the unmodified distribution: what the policy's loss compares its own with.
-            step_log_probs = logits.float().log_softmax(dim=-1)
-            chosen_log_probs = step_log_probs.gather(1, chosen[:, None])[:, 0]
+            chosen_log_probs = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
             input_ids, begin = chosen[:, None], end
-            drawn = zip(rows, chosen.tolist(), chosen_log_probs.tolist(), strict=True)
-            for i, (row, token, log_prob) in enumerate(drawn):
+            of_rows = zip(chosen.tolist(), chosen_log_probs.tolist(), strict=True)
+            for i, (token, log_prob) in enumerate(of_rows):
                 if done[i]:
                     continue
-                tokens[row.id].append(token)
-                log_probs[row.id].append(log_prob)
+                row = rows[i]
+                drawn[row.id].append((token, log_prob))
                 stopped = token in self.end_ids
                 longest = min(sampling.max_new_tokens, self.max_tokens - len(row.prompt_ids))
                 if stopped or step + 1 == longest:
                     done[i] = True
-                    reason = "stop" if stopped else "length"
-                    token_ids, their_log_probs = tuple(tokens.pop(row.id)), tuple(log_probs.pop(row.id))
-                    yield Sample(row.id, token_ids, their_log_probs, reason, self.version)
+                    token_ids, log_probs = zip(*drawn.pop(row.id), strict=True)
+                    yield Sample(row.id, token_ids, log_probs, "stop" if stopped else "length", self.version)
             if all(done):
                 return
             # Rows stay after their end until a quarter has ended: leaving costs a copy of the whole cache.
@@ -130,13 +121,9 @@ class TransformersEngine:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), self.max_batch):
             batch = order[start : start + self.max_batch]
-            width = max(len(texts[i]) for i in batch)
-            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros_like(input_ids)
-            for row, i in enumerate(batch):
-                input_ids[row, : len(texts[i])] = torch.tensor(texts[i])
-                mask[row, : len(texts[i])] = 1
-            input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+            rows = [torch.tensor(texts[i]) for i in batch]
+            input_ids = pad_sequence(rows, batch_first=True).to(self.device)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device)
             logits = self.model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
             chosen = logits.float().log_softmax(dim=-1).gather(2, input_ids[:, 1:, None])
             token_log_probs = chosen[:, :, 0].cpu().numpy()
@@ -147,8 +134,7 @@ class TransformersEngine:
 
 
 class _BufferLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of (B, heads, capacity, D): a step writes one column instead of
-    copying everything."""
+    """Keys and values of a layer in buffers (B, heads, capacity, D): a step writes one column."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""The vLLM engine: in process, continuous batching, new weights in the live model. Runs with vLLM 0.31 on CPU
-and 0.24 on GPU.
+"""The vLLM engine: in process, new weights in the live model. For vLLM 0.31 on CPU and 0.24 on GPU.
 
 Departures from vLLM's defaults, each for a reason:
 - Sampling is greedy over perturbed scores (`SeededNoise`): vLLM's own per-request generators fail on CPU when
@@ -11,12 +10,9 @@ Importing this module imports vLLM (many CPU seconds): only the actor that runs 
 environment of `workers.rollout.pool` set before.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -39,6 +35,12 @@ from workers.rollout.engine import Request, Sample, Sampling, check_names, pertu
 from workers.runtime import Runtime
 
 _NOISE = "pns_noise"  # key of SamplingParams.extra_args: (seed, temperature, top_p)
+# Greedy even where a sample is asked for: `SeededNoise` has made the scores one.
+_GREEDY: dict[str, Any] = {
+    "temperature": 0.0,
+    "detokenize": False,
+    "output_kind": RequestOutputKind.FINAL_ONLY,
+}
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
@@ -61,7 +63,7 @@ class VllmEngine:
             "gpu_memory_utilization": memory_fraction,
             "tensor_parallel_size": tensor_parallel,
             "trust_remote_code": runtime.trust_remote_code,
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": True,  # prompts and completions are token ids
             "generation_config": "vllm",
             "logits_processors": [SeededNoise],
             "enable_prefix_caching": True,  # the completions of a problem share its prompt
@@ -83,34 +85,50 @@ class VllmEngine:
     def load(self, model_path: str) -> None:
         directory = local_directory(model_path)
         self.end_ids = end_token_ids(directory)
-        config = json.loads((directory / "config.json").read_text())
-        architecture = {
-            key: value
-            for key, value in config.items()
-            if key not in _NOT_ARCHITECTURE and not key.endswith("token_id")
-        }
+        architecture = json.loads((directory / "config.json").read_text())
+        for key in list(architecture):
+            if key in _NOT_ARCHITECTURE or key.endswith("token_id"):
+                del architecture[key]
         if self.engine is not None and architecture == self.architecture:
+            # Into the live engine: a new one takes seconds, on a GPU a minute.
             tensors: dict[str, torch.Tensor] = {}
             for file in weight_files(directory):
                 tensors |= load_file(file)
             self.update_weights(tensors, version=0)
             return
-        self._free()
+        if self.engine is not None:
+            self.engine.engine_core.shutdown()
+            self.engine = None
+            gc.collect()  # vLLM's objects refer to each other
+            torch.cuda.empty_cache()
         self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(directory), **self.arguments))
-        self.architecture, self.weight_names, self.version = architecture, _names(weight_files(directory)), 0
+        self.architecture, self.weight_names, self.version = architecture, set(), 0
+        for file in weight_files(directory):
+            with safe_open(file, framework="pt") as stored:
+                self.weight_names |= set(stored.keys())
 
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        engine = self._engine()
+        engine = self.engine
+        assert engine is not None  # after `load`
         check_names(self.weight_names, set(tensors), bool(engine.model_config.hf_config.tie_word_embeddings))
         engine.collective_rpc(_reload, args=(tensors,))
-        if not engine.reset_prefix_cache():
+        if not engine.reset_prefix_cache():  # its keys and values are of the old weights
             raise RuntimeError(
                 "vLLM's prefix cache could not be reset after a weight update: requests are still running"
             )
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
-        params = {request.id: self._params(request.seed, sampling) for request in requests}
+        params = {}
+        for request in requests:
+            noise = (request.seed, sampling.temperature, sampling.top_p)
+            params[request.id] = SamplingParams(
+                **_GREEDY,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(self.end_ids),
+                logprobs=0,  # of the chosen token alone
+                extra_args={_NOISE: noise} if sampling.temperature > 0 else None,
+            )
         prompts = [(request.id, list(request.prompt_ids)) for request in requests]
         for output in self._run(prompts, params):
             completion = output.outputs[0]
@@ -122,13 +140,8 @@ class VllmEngine:
     def log_probs(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        # One token is the least: vLLM scores prompts only while it generates.
+        params = SamplingParams(**_GREEDY, max_tokens=1, prompt_logprobs=0)
         pairs = zip(prompt_ids, completion_ids, strict=True)
         texts = {str(i): [*prompt, *completion] for i, (prompt, completion) in enumerate(pairs)}
         results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
@@ -140,22 +153,11 @@ class VllmEngine:
             results[i] = np.array([entry[token].logprob for token, entry in by_token], dtype=np.float32)
         return results
 
-    def _params(self, seed: int, sampling: Sampling) -> SamplingParams:
-        noise = {_NOISE: (seed, sampling.temperature, sampling.top_p)} if sampling.temperature > 0 else None
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=list(self.end_ids),
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=noise,
-        )
-
     def _run(
         self, prompts: list[tuple[str, list[int]]], params: dict[str, SamplingParams]
     ) -> Iterator[RequestOutput]:
-        engine = self._engine()
+        engine = self.engine
+        assert engine is not None  # after `load`
         longest = engine.model_config.max_model_len
         for name, tokens in prompts:
             if len(tokens) >= longest:
@@ -174,21 +176,8 @@ class VllmEngine:
                         running.discard(output.request_id)
                         yield cast(RequestOutput, output)
         finally:
-            if running:
+            if running:  # the caller has left early, or a step failed
                 engine.abort_request(list(running))
-
-    def _engine(self) -> LLMEngine:
-        if self.engine is None:
-            raise RuntimeError("the vLLM engine has no model yet: call load() first")
-        return self.engine
-
-    def _free(self) -> None:
-        if self.engine is not None:
-            self.engine.engine_core.shutdown()
-            self.engine = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
 
 class SeededNoise(LogitsProcessor):
@@ -200,7 +189,7 @@ class SeededNoise(LogitsProcessor):
         self.rows: dict[int, tuple[tuple[int, float, float], list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
-        return False
+        return False  # True would leave it out of greedy requests
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.rows, batch_update, _noise_of)
@@ -232,11 +221,3 @@ def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:
     head = getattr(runner.get_model(), "lm_head", None)
     if head is not None and runner.model_config.hf_config.tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)
-
-
-def _names(files: list[Path]) -> set[str]:
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    return names

@@ -6,8 +6,6 @@ is started anew with the pool's present weights, and the requests it had not ans
 request has its own seed, so it gets the same sample.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +20,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
 from workers.rollout.engine import Engine, Request, Sample, Sampling
-from workers.runtime import Runtime
+from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
 
 __all__ = ["Request", "RolloutActor", "RolloutPool", "Sample", "Sampling"]
 
 MAX_RESTARTS = 3  # of one replica within one call of the pool
-_CHUNK_SECONDS = 0.05  # an actor hands over what has finished in this time together
+_CHUNK_SECONDS = 0.05  # what finishes within it is handed over together: a hand-over costs milliseconds
 _T = TypeVar("_T")
 
 
@@ -48,8 +46,8 @@ class RolloutActor:
             dtype = torch.float32 if runtime.device == "cpu" else torch.bfloat16
             self.engine = TransformersEngine(runtime, dtype, engine.max_batch)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> None:
+        """Return once the process is up."""
 
     def load(self, model_path: str) -> None:
         self.engine.load(model_path)
@@ -78,13 +76,12 @@ class RolloutActor:
 class RolloutPool:
     """`pool.replicas` rollout actors. The constructor returns when all are up (they start in parallel).
 
-    Every wait ends after `runtime.start_timeout_seconds` without progress, with a TimeoutError that names
-    what was waited for.
+    A wait of `runtime.start_timeout_seconds` without progress ends with a TimeoutError that says for what.
     """
 
     def __init__(self, pool: Pool, engine: RolloutEngine, runtime: Runtime) -> None:
-        divisible = pool.gpus == int(pool.gpus) and engine.engine is EngineKind.vllm
-        if runtime.device == "cuda" and pool.gpus > 1 and not divisible:
+        tensor_parallel = pool.gpus == int(pool.gpus) and engine.engine is EngineKind.vllm
+        if runtime.device == "cuda" and pool.gpus > 1 and not tensor_parallel:
             raise UserError(
                 f"placement.rollout.gpus: {pool.gpus}; use at most 1, or a whole number with "
                 "rollout.engine=vllm (tensor parallel)"
@@ -101,19 +98,15 @@ class RolloutPool:
             stack.pop_all()
 
     def load(self, model_path: str) -> None:
-        """Every replica takes the model; the weights version becomes 0. Raises UserError if it is not a
-        usable checkpoint."""
+        """Every replica takes the model, as version 0. Raises UserError if it is no usable checkpoint."""
         self._model_path, self._weights = model_path, None
         self._on_all(lambda actor, _: actor.load.remote(model_path), f"to load {model_path}")
 
     def update_weights(self, ref: list[Any], version: int) -> None:
-        """Every replica takes the weights of `ref` = [object reference of dict name -> tensor]; returns when
-        all have them."""
-        self._weights = (ref[0], version)
-        self._on_all(
-            lambda actor, _: actor.update_weights.remote(ref[0], version),
-            f"to take weights version {version}",
-        )
+        """Every replica takes the weights of `ref` = [object reference of dict name -> tensor]."""
+        weights = self._weights = (ref[0], version)
+        purpose = f"to take weights version {version}"
+        self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose)
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         """Yield lists of finished samples of all replicas until every request has exactly one. Ids must
@@ -124,7 +117,7 @@ class RolloutPool:
         longest = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
         shares = _split(requests, longest, len(self._actors))
         restarts = [0] * len(shares)
-        running = {}
+        running = {}  # an actor's stream of samples -> replica
         for replica, share in enumerate(shares):
             if share:
                 running[self._actors[replica].generate.remote(share, sampling)] = replica
@@ -162,8 +155,7 @@ class RolloutPool:
     def log_probs(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        """Natural-log probabilities (T,) float32 at temperature 1 of each completion after its prompt, in the
-        order given."""
+        """`Engine.log_probs`, by all replicas together."""
         pairs = list(zip(prompt_ids, completion_ids, strict=True))
         lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
         shares = _split(pairs, lengths, len(self._actors))
@@ -173,8 +165,7 @@ class RolloutPool:
             completions = [completion for _, completion in shares[replica]]
             return actor.log_probs.remote(prompts, completions)
 
-        by_replica = self._on_all(ask, "to compute log-probabilities")
-        return list(itertools.chain.from_iterable(by_replica))
+        return list(itertools.chain.from_iterable(self._on_all(ask, "to compute log-probabilities")))
 
     def shutdown(self) -> None:
         for actor in self._actors:
@@ -182,8 +173,7 @@ class RolloutPool:
         self._actors = []
 
     def _on_all(self, call: Callable[[Any, int], Any], purpose: str) -> list[Any]:
-        """`call(actor, replica)` on every replica in parallel, asked again of those that die; the results by
-        replica."""
+        """The results of `call(actor, replica)` on every replica at once, asked again of those that die."""
         refs = [call(actor, replica) for replica, actor in enumerate(self._actors)]
         results: list[Any] = []
         restarts = 0  # of the replica that is waited for
@@ -203,7 +193,7 @@ class RolloutPool:
             raise RuntimeError(
                 f"rollout replica {replica} died {times} times in one call; the last time: {error}"
             ) from error
-        ray.kill(self._actors[replica])
+        ray.kill(self._actors[replica])  # it may only be out of reach
         actor = self._actors[replica] = self._start()
         self._wait([actor.ready.remote()], f"to start again (replica {replica})")
         if self._model_path is not None:
@@ -231,10 +221,7 @@ def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
     environment = {
         "OMP_NUM_THREADS": str(max(1, int(pool.cpus)) if on_cpu else 1),
         "TOKENIZERS_PARALLELISM": "false",
-        # Freed memory stays in the process: no page faults at every step.
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-        "MALLOC_TRIM_THRESHOLD_": str(2**32),
-        "MALLOC_TOP_PAD_": str(2**26),
+        **ALLOCATOR_ENVIRONMENT,
     }
     if engine.engine is EngineKind.vllm:
         environment |= {
@@ -245,6 +232,7 @@ def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
         if on_cpu:
+            # Unbound: several actors would be bound to the same cores. Compiling pays for no small model.
             environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
     actor = ray.remote(RolloutActor).options(
         num_cpus=pool.cpus,
@@ -257,7 +245,7 @@ def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
 
 
 def _get(ref: Any, timeout: float) -> Any:
-    """The value of a finished call; a UserError of the actor arrives as it was raised there, in one line."""
+    """The value of a finished call; a UserError of the actor arrives as it was raised there."""
     try:
         return ray.get(ref, timeout=timeout)
     except RayTaskError as error:

@@ -15,9 +15,10 @@ attention is registered with transformers as `NAME`; a model built with it takes
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -167,8 +168,14 @@ def _variable_length(
         return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scaling, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+    # Fewer heads of keys than of queries: torch 2.11 takes them as they are, later ones ask for the word.
+    grouping = {"enable_gqa": q.shape[1] != k.shape[1]} if _names_grouping(varlen_attn) else {}
+    return varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), **grouping)
+
+
+@cache
+def _names_grouping(kernel: Callable[..., Any]) -> bool:
+    return "enable_gqa" in signature(kernel).parameters
 
 
 @cache

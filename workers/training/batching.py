@@ -5,8 +5,6 @@ with what neighbouring rows of one prompt have in common at their beginning held
 order of a packed micro-batch is that of `workers.training.attention`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, count, takewhile
@@ -122,7 +120,7 @@ def plan(
     for share in _shares(sizes, ranks):
         units_of_rank = [units[index] for index in share]
         planned.append(_fill_micro_batches(units_of_rank, max_tokens, layout))
-    most = max(map(len, planned))
+    most = max(map(len, planned))  # a rank with less work takes part in as many forward passes
     for micro_batches in planned:
         _split_to(most, micro_batches, padding=[Family((-1,), (2,))] * group_size)
     return [[list(chain.from_iterable(members)) for members in of_rank] for of_rank in planned]
@@ -137,15 +135,11 @@ def _size(units: Sequence[Unit], layout: Layout) -> int:
     return max(lengths) * len(lengths)
 
 
-def _longest(unit: Unit) -> int:
-    return max(max(family.lengths) for family in unit)
-
-
 def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """The units of each rank, as indices into their `sizes`."""
     if ranks == 1:
         return [list(range(len(sizes)))]
-    if len(sizes) < ranks:
+    if len(sizes) < ranks:  # verl's function refuses this
         return [[rank] if rank < len(sizes) else [] for rank in range(ranks)]
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
@@ -155,7 +149,7 @@ def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 def _fill_micro_batches(units: Sequence[Unit], max_tokens: int, layout: Layout) -> list[list[Unit]]:
     """The longest units first, so that rows of similar length come together."""
     micro_batches: list[list[Unit]] = []
-    for unit in sorted(units, key=_longest, reverse=True):
+    for unit in sorted(units, key=lambda unit: max(max(family.lengths) for family in unit), reverse=True):
         if micro_batches and _size([*micro_batches[-1], unit], layout) <= max_tokens:
             micro_batches[-1].append(unit)
         else:
@@ -168,7 +162,7 @@ def _split_to(count: int, micro_batches: list[list[Unit]], padding: Unit) -> Non
     they gather each other's weights."""
     while len(micro_batches) < count:
         largest = max(micro_batches, key=len, default=[])
-        if len(largest) < 2:
+        if len(largest) < 2:  # nothing left to split
             micro_batches.append([padding])
             continue
         half = len(largest) // 2
@@ -185,19 +179,15 @@ def _units(batch: Batch, group_size: int, max_tokens: int, layout: Layout) -> li
     units: list[Unit] = []
     for group in groups:
         unit = _families(batch, group)
-        if units and _one_prompt(batch, units[-1], unit):
-            merged = _families(batch, [*units[-1][0].rows, *group])
+        before = units[-1] if units else []
+        alike = len(before) == len(unit) == 1
+        if alike and batch.prompt_ids[before[0].rows[0]] == batch.prompt_ids[group[0]]:
+            merged = _families(batch, [*before[0].rows, *group])
             if len(merged) == 1 and merged[0].tokens <= max_tokens:
                 units[-1] = merged
                 continue
         units.append(unit)
     return units
-
-
-def _one_prompt(batch: Batch, unit: Unit, following: Unit) -> bool:
-    """Whether both units are one family, and of one prompt."""
-    first, second = unit[0].rows[0], following[0].rows[0]
-    return len(unit) == len(following) == 1 and batch.prompt_ids[first] == batch.prompt_ids[second]
 
 
 def _families(batch: Batch, rows: Sequence[int]) -> Unit:
@@ -235,7 +225,7 @@ def micro_batch(batch: Batch, families: Sequence[Family], layout: Layout) -> Mic
     for place, prompt, completion in zip(places, prompts, completions, strict=True):
         token_ids[place] = np.fromiter((*prompt, *completion), np.int64, len(place))
         position_ids[place] = np.arange(len(place))
-        predictors.append(place[len(prompt) - 1 : -1])
+        predictors.append(place[len(prompt) - 1 : -1])  # each token is predicted by the one before it
     row_values = {"weight": [1.0] * len(batch), **batch.row_values}
     return MicroBatch(
         rows=np.array(rows),
@@ -278,14 +268,13 @@ def _places(families: Sequence[Family]) -> list[np.ndarray]:
 
 
 def check_batch(batch: Batch, vocab_size: int) -> None:
-    """Raises ValueError for an empty batch or row, values that do not fit the rows, and token ids outside the
-    vocabulary."""
+    """ValueError for an empty batch or row, values that do not fit the rows, ids outside the vocabulary."""
     if not len(batch):
         raise ValueError("the batch has no rows")
     if any(not len(ids) for ids in batch.prompt_ids) or any(not len(ids) for ids in batch.completion_ids):
         raise ValueError("a row has an empty prompt or completion")
     for ids in (*batch.prompt_ids, *batch.completion_ids):
-        if min(ids) < 0 or max(ids) >= vocab_size:
+        if min(ids) < 0 or max(ids) >= vocab_size:  # on a GPU they would end in an assertion of the kernel
             raise ValueError(
                 f"token id {max(ids)} is outside the model's vocabulary of {vocab_size}: "
                 "use the tokenizer of the model"

@@ -1,7 +1,5 @@
 """Log-probabilities of chosen tokens from hidden states, without the logits of all of them at once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -7,8 +7,6 @@ completion tokens, rows end to end, or `scores` (B,) of the rows) and what stand
 means over the whole batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -133,6 +131,7 @@ class PreferenceObjective:
         if ref_T is not None:
             ref_chosen_B, ref_rejected_B = _side_sums(ref_T * margin_T, lengths_B)
             pairs = replace(pairs, ref_chosen_B=ref_chosen_B, ref_rejected_B=ref_rejected_B)
+        # One value a row, of which the chosen one's counts.
         return replace(pairs, score_gap_B=data["score_gap"][::2]) if "score_gap" in data else pairs
 
 
@@ -180,8 +179,7 @@ def _mean_over_pairs(loss_B: Tensor, metrics_B: dict[str, Tensor], data: Mapping
 
 
 def _length_moments(margin_B: Tensor, lengths_B: Tensor) -> dict[str, Tensor]:
-    """What `with_length_bias` needs the means of: a correlation is no mean itself, so it cannot be added up
-    over micro-batches."""
+    """What `with_length_bias` needs the means of: a correlation cannot be added up over micro-batches."""
     longer_B = (lengths_B[::2] - lengths_B[1::2]).to(margin_B.dtype)
     return {
         "_longer": longer_B,
@@ -199,17 +197,17 @@ def with_length_bias(metrics: Mapping[str, float]) -> dict[str, float]:
         margin, longer = metrics["margin"], metrics["_longer"]
         spread = (metrics["_margin_2"] - margin**2) * (metrics["_longer_2"] - longer**2)
         covariance = metrics["_margin_longer"] - margin * longer
-        kept["length_bias"] = covariance / spread**0.5 if spread > 1e-12 else 0.0
+        kept["length_bias"] = covariance / spread**0.5 if spread > 1e-12 else 0.0  # below: rounding
     return kept
 
 
 def mismatched_rows(rows: Batch) -> Batch:
-    """Every prompt with the completion of the next pair, and its margin mask: what KTO estimates the KL
-    divergence on. Raises UserError for a single pair."""
-    if len(rows) < 4:
+    """Every prompt with the completion of the next pair, and its margin mask, for KTO's estimate of the KL
+    divergence. Raises UserError for a single pair."""
+    if len(rows) < 4:  # the next pair would be the same one
         raise UserError(
-            "preference.loss=kto: one pair is not enough to estimate the KL divergence; give more, "
-            "or choose another loss"
+            "preference.loss: one pair is not enough to estimate the KL divergence that this loss reads; "
+            "give more, or choose another loss"
         )
     following = [(row + 2) % len(rows) for row in range(len(rows))]
     masks = [rows.token_values["margin_mask"][row] for row in following]
@@ -220,7 +218,6 @@ def estimate_kl(log_probs: Sequence[np.ndarray], mismatched: Batch) -> float:
     """KTO's reference point for one step: `log_probs` are those of the policy as it is for `mismatched_rows`,
     which hold their `ref_log_probs`."""
     masks, reference = mismatched.token_values["margin_mask"], mismatched.token_values["ref_log_probs"]
-    log_ratios = [
-        float(np.dot(mask, own - ref)) for own, mask, ref in zip(log_probs, masks, reference, strict=True)
-    ]
+    rows = zip(log_probs, masks, reference, strict=True)
+    log_ratios = [float(np.dot(mask, own - ref)) for own, mask, ref in rows]
     return float(losses.kto_kl(torch.tensor(log_ratios)))

@@ -1,13 +1,9 @@
-"""Policy training: a group of FSDP2 processes (verl's `TrainingWorker` in a `RayWorkerGroup`) behind one
-object, `Policy`.
+"""Policy training: FSDP2 processes (verl's `TrainingWorker` in a `RayWorkerGroup`) behind `Policy`.
 
 The processes are started once and take one model after another, a language model or a reward model. Stages
 hand over rows of token ids and an objective; `plan` spreads the rows over ranks and micro-batches, and the
-mean over the whole batch does not depend on how it did. Nothing of verl is imported before a `Policy` is
-made.
+mean over the whole batch does not depend on how. Nothing of verl is imported before a `Policy` is made.
 """
-
-from __future__ import annotations
 
 import os
 import time
@@ -25,22 +21,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pns import config
 from pns.errors import UserError
 from workers.checkpoints import local_directory
-from workers.runtime import Runtime
+from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias
 from workers.training.rank import ModelSpec, actor_class
 
-# One allocator arena that keeps its pages: a micro-batch's buffers are of the same size every time, and
-# giving them back costs page faults.
-ALLOCATOR_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "67108864",
-}
 VERL_CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu"}
 
-# What verl and transformers print about every model they build.
+# Against what verl, transformers and tokenizers print about every model and process.
 _QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
     "VERL_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore::UserWarning:verl.workers.engine",
@@ -48,18 +38,14 @@ _QUIET = {
 
 
 class Policy:
-    """The training processes, seen from the driver. Calls block until all ranks are done, and are not to be
-    made concurrently.
+    """The training processes, seen from the driver. Calls block until all ranks are done; one at a time.
 
-    A wait longer than `start_timeout_seconds` (processes, model) or `step_timeout_seconds` (everything else)
-    of the runtime raises TimeoutError with what was waited for; the exception of a rank is raised as it is.
+    A wait longer than the runtime's `start_timeout_seconds` (processes, model) or `step_timeout_seconds` (the
+    rest) raises TimeoutError with what was waited for; the exception of a rank is raised as it is.
     """
 
     def __init__(self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime) -> None:
-        """Start one process per rank; no model yet. `pool.gpus` of a rank on cuda is in (0, 1].
-
-        Raises UserError when the processes cannot be placed within `start_timeout_seconds`.
-        """
+        """Start one process per rank; no model yet. UserError when there is no place for them in time."""
         cuda = runtime.device == "cuda"
         if cuda and not 0 < pool.gpus <= 1:
             raise UserError(
@@ -73,11 +59,7 @@ class Policy:
         self._vocab_size = 0
         self._version = 0
         self._bundles = _place(pool, runtime)
-        environment = {
-            "OMP_NUM_THREADS": str(max(1, int(pool.cpus))),
-            "TOKENIZERS_PARALLELISM": "false",
-            **_QUIET,
-        }
+        environment = _QUIET | {"OMP_NUM_THREADS": str(max(1, int(pool.cpus)))}
         if not cuda:
             environment |= VERL_CPU_ENVIRONMENT | ALLOCATOR_ENVIRONMENT
         self._group = self._spawn(pool, environment, cuda)
@@ -110,8 +92,7 @@ class Policy:
     def load(
         self, model_path: str, head: Head, optimizer: config.Optimizer | None, total_steps: int, seed: int
     ) -> None:
-        """Build the model of a Hugging Face checkpoint (directory or Hub id) in the running processes; the
-        one before is dropped.
+        """Build the model of a checkpoint (directory or Hub id) in the processes; drop the one before.
 
         `head` "score" replaces the language-model head by one bias-free linear output, taken from the
         checkpoint where it has one, else drawn from `seed`. Without `optimizer` the model can score, not
@@ -119,7 +100,7 @@ class Policy:
         """
         path = str(local_directory(model_path))
         spec = ModelSpec(path, head, self.settings, optimizer, total_steps, seed, self._runtime)
-        self._model = None
+        self._model = None  # where loading fails, neither model is there
         loading = self._group.load(spec)
         self._vocab_size = self._wait_to_start(loading, f"the policy processes to load {path}")[0]
         self._model = spec
@@ -136,8 +117,7 @@ class Policy:
 
     def load_reference(self, model_path: str) -> None:
         """Build a frozen language model beside the loaded one, for `reference_log_probs`; the next `load`
-        drops it. No model is built where the loaded one is the same under a LoRA adapter: switched off, it is
-        the reference."""
+        drops it. None is built where the loaded one is the same under a LoRA adapter, which can be off."""
         path = str(local_directory(model_path))
         loaded = self._loaded("language_model")
         if loaded.lora_rank and loaded.path == path:
@@ -202,47 +182,41 @@ class Policy:
         metrics = with_length_bias(self._wait_for_step(references, "a training step")[0])
         num_tokens = sum(part.num_tokens for part in all_parts)
         metrics["tokens_per_second"] = num_tokens / (time.monotonic() - began)
-        metrics["padding_saved"] = _padding_saved(all_parts)
-        metrics["prefix_saved"] = _prefix_saved(all_parts)
-        metrics["update_skipped"] = float(not np.isfinite(metrics["grad_norm"]))
+        padded = any(part.width for part in all_parts)
+        num_padded = num_tokens if padded else sum(part.num_padded for part in all_parts)
+        metrics["padding_saved"] = 1 - num_tokens / num_padded
+        num_held = sum(len(part.token_ids) for part in all_parts)
+        metrics["prefix_saved"] = max(0.0, 1 - num_held / num_tokens)  # padded ones hold more
+        metrics["update_skipped"] = float(not np.isfinite(metrics["grad_norm"]))  # verl only prints it
         self._version += 1
         # The peak of a CPU is not known, so neither is how much of it was used.
         dropped = ("perf/", "mfu") if self._runtime.device == "cpu" else ("perf/",)
         return {name: value for name, value in metrics.items() if not name.startswith(dropped)}
 
     def weights(self) -> tuple[int, ray.ObjectRef]:
-        """`(version, reference)`: the current weights as a dict of float32 CPU tensors under their checkpoint
-        names (a tied head left out), in rank 0's object store. The version rises with every change of the
-        weights."""
+        """`(version, reference)`: float32 CPU tensors by their checkpoint names (a tied head left out), in
+        rank 0's object store. The version rises with every change of the weights."""
         self._loaded()
         [reference], *_ = self._wait_for_step(self._group.weights(), "the weights of the policy")
         return self._version, reference
 
     def save(self, directory: str | Path) -> None:
-        """Write model, optimizer, schedule and random state, one file of each per rank. The checkpoint is
-        complete when this returns."""
+        """Write model, optimizer, schedule and random state, a file of each per rank; whole on return."""
         self._loaded()
         saving = self._group.save(str(Path(directory).absolute()))
         self._wait_for_step(saving, f"the policy's checkpoint in {directory}")
 
     def restore(self, directory: str | Path) -> None:
         """Go back to a checkpoint of `save`, after `load` of the same model: the next step is the same to the
-        bit.
-
-        Raises UserError when it was written with another number of ranks.
-        """
+        bit. Raises UserError when it was written with another number of ranks."""
         self._loaded()
         directory = Path(directory).absolute()
         if not (directory / f"model_world_size_{self._ranks}_rank_0.pt").is_file():
             written = sorted(path.name for path in directory.glob("model_world_size_*_rank_0.pt"))
-            held = (
-                f"{written[0]}; use as many replicas as it was written with"
-                if written
-                else "no policy checkpoint"
-            )
+            way_out = f"{written[0]}; use as many replicas as it was written with" if written else ""
             raise UserError(
                 f"checkpoint {directory} does not fit placement.policy.replicas = {self._ranks}: "
-                f"it holds {held}"
+                f"it holds {way_out or 'no policy checkpoint'}"
             )
         restoring = self._group.restore(str(directory))
         self._wait_for_step(restoring, f"the policy to restore {directory}")
@@ -298,8 +272,7 @@ class Policy:
 
 
 def wait_for_all(references: Sequence[Any], timeout_seconds: float, awaited: str) -> list[Any]:
-    """The results of all ranks; the first failure is raised at once, as the other ranks may wait for the
-    failed one."""
+    """The results of all ranks; a failure is raised at once, as the other ranks may wait for the failed."""
     deadline = time.monotonic() + timeout_seconds
     pending = list(references)
     while pending:
@@ -315,15 +288,15 @@ def wait_for_all(references: Sequence[Any], timeout_seconds: float, awaited: str
 
 def _place(pool: config.Pool, runtime: Runtime) -> Any:
     """A placement group with one bundle per rank."""
-    # A CPU bundle has at least one CPU, as verl's helper task asks for one.
+    # At least one CPU, as verl's helper task asks for one.
     bundle = {"CPU": max(1.0, pool.cpus)}
     if runtime.device == "cuda":
         bundle["GPU"] = pool.gpus
     bundles = placement_group([bundle] * pool.replicas, strategy="PACK")
+    # verl would wait for ever, and without a word.
     if not bundles.wait(runtime.start_timeout_seconds):
         remove_placement_group(bundles)
-        available = ray.available_resources()
-        free = {name: amount for name, amount in available.items() if name in ("CPU", "GPU")}
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         raise UserError(
             f"placement.policy needs {pool.replicas} x {bundle}, and {runtime.start_timeout_seconds:g} s "
             f"were not enough to get them; free now: {free}: lower placement.policy or add a node"
@@ -332,8 +305,7 @@ def _place(pool: config.Pool, runtime: Runtime) -> Any:
 
 
 def _fitting(batch: Batch, objective: Objective) -> Batch:
-    """`batch` with a `mask` where the objective reads one. Raises ValueError when the objective does not find
-    what it needs."""
+    """`batch` with a `mask` where the objective reads one. ValueError where something it needs is missing."""
     name, values = type(objective).__name__, batch.token_values
     missing = [value for value in objective.needs if value not in values and value not in batch.row_values]
     if missing:
@@ -344,16 +316,3 @@ def _fitting(batch: Batch, objective: Objective) -> Batch:
         return batch
     ones = [np.ones(len(completion), np.float32) for completion in batch.completion_ids]
     return replace(batch, token_values={**values, "mask": ones})
-
-
-def _padding_saved(parts: Sequence[MicroBatch]) -> float:
-    """The share of the micro-batches, were they padded, that would be padding."""
-    if any(part.width for part in parts):
-        return 0.0  # they are
-    return 1 - sum(part.num_tokens for part in parts) / sum(part.num_padded for part in parts)
-
-
-def _prefix_saved(parts: Sequence[MicroBatch]) -> float:
-    """The share of the rows' tokens that is computed with another row."""
-    num_held = sum(len(part.token_ids) for part in parts)
-    return max(0.0, 1 - num_held / sum(part.num_tokens for part in parts))  # padded ones hold more

@@ -3,8 +3,6 @@
 The driver imports this for the class of its actors, so verl is imported where it is used.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -78,11 +76,11 @@ def _model_config(spec: ModelSpec) -> Any:
     lora, padded = spec.settings.lora, spec.settings.layout is config.Layout.padded
     return HFModelConfig(
         path=spec.path,
-        load_tokenizer=False,
+        load_tokenizer=False,  # rows are token ids
         trust_remote_code=spec.runtime.trust_remote_code,
         override_config={"attn_implementation": "sdpa" if padded else attention.NAME},
         enable_gradient_checkpointing=spec.settings.gradient_checkpointing,
-        use_remove_padding=False,
+        use_remove_padding=False,  # micro-batches hold none
         lora_rank=spec.lora_rank,
         lora_alpha=lora.alpha,
         # PEFT knows "all-linear" as a string only.
@@ -96,9 +94,11 @@ def _engine_config(spec: ModelSpec) -> Any:
     compute = {"bfloat16": "bf16", "float32": "fp32"}[spec.compute_dtype]
     return FSDPEngineConfig(
         strategy="fsdp2",
-        model_dtype="fp32",
+        model_dtype="fp32",  # the master weights
         mixed_precision={"param_dtype": compute, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-        reshard_after_forward=spec.runtime.device == "cuda",
+        reshard_after_forward=spec.runtime.device == "cuda",  # to save memory; on a CPU it only costs
+        # Else every rank holds the whole model's gradient in float32 from its first micro-batch to its last.
+        use_no_sync_for_gradient_accumulation=False,
         use_torch_compile=spec.settings.compile,
         seed=spec.seed,
     )
@@ -119,7 +119,7 @@ def _optimizer_config(optimizer: config.Optimizer, total_steps: int) -> Any:
         min_lr_ratio=1.0 if optimizer.schedule == "constant" else 0.0,
         zero_indexed_step=False,
         total_training_steps=total_steps + 1,
-        override_optimizer_config={"fused": True},
+        override_optimizer_config={"fused": True},  # one pass over the weights instead of one an operation
     )
 
 
@@ -131,8 +131,7 @@ class Rank:
     spec: ModelSpec
 
     def load(self, spec: ModelSpec) -> int:
-        """Build a model, dropping the one before and its reference; returns its vocabulary's size. All ranks
-        call it together."""
+        """Build a model and drop the one before with its reference, on all ranks; its vocabulary's size."""
         from verl.utils.distributed import initialize_global_process_group_ray
 
         cuda = spec.runtime.device == "cuda"
@@ -140,7 +139,7 @@ class Rank:
         backend = None if cuda else "gloo"
         initialize_global_process_group_ray(spec.runtime.step_timeout_seconds, backend=backend)
         self.training = self.reference = None
-        gc.collect()
+        gc.collect()  # modules and optimizer refer to each other: else two models are held at once
         if cuda:
             torch.cuda.empty_cache()
         self.training = _build(spec)
@@ -148,8 +147,7 @@ class Rank:
         return self.training.model_config.hf_config.get_text_config().vocab_size
 
     def load_reference(self, spec: ModelSpec) -> None:
-        """Build a second model beside the first, which is never trained: it holds no gradients and no
-        optimizer state."""
+        """Build a second model beside the first. Never trained, it holds no gradients or optimizer state."""
         self.reference = _build(spec)
 
     def infer(
@@ -201,20 +199,18 @@ class Rank:
         )
 
     def weights(self) -> list[ray.ObjectRef]:
-        """The full weights as a dict of float32 CPU tensors under their checkpoint names, in the object
-        store; from rank 0 only."""
-        weights = self._full_weights()
+        """The full weights, float32 on the CPU, in the object store; from rank 0 only."""
+        weights = self._full_weights()  # all ranks gather them together
         return [ray.put(weights)] if self.training.rank == 0 else []
 
     def _full_weights(self) -> dict[str, torch.Tensor]:
-        """Gathered on every rank, kept on rank 0; a LoRA adapter is added to the weights it adapts. A tied
-        tensor is left out."""
+        """By checkpoint names, on rank 0 alone; a LoRA adapter is added in, a tied tensor left out."""
         module = self.training.engine.module
         tied = set(module._tied_weights_keys or ()) if module.config.tie_word_embeddings else set()
         kept = {}
         for name, tensor in module.state_dict().items():
             full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")  # PEFT's
             if self.training.rank == 0 and name not in tied:
                 kept[name] = full.to("cpu", copy=True)
         lora = self.spec.settings.lora
@@ -231,8 +227,7 @@ class Rank:
         self.training.load_checkpoint(directory)
 
     def export(self, directory: str) -> None:
-        """Write config, weights and tokenizer as transformers reads them; weights in the dtype the model
-        computes in."""
+        """Write config, weights (in the dtype that is computed in) and tokenizer for transformers."""
         from huggingface_hub import save_torch_state_dict
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -243,7 +238,7 @@ class Rank:
         dtype = torch.bfloat16 if self.spec.compute_dtype == "bfloat16" else torch.float32
         hf_config = type(own_config).from_dict(own_config.to_dict())
         hf_config.dtype = dtype
-        if self.spec.head == "score":
+        if self.spec.head == "score":  # it was built as a token classifier
             architecture = AutoModelForSequenceClassification._model_mapping[type(hf_config)]
             hf_config.architectures = [architecture.__name__]
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -251,7 +246,7 @@ class Rank:
         trust_remote_code = self.spec.runtime.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(self.spec.path, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(directory)
-        if hf_config.pad_token_id is None:
+        if hf_config.pad_token_id is None:  # without one transformers scores one row at a time only
             hf_config.pad_token_id = tokenizer.pad_token_id
         hf_config.save_pretrained(directory)
         generation_config = self.training.model_config.generation_config
@@ -260,8 +255,7 @@ class Rank:
 
 
 def actor_class() -> Any:
-    """`Rank` as the class of a verl worker group: each call starts on all ranks at once and returns their
-    references."""
+    """`Rank` as a class for verl's worker group: a call starts on all ranks and returns their references."""
     from verl.single_controller.base import Worker
     from verl.single_controller.base.decorator import Dispatch, register
 

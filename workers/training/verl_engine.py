@@ -10,8 +10,8 @@ linear head, read at a row's last token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +63,16 @@ class PolicyEngine(FSDPEngineWithLMHead):
             if forward_only:
                 outputs.append(output["model_output"])
         return {"model_output": outputs, "loss": batch_losses, "metrics": metrics}
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        # FSDP reads in its first forward pass which weights are trained, to reduce their gradients in the
+        # right dtype; PEFT marks an adapter that is switched off as not trained.
+        trained = [weight for weight in self.module.parameters() if weight.requires_grad]
+        with super().disable_adapter():
+            for weight in trained:
+                weight.requires_grad_(True)
+            yield
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()

@@ -24,7 +24,7 @@ CORRECT, WRONG, UNVERIFIED = Verdict.CORRECT, Verdict.WRONG, Verdict.UNVERIFIED
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    verifier = Verifier(processes=2, limit_seconds=5)
+    verifier = Verifier(processes=2, limit_seconds=60)  # which no case here takes, however busy the machine
     yield verifier
     verifier.shutdown()
 
@@ -109,15 +109,14 @@ def test_integers_are_decided_without_a_process() -> None:
 
 
 def test_poison_does_not_delay_or_fail_others_and_leaves_no_process(others: set[psutil.Process]) -> None:
-    verifier = Verifier(processes=2, limit_seconds=0.75)  # over the quick lanes' patience
-    poison = verifier.submit([("5", box(POISON))] * 8)
+    verifier = Verifier(processes=4, limit_seconds=4)  # far over what a right item takes on a busy machine
+    begin = time.monotonic()
+    poison = verifier.submit([("5", box(POISON))] * 4)
     right = verifier.submit([(r"\frac{1}{2}", box(f"{n}/{2 * n}")) for n in range(2, 18)])
     assert [result.verdict for result in verifier.collect(right)] == [CORRECT] * 16
-    assert {(result.verdict, result.cause) for result in verifier.collect(poison)} == {
-        (UNVERIFIED, "timeout")
-    }
-    processes = verifier_processes() - others
-    assert 3 <= len(processes) <= 4  # the template, a worker of each quick lane and perhaps of the slow one
+    timed_out = {(result.verdict, result.cause, result.seconds) for result in verifier.collect(poison)}
+    assert timed_out == {(UNVERIFIED, "timeout", 4)}
+    assert time.monotonic() - begin >= 2 * 4  # each the whole limit, two in each of the two slow lanes
     verifier.shutdown()
     assert_gone(others)
 
@@ -144,20 +143,19 @@ def test_killed_processes_cost_one_item_at_most(others: set[psutil.Process]) -> 
     assert_gone(others)
 
 
-def test_an_item_over_the_patience_gets_the_whole_limit_and_delays_no_other(
-    others: set[psutil.Process],
-) -> None:
-    verifier = Verifier(processes=1, limit_seconds=10)
+def test_an_item_over_the_patience_delays_no_other(others: set[psutil.Process]) -> None:
+    verifier = Verifier(processes=1, limit_seconds=600)
     try:
         verify(verifier, [("1/2", box("0.5"))])
-        begin = time.monotonic()
         poison = verifier.submit([("5", box(POISON))])
         right = verifier.submit([("1/2", box("0.5"))] * 100)
         assert {result.verdict for result in verifier.collect(right)} == {CORRECT}
         assert not verifier.done(poison)  # the hundred took the patience and their own time, not the limit
+        while not (slow := [process for process in verifier_processes() - others if process.nice() > 0]):
+            time.sleep(0.02)
+        slow[0].kill()  # so that nobody waits for the limit
         (result,) = verifier.collect(poison)
-        assert (result.verdict, result.cause) == (UNVERIFIED, "timeout")
-        assert time.monotonic() - begin >= 10
+        assert (result.verdict, result.cause) == (UNVERIFIED, "crashed")
     finally:
         verifier.shutdown()
     assert_gone(others)
@@ -207,8 +205,8 @@ def test_processes_end_with_a_killed_caller_whose_script_has_no_main_guard(tmp_p
         assert caller.stdout is not None
         assert caller.stdout.readline().strip() == "correct"
         end = time.monotonic() + 120
-        while len(processes := verifier_processes(caller.pid)) < 4 and time.monotonic() < end:
-            time.sleep(0.05)
+        while len(processes := verifier_processes(caller.pid)) != 4 and time.monotonic() < end:
+            time.sleep(0.05)  # killed ones take a while to go
         assert len(processes) == 4  # the template, two quick lanes' workers, one slow lane's
     finally:
         caller.kill()

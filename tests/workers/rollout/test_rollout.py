@@ -192,7 +192,8 @@ def test_samples_arrive_before_all_have_finished(pool: RolloutPool, models: dict
     pool.load(str(models["qwen2-tied-0"]))
     chunks = list(pool.stream(make_requests(128), Sampling(1.0, max_new_tokens=200)))
     assert sum(map(len, chunks)) == 128
-    assert len(chunks) > 3  # an actor hands over what has finished while the rest decodes
+    # An actor hands over what has finished while the rest decodes; in how many parts is a matter of speed.
+    assert len(chunks[0]) < 128
 
 
 def test_a_killed_actor_loses_and_doubles_nothing(

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import copy
 import math
+from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.attention import varlen
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from pns.algo import losses
 from pns.config import Layout
-from workers.training import log_probs
+from workers.training import attention, log_probs
 from workers.training.attention import NAME, Segments, packed_attention, segments_of
 from workers.training.batching import Batch, Family, MicroBatch, micro_batch
 from workers.training.log_probs import LogProbHead
@@ -151,10 +154,57 @@ def test_segments_attend_to_their_trunk_and_themselves(trunk: int) -> None:
             seen[i, j] = owner[i] == owner[j] or (
                 owner[j] % 10 == 0 and owner[i] // 10 == owner[j] // 10 and owner[j] != 10
             )
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
+    expected = scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
     found, _ = packed_attention(torch.nn.Module(), query, key, value, None, segments)
     torch.testing.assert_close(found.transpose(1, 2), expected)
     assert segments.longest == max(trunk + 20, 7)
+
+
+def varlen_attn_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """The signature of `torch.nn.attention.varlen.varlen_attn` in torch 2.11."""
+
+
+def row_by_row(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, scale: float | None) -> Tensor:
+    """What the kernel computes: causal attention of each row, counted from its last key."""
+    *ends, longest_q, longest_k = lengths
+    assert [int(of_side.diff().max()) for of_side in ends] == [longest_q, longest_k]
+    rows = []
+    for (q_from, q_to), (k_from, k_to) in zip(*(pairwise(of_side.tolist()) for of_side in ends), strict=True):
+        q, k, v = (
+            tensor.transpose(0, 1) for tensor in (query[q_from:q_to], key[k_from:k_to], value[k_from:k_to])
+        )
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        rows.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("kernel", [varlen.varlen_attn, varlen_attn_2_11], ids=["installed", "2.11"])
+def test_the_calls_of_the_variable_length_kernel(
+    kernel: Any, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound to the kernel's signature, and computed as the kernel is documented."""
+    named = []
+
+    def call(*given: Any, **options: Any) -> Tensor:
+        bound = signature(kernel).bind(*given, **options)
+        assert bound.arguments["window_size"] == (-1, 0)  # causal
+        named.append(options.get("enable_gqa"))
+        return row_by_row(*bound.args[:7], scale=bound.arguments["scale"])
+
+    call.__signature__ = signature(kernel)
+    monkeypatch.setattr(varlen, "varlen_attn", call)
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    segments = segments_of([(3, [5, 20, 1]), (0, [7]), (2, [4, 4])])
+    count = sum(segments.leading) + sum(segments.branches)
+    shapes = ((1, 4, count, 8), (1, heads, count, 8), (1, heads, count, 8))
+    tensors = [torch.randn(shape) for shape in shapes]
+    found = attention._flash(*tensors, segments, 0.3)
+    torch.testing.assert_close(found, attention._by_row(*tensors, segments, 0.3))
+    in_signature = "enable_gqa" in signature(kernel).parameters
+    assert named == [heads != 4 if in_signature else None] * 2
 
 
 def test_indices_of_branches_are_those_of_their_rows() -> None:

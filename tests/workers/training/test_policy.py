@@ -251,10 +251,10 @@ def test_waits_end_with_a_message_and_failures_at_once(ray_session: None) -> Non
         TimeoutError, match=r"waited 0.5 s for a training step; 1 of 2 processes have not answered"
     ):
         wait_for_all([ray.put(1), sleep.remote(5)], 0.5, "a training step")
-    started = time.monotonic()
-    with pytest.raises(ValueError, match="broken rank"):
-        wait_for_all([sleep.remote(20), fail.remote()], 30, "a training step")
-    assert time.monotonic() - started < 10
+    never = sleep.remote(3600)
+    with pytest.raises(ValueError, match="broken rank"):  # and not that nothing came in time
+        wait_for_all([never, fail.remote()], 240, "a training step")
+    ray.cancel(never, force=True)
 
 
 def test_a_pool_that_does_not_fit_is_refused_with_both_numbers(ray_session: None) -> None:
@@ -493,6 +493,27 @@ def test_lora_trains_the_adapter_and_switches_it_off_for_the_reference(
         assert two_ranks.train_step(given, DPO)["loss"] == losses[2]
     finally:
         two_ranks.settings = replace(two_ranks.settings, lora=config.Lora())
+
+
+def test_lora_in_bfloat16_trains_after_its_reference_was_asked_first(
+    one_rank: Policy, checkpoints: dict[str, str]
+) -> None:
+    path, batch = checkpoints["qwen2"], pairs(9)
+    whole = one_rank.settings
+    try:
+        one_rank.settings = replace(whole, dtype="bfloat16", lora=config.Lora(rank=4, alpha=8))
+        one_rank.load(path, "language_model", OPTIMIZER, total_steps=5, seed=0)
+        one_rank.load_reference(path)
+        reference = one_rank.reference_log_probs(batch)
+        given = Batch(batch.prompt_ids, batch.completion_ids, {"ref_log_probs": reference})
+        losses = [one_rank.train_step(given, DPO)["loss"] for _ in range(3)]
+        assert losses[0] == pytest.approx(math.log(2), abs=0.02)
+        assert losses[2] < losses[1] < losses[0]
+        np.testing.assert_array_equal(
+            np.concatenate(one_rank.reference_log_probs(batch)), np.concatenate(reference)
+        )
+    finally:
+        one_rank.settings = whole
 
 
 def test_grpo_steps_are_those_of_plain_torch(
