@@ -7,6 +7,8 @@ request has its own seed, so it gets the same sample.
 """
 
 import itertools
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -56,16 +58,35 @@ class RolloutActor:
         self.engine.update_weights(tensors, version)
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Sample]]:
-        last = time.monotonic()
-        finished: list[Sample] = []
-        for sample in self.engine.generate(requests, sampling):
-            finished.append(sample)
-            now = time.monotonic()
-            if now - last >= _CHUNK_SECONDS:
+        # The engine runs in a thread, so that what has finished is handed over in time, and not when the next
+        # completion finishes.
+        arrived: queue.SimpleQueue[Sample | Exception | None] = queue.SimpleQueue()
+        engine = threading.Thread(target=self._decode, args=(requests, sampling, arrived))
+        engine.start()
+        try:
+            while (sample := arrived.get()) is not None:
+                finished, until = [], time.monotonic() + _CHUNK_SECONDS
+                while sample is not None:
+                    if isinstance(sample, Exception):
+                        raise sample
+                    finished.append(sample)
+                    try:
+                        sample = arrived.get(timeout=max(0.0, until - time.monotonic()))
+                    except queue.Empty:
+                        break
                 yield finished
-                finished, last = [], now
-        if finished:
-            yield finished
+                if sample is None:
+                    return
+        finally:
+            engine.join()  # the next call finds the engine free, also where this one was left early
+
+    def _decode(self, requests: list[Request], sampling: Sampling, arrived: queue.SimpleQueue) -> None:
+        try:
+            for sample in self.engine.generate(requests, sampling):
+                arrived.put(sample)
+            arrived.put(None)
+        except Exception as error:  # raised where the samples are waited for
+            arrived.put(error)
 
     def log_probs(
         self, prompt_ids: list[Sequence[int]], completion_ids: list[Sequence[int]]
