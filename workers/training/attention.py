@@ -171,7 +171,7 @@ def _variable_length(
     return varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
 
 
-@cache
+@cache  # it is asked in every layer of every step
 def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
