@@ -116,6 +116,20 @@ def test_every_stage_has_its_manifest(finished: Path) -> None:
         assert not list((finished / name).rglob("*unfinished*"))
 
 
+def test_a_run_that_was_killed_is_an_undisturbed_one_to_the_bit(finished: Path, tmp_path: Path) -> None:
+    """Weights, rollouts with all rewards, pairs, completions and scores; only times differ."""
+    run(tmp_path)
+    for name in STAGES:
+        manifests = [
+            json.loads((page / name / "manifest.json").read_text()) for page in (finished, tmp_path / "small")
+        ]
+        killed, undisturbed = (
+            {file: entry["sha256"] for file, entry in manifest["outputs"].items() if file != "metrics.jsonl"}
+            for manifest in manifests
+        )
+        assert killed == undisturbed, name
+
+
 def test_no_step_is_skipped_or_repeated(finished: Path) -> None:
     config = small(finished)
     problems = load_problem_sets(config).train

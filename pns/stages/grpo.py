@@ -65,7 +65,7 @@ def train(
         policy.load_reference(start_model)
     first_step = ctx.resume()
     if first_step:
-        sync_weights(ctx)
+        sync_weights(ctx, first_step)
     unfinished = unfinished_rollouts(ctx)
     take_back(trained, unfinished, first_step)
     history = ctx.track.begin(run.name, settings.steps, first_step)
@@ -82,7 +82,7 @@ def train(
         append_jsonl(trained.rollouts_file, rollouts)
         unfinished.drop(map(rollout_key, rollouts))
         metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, run, rollouts)
-        sync_weights(ctx)
+        sync_weights(ctx, step + 1)
         metrics |= step_times(rollouts, began, sampled)
         ctx.track.log(step, metrics)
         history.append(metrics)
@@ -105,10 +105,11 @@ def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step
     cut_rows(trained.rollouts_file, first_step)
 
 
-def sync_weights(ctx: Context) -> None:
-    """The policy's current weights into every rollout replica, through the object store."""
-    version, reference = ctx.fleet.policy.weights()
-    ctx.fleet.rollout.update_weights([reference], version)
+def sync_weights(ctx: Context, num_steps: int) -> None:
+    """The policy's weights after `num_steps` steps into every rollout replica, through the object store. Their
+    version is that number, also after an interruption: rollouts say which weights they are of."""
+    _, reference = ctx.fleet.policy.weights()
+    ctx.fleet.rollout.update_weights([reference], num_steps)
 
 
 def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str, float]:
