@@ -106,7 +106,7 @@ def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step
 
 
 def sync_weights(ctx: Context, num_steps: int) -> None:
-    """The policy's weights after `num_steps` steps into every rollout replica, through the object store. Their
+    """The policy's weights after `num_steps` steps into every rollout replica, by the object store. Their
     version is that number, also after an interruption: rollouts say which weights they are of."""
     _, reference = ctx.fleet.policy.weights()
     ctx.fleet.rollout.update_weights([reference], num_steps)
