@@ -150,7 +150,9 @@ class RewardScorer:
             if self._rules is None:
                 reward = correctness(scored.format_ok, scored.verdict, scored.missing)
             else:
-                reward = compose(scored.format_ok, scored.verdict, scored.terms, scored.missing, self._rules)
+                # In the order of the configuration, not of arrival: the kept rows are the same to the byte.
+                terms = {name: scored.terms[name] for name in self._rules.terms if name in scored.terms}
+                reward = compose(scored.format_ok, scored.verdict, terms, scored.missing, self._rules)
             self._whole.append((key, Rollout(self._step, scored.ask.problem, scored.completion, reward)))
 
     def _awaited(self) -> str:
