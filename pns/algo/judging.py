@@ -91,7 +91,7 @@ def neutralise(candidate: str, nonce: str) -> str:
 
 
 _ROLE = re.compile(
-    r"(?m)^(\W*)(system|user|assistant|human|judge|grader|developer|tool)(\W*?):", re.IGNORECASE
+    r"(?m)^([^\w\n]*)(system|user|assistant|human|judge|grader|developer|tool)(\W*?):", re.IGNORECASE
 )
 _ASSIGNED = re.compile(
     rf"\b(verdict|scores?|grades?|{'|'.join(DIMENSIONS)})([\"'*_` ]*)[=:]+([\"'*_` ]*)(?=[\d{{(\[])",

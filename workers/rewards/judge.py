@@ -81,8 +81,12 @@ class Judge:
         """Token ids up to the verdict's first digit."""
         if self._template is Template.TINY:
             return self._encode(render_tiny(problem, candidate, nonce))
-        for token in self._tokenizer.all_special_tokens:  # the tokenizer reads them anywhere in a text
-            candidate = candidate.replace(token, token[:1] + " " + token[1:])
+        # The tokenizer reads every token that was added to it anywhere in a text, special ones and others, and
+        # some end a turn. Those of white space do not.
+        for token in self._tokenizer.get_added_vocab():
+            if not token.isspace():
+                broken = token[:1] + " " + token[1:]
+                problem, candidate = problem.replace(token, broken), candidate.replace(token, broken)
         messages = render_text(problem, candidate, nonce)
         # Without thinking: the verdict is fed to the model, it has no room to think in.
         options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
