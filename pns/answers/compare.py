@@ -97,6 +97,7 @@ class Finding:
 
 _SAME = Finding(True, "equal")
 _DIFFERENT = Finding(False, "different")
+_DIFFERENT_NUMBERS = Finding(False, "different numbers")
 _TWO_READINGS = Finding(None, "an expression that is read in different ways", doubtful=True)
 
 
@@ -251,7 +252,7 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
             return _undecided("one number may be the other in another unit")
     if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
         return _TWO_READINGS
-    return _DIFFERENT
+    return _DIFFERENT_NUMBERS
 
 
 def _distance(x: Tree, y: Tree) -> Fraction | None:
@@ -469,7 +470,7 @@ def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:
     digits = based.digits[:_MAX_BASED_DIGITS]
     bases = (10, based.base) if max(map(int, digits)) < based.base else (10,)
     if all(basis.same(other.tree, whole(int(digits, base))) is False for base in bases):
-        return _DIFFERENT
+        return _DIFFERENT_NUMBERS
     return _undecided("the base is not stated on both sides")
 
 

@@ -171,7 +171,7 @@ class Parser(Cursor):
         """Read plus and minus signs; whether they make a minus."""
         is_negative = False
         while sign := self.accept(*_SIGNS):
-            if sign in _TWO_SIGNS and self.peek(-2).value in _SIGNS:  # "-\pm"
+            if sign in _TWO_SIGNS and self.peek(-2).value in ("-", *_TWO_SIGNS):  # "-\pm"
                 raise Unreadable
             is_negative ^= _SIGNS[sign][self.is_lower]
         return is_negative

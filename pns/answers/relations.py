@@ -176,13 +176,13 @@ def _ends_of_solution(relation: Relation) -> list[End] | None:
         difference = difference_of_sides(relation)
         if difference is None or len(difference.symbols) != 1:
             return None
-        name = min(difference.symbols)
-        root, slope = linear_root(difference, name, {}) or (None, 0)
-        if root is None:
+        about = Symbol(min(difference.symbols))
+        root_and_slope = linear_root(difference, about.name, {})
+        if root_and_slope is None:
             return None
-        about = Symbol(name)
-        sides = (Expression(about), Expression(Number(root)))
-        operators = operators if slope > 0 else (_FLIPPED.get(operators[0], operators[0]),)
+        sides = (Expression(about), Expression(Number(root_and_slope[0])))
+        if root_and_slope[1] < 0:
+            operators = (_FLIPPED.get(operators[0], operators[0]),)
     if operators == ("!=",):  # all but one
         bound = sides[0] if is_numeric(sides[0]) else sides[1]
         return [(_LOWEST, False), (bound, False), (bound, False), (_HIGHEST, False)]

@@ -60,6 +60,7 @@ SAME = [
     (r"\{1,2\}", "1 and 2"),
     ("5 or 6", "6, 5"),
     ("[0,1)", "[0, 1)"),
+    (r"(-3,-1]\cup(-1,2)", "(-3,2)"),  # in the order of the ends, not of their sizes
     ("2x+1", "1+2x"),
     ("5!", "120"),
     (r"5\text{ m}", r"500\text{ cm}"),
@@ -94,6 +95,7 @@ DIFFERENT = [
     ("(3,100)", "3100"),
     (r"\frac{a1}{2}", r"\frac{a}{12}"),
     (r"\frac{dM}{dt}", r"\frac{M}{t}"),
+    (r"\emptyset", "[1,2]"),
 ]
 UNDECIDED = [
     ("5", "500 cm"),

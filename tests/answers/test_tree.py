@@ -91,6 +91,7 @@ def test_plus_minus_has_two_values() -> None:
     [answer] = readings(r"1\pm x")
     assert answer == Group("", (Expression(ONE + X), Expression(ONE + -X)))
     assert both_signs(Expression(X)) == [Expression(X)]
+    assert readings(r"-\pm x") == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_plus_minus_has_two_values() -> None:
         (ONE / whole(3), Fraction(1, 3), 0.333333),
         (Root((whole(2), whole(2))), None, 1.414214),
         (Root((whole(9), whole(2))), Fraction(3), 3.0),
+        (-Root((whole(2), whole(2))), None, -1.414214),
         (Series((ONE, whole(4), N**N), "sum", "n"), Fraction(288), 288.0),
         (Call((-Constant("pi"),), "abs"), None, 3.141593),
         (Root((-ONE, whole(2))), None, None),
