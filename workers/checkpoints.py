@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pns.errors import UserError
 
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]  # of a Hub repository
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]  # no second copy in *.bin
 
 
 def local_directory(model_path: str) -> Path:

@@ -29,6 +29,7 @@ class Cluster:
         ray.shutdown()
 
     def _join(self, address: str) -> str:
+        # The workers' output stays in Ray's log files: the driver's shows the run.
         ray.init(address=address, log_to_driver=False, logging_level="WARNING")
         offered = ray.cluster_resources()
         try:

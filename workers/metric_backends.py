@@ -7,7 +7,7 @@ from pns.errors import UserError
 
 def open_backends(project: str, name: str, backends: list[str]) -> Any:
     """An open `Tracking` of the run `name`. UserError for a backend that is unknown or not installed."""
-    from verl.utils.tracking import Tracking
+    from verl.utils.tracking import Tracking  # many seconds, which most runs do not need
 
     unknown = sorted(set(backends) - set(Tracking.supported_backend))
     if unknown:

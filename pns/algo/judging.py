@@ -31,7 +31,7 @@ def rubric_score(scores: Scores) -> float:
 def make_nonce(seed: int, problem: str, candidate: str, template: Template) -> str:
     """A nonce of 16 hex digits (`text`) or 4 decimal digits (`tiny`): a hash of the seed and of what is
     graded, so that the text's author cannot name it and grading the same text again gives the same prompt."""
-    graded = f"{seed}\0{problem}\0{candidate}".encode(errors="surrogatepass")
+    graded = f"{seed}\0{problem}\0{candidate}".encode(errors="surrogatepass")  # a text may hold half a pair
     digest = hashlib.sha256(graded).hexdigest()
     return f"{int(digest, 16) % 10_000:04d}" if template is Template.TINY else digest[:16]
 
@@ -110,7 +110,7 @@ def _without_markers(candidate: str) -> str:
 def verdict_parts(template: Template, nonce: str) -> tuple[str, str, str, str, str]:
     """The fixed text before, between and after the verdict's four digits."""
     if template is Template.TINY:
-        return ("", "", "", "", "")
+        return ("", "", "", "", "")  # the digits alone
     first, *others = DIMENSIONS
     return (f"<verdict {nonce}>{first}=", f" {others[0]}=", f" {others[1]}=", f" {others[2]}=", "</verdict>")
 

@@ -93,7 +93,7 @@ class PairTerms:
 
     def per_token(self, chosen_B: Tensor, rejected_B: Tensor) -> tuple[Tensor, Tensor]:
         """Averages of sums over the tokens of the margin."""
-        chosen_average_B = chosen_B / self.chosen_tokens_B.clamp(min=1)
+        chosen_average_B = chosen_B / self.chosen_tokens_B.clamp(min=1)  # 0 tokens: the sum is 0 as well
         return chosen_average_B, rejected_B / self.rejected_tokens_B.clamp(min=1)
 
 
@@ -142,7 +142,7 @@ def offset_dpo_loss(pairs: PairTerms, beta: float, offset_scale: float) -> LossA
     if pairs.score_gap_B is None:
         raise ValueError("the loss needs the reward model's score differences")
     margin_B, metrics = _rewards(beta, pairs.log_ratios())
-    offset_B = offset_scale * pairs.score_gap_B.clamp(min=0)
+    offset_B = offset_scale * pairs.score_gap_B.clamp(min=0)  # the verifier overrules the reward model
     return -functional.logsigmoid(margin_B - offset_B), metrics
 
 

@@ -13,9 +13,9 @@ from pns.records import Score
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share; `num_correct` may be fractional (a mean over samples). Raises
-    ValueError for an empty sample or a count outside [0, n]."""
+def score(num_correct: float, n: int) -> Score:
+    """Accuracy over `n` problems with its 95 % Wilson score interval; `num_correct` may be fractional (means
+    over samples). Raises ValueError for an empty sample or a count outside [0, n]."""
     if n <= 0 or not 0 <= num_correct <= n:
         raise ValueError(f"{num_correct} of {n} is not a share")
     share, z2 = num_correct / n, _Z95**2
@@ -24,13 +24,7 @@ def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
     # At the ends the limit is exact, where rounding would leave 1e-17.
     low = 0.0 if num_correct == 0 else max(0.0, centre - half)
     high = 1.0 if num_correct == n else min(1.0, centre + half)
-    return low, high
-
-
-def score(num_correct: float, n: int) -> Score:
-    """Accuracy with its 95 % Wilson interval over `n` problems. Raises ValueError as `wilson_interval`."""
-    low, high = wilson_interval(num_correct, n)
-    return Score(num_correct / n, low, high, n)
+    return Score(share, low, high, n)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

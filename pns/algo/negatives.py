@@ -14,10 +14,12 @@ from pns.records import Rollout, Verdict
 # As they are looked at: what the two verifiers say, then the text, then the quantile.
 _OF_VERDICTS = ("malformed", "correct", "unverified", "verifiers_disagree", "second_verifier_undecided")
 REASONS = (*_OF_VERDICTS, "box_only_flip", "duplicate", "no_quantile_term", "below_quantile")
+# 1,234.5, 3/4, 12% or \frac{a}{b}; a minus behind a word, a digit or a bracket subtracts.
 _NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-)?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?"
     r"|-?\\[dt]?frac\s*\{[^{}]+\}\s*\{[^{}]+\}"
 )
+# A full stop with a digit behind it is a decimal point.
 _END_OF_EQUATION = re.compile(r"[.,;!?]?(?:\s*\$|\s*\\[\])]|\n|\.\s|\.$)")
 _MAX_CHARACTERS = 300  # of the right side of an equation that is read as an answer
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")

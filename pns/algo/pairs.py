@@ -33,7 +33,7 @@ def match_by_length(
             matched.append((a, b))
             at_a, at_b = at_a + 1, at_b + 1
         elif lengths_a[a] <= lengths_b[b]:
-            at_a += 1
+            at_a += 1  # too short for this and every later b
         else:
             at_b += 1
     return matched
@@ -68,7 +68,7 @@ def build_pairs(
             length = len(candidate.token_ids)
             for negative in negatives:
                 if lengths_match(length, len(negative.token_ids), max_length_ratio):
-                    negatives.remove(negative)
+                    negatives.remove(negative)  # taken: each is used once
                     sides = candidate.text, negative.text
                     own.append(PreferencePair(problem.id, problem.prompt, *sides, source))
                     break

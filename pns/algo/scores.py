@@ -13,10 +13,9 @@ COUNTED = ("truncated", "no_answer", "prompt_too_long", "unverified")  # reasons
 MEAN = "mean"  # beside the suites' names
 
 Figures = dict[str, Any]
-SuiteScores = dict[str, dict[str, Figures]]
-"""Suite (and "mean") -> model -> figures."""
+SuiteScores = dict[str, dict[str, Figures]]  # suite (and "mean") -> model -> figures
+# Model -> suite -> share of right samples of each problem, in order.
 Accuracies = Mapping[str, Mapping[str, Sequence[float]]]
-"""Model -> suite -> share of right samples of each problem, in order."""
 
 
 def summarise(

@@ -16,7 +16,6 @@ from pns.algo.metrics import (
     paired_difference,
     pass_at_k,
     score,
-    wilson_interval,
 )
 from pns.records import Score
 
@@ -24,22 +23,22 @@ from pns.records import Score
 def test_wilson_by_hand() -> None:
     # 5 of 10, z2 = 3.8415: centre 1/2; half = 1.96 / 1.38415 * sqrt(.025 + .0096037) = 1.41600 * .186021 =
     # .263406
-    low, high = wilson_interval(5, 10)
-    assert (low, high) == (pytest.approx(0.236593, abs=1e-5), pytest.approx(0.763407, abs=1e-5))
+    assert vars(score(5, 10)) == pytest.approx(
+        {"accuracy": 0.5, "low": 0.236593, "high": 0.763407, "n": 10}, abs=1e-5
+    )
     # 0 of 10: high = z2 / (n + z2) = 3.8415 / 13.8415 = .277533
-    assert wilson_interval(0, 10) == (0.0, pytest.approx(0.277533, abs=1e-5))
-    assert wilson_interval(10, 10) == (pytest.approx(0.722467, abs=1e-5), 1.0)
-    assert score(5, 10) == Score(0.5, low, high, 10)
+    assert score(0, 10) == Score(0.0, 0.0, pytest.approx(0.277533, abs=1e-5), 10)
+    assert score(10, 10) == Score(1.0, pytest.approx(0.722467, abs=1e-5), 1.0, 10)
     for bad in ((1, 0), (-1, 5), (6, 5), (math.nan, 5)):
         with pytest.raises(ValueError, match="not a share"):
-            wilson_interval(*bad)
+            score(*bad)
 
 
 @given(st.integers(1, 500), st.data())
 def test_wilson_holds_the_share(n: int, data: st.DataObject) -> None:
     num_correct = data.draw(st.integers(0, n))
-    low, high = wilson_interval(num_correct, n)
-    assert 0 <= low <= num_correct / n <= high <= 1
+    figures = score(num_correct, n)
+    assert 0 <= figures.low <= num_correct / n <= figures.high <= 1
 
 
 def test_pass_at_k_by_enumeration() -> None:

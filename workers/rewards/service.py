@@ -5,8 +5,6 @@ item. A request names the model it wants, and the actor that serves it loads tha
 a restarted actor therefore never scores with old weights.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import threading

@@ -107,13 +107,12 @@ class Verifier:
         self._slow: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # With a limit below the patience nothing would be left for a slow lane to do.
         patience = _PATIENCE_SECONDS if limit_seconds > _PATIENCE_SECONDS else None
-        lanes = [threading.Thread(target=self._serve, args=(self._quick, patience)) for _ in range(processes)]
+        lanes: list[tuple[Any, ...]] = [(self._quick, patience)] * processes
         if patience:
-            for _ in range(max(1, processes // 2)):
-                lanes.append(threading.Thread(target=self._serve, args=(self._slow, None)))
-        self._threads = lanes
+            lanes += [(self._slow, None)] * max(1, processes // 2)
+        # Daemons, so that a caller that forgets `shutdown` can end.
+        self._threads = [threading.Thread(target=self._serve, args=lane, daemon=True) for lane in lanes]
         for thread in self._threads:
-            thread.daemon = True  # a caller that forgets `shutdown` can still end
             thread.start()
 
     def submit(self, items: Sequence[VerifierItem]) -> VerifierHandle:

@@ -178,7 +178,7 @@ def _names_grouping(kernel: Callable[..., Any]) -> bool:
     return "enable_gqa" in signature(kernel).parameters
 
 
-@cache
+@cache  # it is asked in every layer of every step
 def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 

@@ -139,7 +139,7 @@ def _side_sums(values_T: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_over_pairs(loss_B: Tensor, metrics_B: dict[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
-    weight_B = data["weight"][::2] / data["num_groups"]
+    weight_B = data["weight"][::2] / data["num_groups"]  # 0 for pairs of padding
     return (loss_B * weight_B).sum(), {name: (values * weight_B).sum() for name, values in metrics_B.items()}
 
 

@@ -60,7 +60,7 @@ class PolicyEngine(FSDPEngineWithLMHead):
                     loss.backward()
             batch_losses.append(output["loss"])
             append_to_dict(metrics, output["metrics"])
-            if forward_only:
+            if forward_only:  # in training an output would keep its graph
                 outputs.append(output["model_output"])
         return {"model_output": outputs, "loss": batch_losses, "metrics": metrics}
 
@@ -156,6 +156,7 @@ class ScoreEngine(PolicyEngine):
         return {"scores": output.logits.flatten()[micro_batch["last"]].float()}
 
 
+# In the place of verl's own engines; the reward model in that of its value model.
 for _device, _vendor in (("cpu", None), ("cuda", "nvidia"), ("cuda", "amd")):
     for _model_type, _engine in (("language_model", PolicyEngine), ("value_model", ScoreEngine)):
         EngineRegistry.register(_model_type, "fsdp2", _device, _vendor)(_engine)
