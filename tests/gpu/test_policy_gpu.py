@@ -180,7 +180,7 @@ def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: 
         own = np.concatenate(policy.log_probs(batch))
     finally:
         pool.shutdown()
-    assert np.abs(after - own).mean() < 0.02  # the engine's weights are bfloat16
+    assert np.abs(after - own).mean() < 0.05  # the engine's weights are bfloat16
     assert np.abs(before - own).mean() > 0.2
 
 
