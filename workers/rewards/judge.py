@@ -81,7 +81,7 @@ class Judge:
         """Token ids up to the verdict's first digit."""
         if self._template is Template.TINY:
             return self._encode(render_tiny(problem, candidate, nonce))
-        # The tokenizer reads every token that was added to it anywhere in a text, special ones and others, and
+        # The tokenizer reads every token that was added to it anywhere in a text, special or not, and
         # some end a turn. Those of white space do not.
         for token in self._tokenizer.get_added_vocab():
             if not token.isspace():
