@@ -332,6 +332,7 @@ class ScoringPool(Generic[_Item, _Value]):
     # The manager's thread.
 
     def _manage(self) -> None:
+        looked = time.monotonic()
         while True:
             try:
                 event = self._inbox.get(timeout=_TICK_SECONDS)
@@ -340,8 +341,17 @@ class ScoringPool(Generic[_Item, _Value]):
             if event is None:
                 return
             with self._lock:
-                event()
-                self._dispatch()
+                try:
+                    event()
+                    # Also while events never cease: a replica may hang beside others that answer.
+                    if time.monotonic() - looked >= _TICK_SECONDS:
+                        looked = time.monotonic()
+                        self._end_late()
+                    self._dispatch()
+                except Exception as error:  # this thread's own: without it nobody would ever be answered
+                    self._failed = self._failed or PoolFailedError(f"{self._name}: {describe_error(error)}")
+                if self._failed:
+                    self._give_up(self._failed)  # also of what was submitted since
 
     def _start(self) -> _Replica:
         """A replica that is starting; it takes work once its first call has come back."""
@@ -471,7 +481,6 @@ class ScoringPool(Generic[_Item, _Value]):
                 f"score between ({self._num_restarts} restarts): look at the model and at memory, then "
                 "start the run again: it goes on from here"
             )
-            self._give_up(self._failed)
             return
         if not replica.retiring:
             self._start().restarted = True
