@@ -34,8 +34,8 @@ from workers.runtime import Runtime
 
 ONE = Pool(replicas=1)
 TWO = Pool(replicas=2)
-CPU = Runtime(start_timeout_seconds=240)
-LONG = 240.0  # seconds that nothing here takes, however busy the machine is
+CPU = Runtime(start_timeout_seconds=1800)
+LONG = 1800.0  # seconds that nothing here takes, however busy the machine is
 
 
 def model_config(kind: type = Qwen2Config, vocab_size: int = 60, positions: int = 256) -> Any:
