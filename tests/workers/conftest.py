@@ -15,7 +15,7 @@ def actor_processes(ray_session: None) -> Callable[..., set[psutil.Process]]:
     (killed ones take a while to go)."""
 
     def of_class(name: str, number: int | None = None) -> set[psutil.Process]:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 1800
         while True:
             running = set()
             for process in psutil.Process().children(recursive=True):

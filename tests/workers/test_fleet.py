@@ -15,7 +15,7 @@ from workers.rewards.judge import JudgePool
 from workers.rewards.reward_model import RewardModelPool
 from workers.runtime import Runtime
 
-RUNTIME = Runtime(start_timeout_seconds=240)
+RUNTIME = Runtime(start_timeout_seconds=1800)
 SMALL = Pool(replicas=1, cpus=0.1)
 
 
@@ -66,5 +66,5 @@ def test_a_role_that_cannot_start_is_said_wherever_the_fleet_is_used_next_and_no
     with pytest.raises(UserError, match="judge /nowhere"):
         fleet.scorer("plausibility")
     fleet.shutdown()
-    _, alive = psutil.wait_procs(actor_processes("ScoringActor") - before, timeout=60)
+    _, alive = psutil.wait_procs(actor_processes("ScoringActor") - before, timeout=600)
     assert alive == []

@@ -35,7 +35,7 @@ from workers.runtime import Runtime
 
 ONE = Pool(replicas=1)
 TWO = Pool(replicas=2)
-CPU = Runtime(start_timeout_seconds=240)
+CPU = Runtime(start_timeout_seconds=1800)
 
 
 def model_config(kind: type = Qwen2Config, vocab_size: int = 60, positions: int = 256) -> Any:

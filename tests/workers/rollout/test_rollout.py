@@ -60,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def make_pool(engine: str, replicas: int = 1) -> RolloutPool:
     settings = config.RolloutEngine(engine=config.EngineKind(engine), max_batch=32, kv_cache_gib=0.05)
-    runtime = Runtime(start_timeout_seconds=240)
+    runtime = Runtime(start_timeout_seconds=1800)
     return RolloutPool(config.Pool(replicas, gpus=0, cpus=1), settings, runtime)
 
 

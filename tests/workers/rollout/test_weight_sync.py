@@ -20,7 +20,7 @@ from workers.training.objectives import SftObjective
 from workers.training.policy import Policy
 
 TOLERANCE = 1e-4
-RUNTIME = Runtime(start_timeout_seconds=240)
+RUNTIME = Runtime(start_timeout_seconds=1800)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def start(replicas: int, **settings: Any) -> Policy:
     policy_config = config.PolicyConfig(max_tokens_per_micro_batch=96, **settings)
-    return Policy(config.Pool(replicas=replicas), policy_config, Runtime(start_timeout_seconds=120))
+    return Policy(config.Pool(replicas=replicas), policy_config, Runtime(start_timeout_seconds=1800))
 
 
 @pytest.fixture(scope="module")

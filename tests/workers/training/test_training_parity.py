@@ -32,7 +32,7 @@ def policy(ray_session: None, request: pytest.FixtureRequest) -> Iterator[Policy
     settings = config.PolicyConfig(
         max_tokens_per_micro_batch=512, gradient_checkpointing=False, layout=config.Layout(request.param)
     )
-    started = Policy(config.Pool(), settings, Runtime(start_timeout_seconds=120))
+    started = Policy(config.Pool(), settings, Runtime(start_timeout_seconds=1800))
     yield started
     started.shutdown()
 
