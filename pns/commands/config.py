@@ -58,7 +58,7 @@ def describe_columns(keys: list[Key]) -> Iterator[str]:
     meaning_width = max(WIDTH - indent, MIN_MEANING_WIDTH)
     for *columns, meaning in rows:
         padded = [text.ljust(width) for text, width in zip(columns, widths, strict=True) if width]
-        first, *rest = textwrap.wrap(meaning, meaning_width)
+        first, *rest = textwrap.wrap(meaning, meaning_width, break_on_hyphens=False)
         yield "  " + "  ".join([*padded, first])
         yield from (" " * indent + line for line in rest)
 
