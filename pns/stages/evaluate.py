@@ -137,6 +137,8 @@ def final_verdict(
     """The verdict that counts, and its reason, from the verifier's."""
     if finish_reason == "length":
         return Verdict.WRONG, "truncated"
+    if finish_reason != "stop":  # the engine failed: that is no answer of the model's
+        return Verdict.UNVERIFIED, finish_reason or "no_finish_reason"
     if extracted is None:
         return Verdict.WRONG, "no_answer"
     if verdict is Verdict.UNVERIFIED:

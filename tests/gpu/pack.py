@@ -1,7 +1,7 @@
 """One archive of what the GPU checks need beside torch 2.11, for a machine with CUDA 13 and Python 3.12 that
 reaches no package index.
 
-    python tests/gpu/pack.py site.tar.xz            # here: two minutes, 40 MiB
+    python tests/gpu/pack.py site.tar.xz            # here: minutes, 38 MiB
     mkdir SITE && tar -xf site.tar.xz -C SITE       # there
     PYTHONPATH=TREE:SITE python -m pytest -m gpu tests/gpu
 

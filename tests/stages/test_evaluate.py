@@ -42,6 +42,8 @@ def test_what_counts() -> None:
     assert final_verdict(Verdict.WRONG, None, "2", "stop") == (Verdict.WRONG, "different")
     assert final_verdict(Verdict.CORRECT, None, "2", "length") == (Verdict.WRONG, "truncated")
     assert final_verdict(Verdict.UNVERIFIED, "no_answer", None, "stop") == (Verdict.WRONG, "no_answer")
+    assert final_verdict(Verdict.CORRECT, None, "2", "abort") == (Verdict.UNVERIFIED, "abort")
+    assert final_verdict(Verdict.UNVERIFIED, "no_answer", None, "error") == (Verdict.UNVERIFIED, "error")
     assert final_verdict(Verdict.UNVERIFIED, "timeout", "2", "stop") == (Verdict.UNVERIFIED, "timeout")
 
 

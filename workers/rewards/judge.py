@@ -22,7 +22,7 @@ from pns.algo.judging import (
     render_tiny,
     verdict_parts,
 )
-from pns.config import Pool
+from pns.config import Pool, RewardConfig
 from pns.errors import UserError
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
@@ -149,7 +149,12 @@ class JudgePool(ScoringPool[Candidate, Scores]):
     `pns.algo.judging.rubric_score` makes them one number."""
 
     def __init__(
-        self, name: str, pool: Pool, runtime: Runtime, seed: int, deadline_seconds: float = 120.0
+        self,
+        name: str,
+        pool: Pool,
+        runtime: Runtime,
+        seed: int,
+        deadline_seconds: float = RewardConfig.deadline_seconds,
     ) -> None:
         build = functools.partial(Judge, runtime=runtime, seed=seed)
         super().__init__(name, pool, runtime, build, _num_tokens, deadline_seconds)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from pns.config import Pool
+from pns.config import Pool, RewardConfig
 from pns.errors import UserError
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
@@ -80,6 +80,8 @@ class RewardModel:
 class RewardModelPool(ScoringPool[Sequence[int], float]):
     """Reward-model actors: items are token id sequences of prompt and completion, values raw scores r."""
 
-    def __init__(self, name: str, pool: Pool, runtime: Runtime, deadline_seconds: float = 120.0) -> None:
+    def __init__(
+        self, name: str, pool: Pool, runtime: Runtime, deadline_seconds: float = RewardConfig.deadline_seconds
+    ) -> None:
         build = functools.partial(RewardModel, runtime=runtime)
         super().__init__(name, pool, runtime, build, len, deadline_seconds)

@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pns.config import Pool
+from pns.config import Pool, RewardConfig
 from pns.errors import UserError
 from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
 
@@ -200,7 +200,7 @@ class ScoringPool(Generic[_Item, _Value]):
         runtime: Runtime,
         build: Callable[[str], ServedModel[_Item, _Value]],
         num_tokens: Callable[[_Item], int],
-        deadline_seconds: float = 120.0,
+        deadline_seconds: float = RewardConfig.deadline_seconds,
     ) -> None:
         self._name, self._pool, self._runtime = name, pool, runtime
         self._gpus = pool.gpus if runtime.device == "cuda" else 0
@@ -278,10 +278,6 @@ class ScoringPool(Generic[_Item, _Value]):
         entries = [_Entry(item, self._num_tokens(item), model, Future(), now) for item in items]
         self._inbox.put(lambda: self._waiting.extend(entries))
         return [entry.future for entry in entries]
-
-    def done(self, handle: ServiceHandle) -> bool:
-        """Whether `collect` would not wait."""
-        return all(future.done() for future in handle)
 
     def collect(self, handle: ServiceHandle) -> list[Outcome[_Value]]:
         """Outcomes of one `submit`, in order; what failed is missing with its cause ("deadline": no answer in
