@@ -31,8 +31,14 @@ Advantage = StrEnum("Advantage", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
 # What an importance ratio is of: a token (GRPO), or a whole completion (GSPO, arXiv 2507.18071).
 RatioLevel = StrEnum("RatioLevel", ["token", "sequence"])
 GeneratorStart = StrEnum("GeneratorStart", ["backbone", "target", "path"])
-# Sigmoid of a reward model's score, or rubric score of a language model: `pns.algo.reward` has how.
-TermKind = StrEnum("TermKind", ["reward_model", "judge"])
+# What a term of the reward is: a reward model's score, a language model's rubric, or a rule on the completion
+# itself (wrong or not; its length; how rare its error is). `pns.algo.reward` has how.
+TermKind = StrEnum("TermKind", ["reward_model", "judge", "verdict", "length", "diversity"])
+# How a term's value becomes its score: sigmoid of it, its z-score in the group, or as it is.
+Normalisation = StrEnum("Normalisation", ["auto", "none", "sigmoid", "z_score"])
+When = StrEnum("When", ["any", "wrong", "correct"])
+RewardInput = StrEnum("RewardInput", ["auto", "tokens", "chat"])
+Grading = StrEnum("Grading", ["likeliest", "expected"])
 MarginMask = StrEnum("MarginMask", ["completion", "first_wrong_step", "first_divergent_token"])
 BadPairs = StrEnum("BadPairs", ["error", "drop"])
 TrackingBackend = StrEnum("TrackingBackend", ["tensorboard", "wandb", "mlflow", "trackio"])
@@ -249,13 +255,60 @@ class ReverseRl(GrpoConfig):
 
 
 @dataclass
-class RewardTerm:
-    """One named term of the composite reward: an unweighted score in [0, 1] from a service of its own."""
+class ServicePool(Pool):
+    """Where a reward term is computed. None of it changes a score."""
 
-    kind: TermKind = key(TermKind.reward_model, "a reward model's score or a language model's rubric")
+    min_replicas: int = key(0, "fewest replicas when there is little to do; 0: replicas", at_least(0))
+    max_replicas: int = key(0, "most replicas while items queue up; 0: replicas", at_least(0))
+    resources: dict[str, float] = key({}, "custom Ray resources that each process takes")
+    labels: dict[str, str] = key({}, "labels that a process's node has to have, as Ray's label selectors")
+    batch_tokens: int = key(
+        0, "tokens of one forward pass, padding included; 0: 2048 on cpu, 16384 on cuda", at_least(0)
+    )
+    deadline_seconds: float = key(
+        0.0, "seconds that a replica may take for one request; 0: reward.deadline_seconds", at_least(0)
+    )
+
+
+@dataclass
+class Endpoint:
+    """An OpenAI-compatible server that judges in the place of a pool; the term's model is its name there."""
+
+    url: str = key("", "base URL, such as http://HOST:8000/v1; empty: the term's pool judges")
+    key_variable: str = key("OPENAI_API_KEY", "environment variable that holds the key; unset: none is sent")
+    concurrency: int = key(16, "requests at once", at_least(1))
+    retries: int = key(3, "times that a request is repeated after an error of the server", at_least(0))
+    max_tokens: int = key(64, "longest reply, tokens", at_least(1))
+    price_in: float = key(0.0, "of a million prompt tokens, in any currency; counted in status", at_least(0))
+    price_out: float = key(0.0, "of a million reply tokens", at_least(0))
+
+
+@dataclass
+class RewardTerm:
+    """One named term of the composite reward: weight times a score."""
+
+    kind: TermKind = key(
+        TermKind.reward_model,
+        "a reward model's score; a language model's rubric; 1 for a wrong answer; how well the length fits; "
+        "how rare the error is among the step's",
+    )
     weight: float = key(0.0, "times the score; 0: neither asked for, placed nor started", at_least(0))
+    when: When = key(When.any, "completions that the term is of, past the gates: any, wrong or correct ones")
+    normalise: Normalisation = key(
+        Normalisation.auto,
+        "score of a value: as it is (none), sigmoid, z-score in the group; auto: sigmoid of a reward model's",
+    )
     model: str = path_or_name("", "directory or Hub id; empty (reward_model only): this run's own")
-    pool: Pool = section(Pool)
+    input: RewardInput = key(
+        RewardInput.auto,
+        "what a reward model reads: the policy's token ids, or the chat in its own tokenizer and template; "
+        "auto: tokens for this run's own, chat for a named model",
+    )
+    grading: Grading = key(Grading.likeliest, "a judge's likeliest digits, or their expectation")
+    shortest: int = key(0, "of kind length: below so many tokens the score falls linearly to 0", at_least(0))
+    longest: int = key(0, "of kind length: above so many it falls as longest / length; 0: never", at_least(0))
+    endpoint: Endpoint = section(Endpoint)
+    pool: ServicePool = section(ServicePool)
 
 
 @dataclass

@@ -10,12 +10,23 @@ Two templates: `text`, chat messages for instruction-tuned judges; `tiny`, for a
 
 import hashlib
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 DIMENSIONS = ("relevance", "coherence", "completeness", "clarity")
 MAX_SCORE = 3
 
 Scores = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's four grades, and for each the probabilities of 0 to 3 (4, 4), of these digits alone; empty
+    where the judge does not tell."""
+
+    scores: Scores
+    probabilities: tuple[tuple[float, ...], ...] = ()
 
 
 class Template(Enum):
@@ -26,6 +37,12 @@ class Template(Enum):
 def rubric_score(scores: Scores) -> float:
     """The judge's reward term in [0, 1]: the sum of the four grades over its maximum, 12."""
     return sum(scores) / (MAX_SCORE * len(DIMENSIONS))
+
+
+def expected_score(probabilities: Sequence[Sequence[float]]) -> float:
+    """The rubric's expectation in [0, 1] under the digits' probabilities (4, 4)."""
+    expected = [sum(digit * p for digit, p in enumerate(row)) for row in probabilities]
+    return sum(expected) / (MAX_SCORE * len(DIMENSIONS))
 
 
 def make_nonce(seed: int, problem: str, candidate: str, template: Template) -> str:
