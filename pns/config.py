@@ -260,7 +260,7 @@ class ServicePool(Pool):
 
     min_replicas: int = key(0, "fewest replicas when there is little to do; 0: replicas", at_least(0))
     max_replicas: int = key(0, "most replicas while items queue up; 0: replicas", at_least(0))
-    resources: dict[str, float] = key({}, "custom Ray resources that each process takes")
+    resources: dict[str, float] = key({}, "custom Ray resources that each process takes", at_least(0))
     labels: dict[str, str] = key({}, "labels that a process's node has to have, as Ray's label selectors")
     batch_tokens: int = key(
         0, "tokens of one forward pass, padding included; 0: 2048 on cpu, 16384 on cuda", at_least(0)
@@ -313,22 +313,26 @@ class RewardTerm:
 
 @dataclass
 class RewardConfig:
-    """The composite reward of reverse RL (arXiv 2602.03516); the gates and the numbers are ours.
+    """The composite reward of reverse RL (arXiv 2602.03516): the number of the first gate that holds, else
+    the sum of weight times score. The gates and the numbers are ours.
 
-    A recipe changes the two terms and adds its own.
+    A recipe changes the three terms and adds its own.
     """
 
-    wrong: float = key(0.5, "reward of being wrong, before the terms", at_least(0))
+    gates: dict[str, float | None] = key(
+        {"malformed": -1.0, "correct": 0.0},
+        "what decides alone -> its reward, asked in this order: malformed, correct, box_only_flip (the "
+        "derivation is right, the box is not); null: not a gate (correct: null is the additive form)",
+        FINITE,
+    )
     terms: dict[str, RewardTerm] = key(
         {
+            "wrong": RewardTerm(TermKind.verdict, weight=0.5),
             "plausibility": RewardTerm(TermKind.reward_model, weight=0.25),
             "coherence": RewardTerm(TermKind.judge, weight=0.25),
         },
         "name -> term",
     )
-    malformed: float = key(-1.0, "reward of a malformed completion, the lowest of all", FINITE)
-    correct: float = key(0.0, "reward of a correct completion (gated only)", FINITE)
-    gated: bool = key(True, "false: additive form, for the ablation")
     max_masked_fraction: float = key(
         0.2, "share of a step's completions without a reward; above it the run stops", between(0, 1)
     )

@@ -98,6 +98,14 @@ class Key:
         """The range of a number."""
         return self.field.metadata["range"]
 
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """Where there is a range: the number by the key's name, or the numbers of a dict by theirs."""
+        if self.allowed is None:
+            return {}
+        inner = self.value if isinstance(self.value, dict) else None
+        return {self.name: self.value} if inner is None else {f"{self.name}.{k}": v for k, v in inner.items()}
+
 
 def walk_keys(settings: Any, prefix: str = "") -> Iterator[Key]:
     """Every key of a configuration dataclass, those of nested sections and of dicts of sections included."""
@@ -116,9 +124,10 @@ def walk_keys(settings: Any, prefix: str = "") -> Iterator[Key]:
 
 def check_ranges(settings: Any) -> None:
     """Raises UserError for the first number that is outside its range."""
-    for number in walk_keys(settings):
-        allowed, value = number.allowed, number.value
-        if allowed is None or value is None or value in allowed:  # null: another key's value is taken
-            continue
-        finite = "" if math.isfinite(value) or allowed == FINITE else "finite and "
-        raise UserError(f"{number.name}: {value} must be {finite}{allowed}")
+    for checked in walk_keys(settings):
+        for name, number in checked.numbers.items():
+            allowed = checked.allowed
+            if allowed is None or number is None or number in allowed:  # null: another key's value is taken
+                continue
+            finite = "" if math.isfinite(number) or allowed == FINITE else "finite and "
+            raise UserError(f"{name}: {number} must be {finite}{allowed}")

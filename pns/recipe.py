@@ -5,9 +5,11 @@ overrides. Everything that can be wrong without looking at the cluster is said h
 anything starts. No heavy import: errors answer within a second.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,8 +22,13 @@ from pns.config import (
     Data,
     DataSource,
     GeneratorStart,
+    Grading,
+    Normalisation,
     RatioLevel,
+    RewardTerm,
+    ServicePool,
     TermKind,
+    When,
     external_pairs,
     hyper_parameters,
 )
@@ -31,6 +38,8 @@ from pns.preference_losses import PREFERENCE_LOSSES
 
 # Of data files; a model is a directory, and the dots of Hub ids (Qwen2.5-0.5B) are no suffixes.
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
+GATES = ("malformed", "correct", "box_only_flip")  # in the order of `pns.algo.reward`
+_OF_WRONG = (TermKind.verdict, TermKind.diversity)  # 0 of every right completion
 # Parts of a run that have a name beside those of reward terms, in metrics and among the services.
 RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format")
 
@@ -220,26 +229,81 @@ def pool_faults(config: Config) -> Iterator[str]:
             yield f"{key}.gpus: {pool.gpus} must be whole where it is above 1: only one GPU can be shared"
 
 
+# Kind of a reward term -> those of its keys that not every kind reads.
+_TERM_KEYS: dict[TermKind, tuple[str, ...]] = {
+    TermKind.reward_model: ("model", "input"),
+    TermKind.judge: ("model", "grading", "endpoint"),
+    TermKind.verdict: (),
+    TermKind.length: ("shortest", "longest"),
+    TermKind.diversity: (),
+}
+
+
 def term_faults(config: Config) -> Iterator[str]:
+    """Of each term by itself."""
     for name, term in config.reward.terms.items():
         key = f"reward.terms.{name}"
         if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in RESERVED_TERMS:
             taken = ", ".join(RESERVED_TERMS)
             yield f"{key}: {name!r} must be a plain word (a-z, 0-9, _) and none of {taken}"
-        if term.kind is TermKind.judge and term.weight > 0 and not term.model:
-            yield f"{key}.model is empty: name the judge's model directory or Hub id, or set {key}.weight=0"
+        for unread in sorted({own for keys in _TERM_KEYS.values() for own in keys}):
+            is_read, is_set = (
+                unread in _TERM_KEYS[term.kind],
+                vars(term)[unread] != vars(RewardTerm())[unread],
+            )
+            if is_set and not is_read:
+                yield f"{key}.{unread} is not read by a term of kind {term.kind}: remove it"
+        if term.weight > 0:
+            yield from weighted_term_faults(key, term)
+
+
+def weighted_term_faults(key: str, term: RewardTerm) -> Iterator[str]:
+    if term.kind is TermKind.judge and not term.model:
+        yield f"{key}.model is empty: name the judge's model directory or Hub id, or set {key}.weight=0"
+    if term.kind is TermKind.judge and term.endpoint.url and term.grading is Grading.expected:
+        yield f"{key}.grading: an endpoint tells no probabilities of digits: set it to likeliest"
+    if term.endpoint.url and not re.match("https?://[^/]", term.endpoint.url):
+        yield f"{key}.endpoint.url: {term.endpoint.url!r} must begin with http:// or https:// and a host"
+    if term.kind is TermKind.length and not (term.shortest or term.longest):
+        yield f"{key}: without shortest and longest every length is as good: set one of them"
+    if 0 < term.longest < term.shortest:
+        yield f"{key}.longest: {term.longest} must be 0, or at least shortest, {term.shortest}"
+
+
+def _highest_score(term: RewardTerm) -> float:
+    as_it_is = term.kind is TermKind.reward_model and term.normalise is Normalisation.none
+    return math.inf if as_it_is or term.normalise is Normalisation.z_score else 1.0
 
 
 def reward_faults(config: Config) -> Iterator[str]:
+    """What gates and terms say of each other."""
     reward = config.reward
-    best_wrong = reward.wrong + sum(term.weight for term in reward.terms.values())
-    if reward.malformed > reward.correct:
-        fault = f"{reward.malformed} must be at most reward.correct, {reward.correct}"
-        yield f"reward.malformed: {fault}: nothing is worth less than a malformed completion"
-    if reward.correct >= best_wrong:
-        fault = f"{reward.correct} must be less than what a wrong completion can reach, {best_wrong}"
-        parts = "reward.wrong and the weights of reward.terms"
-        yield f"reward.correct: {fault} ({parts}): the generator learns wrong ones"
+    unknown = [name for name in reward.gates if name not in GATES]
+    if unknown:
+        hint = did_you_mean(unknown[0], GATES) or f"; there are {', '.join(GATES)}"
+        yield f"reward.gates.{unknown[0]}: {unknown[0]!r} is no gate{hint}"
+    gates = {name: number for name, number in reward.gates.items() if number is not None}
+    if "malformed" not in gates:
+        yield "reward.gates.malformed: a malformed completion has no answer to go on with: give it a number"
+    if (malformed := gates["malformed"]) > min(gates.values()):
+        fault = f"{malformed} must be at most {min(gates.values())}, the lowest of the other gates"
+        yield f"reward.gates.malformed: {fault}: nothing is worth less than a malformed completion"
+    terms = {name: term for name, term in reward.terms.items() if term.weight > 0}
+    of_wrong = {name: term for name, term in terms.items() if term.when is not When.correct}
+    best_wrong = sum(term.weight * _highest_score(term) for term in of_wrong.values())
+    if "correct" in gates and gates["correct"] >= best_wrong:
+        fault = f"{gates['correct']} must be less than what a wrong completion can reach, {best_wrong}"
+        yield f"reward.gates.correct: {fault} (the weights of reward.terms): the generator learns wrong ones"
+    for name, term in terms.items():
+        if term.when is When.correct and ("correct" in gates or term.kind in _OF_WRONG):
+            why = "no right answer gets that far" if "correct" in gates else f"{term.kind} is of wrong ones"
+            yield f"reward.terms.{name}.when: correct can never hold ({why}): change it, or weight=0"
+        what = replace(term, weight=0.0, pool=ServicePool())
+        twins = [
+            other for other, own in terms.items() if replace(own, weight=0.0, pool=ServicePool()) == what
+        ]
+        if twins[0] != name:
+            yield f"reward.terms.{name} is reward.terms.{twins[0]} again: remove one, and add the weights"
 
 
 def term_name_faults(config: Config) -> Iterator[str]:

@@ -71,8 +71,9 @@ class Reward:
     """One completion's reward with its unweighted terms (the composite reward of reverse RL, arXiv
     2602.03516).
 
-    `value` is None when the completion is masked: no reward, no gradient, counted. `terms` holds every term
-    that was computed, in [0, 1] by name; `missing` maps each term that was needed and failed to its cause.
+    `value` is None when the completion is masked: no reward, no gradient, counted. `terms` holds the score of
+    every term that was computed, by name; `missing` maps each term that was needed and failed to its cause.
+    `raw` is what services gave, by term: a reward model's score r; a judge's `scores` and `probabilities`.
     """
 
     value: float | None
@@ -80,6 +81,7 @@ class Reward:
     verdict: Verdict
     terms: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
 
     @property
     def masked(self) -> bool:

@@ -15,7 +15,17 @@ from typing import Any, cast
 import pytest
 
 from pns import driver
-from pns.config import STAGES, Config, DataSource, Decoding, PromptFamily, ReasoningBlock, Tracking, stages
+from pns.config import (
+    STAGES,
+    Config,
+    DataSource,
+    Decoding,
+    PromptFamily,
+    ReasoningBlock,
+    RewardConfig,
+    Tracking,
+    stages,
+)
 from pns.data.benchmarks import BENCHMARKS, ProblemSet, content_hash
 from pns.data.problems import load_problem_sets
 from pns.data.prompts import Prompts
@@ -131,7 +141,7 @@ def test_two_sources_of_negatives_share_what_comes_before(plan_of: MakePlan) -> 
         ("policy.layout=padded", "preference"),
         ("pair.samples_per_problem=3", "pair"),
         ("synthesize.temperature=0.5", "synthesize"),
-        ("reward.wrong=0.3", "reverse_rl"),
+        ("reward.terms.wrong.weight=0.3", "reverse_rl"),
         (f"models.reward_model={LLAMA}", "reward_model"),
         ("rl.steps=3", "rl"),
         ("policy.dtype=float32", "rl"),
@@ -159,10 +169,16 @@ def test_from_leaves_what_does_not_depend_on_the_stage(plan_of: MakePlan, tmp_pa
     assert moved(plan_of(outside), plan_of(outside, {"rl": 1})) == set()
 
 
+TERMS = tuple(RewardConfig().terms)
 # Keys that decide no result, by the reason. Of groups the beginning.
 WITHOUT_EFFECT = {
     "where output goes and what it is called": ("name", "runs"),
-    "where roles run": ("placement.", "reward.terms.plausibility.pool.", "reward.terms.coherence.pool."),
+    "where roles run": ("placement.", *(f"reward.terms.{name}.pool." for name in TERMS)),
+    "how an endpoint is asked": tuple(
+        f"reward.terms.{name}.endpoint.{key}"
+        for name in TERMS
+        for key in ("key_variable", "concurrency", "retries", "price_in", "price_out")
+    ),
     "a sample depends on its seed, not on its neighbours": (
         "rollout.max_batch",
         "rollout.memory_fraction",
@@ -186,6 +202,8 @@ def another_value(key: Key, values: dict[str, Any]) -> Any:
         return next(member for member in type(value) if member is not value)
     if isinstance(value, list):
         return [*value, "other"]
+    if isinstance(value, dict):
+        return {**value, "other": 1.0}
     if isinstance(value, str):
         return f"{value}-other"
     return 2 if value is None else value + 1

@@ -154,7 +154,7 @@ def test_rollouts_hold_every_term(finished: Path) -> None:
     assert wrong
     for reward in wrong:
         terms = sum(term.weight * reward["terms"][name] for name, term in rules.terms.items())
-        assert reward["value"] == pytest.approx(rules.wrong + terms)
+        assert reward["value"] == pytest.approx(terms)
     assert all(reward["value"] == -1 for reward in rewards if not reward["format_ok"])
     right = [reward for reward in rewards if reward["format_ok"] and reward["verdict"] == "correct"]
     assert all(reward["value"] == 0 and not reward["terms"] for reward in right)

@@ -43,7 +43,7 @@ def test_there_are_recipes() -> None:
 def test_the_tiny_recipes_reward() -> None:
     reward = load(ROOT / "recipes/tiny-qwen2.yaml").reward
     weights = {name: term.weight for name, term in reward.terms.items()}
-    assert (reward.wrong, weights) == (0.2, {"plausibility": 0.2, "coherence": 0.6})
+    assert weights == {"wrong": 0.2, "plausibility": 0.2, "coherence": 0.6}
 
 
 @pytest.fixture
@@ -86,13 +86,32 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("name=a/b", ("name", "a/b")),
         ("seed", ("seed", "key=value")),
         # what one key says of another
-        ("reward.malformed=5", ("reward.malformed: 5.0", "at most reward.correct, 0.0")),
-        ("reward.correct=2", ("reward.correct: 2.0", "less than", "1.0")),
+        ("reward.gates.malformed=5", ("reward.gates.malformed: 5.0", "at most 0.0")),
+        ("reward.gates.malformed=null", ("reward.gates.malformed", "give it a number")),
+        ("reward.gates.correct=2", ("reward.gates.correct: 2.0", "less than", "1.0")),
+        ("reward.gates.corect=0", ("reward.gates.corect", "no gate", "did you mean correct?")),
+        ("reward.terms.plausibility.when=correct", ("plausibility.when", "never hold", "no right answer")),
+        ("reward.terms.wrong.model=owner/name", ("reward.terms.wrong.model", "kind verdict", "remove")),
+        ("reward.terms.coherence.shortest=5", ("coherence.shortest", "not read", "judge")),
+        ("reward.terms.own={kind: length, weight: 1}", ("reward.terms.own", "shortest and longest")),
+        (
+            "reward.terms.own={kind: length, weight: 1, shortest: 9, longest: 3}",
+            ("reward.terms.own.longest: 3", "at least shortest, 9"),
+        ),
+        (
+            "reward.terms.own={kind: judge, weight: 1, model: owner/judge}",
+            ("reward.terms.own is reward.terms.coherence again",),
+        ),
+        ("reward.terms.coherence.endpoint.url=host:80", ("endpoint.url: 'host:80'", "http://")),
+        (
+            "reward.terms.coherence={endpoint: {url: 'http://a'}, grading: expected}",
+            ("reward.terms.coherence.grading", "probabilities", "likeliest"),
+        ),
         ('reward.terms.coherence.model=""', ("reward.terms.coherence.model", "coherence.weight=0")),
         ("reward.terms.policy.weight=1", ("reward.terms.policy", "rollout, policy, verifier")),
         ("reward.terms.Two-words.weight=1", ("reward.terms.Two-words", "plain word")),
         ("reverse_rl.stop_term=beauty", ("stop_term: 'beauty'", "plausibility", "stop_patience=0")),
-        ("reward.terms.plausibility.weight=0", ("stop_term: 'plausibility'", "there are: coherence")),
+        ("reward.terms.plausibility.weight=0", ("stop_term: 'plausibility'", "there are: wrong, coherence")),
         ("pair.scored_by=coherence", ("pair.scored_by: 'coherence'", "reward_model: plausibility")),
         ("placement.rollout.gpus=1.5", ("placement.rollout.gpus: 1.5", "whole")),
         ("reward.terms.coherence.pool.gpus=2.5", ("reward.terms.coherence.pool.gpus: 2.5", "whole")),
@@ -113,9 +132,8 @@ def test_wrong_configuration_is_one_line(recipe: Path, override: str, words: tup
     [
         ("reward.terms.coherence.weight", "-5", "0 or more"),
         ("reward.terms.own.weight", "-1", "0 or more"),
-        ("reward.wrong", ".nan", "finite and 0 or more"),
-        ("reward.wrong", "-1", "0 or more"),
-        ("reward.malformed", "-.inf", "finite"),
+        ("reward.terms.wrong.weight", ".nan", "finite and 0 or more"),
+        ("reward.gates.malformed", "-.inf", "finite"),
         ("reward.max_masked_fraction", "1.5", "in [0, 1]"),
         ("reward.deadline_seconds", "0", "greater than 0"),
         ("rl.steps", "0", "1 or more"),
@@ -192,7 +210,7 @@ def test_hyper_parameters_are_filled_in(recipe: Path) -> None:
 
 def test_terms_are_added_and_switched_off(recipe: Path) -> None:
     second = ["reward.terms.second.weight=0.5", "reward.terms.second.model=owner/scorer"]
-    assert list(load(recipe, second).reward.terms) == ["plausibility", "coherence", "second"]
+    assert list(load(recipe, second).reward.terms) == ["wrong", "plausibility", "coherence", "second"]
     no_judge = ["reward.terms.coherence.weight=0", 'reward.terms.coherence.model=""']
     assert load(recipe, no_judge).reward.terms["coherence"].weight == 0
     load(recipe, ["reverse_rl.stop_patience=0", "reverse_rl.stop_term=none"])

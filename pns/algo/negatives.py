@@ -132,7 +132,7 @@ def degeneration(rollouts: Sequence[Rollout], distinct_n: int = 4) -> dict[str, 
         figures[f"distinct_{distinct_n}"] = distinct
     if wrong:
         flips = sum(box_only_flip(rollout.completion.text, rollout.problem.answer) for rollout in wrong)
-        offsets = Counter(map(_offset, wrong))
+        offsets = Counter(map(error_kind, wrong))
         figures["box_only_flip_rate"] = flips / len(wrong)
         figures["top_offset_share"] = offsets.most_common(1)[0][1] / len(wrong)
     scores_by_term: dict[str, list[float]] = {}
@@ -152,7 +152,7 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float | None:
     return len(ngrams) / ngrams.total() if ngrams else None
 
 
-def _offset(rollout: Rollout) -> str:
+def error_kind(rollout: Rollout) -> str:
     answer = extract_boxed(rollout.completion.text) or ""
     stated, gold = exact_value(answer), exact_value(rollout.problem.answer)
     # Exact values: 0.1 + 0.2 and 0.3 are one offset.

@@ -1,38 +1,44 @@
-"""The composite reward of reverse RL, the ordinary reward of RL, and the accounting of masked completions.
+"""The composite reward of reverse RL, and the ordinary reward of RL.
 
-The terms of the composite reward are data (`reward.terms`): a name, a weight and a kind. `KINDS` says of each
-kind what its service is asked and how its answer becomes a score. A term that could not be computed is never
-a number: it masks the completion, with its cause.
+A completion meets the gates first (`reward.gates`): one that holds is its whole reward. Past them the reward
+is the sum of weight times score over the terms (`reward.terms`). `KINDS` says of each kind of term what its
+service is asked, or by which rule it is computed, and how its value becomes a score. A term that could not be
+computed is never a number: it masks the completion, with its cause.
+
+Values are kept as services gave them (`Reward.raw`), and a reward is composed of them once all completions of
+a step are there, as some scores are of a group or of the step. So rewards can be composed anew at any time.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pns.algo import judging
-from pns.config import RewardConfig, TermKind
-from pns.errors import UserError
-from pns.records import Completion, Problem, Reward, Verdict
+from pns.algo.judging import expected_score, rubric_score
+from pns.algo.masks import ROLLOUT, VERDICT
+from pns.algo.negatives import box_only_flip, error_kind
+from pns.config import Grading, Normalisation, RewardConfig, RewardInput, RewardTerm, TermKind, When
+from pns.records import Completion, Problem, Reward, Rollout, Verdict, to_json
 
-# In `Reward.missing`, beside the names of terms.
-VERDICT = "verdict"
-ROLLOUT = "rollout"  # the engine failed: there is no completion
+# By name, in the order in which they are asked: whether one holds. `pns.recipe` knows the same names.
+_GATES: dict[str, Callable[[Rollout], bool]] = {
+    "malformed": lambda rollout: not rollout.reward.format_ok,
+    "correct": lambda rollout: rollout.reward.verdict is Verdict.CORRECT,
+    "box_only_flip": lambda rollout: _is_wrong(rollout) and _is_flip(rollout),
+}
+# Values of a group that differ by no more have no z-score: dividing by less would make a signal of rounding.
+_MIN_SPREAD = 1e-9
 
 
-class TooManyMaskedError(UserError):
-    """A term failed for more than `reward.max_masked_fraction` of the completions that it was asked for."""
+def _is_wrong(rollout: Rollout) -> bool:
+    return rollout.reward.format_ok and rollout.reward.verdict is Verdict.WRONG
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How a kind of term meets its service: `item(prompt_ids, problem, completion)` is what it is asked,
-    `score(value)` makes its answer a number in [0, 1]."""
-
-    item: Callable[[Sequence[int], Problem, Completion], Any]
-    score: Callable[[Any], float]
+def _is_flip(rollout: Rollout) -> bool:
+    return box_only_flip(rollout.completion.text, rollout.problem.answer)
 
 
 def sigmoid(value: float) -> float:
@@ -40,15 +46,12 @@ def sigmoid(value: float) -> float:
     return float(0.5 * (1 + np.tanh(value / 2)))
 
 
-KINDS: dict[TermKind, Kind] = {
-    TermKind.reward_model: Kind(
-        item=lambda prompt_ids, problem, completion: (*prompt_ids, *completion.token_ids), score=sigmoid
-    ),
-    TermKind.judge: Kind(
-        item=lambda prompt_ids, problem, completion: (problem.prompt, completion.text),
-        score=judging.rubric_score,
-    ),
-}
+def deciding_gate(rollout: Rollout, rules: RewardConfig) -> str | None:
+    """The first gate of `rules` that holds: its number is the reward. None: the terms decide."""
+    for name, holds in _GATES.items():
+        if rules.gates.get(name) is not None and holds(rollout):
+            return name
+    return None
 
 
 def weighted_terms(rules: RewardConfig) -> tuple[str, ...]:
@@ -56,99 +59,204 @@ def weighted_terms(rules: RewardConfig) -> tuple[str, ...]:
     return tuple(name for name, term in rules.terms.items() if term.weight > 0)
 
 
-def needed(format_ok: bool, verdict: Verdict, rules: RewardConfig) -> tuple[str, ...]:
-    """The terms that a completion of this verdict needs for its reward. None where a gate decides alone
-    (malformed; correct and `rules.gated`) or where there is no verdict."""
-    gated = verdict is Verdict.CORRECT and rules.gated
-    if not format_ok or gated or verdict is Verdict.UNVERIFIED:
+def service_terms(rules: RewardConfig) -> tuple[str, ...]:
+    """Those of them that a service computes: the roles of a stage."""
+    return tuple(name for name in weighted_terms(rules) if rules.terms[name].kind in KINDS)
+
+
+def needed(rollout: Rollout, rules: RewardConfig) -> tuple[str, ...]:
+    """The terms that a verified completion needs for its reward: none where a gate decides alone, or where
+    there is no verdict."""
+    verdict = rollout.reward.verdict
+    if verdict is Verdict.UNVERIFIED or deciding_gate(rollout, rules):
         return ()
-    return weighted_terms(rules)
+    met = {When.any, When.wrong if verdict is Verdict.WRONG else When.correct}
+    return tuple(name for name in weighted_terms(rules) if rules.terms[name].when in met)
 
 
-def compose(
-    format_ok: bool,
-    verdict: Verdict,
-    terms: Mapping[str, float],
-    missing: Mapping[str, str],
-    rules: RewardConfig,
-) -> Reward:
-    """The reward of one of the generator's completions; its gates in the order of the method.
+# Terms that a service computes.
 
-    `terms` are the unweighted terms that were computed, in [0, 1]; `missing` maps what could not be computed
-    (a term or `VERDICT`) to its cause.
 
-    gated (default): malformed -> `rules.malformed`; correct -> `rules.correct`; unverified -> masked; a
-    needed term missing -> masked; wrong -> w_wrong + sum of w_i * term_i. additive (`gated: false`, the
-    ablation): without the gate on correct, w_wrong * [wrong] + sum of w_i * term_i, so that a correct
-    completion earns the terms as well.
+@dataclass(frozen=True)
+class Question:
+    """What a service may be asked of: a completion, and how its problem was put to the policy, in token ids
+    and as a conversation."""
 
-    Raises ValueError for a term outside its range (or NaN), or given and also reported missing.
+    prompt_ids: tuple[int, ...]
+    messages: Sequence[dict[str, str]]
+    problem: Problem
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of term meets its service: `item(term, question)` is what it is asked, `raw(value)` what is
+    kept of the answer, in JSON's values, and `value(term, raw)` the number in it."""
+
+    item: Callable[[RewardTerm, Question], Any]
+    raw: Callable[[Any], Any]
+    value: Callable[[RewardTerm, Any], float]
+
+
+def reads_tokens(term: RewardTerm) -> bool:
+    """Whether a reward model reads the policy's token ids; else it reads the chat, by its own tokenizer."""
+    own_model = not term.model
+    return term.input is RewardInput.tokens or (term.input is RewardInput.auto and own_model)
+
+
+def _reward_model_item(term: RewardTerm, question: Question) -> Any:
+    if reads_tokens(term):
+        return (*question.prompt_ids, *question.completion.token_ids)
+    answer = {"role": "assistant", "content": question.completion.text}
+    return (*question.messages, answer)
+
+
+def _judge_value(term: RewardTerm, judgement: Mapping[str, Any]) -> float:
+    if term.grading is Grading.expected:
+        return expected_score(judgement["probabilities"])
+    relevance, coherence, completeness, clarity = judgement["scores"]
+    return rubric_score((relevance, coherence, completeness, clarity))
+
+
+KINDS: dict[TermKind, Kind] = {
+    TermKind.reward_model: Kind(item=_reward_model_item, raw=float, value=lambda term, raw: raw),
+    TermKind.judge: Kind(
+        item=lambda term, question: (question.problem.prompt, question.completion.text),
+        raw=to_json,
+        value=_judge_value,
+    ),
+}
+
+
+# Terms that are rules on the completions themselves.
+
+
+def _verdicts(term: RewardTerm, rollouts: Sequence[Rollout]) -> list[float]:
+    """The inverted accuracy: 1 for a wrong answer, 0 for a right one."""
+    return [float(rollout.reward.verdict is Verdict.WRONG) for rollout in rollouts]
+
+
+def _length_scores(term: RewardTerm, rollouts: Sequence[Rollout]) -> list[float]:
+    """1 from `shortest` to `longest` tokens; below tokens / shortest, above longest / tokens."""
+    scores = []
+    for rollout in rollouts:
+        num_tokens = len(rollout.completion.token_ids)
+        too_short = num_tokens / term.shortest if term.shortest else 1.0
+        too_long = term.longest / num_tokens if term.longest and num_tokens else 1.0
+        scores.append(min(1.0, too_short, too_long))
+    return scores
+
+
+def _diversities(term: RewardTerm, rollouts: Sequence[Rollout]) -> list[float]:
+    """Of a wrong completion the share of the other wrong ones whose error is another; 0 of a right one."""
+    kinds = [error_kind(rollout) if _is_wrong(rollout) else None for rollout in rollouts]
+    counts = Counter(kind for kind in kinds if kind is not None)
+    num_others = counts.total() - 1
+    return [0.0 if k is None else 1 - (counts[k] - 1) / max(num_others, 1) for k in kinds]
+
+
+RULES: dict[TermKind, Callable[[RewardTerm, Sequence[Rollout]], list[float]]] = {
+    TermKind.verdict: _verdicts,
+    TermKind.length: _length_scores,
+    TermKind.diversity: _diversities,
+}
+
+
+# From values to rewards.
+
+
+def rewarded(rollouts: Sequence[Rollout], group_size: int, rules: RewardConfig | None) -> list[Rollout]:
+    """The completions of a step, `group_size` of each problem one after the other, with their rewards, from
+    what has been measured of them (`format_ok`, `verdict`, `raw`, `missing`); None: the ordinary reward."""
+    if rules is None:
+        return [replace(rollout, reward=correctness(rollout.reward)) for rollout in rollouts]
+    names = [needed(rollout, rules) for rollout in rollouts]
+    scores: list[dict[str, float]] = [{} for _ in rollouts]
+    for name in weighted_terms(rules):
+        rows = [row for row, own in enumerate(names) if name in own and _is_known(rollouts[row], name, rules)]
+        values = _values(rules.terms[name], name, [rollouts[row] for row in rows])
+        groups = [row // group_size for row in rows]
+        for row, score in zip(rows, _normalised(rules.terms[name], values, groups), strict=True):
+            scores[row][name] = score
+    return [
+        replace(rollout, reward=compose(rollout, own, rules))
+        for rollout, own in zip(rollouts, scores, strict=True)
+    ]
+
+
+def _is_known(rollout: Rollout, name: str, rules: RewardConfig) -> bool:
+    return rules.terms[name].kind in RULES or name in rollout.reward.raw
+
+
+def _values(term: RewardTerm, name: str, rollouts: Sequence[Rollout]) -> list[float]:
+    if term.kind in RULES:
+        return RULES[term.kind](term, rollouts)
+    value = KINDS[term.kind].value
+    return [value(term, rollout.reward.raw[name]) for rollout in rollouts]
+
+
+def _normalised(term: RewardTerm, values: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """Scores of values, each of which belongs to a group. z_score: over those of its group, 0 where they are
+    fewer than two or do not differ."""
+    normalise = term.normalise
+    if normalise is Normalisation.auto:
+        unbounded = term.kind is TermKind.reward_model
+        normalise = Normalisation.sigmoid if unbounded else Normalisation.none
+    if normalise is Normalisation.sigmoid:
+        return [sigmoid(value) for value in values]
+    if normalise is Normalisation.none:
+        return list(values)
+    members: dict[int, list[float]] = {}
+    for group, value in zip(groups, values, strict=True):
+        members.setdefault(group, []).append(value)
+    means = {group: float(np.mean(own)) for group, own in members.items()}
+    spreads = {group: float(np.std(own)) for group, own in members.items()}
+    return [
+        (value - means[group]) / spreads[group] if spreads[group] > _MIN_SPREAD else 0.0
+        for group, value in zip(groups, values, strict=True)
+    ]
+
+
+def compose(rollout: Rollout, scores: Mapping[str, float], rules: RewardConfig) -> Reward:
+    """The reward of one completion from the `scores` of its terms; the gates in the order of the method.
+
+    malformed -> `gates.malformed`; correct -> `gates.correct`; unverified -> masked; a needed term missing ->
+    masked; else the sum of weight * score. Without the gate on correct ones (`gates.correct=null`, the
+    additive form of the ablation) those earn their terms as well.
+
+    Raises ValueError for a score that is not finite, or that is given and also reported missing.
     """
-    for name, term in terms.items():
-        if not 0.0 <= term <= 1.0:
-            raise ValueError(f"{name} {term} is outside [0, 1]")
-        if name in missing:
-            raise ValueError(f"{name} is {term} and also reported missing: {missing[name]}")
+    measured = rollout.reward
+    if ROLLOUT in measured.missing:  # there is no completion to be rewarded
+        return measured
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"{name} {score} is not finite")
+        if name in measured.missing:
+            raise ValueError(f"{name} is {score} and also reported missing: {measured.missing[name]}")
     causes: dict[str, str] = {}
     value: float | None = None  # masked
-    names = needed(format_ok, verdict, rules)
-    if not format_ok:
-        value = rules.malformed
-    elif verdict is Verdict.CORRECT and rules.gated:
-        value = rules.correct
-    elif verdict is Verdict.UNVERIFIED:  # neither correct nor wrong: no number stands for it
-        causes = {VERDICT: missing.get(VERDICT, "unverified")}
+    gate = deciding_gate(rollout, rules)
+    if gate:
+        value = rules.gates[gate]
+    elif measured.verdict is Verdict.UNVERIFIED:  # neither correct nor wrong: no number stands for it
+        causes = {VERDICT: "unverified"} | measured.missing
     else:
-        causes = {name: missing.get(name, "not computed") for name in names if name not in terms}
+        names = needed(rollout, rules)
+        causes = {name: measured.missing.get(name, "not computed") for name in names if name not in scores}
         if not causes:
-            # Added one by one: `sum` compensates rounding, and would give other last digits.
-            value = rules.wrong * float(verdict is Verdict.WRONG)
-            for name in names:
-                value += rules.terms[name].weight * terms[name]
-    return Reward(value, format_ok, verdict, dict(terms), causes)
+            value = 0.0
+            for name in names:  # one by one: `sum` compensates rounding, and would give other last digits
+                value += rules.terms[name].weight * scores[name]
+    return replace(measured, value=value, terms=dict(scores), missing=causes)
 
 
-def correctness(format_ok: bool, verdict: Verdict, missing: Mapping[str, str] | None = None) -> Reward:
+def correctness(measured: Reward) -> Reward:
     """The reward of ordinary RL (and of evaluation): 1 for a well-formed correct completion, 0 for a wrong or
     malformed one; a well-formed one that could not be verified is masked."""
-    if format_ok and verdict is Verdict.UNVERIFIED:
-        cause = (missing or {}).get(VERDICT, "unverified")
-        return Reward(None, format_ok, verdict, missing={VERDICT: cause})
-    return Reward(float(format_ok and verdict is Verdict.CORRECT), format_ok, verdict)
-
-
-def mask_report(rewards: Sequence[Reward]) -> dict[str, dict[str, int]]:
-    """How many masked completions each term's failure caused: {term: {cause: count}}, most frequent cause
-    first. A completion that lacks two terms counts under both."""
-    counts: dict[str, Counter[str]] = {}
-    for reward in rewards:
-        if reward.masked:
-            for term, cause in reward.missing.items():
-                counts.setdefault(term, Counter())[cause] += 1
-    return {term: dict(counts[term].most_common()) for term in sorted(counts)}
-
-
-def check_failures(rewards: Sequence[Reward], max_fraction: float, where: str) -> None:
-    """Raise TooManyMaskedError if a term, the verifier or the rollout engine failed for more than
-    `max_fraction` of the completions of `rewards` that it was asked for; `where` names stage and step.
-
-    The share is of what was asked, not of all: a judge that always fails would else go unnoticed in a step
-    whose completions are mostly right. A single failure stops nothing, however few were asked.
-    """
-    asked: Counter[str] = Counter()
-    causes: dict[str, Counter[str]] = {}
-    for reward in rewards:
-        asked[ROLLOUT] += 1
-        asked[VERDICT] += reward.format_ok
-        asked.update({*reward.terms, *reward.missing} - {ROLLOUT, VERDICT})
-        for name, cause in reward.missing.items():
-            causes.setdefault(name, Counter())[cause] += 1
-    for name, counts in causes.items():
-        num_failed = counts.total()
-        if num_failed > 1 and num_failed > max_fraction * asked[name]:
-            listed = ", ".join(f"{count} x {cause}" for cause, count in counts.most_common())
-            raise TooManyMaskedError(
-                f"{where}: {name} failed for {num_failed} of the {asked[name]} completions that it was asked "
-                f"for ({num_failed / asked[name]:.0%}; reward.max_masked_fraction allows "
-                f"{max_fraction:.0%}): {listed}"
-            )
+    if ROLLOUT in measured.missing:
+        return measured
+    if measured.format_ok and measured.verdict is Verdict.UNVERIFIED:
+        return replace(measured, value=None, missing={VERDICT: "unverified"} | measured.missing)
+    right = measured.format_ok and measured.verdict is Verdict.CORRECT
+    return replace(measured, value=float(right), missing={})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pns.algo.advantages import group_advantages, overlong_penalties
-from pns.algo.reward import mask_report
+from pns.algo.masks import mask_report
 from pns.config import GrpoConfig, RatioLevel, RewardConfig
 from pns.errors import UserError
 from pns.files import append_jsonl, cut_rows, read_jsonl
@@ -101,7 +101,7 @@ def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step
     cut_rows(trained.rollouts_file)  # first the line that a crash cut, which cannot be read
     rows = read_jsonl(trained.rollouts_file)
     later = [from_json(Rollout, row) for row in rows if row["step"] >= first_step]
-    unfinished.add(rollout for rollout in later if not rollout.reward.masked)
+    unfinished.add(rollout for rollout in later if not rollout.reward.missing)
     cut_rows(trained.rollouts_file, first_step)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pns.algo.judging import rubric_score
 from pns.algo.negatives import degeneration
-from pns.algo.reward import weighted_terms
+from pns.algo.reward import service_terms
 from pns.config import Config, ReverseRl, RewardConfig
 from pns.data.checker import Checker
 from pns.files import read_json, write_json
@@ -37,7 +37,7 @@ def reverse_rl_settings(config: Config) -> ReverseRlSettings:
     )
 
 
-@stage(Generator, reverse_rl_settings, lambda s: ("rollout", "verifier", "policy", *weighted_terms(s.rules)))
+@stage(Generator, reverse_rl_settings, lambda s: ("rollout", "verifier", "policy", *service_terms(s.rules)))
 def reverse_rl(
     ctx: Context,
     settings: ReverseRlSettings,

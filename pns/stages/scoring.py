@@ -1,4 +1,4 @@
-"""Rewards while others still decode: format, verdict, then the terms that the verdict asks for."""
+"""Completions are measured while others still decode: format, verdict, then the terms that it asks for."""
 
 import functools
 import math
@@ -10,17 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pns.algo.formatting import check_format
-from pns.algo.reward import (
-    KINDS,
-    ROLLOUT,
-    VERDICT,
-    check_failures,
-    compose,
-    correctness,
-    needed,
-    weighted_terms,
-)
-from pns.config import Config, Pool, RewardConfig, TermKind
+from pns.algo.masks import ROLLOUT, VERDICT, check_failures
+from pns.algo.reward import KINDS, Question, needed, rewarded, service_terms
+from pns.config import Config, Endpoint, RewardConfig, RewardTerm, ServicePool, TermKind
 from pns.records import Completion, Problem, Reward, Rollout, Verdict
 from pns.run.place import UNFINISHED
 from pns.stages.context import Context
@@ -33,27 +25,29 @@ _SAY_SECONDS = 30.0  # of waiting for a reward, before it is said what for
 def reward_rules(config: Config) -> RewardConfig:
     """The reward as stages depend on it: without terms of weight 0, and without where terms are computed."""
     weighted = {name: term for name, term in config.reward.terms.items() if term.weight > 0}
-    # Every pool the default one: a stage counts as another only where its rewards would be.
-    terms = {name: replace(term, pool=Pool()) for name, term in weighted.items()}
-    return replace(config.reward, terms=terms)
+    return replace(config.reward, terms={name: _placeless(term) for name, term in weighted.items()})
+
+
+def _placeless(term: RewardTerm) -> RewardTerm:
+    """`term` with the default pool: a stage counts as another one only where its rewards would be."""
+    endpoint = Endpoint(url=term.endpoint.url, max_tokens=term.endpoint.max_tokens)
+    return replace(term, pool=ServicePool(), endpoint=endpoint)
 
 
 @dataclass
 class _UnderWay:
-    """A completion on its way through the gates, and what each term is asked of it."""
+    """A completion on its way: its rollout as far as it is measured, and what each service is asked of it."""
 
-    ask: Ask
-    completion: Completion
-    format_ok: bool
+    rollout: Rollout
     questions: dict[str, Any] = field(default_factory=dict)
-    verdict: Verdict = Verdict.UNVERIFIED
-    terms: dict[str, float] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)  # term -> what its service gave
     missing: dict[str, str] = field(default_factory=dict)  # verdict or term -> cause
     num_open_terms: int = 0
 
 
 class RewardScorer:
-    """Gives every completion its reward: the composite one of `rules`, or (None) that of ordinary RL.
+    """Measures every completion: format, verdict, and what the services of `rules` that it needs say of it
+    (None: the ordinary reward, which asks none). `pns.algo.reward.rewarded` makes the rewards of it.
 
     Each goes on by itself: a verdict asks the services at once, whatever the other completions wait for. The
     verdicts and scores arrive in threads of the verifier and the pools.
@@ -76,14 +70,16 @@ class RewardScorer:
             drawn = sample.token_ids, log_probs, sample.finish_reason, sample.weights_version
             completion = Completion(own_id, problem_id, text, *drawn)
             if failure:
-                reward = Reward(None, False, Verdict.UNVERIFIED, missing={ROLLOUT: failure})
+                measured = Reward(None, False, Verdict.UNVERIFIED, missing={ROLLOUT: failure})
                 with self._changed:
-                    self._whole.append((ask.key, Rollout(self._step, ask.problem, completion, reward)))
+                    self._whole.append((ask.key, Rollout(self._step, ask.problem, completion, measured)))
                 continue
             format_ok = check_format(text, sample.finish_reason, self._prompts.reasoning_block).ok
-            scored = _UnderWay(ask, completion, format_ok, self._questions(ask.problem, completion))
+            rollout = Rollout(
+                self._step, ask.problem, completion, Reward(None, format_ok, Verdict.UNVERIFIED)
+            )
             with self._changed:
-                self._under_way[ask.key] = scored
+                self._under_way[ask.key] = _UnderWay(rollout, self._questions(ask.problem, completion))
             if format_ok:
                 [verdict] = self._fleet.verifier.submit([(ask.problem.answer, text, ask.problem.rule)])
                 verdict.add_done_callback(functools.partial(self._arrived, self._take_verdict, ask.key))
@@ -106,9 +102,10 @@ class RewardScorer:
             return {}
         if problem.id not in self._prompt_ids:
             self._prompt_ids[problem.id] = self._prompts.encode(problem)
-        prompt_ids = self._prompt_ids[problem.id]
-        kinds = {name: KINDS[self._rules.terms[name].kind] for name in weighted_terms(self._rules)}
-        return {name: kind.item(prompt_ids, problem, completion) for name, kind in kinds.items()}
+        messages = self._prompts.messages(problem)
+        question = Question(self._prompt_ids[problem.id], messages, problem, completion)
+        terms = {name: self._rules.terms[name] for name in service_terms(self._rules)}
+        return {name: KINDS[term.kind].item(term, question) for name, term in terms.items()}
 
     def _arrived(self, take: Callable[..., None], key: str, *arguments: Any) -> None:
         """Take in what a future gives, the last of `arguments`; a failure is raised by `finished`."""
@@ -122,10 +119,11 @@ class RewardScorer:
 
     def _take_verdict(self, key: str, result: Any) -> None:
         scored = self._under_way[key]
-        scored.verdict = result.verdict
+        reward = replace(scored.rollout.reward, verdict=result.verdict)
+        scored.rollout = replace(scored.rollout, reward=reward)
         if result.verdict is Verdict.UNVERIFIED:
             scored.missing[VERDICT] = result.cause or "unknown"
-        names = needed(True, result.verdict, self._rules) if self._rules else ()
+        names = [name for name in self._needed(scored.rollout) if name in scored.questions]
         scored.num_open_terms = len(names)
         for name in names:
             [score] = self._fleet.scorer(name).submit([scored.questions[name]])
@@ -133,13 +131,16 @@ class RewardScorer:
         if not names:
             self._settle(key)
 
+    def _needed(self, rollout: Rollout) -> tuple[str, ...]:
+        return needed(rollout, self._rules) if self._rules else ()
+
     def _take_term(self, key: str, name: str, outcome: Any) -> None:
         assert self._rules is not None
         scored = self._under_way[key]
         if outcome.value is None:
             scored.missing[name] = outcome.cause or "unknown"
         else:
-            scored.terms[name] = KINDS[self._rules.terms[name].kind].score(outcome.value)
+            scored.raw[name] = KINDS[self._rules.terms[name].kind].raw(outcome.value)
         scored.num_open_terms -= 1
         if not scored.num_open_terms:
             self._settle(key)
@@ -147,18 +148,15 @@ class RewardScorer:
     def _settle(self, key: str) -> None:
         with self._changed:
             scored = self._under_way.pop(key)
-            if self._rules is None:
-                reward = correctness(scored.format_ok, scored.verdict, scored.missing)
-            else:
-                # In the order of the configuration, not of arrival: the kept rows are the same to the byte.
-                terms = {name: scored.terms[name] for name in self._rules.terms if name in scored.terms}
-                reward = compose(scored.format_ok, scored.verdict, terms, scored.missing, self._rules)
-            self._whole.append((key, Rollout(self._step, scored.ask.problem, scored.completion, reward)))
+            # In the order of the configuration, not of arrival: the kept rows are the same to the byte.
+            raw = {name: scored.raw[name] for name in scored.questions if name in scored.raw}
+            measured = replace(scored.rollout.reward, missing=scored.missing, raw=raw)
+            self._whole.append((key, replace(scored.rollout, reward=measured)))
 
     def _awaited(self) -> str:
         open_terms: Counter[str] = Counter()
         for scored in self._under_way.values():
-            still_open = set(scored.questions) - set(scored.terms) - set(scored.missing)
+            still_open = set(scored.questions) - set(scored.raw) - set(scored.missing)
             open_terms.update(still_open if scored.num_open_terms else [VERDICT])
         counts = ", ".join(f"{count} of {name}" for name, count in open_terms.most_common())
         return f"waiting for rewards of {len(self._under_way)} completions: {counts}"
@@ -201,9 +199,10 @@ def roll_out(
     step: int = 0,
     model: str | None = None,
 ) -> list[Rollout]:
-    """Sample and score; rows in order, problem by problem. A completion that lacks a term it needs is masked
-    (`reward.value` None) with the cause. `unfinished` (None: the stage's own), `model`: see `stream`. Raises
-    TooManyMaskedError where a term failed for too many; the others are kept."""
+    """Sample and reward; rows in order, problem by problem. A completion that lacks a term it needs is masked
+    (`reward.value` None) with the cause. `unfinished` (None: the stage's own; its rows are measured, not yet
+    rewarded), `model`: see `stream`. Raises TooManyMaskedError where a term failed for too many; the others
+    are kept."""
     asks = []
     for p, problem in enumerate(problems_P):
         for g in range(draws.num_completions):
@@ -212,7 +211,8 @@ def roll_out(
             seed = stable_seed(ctx.seed, draws.name, step, problem.id, p, g)
             asks.append(Ask(f"{step}/{problem.id}#{row}", problem, row, seed, draws.sampling))
     scorer, rows = RewardScorer(ctx, draws.rules, step), unfinished or unfinished_rollouts(ctx)
-    rollouts = stream(ctx, asks, scorer, rows, lambda rollout: not rollout.reward.masked, model)
+    measured = stream(ctx, asks, scorer, rows, lambda rollout: not rollout.reward.missing, model)
+    rollouts = rewarded(measured, draws.num_completions, draws.rules)
     rewards = [rollout.reward for rollout in rollouts]
     check_failures(rewards, draws.max_masked_fraction, f"{draws.name}, step {step}")
     return rollouts

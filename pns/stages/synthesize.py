@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pns.algo.negatives import filter_negatives
-from pns.algo.reward import weighted_terms
+from pns.algo.reward import service_terms
 from pns.config import Config, RewardConfig, Synthesize
 from pns.errors import UserError
 from pns.files import write_json, write_jsonl
@@ -27,7 +27,7 @@ def synthesize_settings(config: Config) -> SynthesizeSettings:
     return SynthesizeSettings(config.synthesize, reward_rules(config), config.rollout.max_new_tokens)
 
 
-@stage(Negatives, synthesize_settings, lambda s: ("rollout", "verifier", *weighted_terms(s.rules)))
+@stage(Negatives, synthesize_settings, lambda s: ("rollout", "verifier", *service_terms(s.rules)))
 def synthesize(
     ctx: Context,
     settings: SynthesizeSettings,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pns.algo.reward import TooManyMaskedError
+from pns.algo.masks import TooManyMaskedError
 from pns.config import Advantage, GrpoConfig, RatioLevel
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl

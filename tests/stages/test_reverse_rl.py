@@ -74,10 +74,11 @@ class FakeChecker:
 def config_of(**reverse: Any) -> Config:
     small = {"steps": 4, "problems_per_step": 2, "completions_per_problem": 2, "kl_coefficient": 0.0}
     terms = {
+        "wrong": RewardTerm(TermKind.verdict, 0.5),
         "plausibility": RewardTerm(TermKind.reward_model, 0.5),
         "coherence": RewardTerm(TermKind.judge, 0.0),
     }
-    config = Config(reverse_rl=ReverseRl(**small | reverse), reward=RewardConfig(wrong=0.5, terms=terms))
+    config = Config(reverse_rl=ReverseRl(**small | reverse), reward=RewardConfig(terms=terms))
     config.evaluate.generator_samples, config.evaluate.generator_temperature = 5, 0.7
     return config
 

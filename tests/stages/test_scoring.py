@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pns.algo.reward import TooManyMaskedError
-from pns.config import Config, Pool, RewardConfig, RewardTerm, TermKind
+from pns.algo.judging import Judgement
+from pns.algo.masks import TooManyMaskedError
+from pns.config import Config, Endpoint, RewardConfig, RewardTerm, ServicePool, TermKind
 from pns.errors import UserError
 from pns.records import Rollout, Verdict
 from pns.stages.context import Context
@@ -23,13 +24,14 @@ GATES = ["malformed", "correct", "unverified", "wrong"]
 
 def rules_of(terms: dict[str, RewardTerm], **numbers: Any) -> RewardConfig:
     """As stages get them: through `reward_rules`."""
-    return reward_rules(Config(reward=RewardConfig(wrong=0.5, terms=terms, **numbers)))
+    terms = {"wrong": RewardTerm(TermKind.verdict, 0.5), **terms}
+    return reward_rules(Config(reward=RewardConfig(terms=terms, **numbers)))
 
 
 def two_terms(plausibility: float = 0.25, coherence: float = 0.25) -> dict[str, RewardTerm]:
     return {
         "plausibility": RewardTerm(TermKind.reward_model, plausibility),
-        "coherence": RewardTerm(TermKind.judge, coherence, "judge"),
+        "coherence": RewardTerm(TermKind.judge, coherence, model="judge"),
     }
 
 
@@ -65,14 +67,17 @@ def test_the_ordinary_reward_asks_no_term(bench: Any, late: bool) -> None:
 def test_each_gate_of_the_composite_reward(bench: Any, late: bool) -> None:
     bench.fleet.verifier.late = late
     bench.fleet.scorer("plausibility").value = lambda item: math.log(3)
-    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 0, 0)
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((3, 3, 0, 0))
     rollouts = scored(bench, every_gate(bench), rules_of(two_terms()))
     rewards = dict(zip(GATES, (rollout.reward for rollout in rollouts), strict=True))
     assert rewards["malformed"].value == -1.0
     assert rewards["correct"].value == 0.0
     assert (rewards["unverified"].value, rewards["unverified"].missing) == (None, {"verdict": "timeout"})
     assert rewards["wrong"].value == pytest.approx(0.5 + 0.25 * 0.75 + 0.25 * 0.5)
-    assert rewards["wrong"].terms == {"plausibility": pytest.approx(0.75), "coherence": 0.5}
+    assert rewards["wrong"].terms == {"wrong": 1.0, "plausibility": pytest.approx(0.75), "coherence": 0.5}
+    # What services gave is kept as it was.
+    judgement = {"scores": [3, 3, 0, 0], "probabilities": []}
+    assert rewards["wrong"].raw == {"plausibility": math.log(3), "coherence": judgement}
     assert not any(rewards[gate].terms for gate in ("malformed", "correct", "unverified"))
     # Only the wrong one is asked about, with what each kind of service reads.
     wrong = rollouts[3]
@@ -82,8 +87,10 @@ def test_each_gate_of_the_composite_reward(bench: Any, late: bool) -> None:
 
 
 def test_without_the_gate_a_right_completion_earns_the_terms(bench: Any) -> None:
-    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 3, 3)
-    rollouts = scored(bench, every_gate(bench), rules_of(two_terms(), gated=False))
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((3, 3, 3, 3))
+    rollouts = scored(
+        bench, every_gate(bench), rules_of(two_terms(), gates={"malformed": -1.0, "correct": None})
+    )
     values = [rollout.reward.value for rollout in rollouts]
     assert values == [-1.0, pytest.approx(0.375), None, pytest.approx(0.875)]
     assert len(bench.fleet.scorer("coherence").asked) == 2
@@ -100,25 +107,28 @@ def test_a_term_of_weight_0_is_not_asked(bench: Any) -> None:
     rollouts = scored(bench, [bench.solution(11)] * 20, rules_of(two_terms(coherence=0.0)))
     assert len(bench.fleet.scorer("plausibility").asked) == 20
     assert "coherence" not in bench.fleet.scorers
-    assert all(rollout.reward.terms.keys() == {"plausibility"} for rollout in rollouts)
+    assert all(rollout.reward.terms.keys() == {"wrong", "plausibility"} for rollout in rollouts)
     assert [rollout.reward.value for rollout in rollouts] == [pytest.approx(0.5 + 0.25 * 0.5)] * 20
 
 
 def test_rules_are_without_what_does_not_bear_on_the_reward() -> None:
     terms = two_terms(coherence=0.0)
-    terms["plausibility"].pool = Pool(replicas=7)
+    terms["plausibility"].pool = ServicePool(replicas=7)
+    terms["far"] = RewardTerm(TermKind.judge, 0.1, model="name", endpoint=Endpoint("http://a/v1", retries=9))
     rules = rules_of(terms)
-    assert rules.terms == {"plausibility": RewardTerm(TermKind.reward_model, 0.25)}
+    far = RewardTerm(TermKind.judge, 0.1, model="name", endpoint=Endpoint("http://a/v1"))
+    own = {"plausibility": RewardTerm(TermKind.reward_model, 0.25), "far": far}
+    assert rules.terms == {"wrong": RewardTerm(TermKind.verdict, 0.5), **own}
     assert terms["plausibility"].pool.replicas == 7
 
 
 def test_two_reward_models_and_a_judge(bench: Any) -> None:
     """Another term is data: each is asked in its own service, loaded with its own model."""
-    terms = two_terms() | {"style": RewardTerm(TermKind.reward_model, 0.125, "other/model")}
+    terms = two_terms() | {"style": RewardTerm(TermKind.reward_model, 0.125, model="other/model")}
     rules = rules_of(terms)
     bench.fleet.scorer("plausibility").value = lambda item: math.log(3)
     bench.fleet.scorer("style").value = lambda item: -math.log(3)
-    bench.fleet.scorer("coherence").value = lambda item: (1, 1, 1, 0)
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((1, 1, 1, 0))
     with bench.making("loading") as ctx:
         load_terms(ctx, rules, "own/main")
     assert bench.fleet.scorer("plausibility").loaded == ["own/main"]
@@ -126,19 +136,24 @@ def test_two_reward_models_and_a_judge(bench: Any) -> None:
     assert not bench.fleet.scorer("style").loaded
     assert not bench.fleet.scorer("coherence").loaded
     [rollout] = scored(bench, [bench.solution(11)], rules)
-    expected = {"plausibility": 0.75, "coherence": 0.25, "style": 0.25}
+    expected = {"wrong": 1.0, "plausibility": 0.75, "coherence": 0.25, "style": 0.25}
     assert rollout.reward.terms == pytest.approx(expected)
     assert rollout.reward.value == pytest.approx(0.5 + 0.25 * 0.75 + 0.25 * 0.25 + 0.125 * 0.25)
-    assert bench.fleet.scorer("style").asked == bench.fleet.scorer("plausibility").asked
+    # A named model reads the chat, which is for its own tokenizer, and the run's own the policy's tokens.
+    messages = bench.prompts.messages(rollout.problem)
+    answer = {"role": "assistant", "content": rollout.completion.text}
+    assert bench.fleet.scorer("style").asked == [(*messages, answer)]
+    prompt_ids = bench.prompts.encode(rollout.problem)
+    assert bench.fleet.scorer("plausibility").asked == [(*prompt_ids, *rollout.completion.token_ids)]
 
 
 def test_a_missing_term_masks_with_its_cause(bench: Any) -> None:
     """The other term is kept, and a completion that has both is not touched."""
     long = bench.solution(11, "So Ann=3. So Ann=3. ")
-    bench.fleet.scorer("coherence").value = lambda item: None if item[1] == long else (3, 3, 3, 3)
+    bench.fleet.scorer("coherence").value = lambda item: None if item[1] == long else Judgement((3, 3, 3, 3))
     masked, whole = scored(bench, [long, bench.solution(12)], rules_of(two_terms()))
     assert (masked.reward.value, masked.reward.missing) == (None, {"coherence": "too_long"})
-    assert masked.reward.terms == {"plausibility": 0.5}
+    assert masked.reward.terms == {"wrong": 1.0, "plausibility": 0.5}
     assert (whole.reward.value, whole.reward.missing) == (pytest.approx(0.875), {})
 
 
@@ -172,7 +187,7 @@ def test_a_pool_that_fails_ends_the_stage(bench: Any) -> None:
 def test_a_verdict_asks_the_services_at_once(bench: Any) -> None:
     """Not when the next completion comes: the second one does not come before the first has been asked."""
     scorer = bench.fleet.scorer("plausibility")
-    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 3, 3)
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((3, 3, 3, 3))
     bench.fleet.verifier.late = True
     stream = bench.fleet.rollout.stream
 
