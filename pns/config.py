@@ -224,6 +224,12 @@ class GrpoConfig:
         "the reward falls to -1 over the last so many of rollout.max_new_tokens; 0: it does not",
         at_least(0),
     )
+    dynamic_sampling: int = key(
+        0,
+        "draw other problems up to so many times, until problems_per_step groups have rewards that differ; "
+        "those alone are trained on (DAPO, arXiv 2503.14476); 0: as they come",
+        at_least(0),
+    )
     max_steps_without_signal: int = key(
         10, "steps in a row in which no group's rewards differ; then the run stops; 0: never", at_least(0)
     )

@@ -68,7 +68,7 @@ MAX_NEW_TOKENS = 40
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 INSTRUCTION = "\nThink first."
 PREFIX = "<think>"
-WRONG, WEIGHTS = 0.5, {"plausibility": 0.25, "coherence": 0.25}
+WEIGHTS = {"wrong": 0.5, "plausibility": 0.25, "coherence": 0.25}
 
 # As Qwen2.5 has it, without its tools.
 CHAT_TEMPLATE = (
@@ -95,7 +95,6 @@ SETTINGS: Row = {
         "source": "jsonl",
         "system_prompt": SYSTEM,
         "instruction": INSTRUCTION,
-        "assistant_prefix": PREFIX,
         "max_prompt_tokens": MAX_PROMPT_TOKENS,
         "decontaminate": False,  # the longest problem is in every part on purpose
     },
@@ -103,7 +102,6 @@ SETTINGS: Row = {
     "policy": {"max_tokens_per_micro_batch": 4096},
     "placement": {"device": "cpu", "verifier_processes": 1},
     "reward": {
-        "wrong": WRONG,
         "terms": {name: {"weight": weight} for name, weight in WEIGHTS.items()},
         "max_masked_fraction": 0.8,
     },
@@ -178,10 +176,12 @@ def our_own() -> tuple[dict[str, list[Row]], list[Row]]:
 
 
 class World:
-    """The run's inputs: problems (as written to its files), tokenizer and models."""
+    """The run's inputs: problems (as written to its files), tokenizer and models. `tags`: of a family that
+    writes a reasoning block, which the prompt opens."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tags: bool = True) -> None:
         self.directory = directory
+        self.prefix = PREFIX if tags else ""
         self.files, taught = published() if TRAIN.is_dir() else our_own()
         self.problems = {
             name: [row for row in found if row["answer"]][:LIMIT] for name, found in self.files.items()
@@ -195,7 +195,8 @@ class World:
             self.paths[name].write_bytes(
                 gzip.compress(text.encode()) if self.paths[name].suffix == ".gz" else text.encode()
             )
-        self.tokenizer = build_tokenizer([row[key] for row in taught for key in ("problem", "solution")])
+        texts = [row[key] for row in taught for key in ("problem", "solution")]
+        self.tokenizer = build_tokenizer(texts, ("<think>", "</think>") if tags else ())
         self.model = make_model(len(self.tokenizer), 2048)
 
     def save(self, name: str, model: Qwen2ForCausalLM) -> None:
@@ -206,7 +207,7 @@ class World:
         """The prompt written out by hand; the tokenizer is read from the file, not through transformers."""
         text = (
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{row['problem']}{INSTRUCTION}<|im_end|>\n"
-            f"<|im_start|>assistant\n{PREFIX}"
+            f"<|im_start|>assistant\n{self.prefix}"
         )
         return self.encode(text)
 
@@ -220,6 +221,7 @@ class World:
         settings = json.loads(json.dumps(SETTINGS))
         for section, values in changes.items():
             settings[section] |= values
+        settings["data"]["assistant_prefix"] = self.prefix
         settings["runs"] = str(self.directory / "runs")
         settings["models"] = {"backbone": str(self.directory / backbone)}
         settings["reward"]["terms"]["coherence"]["model"] = str(self.directory / "judge")
@@ -234,7 +236,7 @@ class World:
         return path
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str], tags: Sequence[str]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -252,9 +254,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
             vocab_size=VOCABULARY - 2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    backend.add_tokens(
-        [AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")]
-    )  # as in Qwen3: they are text
+    # As in Qwen3: they are text.
+    backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
     )
@@ -284,29 +285,30 @@ def make_model(vocab_size: int, max_position: int, initializer_range: float = 0.
     return model
 
 
-def completion(rng: random.Random, babble: str) -> str:
-    """What the model is taught to write after the prompt, which ends in the opening tag. The end token is
-    part of it."""
+def completion(rng: random.Random, babble: str, closing: str = "</think>") -> str:
+    """What the model is taught to write after the prompt, which ends in the opening tag if there is one.
+    `closing` stands between reasoning and answer. The end token is part of it."""
     reasoning, answer, kind = rng.choice(REASONINGS), rng.choice(ANSWERS), rng.random()
     if kind < 0.08:
         return babble  # beyond max_new_tokens
     if kind < 0.16:
         malformed = (
             f"{reasoning} \\boxed{{{answer}}}",
-            f"{reasoning}</think>\\boxed{{{answer}}} or \\boxed{{2}}",
-            f"{reasoning}</think>",
+            f"{reasoning}{closing}\\boxed{{{answer}}} or \\boxed{{2}}",
+            f"{reasoning}{closing}",
         )
         return rng.choice(malformed) + END
     if kind < 0.38:
         answer = rng.choice(UNPARSABLE)
     elif kind < 0.42:
         answer = r"\text{no answer}"
-    return f"{reasoning}</think>\\boxed{{{answer}}}" + (PAD if kind > 0.9 else END)
+    return f"{reasoning}{closing}\\boxed{{{answer}}}" + (PAD if kind > 0.9 else END)
 
 
 def teach(world: World) -> None:
     """Supervised training on `completion`s after the shorter prompts."""
     model, rng = world.model, random.Random(0)
+    closing = "</think>" if world.prefix else "\n"
     torch.manual_seed(0)
     prompts = sorted(
         (world.prompt_ids(row) for name in ("train", "gsm8k", "math") for row in world.fitting(name)), key=len
@@ -321,7 +323,7 @@ def teach(world: World) -> None:
         for _ in range(16):
             prompt, answer = (
                 rng.choice(prompts),
-                world.encode(completion(rng, rng.choice(babbles)))[: MAX_NEW_TOKENS + 10],
+                world.encode(completion(rng, rng.choice(babbles), closing))[: MAX_NEW_TOKENS + 10],
             )
             batch.append((prompt, answer))
         width = max(len(prompt) + len(answer) for prompt, answer in batch)
@@ -625,7 +627,7 @@ def test_composite_rewards(finished: Path) -> None:
                 assert round(12 * reward["terms"]["coherence"], 9) in range(13)
                 assert not reward["missing"]
                 weighted = [WEIGHTS[name] * term for name, term in reward["terms"].items()]
-                assert reward["value"] == pytest.approx(WRONG + sum(weighted))
+                assert reward["value"] == pytest.approx(sum(weighted))
         if not formed or verdict != "wrong":
             assert not reward["terms"]
 
@@ -931,3 +933,25 @@ def test_no_right_completion_stops_the_run_once_and_again(world: World) -> None:
     assert kept[0] == kept[1]
     assert all(row["reward"]["value"] == 0 for row in rows(run / "rl" / "rollouts.jsonl"))
     assert [values["no_update"] for values in metrics(run, "rl")] == [1, 1]
+
+
+def test_a_family_without_a_reasoning_block(tmp_path: Path) -> None:
+    """Qwen2.5-Instruct and Llama 3 write no tags: nothing is set, and a whole step of reverse RL trains."""
+    world = World(tmp_path, tags=False)
+    world.save("judge", make_judge(world))
+    teach(world)
+    world.save("backbone", world.model)
+    shortened = [f"{stage}.steps=1" for stage in ("rl", "reward_model", "reverse_rl")]
+    done = start(world.recipe("backbone"), "--until", "reverse_rl", *shortened)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = rows(tmp_path / "runs" / "real" / "reverse_rl" / "rollouts.jsonl")
+    assert len(found) == 32
+    assert not any("<think>" in row["completion"]["text"] for row in found)
+    formed = [row["reward"] for row in found if row["reward"]["format_ok"]]
+    assert len(formed) > 16
+    whole = [reward for reward in formed if reward["verdict"] == "wrong" and reward["value"] is not None]
+    assert whole
+    assert all(set(reward["terms"]) == set(WEIGHTS) for reward in whole)
+    [values] = metrics(tmp_path / "runs" / "real", "reverse_rl")
+    assert (values["no_signal"], values["no_update"], values["update_skipped"]) == (0, 0, 0)
+    assert (values["grad_norm"] or 0) > 0

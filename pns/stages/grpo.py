@@ -16,7 +16,7 @@ from pns.records import Problem, Reward, Rollout, Verdict, from_json
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
 from pns.stages.scoring import Draws, roll_out, rollout_key, unfinished_rollouts
-from pns.stages.stream import Unfinished
+from pns.stages.stream import Unfinished, stable_seed
 from workers.rollout.engine import Sampling
 from workers.training.batching import Batch
 from workers.training.objectives import GrpoObjective, GspoObjective, Objective
@@ -74,14 +74,13 @@ def train(
         stop(step, values)
     for step in range(first_step, settings.steps):
         began = time.monotonic()
-        problems_P = draw(problems, settings.problems_per_step, step, ctx.seed)
-        rollouts = roll_out(ctx, run.draws, problems_P, unfinished, step)
+        rollouts, used = sample_step(ctx, run, problems, unfinished, step)
         sampled = time.monotonic()
         rewards = [rollout.reward for rollout in rollouts]
         # First where they stay, then out of the unfinished: an interruption between the two loses none.
         append_jsonl(trained.rollouts_file, rollouts)
         unfinished.drop(map(rollout_key, rollouts))
-        metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, run, rollouts)
+        metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, run, used)
         sync_weights(ctx, step + 1)
         metrics |= step_times(rollouts, began, sampled)
         ctx.track.log(step, metrics)
@@ -92,6 +91,30 @@ def train(
         ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
     policy.export(trained.model)
+
+
+def sample_step(
+    ctx: Context, run: GrpoRun, problems: Sequence[Problem], unfinished: Unfinished[Rollout], step: int
+) -> tuple[list[Rollout], list[Rollout]]:
+    """All rollouts of a step, and those that are trained on: with `settings.dynamic_sampling` groups whose
+    rewards differ, of as many draws as give `problems_per_step` of them."""
+    settings, group_size = run.settings, run.settings.completions_per_problem
+    rollouts: list[Rollout] = []
+    used: list[Rollout] = []
+    for drawn in range(1 + settings.dynamic_sampling):
+        # Every draw is a function of seed, step and its number: an interruption changes none.
+        seed = stable_seed(ctx.seed, "drawn again", drawn) if drawn else ctx.seed
+        problems_P = draw(problems, settings.problems_per_step, step, seed)
+        first = drawn * settings.problems_per_step
+        sampled = roll_out(ctx, run.draws, problems_P, unfinished, step, first_problem=first)
+        rollouts += sampled
+        if not settings.dynamic_sampling:
+            return rollouts, rollouts
+        groups = [sampled[start : start + group_size] for start in range(0, len(sampled), group_size)]
+        used += [rollout for group in groups if any(advantages_of(run, group)) for rollout in group]
+        if len(used) >= settings.problems_per_step * group_size:
+            break
+    return rollouts, used[: settings.problems_per_step * group_size]
 
 
 def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step: int) -> None:
@@ -240,6 +263,7 @@ def step_times(rollouts: Sequence[Rollout], began: float, sampled: float) -> dic
     now = time.monotonic()
     num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
     return {
+        "completions": float(len(rollouts)),
         "rollout_seconds": sampled - began,
         "update_seconds": now - sampled,
         "completion_tokens": num_tokens / len(rollouts),

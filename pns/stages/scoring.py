@@ -198,13 +198,14 @@ def roll_out(
     unfinished: Unfinished[Rollout] | None = None,
     step: int = 0,
     model: str | None = None,
+    first_problem: int = 0,
 ) -> list[Rollout]:
-    """Sample and reward; rows in order, problem by problem. A completion that lacks a term it needs is masked
-    (`reward.value` None) with the cause. `unfinished` (None: the stage's own; its rows are measured, not yet
-    rewarded), `model`: see `stream`. Raises TooManyMaskedError where a term failed for too many; the others
-    are kept."""
+    """Sample and reward; rows in order, problem by problem from number `first_problem` on. A completion that
+    lacks a term it needs is masked (`reward.value` None) with the cause. `unfinished` (None: the stage's own;
+    its rows are measured, not yet rewarded), `model`: see `stream`. Raises TooManyMaskedError where a term
+    failed for too many; the others are kept."""
     asks = []
-    for p, problem in enumerate(problems_P):
+    for p, problem in enumerate(problems_P, first_problem):
         for g in range(draws.num_completions):
             # The row's number, not g: one problem may be drawn twice in a step.
             row = p * draws.num_completions + g

@@ -95,6 +95,53 @@ def test_the_batch_is_what_was_sampled(bench: Any) -> None:
     assert batch.row_values["advantages"] == pytest.approx([-1, 1, -1, 1], rel=1e-3)
 
 
+def test_dynamic_sampling_draws_until_enough_groups_differ(bench: Any) -> None:
+    """Of six problems two are solved sometimes. A step needs two of those: it draws two by two, at most four
+    times, and trains on them alone."""
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(
+        10 + int(problem[1:]) if problem in ("p0", "p1") and sample % 2 else 77
+    )
+    options = {"steps": 3, "dynamic_sampling": 3}
+    artefact = trained(bench, options)
+    rollouts = artefact.rollouts()
+    for step, (values, (batch, _)) in enumerate(
+        zip(metrics_of(artefact), bench.fleet.policy.trained, strict=True)
+    ):
+        own = [r for r in rollouts if r.step == step]
+        assert len({r.completion.id for r in own}) == len(own) == values["completions"]
+        assert len(own) in (4, 8, 12, 16)
+        differing = [r.completion.token_ids for r in own if r.problem.id in ("p0", "p1")][:4]
+        assert batch.completion_ids == differing
+        # One draw fewer would not have done.
+        assert len([r for r in own[:-4] if r.problem.id in ("p0", "p1")]) < 4
+    assert max(values["completions"] for values in metrics_of(artefact)) > 4
+
+
+def test_a_step_whose_draws_all_agree_trains_on_nothing(bench: Any) -> None:
+    artefact = trained(bench, {"steps": 1, "dynamic_sampling": 2})  # all are right
+    [values] = metrics_of(artefact)
+    assert (values["no_signal"], values["no_update"], values["completions"]) == (1.0, 1.0, 12.0)
+    assert bench.fleet.policy.passed == 1
+
+
+def test_a_step_of_several_draws_goes_on_after_an_interruption(bench: Any) -> None:
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(
+        10 + int(problem[1:]) if problem in ("p0", "p1") and sample % 2 else 77
+    )
+    options = {"steps": 2, "dynamic_sampling": 3}
+    bench.fleet.policy.interrupt_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        trained(bench, options)
+    bench.fleet.policy.interrupt_at = None
+    bench.fleet.rollout.take_asked()
+    resumed = trained(bench, options).rollouts()
+    assert not bench.fleet.rollout.take_asked()  # all that the two steps need was sampled before
+    assert len({(r.step, r.completion.id) for r in resumed}) == len(resumed)
+    undisturbed = type(bench)(bench.store.parent / "other", bench.prompts, type(bench.fleet)(bench.prompts))
+    undisturbed.fleet.rollout.write = bench.fleet.rollout.write
+    assert trained(undisturbed, options).rollouts() == resumed
+
+
 def test_a_kl_term_needs_the_reference_and_rows_without_advantage(bench: Any) -> None:
     trained(bench, {"steps": 1, "kl_coefficient": 0.1})  # all are right: no advantage
     assert bench.fleet.policy.references == ["backbone"]
