@@ -253,6 +253,12 @@ class ReverseRl(GrpoConfig):
         10, "... when stop_term has not risen for so many steps; 0: all steps", at_least(0)
     )
     stop_term: str = key("plausibility", "name of the reward term that stop_patience watches")
+    refresh_every: int = key(
+        0,
+        "steps after which the run's own reward model learns the generator's negatives; 0: never",
+        at_least(0),
+    )
+    refresh_steps: int = key(10, "training steps of each time, as reward_model trains", at_least(1))
     max_hold_wrong_rate: float = key(
         1.0,
         "stop at once at this share of wrong completions (a KL-anchored generator near the target); 1: never",

@@ -113,6 +113,10 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("reverse_rl.stop_term=beauty", ("stop_term: 'beauty'", "plausibility", "stop_patience=0")),
         ("reward.terms.plausibility.weight=0", ("stop_term: 'plausibility'", "there are: wrong, coherence")),
         ("pair.scored_by=coherence", ("pair.scored_by: 'coherence'", "reward_model: plausibility")),
+        (
+            "reverse_rl={refresh_every: 5, stop_term: coherence}\nreward.terms.plausibility.weight=0",
+            ("reverse_rl.refresh_every", "own reward model"),
+        ),
         ("placement.rollout.gpus=1.5", ("placement.rollout.gpus: 1.5", "whole")),
         ("reward.terms.coherence.pool.gpus=2.5", ("reward.terms.coherence.pool.gpus: 2.5", "whole")),
         ("placement.policy.gpus=2", ("placement.policy.gpus: 2.0", "replicas")),
@@ -120,7 +124,7 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
 )
 def test_wrong_configuration_is_one_line(recipe: Path, override: str, words: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
-        load(recipe, [override])
+        load(recipe, override.split("\n"))
     message = str(caught.value)
     assert "\n" not in message
     for word in words:

@@ -54,8 +54,11 @@ class Context:
     def save_policy(self, num_done: int, every: int, total: int) -> None:
         """A checkpoint after every `every` steps, but for the last step: its weights are exported at once."""
         if num_done % every == 0 and num_done < total:
-            with self.place.checkpoint(num_done) as directory:
-                self.fleet.policy.save(directory)
+            self.checkpoint_policy(num_done)
+
+    def checkpoint_policy(self, num_done: int) -> None:
+        with self.place.checkpoint(num_done) as directory:
+            self.fleet.policy.save(directory)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pns.files import append_jsonl, cut_rows, read_jsonl
 from pns.records import Problem, Reward, Rollout, Verdict, from_json
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
+from pns.stages.refresh import Refresher
 from pns.stages.scoring import Draws, roll_out, rollout_key, unfinished_rollouts
 from pns.stages.stream import Unfinished, stable_seed
 from workers.rollout.engine import Sampling
@@ -51,19 +52,18 @@ def train(
     problems: list[Problem],
     describe: Describe,
     stop: StopCondition = lambda step, metrics: False,
+    refresher: Refresher | None = None,
 ) -> None:
     """Train `start_model` for at most `run.settings.steps` steps and export it to `trained`.
 
     Every step's rollouts are kept with all reward terms; `describe` gives the step's metrics from them, and
     `stop(step, metrics)` ends the stage early; it is told every step once, in order, also after a resume.
-    Continues after the stage's last complete checkpoint.
+    `refresher` exchanges the reward model between steps. Continues after the stage's last complete
+    checkpoint.
     """
     settings, policy = run.settings, ctx.fleet.policy
     ctx.fleet.rollout.load(start_model)
-    policy.load(start_model, "language_model", settings.optimizer, settings.steps, ctx.seed)
-    if settings.kl_coefficient:
-        policy.load_reference(start_model)
-    first_step = ctx.resume()
+    first_step = load_policy(ctx, run, start_model)
     if first_step:
         sync_weights(ctx, first_step)
     unfinished = unfinished_rollouts(ctx)
@@ -74,6 +74,13 @@ def train(
         stop(step, values)
     for step in range(first_step, settings.steps):
         began = time.monotonic()
+        if refresher is not None:
+            if refresher.is_due(step):
+                # The policy's processes are lent to the reward model, and take the generator up again.
+                ctx.checkpoint_policy(step)
+                refresher.refresh(step)
+                load_policy(ctx, run, start_model)
+            refresher.serve(step)
         rollouts, used = sample_step(ctx, run, problems, unfinished, step)
         sampled = time.monotonic()
         rewards = [rollout.reward for rollout in rollouts]
@@ -91,6 +98,15 @@ def train(
         ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
     policy.export(trained.model)
+
+
+def load_policy(ctx: Context, run: GrpoRun, start_model: str) -> int:
+    """The policy and its reference, at the last complete checkpoint: the steps that are done."""
+    settings, policy = run.settings, ctx.fleet.policy
+    policy.load(start_model, "language_model", settings.optimizer, settings.steps, ctx.seed)
+    if settings.kl_coefficient:
+        policy.load_reference(start_model)
+    return ctx.resume()
 
 
 def sample_step(

@@ -32,7 +32,8 @@ def plausible(
         start = world.backbone
     elif config.reverse_rl.start is GeneratorStart.path:
         start = ModelFiles(config.models.generator)
-    generator = run(reverse_rl, start, rewards, world.train, world.preference)
+    solved = target if config.reverse_rl.refresh_every else None
+    generator = run(reverse_rl, start, solved, rewards, world.train, world.preference)
     return run(synthesize, generator, rewards, world.preference)
 
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pns.algo.judging import rubric_score
 from pns.algo.negatives import degeneration
 from pns.algo.reward import service_terms
-from pns.config import Config, ReverseRl, RewardConfig
+from pns.config import Config, ReverseRl, RewardConfig, RewardModelStage
 from pns.data.checker import Checker
 from pns.files import read_json, write_json
 from pns.records import Problem, Rollout, Verdict
 from pns.run.stage import stage
 from pns.stages import grpo
-from pns.stages.artefacts import AnyModel, Generator, RewardModels
+from pns.stages.artefacts import AnyModel, Generator, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
+from pns.stages.refresh import Refresher
 from pns.stages.scoring import Draws, by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
 from workers.rollout.engine import Sampling
 
@@ -23,6 +24,7 @@ class ReverseRlSettings:
     reverse_rl: ReverseRl
     rules: RewardConfig
     max_new_tokens: int
+    refreshing: RewardModelStage | None  # how the reward model is trained on, where it is
     measured_samples: int  # completions of the generator before and after
     measured_temperature: float
 
@@ -32,6 +34,7 @@ def reverse_rl_settings(config: Config) -> ReverseRlSettings:
         config.reverse_rl,
         reward_rules(config),
         config.rollout.max_new_tokens,
+        config.reward_model if config.reverse_rl.refresh_every else None,
         config.evaluate.generator_samples,
         config.evaluate.generator_temperature,
     )
@@ -42,11 +45,13 @@ def reverse_rl(
     ctx: Context,
     settings: ReverseRlSettings,
     start: AnyModel,
+    target: TrainedModel | None,
     rewards: RewardModels,
     train: Problems,
     measured: Problems,
 ) -> Generator:
-    """The generator of negatives: `start` trained on `train`, measured before and after on others."""
+    """The generator of negatives: `start` trained on `train`, measured before and after on others. `target`:
+    whose right solutions a reward model that is refreshed sees beside the generator's (None: it is not)."""
     generator = Generator(ctx.directory)
     load_terms(ctx, settings.rules, rewards.main)
     fitting, rules = ctx.fitting(train), settings.rules
@@ -58,7 +63,14 @@ def reverse_rl(
     def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
         return degeneration(rollouts) | checked_figures(rollouts, train.checker)
 
-    grpo.train(ctx, run, generator, start.model, fitting, describe, PlausibilityStop(settings.reverse_rl))
+    refresher = None
+    if settings.refreshing is not None and target is not None:
+        reverse, training = settings.reverse_rl, settings.refreshing
+        refresher = Refresher(ctx, reverse, training, rules, rewards, target, generator)
+    stop = PlausibilityStop(settings.reverse_rl)
+    grpo.train(ctx, run, generator, start.model, fitting, describe, stop, refresher)
+    if refresher is not None:
+        load_terms(ctx, rules, rewards.main)  # as before the training, so that the figures compare
     after = measure_generator(ctx, settings, generator.model, measured, "after")
     write_json(generator.figures_file, {"before": read_json(generator.before_file), "after": after})
     return generator

@@ -49,20 +49,24 @@ def reward_model(
     pairs = right_wrong_pairs(rollouts, own.max_length_ratio)
     write_jsonl(models.pairs_file, pairs)
     prompts = {rollout.problem.id: rollout.problem for rollout in rollouts}
-    # The two models see disjoint problems: the held-out one measures what the other may have been hacked by.
-    ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
-    order = [ids[i] for i in np.random.default_rng(ctx.seed).permutation(len(ids))]
-    halves = {"main": set(order[::2]), "held_out": set(order[1::2])}
     quality = {}
-    for name in models.names:
+    for name, problem_ids in zip(models.names, halves(pairs, ctx.seed), strict=True):
         quality_file = models.quality_file(name)
         if not quality_file.exists():
-            own_pairs = [pair for pair in pairs if pair.problem_id in halves[name]]
+            own_pairs = [pair for pair in pairs if pair.problem_id in problem_ids]
             write_json(quality_file, train_one(ctx, own, models, name, initial, own_pairs, prompts))
         quality[name] = read_json(quality_file)
     write_json(models.all_quality_file, quality)
     ctx.place.count(pairs=len(pairs), samples=len(fitting) * own.samples_per_problem)
     return models
+
+
+def halves(pairs: Sequence[PreferencePair], seed: int) -> tuple[set[str], set[str]]:
+    """The problems of the main and of the held-out model. They see disjoint ones: the held-out model measures
+    what the other may have been hacked by."""
+    ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
+    order = [ids[i] for i in np.random.default_rng(seed).permutation(len(ids))]
+    return set(order[::2]), set(order[1::2])
 
 
 def last_rollouts(target: TrainedModel, num_steps: int) -> list[Rollout]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pns.config import Config, ReverseRl, RewardConfig, RewardTerm, TermKind
 from pns.data.checker import Checker
-from pns.files import read_json
-from pns.records import Problem
+from pns.files import read_json, write_jsonl
+from pns.records import Completion, PreferencePair, Problem, Reward, Rollout, Verdict
 from pns.run.stage import ModelFiles
-from pns.stages.artefacts import Generator, RewardModels
+from pns.stages.artefacts import Generator, RewardModels, TrainedModel
 from pns.stages.context import Problems
 from pns.stages.reverse_rl import PlausibilityStop, reverse_rl
+from workers.training.objectives import BradleyTerryObjective
 
 READY = {"wrong_rate": 0.9, "format_rate": 0.95}
 
@@ -83,13 +85,13 @@ def config_of(**reverse: Any) -> Config:
     return config
 
 
-def made(bench: Any, config: Config, checker: Checker | None = None) -> Generator:
+def made(bench: Any, config: Config, checker: Checker | None = None, solved: Any = None) -> Generator:
     """The generator from "target", trained on three problems and measured on two others."""
     train, measured = bench.problems(3), Problems(bench.problems(5).problems[3:], checker)
     rewards = RewardModels(bench.store / "rewards")
     with bench.making() as ctx:
         settings = reverse_rl.settings(config)
-        return reverse_rl.make(ctx, settings, ModelFiles("target"), rewards, train, measured)
+        return reverse_rl.make(ctx, settings, ModelFiles("target"), solved, rewards, train, measured)
 
 
 def test_the_generator_is_measured_before_and_after(bench: Any) -> None:
@@ -169,3 +171,86 @@ def test_a_measurement_goes_on_where_it_was_interrupted(bench: Any) -> None:
     made(bench, config_of(steps=1))
     assert [request.id for request in bench.fleet.rollout.asked][:2] == ["0/p3#0", "0/p4#1"]
     assert bench.fleet.rollout.asked[2].id.startswith(("0/p0", "0/p1", "0/p2"))
+
+
+def reward_models_of_two_pairs(bench: Any) -> RewardModels:
+    """Trained on a pair of p3 and one of p4; one of the two problems is the main model's."""
+    rewards = RewardModels(bench.store / "rewards")
+    rewards.directory.mkdir(parents=True)
+    drawn = Problems(bench.problems(5).problems[3:]).problems
+    pairs = [PreferencePair(p.id, p.prompt, bench.solution(p.answer), bench.solution(99)) for p in drawn]
+    completions = [Completion(p.id, p.id, bench.solution(p.answer), (1,), (-1.0,), "stop") for p in drawn]
+    right = Reward(1.0, True, Verdict.CORRECT)
+    rollouts = [Rollout(0, p, c, right) for p, c in zip(drawn, completions, strict=True)]
+    write_jsonl(rewards.pairs_file, pairs)
+    write_jsonl(rewards.rollouts_file, rollouts)
+    return rewards
+
+
+def solved_target(bench: Any) -> TrainedModel:
+    """A target whose RL solved p0, p1 and p2."""
+    target = TrainedModel(bench.store / "solved")
+    target.directory.mkdir(parents=True)
+    right = Reward(1.0, True, Verdict.CORRECT)
+    ids = bench.prompts.encode_completion(bench.solution(10))
+    rows = [
+        Rollout(
+            0, p, Completion(p.id, p.id, bench.solution(p.answer), ids, (-1.0,) * len(ids), "stop"), right
+        )
+        for p in bench.problems(3).problems
+    ]
+    write_jsonl(target.rollouts_file, rows)
+    return target
+
+
+def test_the_reward_model_learns_the_generators_negatives(bench: Any) -> None:
+    """Before steps 2 and 4; an interruption changes nothing."""
+    config = config_of(steps=5, refresh_every=2, refresh_steps=3, checkpoint_every=9)
+    config.reward_model.pairs_per_step = 4
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(
+        10 + int(problem[1:]) if sample == 1 else 77
+    )
+    rewards, solved = reward_models_of_two_pairs(bench), solved_target(bench)
+    policy, scorer = bench.fleet.policy, bench.fleet.scorer("plausibility")
+    generator = made(bench, config, solved=solved)
+    refreshed = [str(generator.directory / "refreshed" / f"step-{step:08d}") for step in (2, 4)]
+    assert scorer.loaded == [rewards.main, *refreshed, rewards.main]  # measured by the first one
+    heads = [(model, head) for model, head, *_ in policy.loads]
+    assert heads == [
+        ("target", "language_model"),
+        (rewards.main, "score"),
+        ("target", "language_model"),
+        (refreshed[0], "score"),
+        ("target", "language_model"),
+    ]
+    assert policy.restored == [2, 4]  # the generator goes on where it was
+    assert read_json(generator.directory / "model" / "weights.json") == "target+5"
+    assert read_json(Path(refreshed[0]) / "weights.json") == f"{rewards.main}+3"
+    batches = [batch for batch, objective in policy.trained if isinstance(objective, BradleyTerryObjective)]
+    assert len(batches) == 6
+    for batch in batches:
+        texts = [bench.prompts.decode(ids) for ids in batch.completion_ids]
+        chosen, rejected = texts[::2], texts[1::2]
+        # Two of the pairs it was trained on, of one problem; two of what the generator has written.
+        assert [text.endswith("{99}") for text in rejected] == [True, True, False, False]
+        assert all(text.endswith("{77}") for text in rejected[2:])
+        assert chosen[0] == chosen[1]
+
+
+def test_an_interrupted_stage_takes_refreshed_models_up_again(bench: Any) -> None:
+    config = config_of(steps=5, refresh_every=2, refresh_steps=3, checkpoint_every=9)
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(
+        10 + int(problem[1:]) if sample == 1 else 77
+    )
+    rewards, solved = reward_models_of_two_pairs(bench), solved_target(bench)
+    bench.fleet.policy.interrupt_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        made(bench, config, solved=solved)
+    bench.fleet.policy.interrupt_at, bench.fleet.policy.trained = None, []
+    bench.fleet.scorer("plausibility").loaded.clear()
+    generator = made(bench, config, solved=solved)
+    refreshed = [str(generator.directory / "refreshed" / f"step-{step:08d}") for step in (2, 4)]
+    assert bench.fleet.scorer("plausibility").loaded == [rewards.main, *refreshed, rewards.main]
+    assert bench.fleet.policy.restored[0] == 2
+    trained = [type(objective).__name__ for _, objective in bench.fleet.policy.trained]
+    assert trained == ["GrpoObjective"] * 2 + ["BradleyTerryObjective"] * 3 + ["GrpoObjective"]
