@@ -159,7 +159,9 @@ class Prompts:
 def break_added_tokens(tokenizer: Any, text: str) -> str:
     """`text` with a space in every token that was added to the tokenizer, special or not, but those of white
     space: the tokenizer reads them anywhere in a text, and some end a turn."""
-    for token in tokenizer.get_added_vocab():
+    added = tokenizer.get_added_vocab()
+    # Of the tiny world's tokenizer every word is an added token.
+    for token in added if len(added) < len(tokenizer) else tokenizer.all_special_tokens:
         if not token.isspace():
             text = text.replace(token, token[:1] + " " + token[1:])
     return text
@@ -230,7 +232,7 @@ def check_vocabulary(path: str, tokenizer: Any, key: str, trust_remote_code: boo
 def _difference(own: Any, backbone: Any) -> str:
     """Why two tokenizers give a text other ids; empty where they do not."""
     known = own.get_vocab()
-    for token, token_id in backbone.get_vocab().items():
+    for token, token_id in sorted(backbone.get_vocab().items(), key=lambda entry: entry[1]):
         if known.get(token) != token_id:
             there = f"is {known[token]}" if token in known else "is missing"
             return f"token {token!r} {there} there, {token_id} in the backbone"
