@@ -38,7 +38,7 @@ def load_head(model_path: str) -> tuple[torch.nn.Module, set[str]]:
         name.partition(".")[2].removeprefix("summary."): _read(model_path, file_of[name], name)
         for name in names
     }
-    if tensors.keys() not in (_LINEAR, {"weight"}, _MLP):
+    if tensors.keys() not in (_LINEAR, {"weight"}, _MLP) or len(tensors) < len(names):
         fault = f"has a head of an unknown form, {_said(names)}"
         raise UserError(
             f"reward model {model_path} {fault}: name a model with a linear head or one hidden layer"

@@ -55,7 +55,8 @@ class RewardModel:
             raise UserError(several_outputs(self._path, num_outputs))
         head, head_names = load_head(self._path)
         architecture = (stored.get("architectures") or [""])[0]
-        if architecture.endswith("ForSequenceClassification") and "score.weight" not in head_names:
+        is_score = all(name.startswith("score.") for name in head_names)
+        if architecture.endswith("ForSequenceClassification") and not is_score:
             fault = f"is of {architecture}, which does not read the last token"
             raise UserError(f"reward model {self._path} {fault}: name a causal model")
         # What comes with a model is run only where transformers has nothing of its own.

@@ -170,7 +170,7 @@ def test_a_head_with_a_hidden_layer_needs_no_code_of_the_checkpoint(tmp_path: Pa
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["v_head.summary", "v_head", "value_head", "regression_layer"])
+@pytest.mark.parametrize("name", ["v_head.summary", "v_head", "value_head", "classifier", "regression_layer"])
 def test_linear_heads_of_other_names(tmp_path: Path, name: str) -> None:
     weight, bias = drawn(1, HIDDEN), drawn(1)
     head = {f"{name}.weight": weight}
@@ -224,6 +224,7 @@ def test_conversations_that_do_not_fit_are_missing_alone(tmp_path: Path) -> None
             "score.weight, v_head.weight",
         ),
         ({"score.dense.weight": drawn(1, HIDDEN)}, "unknown form, score.dense.weight"),
+        ({"v_head.weight": drawn(1, HIDDEN), "v_head.summary.weight": drawn(1, HIDDEN)}, "unknown form"),
         ({"score.weight": drawn(1, HIDDEN), "pooler.weight": drawn(HIDDEN, HIDDEN)}, "pooler.weight"),
     ],
 )
