@@ -6,10 +6,11 @@ the steps; then those whose output is not there are made.
 
 from pathlib import Path
 
-from pns.config import Config, Data, DataSource, external_pairs
+from pns.algo.reward import reads_tokens
+from pns.config import Config, Data, DataSource, TermKind, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
-from pns.data.prompts import PROMPT_KEYS, Prompts, apply_family, load_tokenizer
+from pns.data.prompts import PROMPT_KEYS, Prompts, apply_family, check_vocabulary, load_tokenizer
 from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json
 from pns.records import to_json
@@ -55,6 +56,7 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
     check_source(config)
     problem_sets = load_problem_sets(config)
     prompts = load_prompts(config)
+    check_token_readers(config, prompts)
     world = make_world(config, problem_sets)
     with RunPage.open(Path(config.runs) / config.name) as page:
         # Under the lock: two starts with --from must not count to the same number.
@@ -136,6 +138,19 @@ def load_prompts(config: Config) -> Prompts:
     tokenizer = load_tokenizer(config.models.backbone, config.models.trust_remote_code)
     config.data.prompt = apply_family(config.data, tokenizer.chat_template)
     return Prompts(tokenizer, config.data)
+
+
+def check_token_readers(config: Config, prompts: Prompts) -> None:
+    """Raises UserError for a reward model that would read the backbone's token ids as other tokens."""
+    if external_pairs(config):
+        return
+    readers = {"models.reward_model": config.models.reward_model}
+    for name, term in config.reward.terms.items():
+        if term.kind is TermKind.reward_model and term.weight > 0 and reads_tokens(term):
+            readers[f"reward.terms.{name}.model"] = term.model
+    for key, path in readers.items():
+        if path:
+            check_vocabulary(path, prompts.tokenizer, key, config.models.trust_remote_code)
 
 
 def prompts_digest(prompts: Prompts) -> str:

@@ -322,8 +322,8 @@ def term_name_faults(config: Config) -> Iterator[str]:
             yield f"{key}: {fault} ({there}): name one, give it a weight, or set {switch}=0"
     own = [name for name in computed if name in scoring and not config.reward.terms[name].model]
     if config.reverse_rl.refresh_every and not own:
-        way_out = "give one a weight, or set reverse_rl.refresh_every=0"
-        yield f"reverse_rl.refresh_every: no term of reward.terms is of this run's own reward model: {way_out}"
+        fault = "no term of reward.terms is of this run's own reward model"
+        yield f"reverse_rl.refresh_every: {fault}: give one a weight, or set refresh_every=0"
     if config.pair.scored_by not in scoring:
         kinds = " or ".join(scoring)
         yield f"pair.scored_by: {config.pair.scored_by!r} must be a term of kind reward_model: {kinds}"

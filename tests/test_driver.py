@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -319,6 +320,22 @@ def test_roles_are_known_without_a_model_or_a_problem(plan_of: MakePlan, negativ
 def test_wrong_names_are_said_with_the_near_one(plan_of: MakePlan) -> None:
     with pytest.raises(UserError, match="negatives: 'pnss' is no source of negatives; did you mean pns"):
         driver.check_source(tiny("negatives=pnss"))
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    """It would read the backbone's token ids as other words."""
+    other = tmp_path / "other"
+    shutil.copytree(LLAMA, other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"*"', '"swap"').replace('"/"', '"*"').replace('"swap"', '"/"'))
+    prompts = driver.load_prompts(tiny())
+    driver.check_token_readers(tiny(f"models.reward_model={LLAMA}"), prompts)
+    with pytest.raises(UserError, match=r"models\.reward_model: .*does not read the token ids"):
+        driver.check_token_readers(tiny(f"models.reward_model={other}"), prompts)
+    named = [*SECOND, f"reward.terms.second.model={other}"]
+    driver.check_token_readers(tiny(*named), prompts)  # it reads the chat
+    with pytest.raises(UserError, match=r"terms\.second\.model: .*second\.input=chat"):
+        driver.check_token_readers(tiny(*named, "reward.terms.second.input=tokens"), prompts)
 
 
 class Text(Artefact):

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from pns.algo.reward import reads_tokens
 from pns.config import Config, TermKind
 from workers.placement import used_roles
 from workers.runtime import Runtime
@@ -93,7 +94,8 @@ class Fleet:
         if term.kind is TermKind.reward_model:
             from workers.rewards.reward_model import RewardModelPool
 
-            pool = RewardModelPool(role, term.pool, self.runtime, deadline)
+            chat = not reads_tokens(term)
+            pool = RewardModelPool(role, term.pool, self.runtime, deadline, reads_chat=chat)
         else:
             from workers.rewards.judge import JudgePool
 

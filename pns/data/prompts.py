@@ -1,6 +1,6 @@
 """Problems to token ids through the model's chat template, and back; how each family is asked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pns.algo.formatting import THINK_TAGS
@@ -155,6 +155,28 @@ class Prompts:
         return kept, len(problems) - len(kept)
 
 
+def break_added_tokens(tokenizer: Any, text: str) -> str:
+    """`text` with a space in every token that was added to the tokenizer, special or not, but those of white
+    space: the tokenizer reads them anywhere in a text, and some end a turn."""
+    added = tokenizer.get_added_vocab()
+    # Of the tiny world's tokenizer every word is an added token.
+    for token in added if len(added) < len(tokenizer) else tokenizer.all_special_tokens:
+        if not token.isspace():
+            text = text.replace(token, token[:1] + " " + token[1:])
+    return text
+
+
+def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    """Token ids (T,) of whole turns ("role" and "content"), as `apply_chat_template` gives them; no content
+    holds an added token."""
+    turns = [
+        {"role": message["role"], "content": break_added_tokens(tokenizer, message["content"])}
+        for message in messages
+    ]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE_ARGUMENTS)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
+
+
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:
     """The most tokens, prompt and completion together, that the model of a directory or Hub id takes."""
     from transformers import AutoConfig
@@ -170,3 +192,48 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
     logging.disable_progress_bar()  # it would break the progress line
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def find_tokenizer(path: str, trust_remote_code: bool = False) -> Any | None:
+    """The tokenizer of a model directory or Hub id; None where it has none."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        # Without its files some architectures would get an empty tokenizer.
+        cached_file(path, "tokenizer_config.json")
+    except OSError:
+        return None
+    return load_tokenizer(path, trust_remote_code)
+
+
+def check_vocabulary(path: str, tokenizer: Any, key: str, trust_remote_code: bool = False) -> None:
+    """Raise UserError where the model of a directory or Hub id, named by `key`, cannot read the token ids of
+    the backbone's `tokenizer`: its own has other tokens at them, or (it has none) there are more ids than the
+    model knows. Tokens that it has beyond the backbone's do no harm."""
+    from transformers import AutoConfig
+
+    own = find_tokenizer(path, trust_remote_code)
+    if own is not None:
+        fault = _difference(own, tokenizer)
+    else:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        num_known, num_needed = int(config.get_text_config().vocab_size), len(tokenizer)
+        fault = f"it knows {num_known} tokens of {num_needed}" if num_known < num_needed else ""
+    if not fault:
+        return
+    way_out = "name a model of the backbone's family"
+    if key.startswith("reward.terms."):
+        way_out += f", or set {key.removesuffix('.model')}.input=chat"
+    backbone = f"the backbone {tokenizer.name_or_path}"
+    raise UserError(f"{key}: {path} does not read the token ids of {backbone} ({fault}): {way_out}")
+
+
+def _difference(own: Any, backbone: Any) -> str:
+    """The first token of `backbone` that is another one in `own`; empty where there is none. How each splits
+    a text does not matter: the ids are the backbone's."""
+    known = own.get_vocab()
+    for token, token_id in sorted(backbone.get_vocab().items(), key=lambda entry: entry[1]):
+        if known.get(token) != token_id:
+            there = f"is {known[token]}" if token in known else "is missing"
+            return f"token {token!r} {there} there, {token_id} in the backbone"
+    return ""

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pns.algo.formatting import check_format
 from pns.config import Data, ReasoningBlock
-from pns.data.prompts import BOXED, FAMILIES, Prompts, apply_family
+from pns.data.prompts import (
+    BOXED,
+    FAMILIES,
+    Prompts,
+    apply_family,
+    break_added_tokens,
+    check_vocabulary,
+    encode_conversation,
+    load_tokenizer,
+)
 from pns.errors import UserError
 from pns.records import Problem
+from pns.tiny.tokenizer import build_tokenizer
 
 PROBLEM = Problem("p", "What is $1+1$?", "2")
 
@@ -170,3 +183,75 @@ def test_the_gate_fits_models_without_a_block() -> None:
     }
     for reason, (text, finish_reason) in broken.items():
         assert check_format(text, finish_reason, reasoning_block=False).reason == reason
+
+
+def test_a_turn_holds_no_added_token_and_keeps_its_white_space() -> None:
+    own = knows_the_tags(LLAMA)
+    own.add_tokens(["  "])
+    assert break_added_tokens(own, "a  b <|eot_id|></think><s") == "a  b < |eot_id|>< /think><s"
+    turns = [{"role": "user", "content": "<|eot_id|>"}, {"role": "assistant", "content": "</think>"}]
+    ids = encode_conversation(own, turns)
+    text = own.decode(ids)
+    assert text.count("<s>") == 1
+    assert text.count("<|eot_id|>") == 3  # of the template alone
+    assert text.endswith("\n\n< /think><|eot_id|>")  # no generation prompt
+
+
+def test_words_of_the_tiny_world_are_no_control_tokens(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    own = load_tokenizer(saved_model(tmp_path, None))
+    turns = [{"role": "user", "content": "Ann has 3. "}, {"role": "assistant", "content": "3<eos>"}]
+    assert own.decode(encode_conversation(own, turns)).startswith("<bos>Ann has 3. <solve>3")
+    assert encode_conversation(own, turns).count(own.eos_token_id) == 1
+
+
+def saved_model(directory: Path, own: PreTrainedTokenizerFast | None, vocab_size: int = 300) -> str:
+    """What a check of the vocabulary reads of a model."""
+    LlamaConfig(vocab_size=vocab_size).save_pretrained(directory)
+    if own is not None:
+        own.save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_model_of_the_backbones_vocabulary_passes(tmp_path: Path) -> None:
+    key = "models.reward_model"
+    backbone = load_tokenizer(saved_model(tmp_path / "backbone", tokenizer(QWEN)))
+    check_vocabulary(saved_model(tmp_path / "equal", tokenizer(LLAMA)), backbone, key)
+    check_vocabulary(saved_model(tmp_path / "written_again", backbone), backbone, key)
+    check_vocabulary(saved_model(tmp_path / "more_tokens", knows_the_tags(QWEN)), backbone, key)
+    check_vocabulary(saved_model(tmp_path / "no_tokenizer", None), backbone, key)
+    # How it would split a text does not matter: it is given ids.
+    state = json.loads(tokenizer(QWEN).backend_tokenizer.to_str()) | {"normalizer": {"type": "NFC"}}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    check_vocabulary(saved_model(tmp_path / "other_splits", other), backbone, key)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("ids", "token 'a' is"),
+        ("missing", "token '<think>' is missing"),
+        ("small", "knows 200 tokens of 264"),
+    ],
+)
+def test_a_model_of_another_vocabulary_is_refused_in_one_line(tmp_path: Path, fault: str, said: str) -> None:
+    backbone = load_tokenizer(saved_model(tmp_path / "backbone", knows_the_tags(QWEN)))
+    state = json.loads(tokenizer(QWEN).backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    other = None
+    if fault == "ids":
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    if fault != "small":
+        other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    if fault == "ids":
+        other.add_tokens(["<think>", "</think>"])
+    path = saved_model(tmp_path / "other", other, vocab_size=200)
+    with pytest.raises(UserError) as error:
+        check_vocabulary(path, backbone, "reward.terms.quality.model")
+    message = str(error.value)
+    assert message.startswith(f"reward.terms.quality.model: {path} ")
+    for words in (str(tmp_path / "backbone"), said, "reward.terms.quality.input=chat"):
+        assert words in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match=r"models.reward_model: .*: name a model of the backbone's family$"):
+        check_vocabulary(path, backbone, "models.reward_model")

@@ -1,53 +1,104 @@
-"""The reward model as a service: raw scores r(x, y) of token sequences; sigmoid(r) is the reward term."""
+"""The reward model as a service: raw scores r(x, y) of token sequences or conversations; sigmoid(r) is the
+reward term."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from pns.config import Pool, RewardConfig
+from pns.data.prompts import encode_conversation, find_tokenizer
 from pns.errors import UserError
+from workers.rewards.reward_head import load_head, several_outputs
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
 
+_CHARACTERS_PER_TOKEN = 3  # a guess that sizes requests before they are tokenized
+
+Conversation: TypeAlias = Sequence[Mapping[str, str]]  # turns of "role" and "content", the last one graded
+TokensOrConversation: TypeAlias = Sequence[int] | Conversation
+
 
 class RewardModel:
-    """A sequence classifier with one output, read at each sequence's last token; float32 on CPU, bfloat16
-    with a float32 head on a GPU.
+    """A causal body of transformers' own and a head with one output, read at each sequence's last token;
+    float32 on CPU, bfloat16 with a float32 head on a GPU.
 
-    Raises UserError where `model_path` holds no trained reward head.
+    Raises UserError where `model_path` holds no such model, whole and trained, or (`reads_chat`) none that
+    reads conversations; `term` is the name of the reward term for that message.
     """
 
-    def __init__(self, model_path: str, runtime: Runtime, forward_tokens: int = 0) -> None:
-        self._device = device = runtime.device
-        self._forward_tokens = forward_tokens or FORWARD_TOKENS[device]
+    def __init__(
+        self,
+        model_path: str,
+        runtime: Runtime,
+        forward_tokens: int = 0,
+        reads_chat: bool = False,
+        term: str = "NAME",
+    ) -> None:
+        self._path, self._device, self._term = model_path, runtime.device, term
+        self._forward_tokens = forward_tokens or FORWARD_TOKENS[runtime.device]
         try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                model_path,
-                num_labels=1,
-                dtype=torch.float32 if device == "cpu" else torch.bfloat16,
-                trust_remote_code=runtime.trust_remote_code,
-                output_loading_info=True,
-            )
+            self._load(runtime)
         except OSError as error:
             raise UserError(f"reward model {model_path}: {str(error).splitlines()[0]}") from error
-        if any(name.startswith("score.") for name in report["missing_keys"]):  # drawn at random instead
-            raise UserError(
-                f"reward model {model_path} has no reward head (score.weight): name a model trained by the "
-                "stage reward_model"
-            )
-        self._body = model.base_model.to(device).eval()
-        # bfloat16 would round scores to three digits: too coarse for the differences within a group.
-        self._head = model.score.to(device=device, dtype=torch.float32)
-        self._vocabulary = model.config.vocab_size
-        self._max_length = model.config.max_position_embeddings
+        if reads_chat:
+            _ = self._tokenizer
 
-    def score(self, token_ids_BT: Sequence[Sequence[int]]) -> list[Outcome[float]]:
-        """r for each sequence of token ids (prompt and completion), any real number. Missing: "empty",
-        "too_long" (beyond the model's positions), "token_id" (outside its vocabulary), "not_finite"."""
+    def _load(self, runtime: Runtime) -> None:
+        stored, _ = PreTrainedConfig.get_config_dict(self._path)
+        num_outputs = max(len(stored.get("id2label") or ()), stored.get("num_labels") or 1)
+        if num_outputs > 1:
+            raise UserError(several_outputs(self._path, num_outputs))
+        head, head_names = load_head(self._path)
+        architecture = (stored.get("architectures") or [""])[0]
+        is_score = all(name.startswith("score.") for name in head_names)
+        if architecture.endswith("ForSequenceClassification") and not is_score:
+            fault = f"is of {architecture}, which does not read the last token"
+            raise UserError(f"reward model {self._path} {fault}: name a causal model")
+        # What comes with a model is run only where transformers has nothing of its own.
+        self._trust = runtime.trust_remote_code and stored.get("model_type") not in CONFIG_MAPPING
+        body, report = AutoModel.from_pretrained(
+            self._path,
+            config=AutoConfig.from_pretrained(self._path, trust_remote_code=self._trust),
+            dtype=torch.float32 if self._device == "cpu" else torch.bfloat16,
+            trust_remote_code=self._trust,
+            output_loading_info=True,
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:  # drawn at random instead
+            fault = f"lacks {len(missing)} weights ({missing[0]}, ...)"
+            raise UserError(f"reward model {self._path} {fault}: name a complete checkpoint")
+        unused = sorted(name for name in report["unexpected_keys"] - head_names if "lm_head." not in name)
+        if unused:
+            fault = f"has {len(unused)} weights that its architecture does not use ({unused[0]}, ...)"
+            raise UserError(f"reward model {self._path} {fault}: name a causal model with one head")
+        self._body = body.base_model.to(self._device).eval()
+        # bfloat16 would round scores to three digits: too coarse for the differences within a group.
+        self._head = head.to(self._device)
+        config = body.config.get_text_config()
+        self._vocabulary, self._max_length = config.vocab_size, config.max_position_embeddings
+        self._pad_token_id = config.pad_token_id
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = find_tokenizer(self._path, self._trust)
+        if tokenizer is None or not tokenizer.chat_template:
+            way_out = f"reward.terms.{self._term}.input=tokens"
+            raise UserError(
+                f"reward model {self._path} has no tokenizer with a chat template, so it reads no "
+                f"conversations: {way_out}, if it reads the policy's token ids"
+            )
+        return tokenizer
+
+    def score(self, items_B: Sequence[TokensOrConversation]) -> list[Outcome[float]]:
+        """r for each item, any real number: token ids (prompt and completion), or a conversation, which the
+        model's own tokenizer and chat template make into token ids. Missing: "empty", "too_long" (beyond the
+        model's positions), "token_id" (outside its vocabulary), "not_finite"."""
+        token_ids_BT = [self._token_ids(entry) for entry in items_B]
         outcomes: list[Outcome[float]] = [Outcome(None, self._refusal(row)) for row in token_ids_BT]
         lengths = {row: len(ids) for row, ids in enumerate(token_ids_BT) if outcomes[row].cause is None}
         # The last bits of a score depend on what shares its forward pass, and that on timing. On a CPU, where
@@ -58,6 +109,16 @@ class RewardModel:
             for row, value in zip(rows, values, strict=True):
                 outcomes[row] = Outcome(value) if math.isfinite(value) else Outcome(None, "not_finite")
         return outcomes
+
+    def _token_ids(self, entry: TokensOrConversation) -> Sequence[int]:
+        if not _is_conversation(entry):
+            return cast(Sequence[int], entry)
+        token_ids = list(encode_conversation(self._tokenizer, entry))
+        # Classifiers of transformers read the last token that is not padding; some take the end of a turn
+        # for padding.
+        while token_ids and token_ids[-1] == self._pad_token_id:
+            token_ids.pop()
+        return token_ids
 
     def _refusal(self, row: Sequence[int]) -> str | None:
         if not row:
@@ -77,11 +138,27 @@ class RewardModel:
         return self._head(last_BD.float()).squeeze(-1).tolist()
 
 
-class RewardModelPool(ScoringPool[Sequence[int], float]):
-    """Reward-model actors: items are token id sequences of prompt and completion, values raw scores r."""
+def _is_conversation(entry: TokensOrConversation) -> TypeGuard[Conversation]:
+    return bool(entry) and isinstance(entry[0], Mapping)
+
+
+def _num_tokens(entry: TokensOrConversation) -> int:
+    if _is_conversation(entry):
+        return sum(len(turn["content"]) for turn in entry) // _CHARACTERS_PER_TOKEN + 1
+    return len(entry)
+
+
+class RewardModelPool(ScoringPool[TokensOrConversation, float]):
+    """Reward-model actors: items are token id sequences of prompt and completion, or conversations, values
+    raw scores r. With `reads_chat` a model that cannot read conversations is refused when it is loaded."""
 
     def __init__(
-        self, name: str, pool: Pool, runtime: Runtime, deadline_seconds: float = RewardConfig.deadline_seconds
+        self,
+        name: str,
+        pool: Pool,
+        runtime: Runtime,
+        deadline_seconds: float = RewardConfig.deadline_seconds,
+        reads_chat: bool = False,
     ) -> None:
-        build = functools.partial(RewardModel, runtime=runtime)
-        super().__init__(name, pool, runtime, build, len, deadline_seconds)
+        build = functools.partial(RewardModel, runtime=runtime, reads_chat=reads_chat, term=name)
+        super().__init__(name, pool, runtime, build, _num_tokens, deadline_seconds)

@@ -126,6 +126,9 @@ def test_reward_scores_depend_on_the_row_alone_and_equal_the_classifier(tmp_path
     assert [value for row, value in zip(rows, together, strict=True) if row[-1] != 0] == pytest.approx(
         expected, abs=1e-5
     )
+    with torch.inference_mode():
+        last = [reference.base_model(torch.tensor([row])).last_hidden_state[:, -1] for row in rows]
+        assert together == [reference.score(hidden).item() for hidden in last]  # to the bit
     assert max(together) - min(together) > 0.1
 
 
