@@ -108,6 +108,7 @@ PURE = (
     "pns/run/",
     "pns/commands/config.py",
     "pns/commands/export.py",
+    "pns/commands/rescore.py",
     "pns/commands/run.py",
     "workers/placement.py",
     "workers/runtime.py",

@@ -81,18 +81,18 @@ def rescore_run(
     rows = [measured(rollout, stored.rules, rules, ask_failed) for rollout in stored.rollouts]
     asked = Counter(term for row in rows for term in unknown_terms(row, rules))
     rows = with_earlier(rows, own, rules, ask_failed)
-    own.parent.mkdir(exist_ok=True)
     if any(unknown_terms(row, rules) for row in rows):
         rows = ask(config, rules, stored, rows, own)
     rescored = rewarded_anew(rows, stored.group_size, rules, name)
     comparison = compare(stored.rollouts, rescored, asked, stored.advantages)
     failures = mask_report([rollout.reward for rollout in rescored])
     file = out or own
+    file.parent.mkdir(exist_ok=True)
     write_jsonl(file, rescored)
     made_from = {"stage": stored.place.name, "rules": to_json(rules)}
     write_json(file.with_suffix(".json"), {**to_json(comparison), "failures": failures, **made_from})
     unfinished_file(own).unlink(missing_ok=True)
-    Console().print(comparison_table(comparison, f"{name} of {directory}"))
+    Console().print(comparison_table(comparison, name))
     for line in comparison_lines(comparison):
         print(line)
     print(f"{file}, {file.with_suffix('.json').name}")
@@ -193,6 +193,7 @@ def ask(
     from pns import driver  # takes seconds: what is wrong has been said by now
     from pns.stages.rescoring import Rescorer, services
 
+    own.parent.mkdir(exist_ok=True)
     with locked(own.parent / "lock", "wait for it to end"):
         prompts = driver.load_prompts(config)
         with services(config, names, own_model) as fleet:
