@@ -130,8 +130,10 @@ def read_stored(directory: Path, name: str) -> Stored:
     rules = recorded(RewardConfig(gates={}, terms={}), settings["rules"], place)
     if name == "reverse_rl":
         rl = recorded(ReverseRl(), settings["reverse_rl"], place)
-        limits = {"settings": rl, "max_new_tokens": settings["max_new_tokens"]}
-        advantages: Advantages | None = partial(rollout_advantages, **limits)
+        max_new_tokens = settings["max_new_tokens"]
+        advantages: Advantages | None = partial(
+            rollout_advantages, settings=rl, max_new_tokens=max_new_tokens
+        )
         group_size = rl.completions_per_problem
         rows_per_step = group_size * rl.problems_per_step
         file = Generator(place).rollouts_file
