@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pns.commands.config import print_config
+from pns.commands.rescore import RESCORED_STAGES, rescore_run
 from pns.commands.run import collect_garbage, list_runs, plan_recipe, report_run, run_recipe
 from pns.commands.tiny import make_tiny
 from pns.commands.verify import verify_file
@@ -55,6 +56,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
     add_run_commands(commands)
+    add_rescore(commands)
     add_evaluate(commands)
     add_export(commands)
     add_verify(commands)
@@ -120,6 +122,23 @@ def add_run_commands(commands: Commands) -> None:
     where_help = "the directory of runs (default %(default)s)"
     for parser in (runs, gc):
         parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=where_help)
+
+
+def add_rescore(commands: Commands) -> None:
+    def handle(options: Namespace) -> None:
+        choice = options.stage, options.out, options.ask_failed
+        rescore_run(options.directory, options.overrides, *choice)
+
+    rescore_help = "reward a run's stored rollouts by other rules, and compare"
+    parser = add_command(commands, "rescore", rescore_help, handle)
+    parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2; it is not changed")
+    add_overrides(parser, "keys below reward. to change, e.g. reward.terms.coherence.weight=0.1")
+    stage_help = "whose rollouts: %(choices)s (default %(default)s)"
+    parser.add_argument("--stage", choices=RESCORED_STAGES, default=RESCORED_STAGES[0], help=stage_help)
+    out_help = "new JSONL file of the rollouts (default RUN/rescored/STAGE-DIGEST.jsonl)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out_help)
+    failed_help = "ask again for what a service failed to answer"
+    parser.add_argument("--ask-failed", action="store_true", help=failed_help)
 
 
 def add_evaluate(commands: Commands) -> None:

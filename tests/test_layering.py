@@ -110,6 +110,7 @@ PURE = (
     "pns/run/",
     "pns/commands/config.py",
     "pns/commands/export.py",
+    "pns/commands/rescore.py",
     "pns/commands/run.py",
     "workers/placement.py",
     "workers/runtime.py",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pns.algo.negatives import filter_negatives
-from pns.algo.reward import service_terms
+from pns.algo.reward import reward_rules, service_terms
 from pns.config import Config, RewardConfig, Synthesize
 from pns.errors import UserError
 from pns.files import write_json, write_jsonl
@@ -12,7 +12,7 @@ from pns.records import Rollout
 from pns.run.stage import stage
 from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
-from pns.stages.scoring import Draws, load_terms, reward_rules, roll_out
+from pns.stages.scoring import Draws, load_terms, roll_out
 from workers.rollout.engine import Sampling
 
 

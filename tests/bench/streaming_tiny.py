@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pns.algo.reward import KINDS, Question, service_terms
+from pns.algo.reward import KINDS, Question, reward_rules, service_terms
 from pns.config import Tracking
 from pns.data.problems import load_problem_sets
 from pns.driver import load_prompts
@@ -25,7 +25,7 @@ from pns.records import Rollout
 from pns.run.place import Place
 from pns.run.tracking import Tracker
 from pns.stages.context import Context
-from pns.stages.scoring import Draws, reward_rules, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, roll_out, unfinished_rollouts
 from workers.cluster import Cluster
 from workers.fleet import Fleet
 from workers.rollout.engine import Sampling

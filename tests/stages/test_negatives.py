@@ -29,13 +29,21 @@ def test_plausible_negatives_are_a_generator_and_what_it_writes(bench: Any) -> N
     reverse, synthesis = plan.steps
     assert [reverse.name, synthesis.name] == ["reverse_rl", "synthesize"]
     assert negatives.directory == synthesis.place.directory
-    start, rewards, train, measured = reverse.inputs
+    start, solved, rewards, train, measured = reverse.inputs
+    assert solved is None
     assert start.directory == bench.store / "rl-0"
     assert (len(train.problems), len(measured.problems)) == (3, 2)
     generator, same_rewards, problems = synthesis.inputs
     assert generator.directory == reverse.place.directory
     assert same_rewards is rewards
     assert problems is measured
+
+
+def test_a_refreshed_reward_model_sees_what_the_target_solved(bench: Any) -> None:
+    config = Config()
+    config.reverse_rl.refresh_every = 5
+    plan, _ = planned(bench, config, "pns")
+    assert plan.steps[0].inputs[1].directory == bench.store / "rl-0"
 
 
 @pytest.mark.parametrize(
