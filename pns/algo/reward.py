@@ -46,7 +46,7 @@ KINDS: dict[TermKind, Kind] = {
     ),
     TermKind.judge: Kind(
         item=lambda prompt_ids, problem, completion: (problem.prompt, completion.text),
-        score=judging.rubric_score,
+        score=lambda judgement: judging.rubric_score(judgement.scores),
     ),
 }
 
