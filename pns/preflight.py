@@ -22,7 +22,7 @@ def check_models(config: Config, stages: Collection[str]) -> None:
         named["models.reward_model"] = config.models.reward_model
     if "reverse_rl" in stages:
         for name, term in config.reward.terms.items():
-            if term.weight > 0 and term.model:
+            if term.weight > 0 and term.model and not term.endpoint.url:
                 named[f"reward.terms.{name}.model"] = term.model
         if config.reverse_rl.start is GeneratorStart.path:
             named["models.generator"] = config.models.generator
