@@ -136,7 +136,7 @@ _LINE_ENDS = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
 # Letters and signs of another width or font, as ASCII; exponents, fractions and Greek stay.
 _PLAIN_LETTERS = {
     code: plain
-    for first, last in ((0xFE50, 0xFE6B), (0xFF01, 0xFF5E), (0x1D400, 0x1D7FF))
+    for first, last in ((0x24B6, 0x24E9), (0xFE50, 0xFE6B), (0xFF01, 0xFF5E), (0x1D400, 0x1D7FF))
     for code in range(first, last + 1)
     if (plain := unicodedata.normalize("NFKC", chr(code))).isascii()
 } | {0xA789: ":", 0x02D0: ":", 0x2236: ":", 0xFE13: ":"}
