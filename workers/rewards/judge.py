@@ -5,7 +5,6 @@ fixed text is fed in between, on the cached keys and values. Temperature 0; no r
 """
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from workers.runtime import Runtime
 
 _CHARACTERS_PER_TOKEN = 3  # a guess that sizes requests before they are tokenized
 _DECIMALS = 6  # of a probability, as it is kept
-_PASSES = 3  # over a text, to take out what a tokenizer makes its own tokens of
+_PASSES = 8  # over a text, to take out what a tokenizer makes its own tokens of
 
 Candidate = tuple[str, str]  # problem text, solution text
 Probabilities = tuple[tuple[float, ...], ...]
@@ -66,14 +65,11 @@ class Judge:
         self._between = [self._encode(part) for part in verdict_parts(self._template, "")[1:4]]
         # The tokenizer reads every token that was added to it anywhere in a text, special or not, and some
         # end a turn. Those of white space do not, and a single letter cannot be broken up.
-        added = {
-            token: number
+        self._added = {
+            number: token
             for token, number in self._tokenizer.get_added_vocab().items()
             if len(token) > 1 and not token.isspace()
         }
-        self._added_ids = set(added.values())
-        longest_first = sorted(added, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._has_system_turn = self._template is Template.TEXT and self._knows_system_turns()
 
     def score(self, candidates_B: Sequence[Candidate]) -> list[Outcome[Judgement]]:
@@ -121,12 +117,17 @@ class Judge:
     def _without_added(self, text: str) -> str:
         """`text` in which the tokenizer finds none of its added tokens: they are broken up by a space, and
         left out where it sees them in another spelling, as a normalizer makes it do."""
-        text = self._added.sub(lambda token: token[0][0] + " " + token[0][1:], text)
         for _ in range(_PASSES):
             ids = self._encode(text)
-            if self._added_ids.isdisjoint(ids):
+            found = self._added.keys() & set(ids)
+            if not found:
                 return text
-            text = self._tokenizer.decode([number for number in ids if number not in self._added_ids])
+            broken = text
+            for token in sorted(self._added[number] for number in found):
+                broken = broken.replace(token, token[:1] + " " + token[1:])
+            if broken == text:
+                broken = self._tokenizer.decode([number for number in ids if number not in found])
+            text = broken
         return "[...]"
 
     def _encode(self, text: str) -> list[int]:
