@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pns.algo.advantages import group_advantages, overlong_penalties
 from pns.algo.formatting import check_format
+from pns.algo.judging import Judgement
 from pns.algo.reward import (
     KINDS,
     TooManyMaskedError,
@@ -134,7 +135,11 @@ def test_a_kind_says_what_is_asked_and_makes_the_answer_a_score() -> None:
     assert judge.item((1, 2), problem, completion) == ("How many?", "text")
     # sigmoid(ln 3) = 3 / 4
     assert [model.score(r) for r in (0.0, math.log(3), -2000.0, 2000.0)] == pytest.approx([0.5, 0.75, 0, 1])
-    assert [judge.score(scores) for scores in ((0, 0, 0, 0), (3, 2, 1, 3), (3, 3, 3, 3))] == [0, 0.75, 1]
+    assert [judge.score(Judgement(scores)) for scores in ((0, 0, 0, 0), (3, 2, 1, 3), (3, 3, 3, 3))] == [
+        0,
+        0.75,
+        1,
+    ]
     assert set(KINDS) == set(TermKind)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pns.algo.judging import Judgement
 from pns.algo.reward import TooManyMaskedError
 from pns.config import Config, Pool, RewardConfig, RewardTerm, TermKind
 from pns.errors import UserError
@@ -29,7 +30,7 @@ def rules_of(terms: dict[str, RewardTerm], **numbers: Any) -> RewardConfig:
 def two_terms(plausibility: float = 0.25, coherence: float = 0.25) -> dict[str, RewardTerm]:
     return {
         "plausibility": RewardTerm(TermKind.reward_model, plausibility),
-        "coherence": RewardTerm(TermKind.judge, coherence, "judge"),
+        "coherence": RewardTerm(TermKind.judge, coherence, model="judge"),
     }
 
 
@@ -65,7 +66,7 @@ def test_the_ordinary_reward_asks_no_term(bench: Any, late: bool) -> None:
 def test_each_gate_of_the_composite_reward(bench: Any, late: bool) -> None:
     bench.fleet.verifier.late = late
     bench.fleet.scorer("plausibility").value = lambda item: math.log(3)
-    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 0, 0)
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((3, 3, 0, 0))
     rollouts = scored(bench, every_gate(bench), rules_of(two_terms()))
     rewards = dict(zip(GATES, (rollout.reward for rollout in rollouts), strict=True))
     assert rewards["malformed"].value == -1.0
@@ -82,7 +83,7 @@ def test_each_gate_of_the_composite_reward(bench: Any, late: bool) -> None:
 
 
 def test_without_the_gate_a_right_completion_earns_the_terms(bench: Any) -> None:
-    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 3, 3)
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((3, 3, 3, 3))
     rollouts = scored(bench, every_gate(bench), rules_of(two_terms(), gated=False))
     values = [rollout.reward.value for rollout in rollouts]
     assert values == [-1.0, pytest.approx(0.375), None, pytest.approx(0.875)]
@@ -114,11 +115,11 @@ def test_rules_are_without_what_does_not_bear_on_the_reward() -> None:
 
 def test_two_reward_models_and_a_judge(bench: Any) -> None:
     """Another term is data: each is asked in its own service, loaded with its own model."""
-    terms = two_terms() | {"style": RewardTerm(TermKind.reward_model, 0.125, "other/model")}
+    terms = two_terms() | {"style": RewardTerm(TermKind.reward_model, 0.125, model="other/model")}
     rules = rules_of(terms)
     bench.fleet.scorer("plausibility").value = lambda item: math.log(3)
     bench.fleet.scorer("style").value = lambda item: -math.log(3)
-    bench.fleet.scorer("coherence").value = lambda item: (1, 1, 1, 0)
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((1, 1, 1, 0))
     with bench.making("loading") as ctx:
         load_terms(ctx, rules, "own/main")
     assert bench.fleet.scorer("plausibility").loaded == ["own/main"]
@@ -135,7 +136,7 @@ def test_two_reward_models_and_a_judge(bench: Any) -> None:
 def test_a_missing_term_masks_with_its_cause(bench: Any) -> None:
     """The other term is kept, and a completion that has both is not touched."""
     long = bench.solution(11, "So Ann=3. So Ann=3. ")
-    bench.fleet.scorer("coherence").value = lambda item: None if item[1] == long else (3, 3, 3, 3)
+    bench.fleet.scorer("coherence").value = lambda item: None if item[1] == long else Judgement((3, 3, 3, 3))
     masked, whole = scored(bench, [long, bench.solution(12)], rules_of(two_terms()))
     assert (masked.reward.value, masked.reward.missing) == (None, {"coherence": "too_long"})
     assert masked.reward.terms == {"plausibility": 0.5}
@@ -172,7 +173,7 @@ def test_a_pool_that_fails_ends_the_stage(bench: Any) -> None:
 def test_a_verdict_asks_the_services_at_once(bench: Any) -> None:
     """Not when the next completion comes: the second one does not come before the first has been asked."""
     scorer = bench.fleet.scorer("plausibility")
-    bench.fleet.scorer("coherence").value = lambda item: (3, 3, 3, 3)
+    bench.fleet.scorer("coherence").value = lambda item: Judgement((3, 3, 3, 3))
     bench.fleet.verifier.late = True
     stream = bench.fleet.rollout.stream
 
