@@ -120,8 +120,8 @@ def neutralise(text: str, nonce: str) -> str:
     text = _MINIMAX.sub(r"\1 ", text)
     text = _SWITCH.sub("/ ", text)
     text = _ROLE.sub(_without_colon, text)
-    text = _CAPITAL_ROLE.sub(r"\1 -", text)
-    return _ASSIGNED.sub(r"\1\2 is", text)
+    text = _CAPITAL_ROLE.sub(r"\1 - ", text)
+    return _ASSIGNED.sub(r"\1\2 is ", text)
 
 
 # Below, no two repetitions beside each other take the same character, and a repetition ends before the next
@@ -150,24 +150,26 @@ _BRACKETED = re.compile(
     re.IGNORECASE,
 )
 _MINIMAX = re.compile(r"([\[\]])(?=e?~)")  # ]~b]role, [e~[
-_SWITCH = re.compile(r"/(?=(?:no_?)?think\b)", re.IGNORECASE)  # Qwen's and GLM's, of thinking
+_SWITCH = re.compile(r"(?<!‹)/(?=think\b)|/(?=no_?think\b)", re.IGNORECASE)  # Qwen's and GLM's
 _ROLE = re.compile(
     r"(?m)^([^\w\n]*)((?:gpt4 (?:correct|code) )?"
-    r"(?:system|user|assistant|human|judge|grader|developer|tool|ai|bot|model|response|instruction|input))\W*:",
+    r"(?:system|user|assistant|human|judge|grader|developer|tool|ai|bot|model|response|instruction"
+    r"|input))\W*:[ \t]*",
     re.IGNORECASE,
 )
 _HEADINGS = ("response", "instruction", "input")  # roles after a # (Alpaca), else words of a solution
-_CAPITAL_ROLE = re.compile(r"\b(SYSTEM|USER|ASSISTANT|HUMAN)\s*:")  # Vicuna's, within a line
+_CAPITAL_ROLE = re.compile(r"\b(SYSTEM|USER|ASSISTANT|HUMAN)\s*:[ \t]*")  # Vicuna's, within a line
 # Not what is between a score and a comparison.
 _ASSIGNED = re.compile(
-    rf"\b(verdict|scores?|grades?|{'|'.join(DIMENSIONS)})([^\w=:<>!→⇒]*?)(?:[=:→⇒]+>?|(?<=-)>)", re.IGNORECASE
+    rf"\b(verdict|scores?|grades?|{'|'.join(DIMENSIONS)})([^\w=:<>!→⇒]*?)(?:[=:→⇒]+>?|(?<=-)>)[ \t]*",
+    re.IGNORECASE,
 )
 _MARKERS = ("<bos>", "<eos>", "<pad>", "<solve>", "<judge>", "<verdict>")
 
 
 def _without_colon(role: re.Match[str]) -> str:
     before, name = role.groups()
-    return role[0] if name.lower() in _HEADINGS and "#" not in before else f"{before}{name} -"
+    return role[0] if name.lower() in _HEADINGS and "#" not in before else f"{before}{name} - "
 
 
 def _without_markers(candidate: str) -> str:
