@@ -262,6 +262,9 @@ def weighted_term_faults(key: str, term: RewardTerm) -> Iterator[str]:
         yield f"{key}.model is empty: name the judge's model directory or Hub id, or set {key}.weight=0"
     if term.kind is TermKind.judge and term.endpoint.url and term.grading is Grading.expected:
         yield f"{key}.grading: an endpoint tells no probabilities of digits: set it to likeliest"
+    placed = replace(term.pool, deadline_seconds=0.0) != ServicePool()
+    if term.endpoint.url and placed:
+        yield f"{key}.pool: an endpoint has no processes here: of the pool set deadline_seconds alone"
     if term.endpoint.url and not re.match("https?://[^/]", term.endpoint.url):
         yield f"{key}.endpoint.url: {term.endpoint.url!r} must begin with http:// or https:// and a host"
     if term.kind is TermKind.length and not (term.shortest or term.longest):

@@ -62,6 +62,7 @@ OWNERS = {
         "workers/training/verl_engine.py",
     },
     "vllm": {"workers/rollout/engine_vllm.py"},
+    "openai": {"workers/rewards/endpoint.py"},
     "ray": {
         "workers/cluster.py",
         "workers/rewards/service.py",

@@ -102,6 +102,10 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
             "reward.terms.own={kind: judge, weight: 1, model: owner/judge}",
             ("reward.terms.own is reward.terms.coherence again",),
         ),
+        (
+            "reward.terms.coherence={endpoint: {url: 'http://a'}, pool: {replicas: 2}}",
+            ("reward.terms.coherence.pool", "deadline_seconds alone"),
+        ),
         ("reward.terms.coherence.endpoint.url=host:80", ("endpoint.url: 'host:80'", "http://")),
         (
             "reward.terms.coherence={endpoint: {url: 'http://a'}, grading: expected}",

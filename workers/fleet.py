@@ -16,6 +16,7 @@ from workers.placement import used_roles
 from workers.runtime import Runtime
 
 if TYPE_CHECKING:
+    from workers.rewards.endpoint import EndpointJudge
     from workers.rewards.service import ScoringPool
     from workers.rewards.verifier import Verifier
     from workers.rollout.pool import RolloutPool
@@ -90,12 +91,17 @@ class Fleet:
 
             return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)
         term, deadline = self.config.reward.terms[role], self.config.reward.deadline_seconds
-        pool: ScoringPool[Any, Any]
+        pool: ScoringPool[Any, Any] | EndpointJudge
         if term.kind is TermKind.reward_model:
             from workers.rewards.reward_model import RewardModelPool
 
             chat = not reads_tokens(term)
             pool = RewardModelPool(role, term.pool, self.runtime, deadline, reads_chat=chat)
+        elif term.endpoint.url:
+            from workers.rewards.endpoint import EndpointJudge
+
+            limit = term.pool.deadline_seconds or deadline
+            pool = EndpointJudge(role, term.endpoint, self.config.seed, limit)
         else:
             from workers.rewards.judge import JudgePool
 

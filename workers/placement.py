@@ -1,7 +1,8 @@
 """From the configuration to what its roles ask of a cluster: pure arithmetic, no Ray.
 
 A role is "rollout", "policy", "verifier" or the name of a reward term; only roles that are used count. On CPU
-no role takes a GPU; the verifier's processes belong to the driver and take nothing that Ray counts.
+no role takes a GPU; the verifier's processes, and the threads that ask an endpoint, belong to the driver and
+take nothing that Ray counts.
 """
 
 import math
@@ -45,10 +46,11 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
         "policy": ("placement.policy", config.placement.policy),
     }
     for name, term in config.reward.terms.items():
-        pools[name] = (f"reward.terms.{name}.pool", term.pool)
+        if not term.endpoint.url:
+            pools[name] = (f"reward.terms.{name}.pool", term.pool)
     asked = []
     for role in used_roles(config, roles):
-        if role == "verifier":  # local processes of the driver
+        if role not in pools:  # processes or threads of the driver
             continue
         key, pool = pools[role]
         gpus = 0.0 if device == "cpu" else pool.gpus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pns.config import Config, Device, Placement, Pool, RewardConfig, RewardTerm, TermKind
+from pns.config import Config, Device, Endpoint, Placement, Pool, RewardConfig, RewardTerm, TermKind
 from pns.errors import UserError
 from workers.placement import (
     bundles,
@@ -21,8 +21,8 @@ ALL = ("rollout", "policy", "verifier", "plausibility", "coherence")
 
 def configure(rollout: Pool, policy: Pool, plausibility: Pool, coherence: Pool) -> Config:
     terms = {
-        "plausibility": RewardTerm(TermKind.reward_model, 0.25, "", plausibility),
-        "coherence": RewardTerm(TermKind.judge, 0.25, "", coherence),
+        "plausibility": RewardTerm(TermKind.reward_model, 0.25, pool=plausibility),
+        "coherence": RewardTerm(TermKind.judge, 0.25, pool=coherence),
     }
     placement = Placement(rollout=rollout, policy=policy)
     return Config(placement=placement, reward=RewardConfig(terms=terms))
@@ -61,6 +61,14 @@ def test_roles_come_once_in_the_order_of_the_configuration_and_unknown_ones_are_
     taken = Config(reward=RewardConfig(terms={"policy": RewardTerm()}))
     with pytest.raises(UserError, match=r"reward\.terms\.policy: policy is a role already"):
         used_roles(taken, ["policy"])
+
+
+def test_a_judge_behind_an_endpoint_asks_nothing_of_ray() -> None:
+    asked = RewardTerm(TermKind.judge, 0.25, model="grader", endpoint=Endpoint(url="http://host:8000/v1"))
+    config = Config(reward=RewardConfig(terms={"coherence": asked}))
+    assert used_roles(config, ["coherence"]) == ("coherence",)
+    assert bundles(config, ["coherence"], "cuda") == []
+    check_placement(config, ["coherence"], {}, "cuda")
 
 
 def test_no_role_takes_a_gpu_on_cpu() -> None:

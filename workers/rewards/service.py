@@ -178,6 +178,7 @@ class ServiceStats:
     seconds_p95: float
     restarts: int
     failures: dict[str, int]  # cause -> items
+    cost: float = 0.0  # of an endpoint's tokens, in the currency of its prices
 
 
 ServiceHandle = list[Future[Outcome[Any]]]
