@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +11,9 @@ from pns.algo.metrics import auroc
 Tokens = Sequence[int]
 Floats = NDArray[np.float64]
 
-BEFORE = -1  # stands for the token before the first
-_NUM_STEPS = 300  # of gradient descent; the fit of a few thousand completions takes seconds
+_STRIDE = 2**32  # above every token id
+MAX_PROBLEMS, MAX_PER_SIDE = 1000, 4  # what is looked at; a million tokens take some five seconds
+_NUM_STEPS = 300  # of gradient descent
 L2 = 1e-4
 
 
@@ -57,18 +57,19 @@ def detect(
     """Cross-fitted AUROC of logistic regression on which tokens and pairs of neighbouring tokens a completion
     has; both sides are token ids by problem id.
 
-    Only problems with both sides count, and each counts once: another mix of problems gives nothing away.
-    They are halved at random; a detector trained on either half is asked about the other, so that no problem
-    is in both. The interval is of the problems that are asked, not of the training. None for fewer than two
+    Only problems with both sides count, and each counts once: another mix of problems gives nothing away. At
+    most `MAX_PROBLEMS` of them are drawn, with the first `MAX_PER_SIDE` completions of either side. They are
+    halved at random; a detector trained on either half is asked about the other, so that no problem is in
+    both. The interval is of the problems that are asked, not of the training. None for fewer than two
     problems.
     """
-    problems = sorted(name for name in right if right[name] and negatives.get(name))
-    if len(problems) < 2:
+    both_sided = sorted(name for name in right if right[name] and negatives.get(name))
+    if len(both_sided) < 2:
         return None
     random = np.random.default_rng(seed)
-    order = random.permutation(len(problems))
-    halves = order[::2], order[1::2]
-    sides = [(list(right[name]), list(negatives[name])) for name in problems]
+    problems = [both_sided[p] for p in random.permutation(len(both_sided))[:MAX_PROBLEMS]]
+    halves = np.arange(0, len(problems), 2), np.arange(1, len(problems), 2)
+    sides = [(right[name][:MAX_PER_SIDE], negatives[name][:MAX_PER_SIDE]) for name in problems]
     completions = [tokens for both in sides for side in both for tokens in side]
     problem_B = np.concatenate([np.full(len(a) + len(b), p) for p, (a, b) in enumerate(sides)])
     is_right_B = np.concatenate([[True] * len(a) + [False] * len(b) for a, b in sides])
@@ -89,19 +90,22 @@ def detect(
 
 
 def ngram_rows(completions: Sequence[Tokens]) -> _Rows:
-    """One row a completion: which tokens and which pairs of neighbours it has, scaled to length 1."""
-    columns: dict[tuple[int, ...], int] = {}
-    numbered = []
+    """One row a completion: which tokens and which pairs of neighbours it has, scaled to length 1. A token is
+    itself, a pair (a, b) is b + (a + 2) * _STRIDE, the first token's b + _STRIDE."""
+    ngrams = []
     for tokens in completions:
-        ngrams = dict.fromkeys([*zip(tokens, strict=True), *pairwise((BEFORE, *tokens))])
-        numbered.append([columns.setdefault(ngram, len(columns)) for ngram in ngrams])
-    sizes = np.array([len(own) for own in numbered], dtype=np.int64)
+        token_T = np.asarray(tokens, dtype=np.int64)
+        before_T = np.roll(token_T, 1)
+        before_T[:1] = -1  # of the first
+        ngrams.append(np.unique(np.concatenate([token_T, token_T + (before_T + 2) * _STRIDE])))
+    sizes = np.array([len(own) for own in ngrams])
+    seen, columns = np.unique(np.concatenate(ngrams), return_inverse=True)
     return _Rows(
         rows=np.repeat(np.arange(len(sizes)), sizes),
-        columns=np.array([column for own in numbered for column in own], dtype=np.int64),
+        columns=columns,
         values=np.repeat(1 / np.sqrt(np.maximum(sizes, 1)), sizes),
         num_rows=len(sizes),
-        num_columns=len(columns),
+        num_columns=len(seen),
     )
 
 

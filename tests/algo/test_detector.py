@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pns.algo.detector import BEFORE, L2, Detected, Tokens, detect, fit, ngram_rows
+from pns.algo.detector import L2, MAX_PER_SIDE, MAX_PROBLEMS, Detected, Tokens, detect, fit, ngram_rows
 
 Side = dict[str, list[Tokens]]
 CUE = 99
@@ -81,12 +81,17 @@ def test_the_same_seed_gives_the_same_and_few_problems_nothing() -> None:
     assert detect({}, {}) is None
 
 
+def test_of_many_problems_and_completions_some_are_drawn() -> None:
+    right: Side = {f"p{number}": [[1]] for number in range(MAX_PROBLEMS + 5)}
+    cue: Side = {name: [[2]] * MAX_PER_SIDE + [[1]] * 50 for name in right}  # the last are not looked at
+    assert detect(right, cue) == Detected(1.0, 1.0, 1.0, MAX_PROBLEMS)
+
+
 def test_rows_are_tokens_and_neighbours_of_length_one() -> None:
     rows = ngram_rows([[5, 6, 5, 6], [6]])
-    # 5, 6, (start, 5), (5, 6), (6, 5); and 6, (start, 6)
+    # 5, 6, (start, 5), (5, 6), (6, 5); and 6, (start, 6), which the first has not
     assert np.bincount(rows.rows).tolist() == [5, 2]
     assert rows.num_columns == 6
-    assert BEFORE < 0
     assert rows.times(np.ones(6)) == pytest.approx([math.sqrt(5), math.sqrt(2)])
     assert rows.transposed_times(np.array([0.0, 1.0])).sum() == pytest.approx(math.sqrt(2))
 
@@ -95,6 +100,7 @@ def test_the_fit_is_where_the_gradient_is_zero() -> None:
     """Two rows without a common column, each of two columns of weight w / -w and margin m = sqrt(2) w: of the mean
     of log(1 + exp(-m)) and L2 / 2 |weights|^2 the slope is 0 where 1 / (1 + exp(m)) = 2 L2 m."""
     weights = fit(ngram_rows([[1], [2]]), np.array([True, False]), np.ones(2))
-    assert weights == pytest.approx(weights[0] * np.array([1, 1, -1, -1]))
+    # The tokens 1 and 2 come before the pairs (start, 1) and (start, 2).
+    assert weights == pytest.approx(weights[0] * np.array([1, -1, 1, -1]))
     margin = math.sqrt(2) * weights[0]
     assert 1 / (1 + math.exp(margin)) == pytest.approx(2 * L2 * margin, rel=0.05)
