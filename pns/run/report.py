@@ -21,13 +21,13 @@ _WRITTEN = {  # key of the report: what a stage wrote
 }
 # Rows of the table of negatives: a figure of quality.json by source, and what it is called.
 _QUALITY = {
-    "tokens_mean": "tokens, mean",
-    "perplexity": "perplexity under the backbone",
-    "reward_model_mean": "reward model, mean score",
-    "auroc_held_out": "AUROC of the held-out reward model",
-    "detector": "AUROC of a detector trained afresh [95 %]",
-    "one_sidedness": "one-sidedness (by chance)",
-    "first_wrong_step": "first wrong step (share of the text)",
+    "tokens_mean": "tokens",
+    "perplexity": "perplexity",
+    "reward_model_mean": "reward model",
+    "auroc_held_out": "AUROC, held-out",
+    "detector": "AUROC, detector",
+    "one_sidedness": "one-sidedness",
+    "first_wrong_step": "first wrong step",
 }
 _COLUMNS = 3  # of plots side by side
 
@@ -98,20 +98,21 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def quality_table(quality: Mapping[str, Any]) -> Table:
-    """Figures of the negatives, a column a source; "pairs" are those that were made."""
+    """Figures of the negatives, a column a source; below them the one-sidedness of the pairs. In brackets
+    stand the detector's 95 % interval, the one-sidedness by chance, and the share of the text up to the first
+    wrong step."""
     named = [source for figure in _QUALITY for source in quality.get(figure, {})]
-    columns = sorted(dict.fromkeys(named), key=lambda name: name == "pairs")  # the last; the others stay
-    table = Table("negatives", *columns, title="Quality of negatives (AUROC 0.5: like right completions)")
+    sources = [source for source in dict.fromkeys(named) if source != "pairs"]
+    table = Table("negatives", *sources, title="Quality of negatives (AUROC 0.5: like right ones)")
     for figure, label in _QUALITY.items():
-        values = quality.get(figure, {})
-        if values:
-            table.add_row(
-                label, *(_quality_cell(quality, figure, values.get(name), name) for name in columns)
-            )
+        if quality.get(figure):
+            table.add_row(label, *(_quality_cell(quality, figure, source) for source in sources))
+    table.caption = f"one-sidedness of the pairs: {_quality_cell(quality, 'one_sidedness', 'pairs')}"
     return table
 
 
-def _quality_cell(quality: Mapping[str, Any], figure: str, value: Any, source: str) -> str:
+def _quality_cell(quality: Mapping[str, Any], figure: str, source: str) -> str:
+    value = quality.get(figure, {}).get(source)
     if value is None:
         return "-"
     if figure == "detector":
