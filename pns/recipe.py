@@ -190,8 +190,22 @@ def key_faults(config: Config) -> Iterator[str]:
         yield f"name: {config.name!r} must be a directory name, without slashes"
     if not config.models.backbone:
         yield "models.backbone is empty: name a model directory or a Hub id (owner/name)"
-    if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
-        yield "reverse_rl.start is path and models.generator is empty: name the generator's model"
+    starts = {"reverse_rl.start is": [config.reverse_rl.start], "mixture.starts has": config.mixture.starts}
+    for said, own in starts.items():
+        if GeneratorStart.path in own and not config.models.generator:
+            yield f"{said} path and models.generator is empty: name the generator's model"
+    for key, names in (("sources", config.mixture.sources), ("starts", config.mixture.starts)):
+        if len(set(names)) < len(names):
+            yield f"mixture.{key}: {', '.join(names)} names one twice: name each once"
+    if config.mixture.starts and "pns" not in config.mixture.sources:
+        yield "mixture.starts are of source pns, which mixture.sources does not name: add it, or remove them"
+    if not config.mixture.sources or "mixed" in config.mixture.sources:
+        fault = f"[{', '.join(config.mixture.sources)}] must be sources of their own, at least one"
+        yield f"mixture.sources: {fault}; e.g. [pns,rs]"
+    low, high = config.synthesize.min_log_prob, config.synthesize.max_log_prob
+    if low is not None and high is not None and low > high:
+        way_out = "nothing is in this range: lower it, or set either to null"
+        yield f"synthesize.min_log_prob: {low} is above max_log_prob, {high}; {way_out}"
     if not config.policy.lora.targets:
         yield "policy.lora.targets is empty: name linear layers, e.g. [q_proj,v_proj], or [all-linear]"
 

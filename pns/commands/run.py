@@ -32,8 +32,9 @@ def plan_recipe(recipe: Path, overrides: Sequence[str]) -> None:
 
     roles_by_step = driver.roles_used(config)
     print(f"{recipe}: {Path(config.runs) / config.name}")
+    width = max([14, *(len(step) + 2 for step in roles_by_step)])
     for step, step_roles in roles_by_step.items():
-        print(f"  {step:<14}{', '.join(step_roles)}")
+        print(f"  {step:<{width}}{', '.join(step_roles)}")
     roles = dict.fromkeys(role for step_roles in roles_by_step.values() for role in step_roles)
     print(placement_table(config, list(roles), config.placement.device.value))
 
@@ -61,8 +62,10 @@ def list_runs(runs: Path) -> None:
     own = check_runs(runs)
     for page in pages(runs):
         print(page.name)
-        for name, place in linked_places(page).items():
-            print(f"  {name:<14}{described_place(place)}")
+        places = linked_places(page)
+        width = max([14, *(len(name) + 2 for name in places)])
+        for name, place in places.items():
+            print(f"  {name:<{width}}{described_place(place)}")
     unlinked = sorted(own - used_places(runs))
     if unlinked:
         print("led to by no run (pns gc removes them):")
