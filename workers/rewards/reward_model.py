@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from pns.config import Pool, RewardConfig
+from pns.config import RewardConfig, ServicePool
 from pns.errors import UserError
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
@@ -81,7 +81,11 @@ class RewardModelPool(ScoringPool[Sequence[int], float]):
     """Reward-model actors: items are token id sequences of prompt and completion, values raw scores r."""
 
     def __init__(
-        self, name: str, pool: Pool, runtime: Runtime, deadline_seconds: float = RewardConfig.deadline_seconds
+        self,
+        name: str,
+        pool: ServicePool,
+        runtime: Runtime,
+        deadline_seconds: float = RewardConfig.deadline_seconds,
     ) -> None:
-        build = functools.partial(RewardModel, runtime=runtime)
+        build = functools.partial(RewardModel, runtime=runtime, forward_tokens=pool.batch_tokens)
         super().__init__(name, pool, runtime, build, len, deadline_seconds)
