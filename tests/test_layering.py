@@ -109,6 +109,7 @@ PURE = (
     "pns/commands/config.py",
     "pns/commands/export.py",
     "pns/commands/run.py",
+    "pns/commands/services.py",
     "workers/placement.py",
     "workers/runtime.py",
 )
