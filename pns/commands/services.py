@@ -110,8 +110,9 @@ def status_view(directory: Path, board: Board, running: bool) -> Any:
     with_cost = any(figures and figures["cost"] for figures in board.services.values())
     table = Table(box=None, padding=(0, 1, 0, 0))  # fits into 80 columns
     for head in [*heads, "cost"] if with_cost else heads:
-        side = "left" if head in ("service", "failures") else "right"
-        table.add_column(head.replace("_", " "), justify=side, no_wrap=head != "failures")
+        words = head in ("service", "failures")
+        title, is_long = head.replace("_", " "), head == "failures"
+        table.add_column(title, justify="left" if words else "right", no_wrap=not is_long)
     for name, figures in board.services.items():
         table.add_row(*(service_cells(name, figures, with_cost) if figures else [name, "starting"]))
     asked = [f"pns scale: {name}: {outcome or 'under way'}" for name, outcome in board.outcomes.items()]
