@@ -133,9 +133,11 @@ class Verifier:
     def collect(
         self, handle: VerifierHandle, say_seconds: float = _SAY_SECONDS, most_seconds: float | None = None
     ) -> list[VerifierResult]:
-        """The results of one `submit`, in order. Says every `say_seconds` what it waits for. TimeoutError
-        where no item at all, of any `submit`, got a verdict for `most_seconds`; None: the longest that an item
-        can take in a quick and then in a slow lane, a process started in each."""
+        """The results of one `submit`, in order. Says every `say_seconds` what it waits for.
+
+        Raises TimeoutError where no item at all, of any `submit`, got a verdict for `most_seconds`; None: the
+        longest that an item can take in a quick and then in a slow lane, a process started in each.
+        """
         longest = most_seconds or 2 * (self._limit_seconds + _START_SECONDS)
         began = time.monotonic()
         while late := wait(handle, timeout=min(say_seconds, longest)).not_done:
