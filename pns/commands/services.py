@@ -18,7 +18,8 @@ def show_status(directory: Path, watch: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    board, console = known_board(directory), Console()
+    # What it shows has words of models and machines: a bracket in them is a bracket.
+    board, console = known_board(directory), Console(markup=False, highlight=False)
     running = board.is_of_running(directory)
     if watch and running:
         try:

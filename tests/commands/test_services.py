@@ -68,7 +68,7 @@ def test_scale_and_status_of_a_run_at_work(
         assert said(capsys, "scale", run, "--timeout", 600, "judge=2") == (0, "judge=2: done\n")
         assert pool.replicas == 2
         assert [outcome.value for outcome in pool.collect(handle)] == list(range(600))
-        time.sleep(0.3)
+        until_scored(run, 600)
         code, table = said(capsys, "status", run)
         assert (code, "not at work" in table) == (0, False)
         [row] = [line for line in table.splitlines() if line.startswith("judge ")]
@@ -90,13 +90,20 @@ def test_scale_and_status_of_a_run_at_work(
     assert said(capsys, "scale", run, "judge=2")[0] == 2
 
 
+def until_scored(run: Path, number: int) -> None:
+    end = time.monotonic() + 240
+    while (board := read_board(run)) and (board.services["judge"] or {})["scored"] < number:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 class Slow:
     """A service that never gets the size that it is asked for."""
 
     def stats(self) -> dict[str, Any]:
         return dict.fromkeys(("queued", "in_flight", "scored", "restarts", "cost"), 0) | {
             **dict.fromkeys(("items_per_second", "seconds_p50", "seconds_p95"), 0.0),
-            **{"replicas": 1, "wanted": 4, "failures": {"deadline": 2, "too_long": 1}},
+            **{"replicas": 1, "wanted": 4, "failures": {"deadline": 2, "ValueError: [b] is wrong": 1}},
         }
 
     def resize(self, replicas: int) -> None:
@@ -112,6 +119,7 @@ def test_what_takes_too_long_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
         )
         table = said(capsys, "status", run)[1]
         assert "1 of 4" in table
+        assert "1 ValueError: [b] is wrong" in table
         assert "under way" in table
 
 
