@@ -145,6 +145,8 @@ def main() -> None:
                 "over_10_seconds": sum(seconds > 10 for seconds in recovered),
                 "seconds": round(elapsed, 1),
                 "replicas": REPLICAS,
+                "cores": len(os.sched_getaffinity(0)),
+                "load_of_5_minutes": round(os.getloadavg()[1], 1),  # this run's own three processes included
             }
         )
     )
