@@ -241,6 +241,28 @@ def pool_faults(config: Config) -> Iterator[str]:
     for key, pool in pools.items():
         if pool.gpus > 1 and not float(pool.gpus).is_integer():
             yield f"{key}.gpus: {pool.gpus} must be whole where it is above 1: only one GPU can be shared"
+    for name, term in config.reward.terms.items():
+        yield from service_pool_faults(f"reward.terms.{name}.pool", term.pool)
+
+
+def service_pool_faults(key: str, pool: ServicePool) -> Iterator[str]:
+    """The pool can grow and shrink to what it is, and Ray takes its resources and labels."""
+    smallest, largest = pool.min_replicas, pool.max_replicas
+    if smallest > pool.replicas:
+        way_out = f"set it to {pool.replicas} or less, or raise {key}.replicas"
+        yield f"{key}.min_replicas: {smallest} is more than {key}.replicas, {pool.replicas}: {way_out}"
+    if 0 < largest < pool.replicas:
+        way_out = f"set it to {pool.replicas} or more, to 0 for no growth, or lower {key}.replicas"
+        yield f"{key}.max_replicas: {largest} is less than {key}.replicas, {pool.replicas}: {way_out}"
+    for name, amount in pool.resources.items():
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            way_out = f"use {key}.cpus and {key}.gpus" if name in ("CPU", "GPU") else "remove it"
+            yield f"{key}.resources.{name}: {name} is no custom resource: {way_out}"
+        if not (0 < amount < math.inf) or (amount > 1 and not amount.is_integer()):
+            yield f"{key}.resources.{name}: {amount} must be above 0, and whole where it is above 1"
+    for label, value in pool.labels.items():
+        if not label or not value or value != value.strip():
+            yield f"{key}.labels: {label!r}: {value!r} must be a label and its value: name both"
 
 
 # Kind of a reward term -> those of its keys that not every kind reads.

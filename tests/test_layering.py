@@ -113,6 +113,7 @@ PURE = (
     "pns/commands/export.py",
     "pns/commands/rescore.py",
     "pns/commands/run.py",
+    "pns/commands/services.py",
     "workers/placement.py",
     "workers/runtime.py",
 )

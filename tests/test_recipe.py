@@ -128,6 +128,17 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ),
         ("placement.rollout.gpus=1.5", ("placement.rollout.gpus: 1.5", "whole")),
         ("reward.terms.coherence.pool.gpus=2.5", ("reward.terms.coherence.pool.gpus: 2.5", "whole")),
+        (
+            "reward.terms.coherence.pool.min_replicas=2",
+            ("min_replicas: 2 is more", "replicas, 1", "1 or less"),
+        ),
+        (
+            "reward.terms.coherence.pool={replicas: 3, max_replicas: 2}",
+            ("max_replicas: 2 is less", "replicas, 3", "3 or more"),
+        ),
+        ("reward.terms.coherence.pool.resources={GPU: 1}", ("no custom resource", "coherence.pool.gpus")),
+        ("reward.terms.coherence.pool.resources={slot: 1.5}", ("resources.slot: 1.5", "whole")),
+        ("reward.terms.coherence.pool.labels={zone: ''}", ("coherence.pool.labels: 'zone'", "value")),
         ("placement.policy.gpus=2", ("placement.policy.gpus: 2.0", "replicas")),
     ],
 )

@@ -52,6 +52,13 @@ class Fleet:
         """The pool of the reward term `name`, with its `model` loaded unless that is empty."""
         return self._started(name)
 
+    def services(self) -> dict[str, ScoringPool[Any, Any] | None]:
+        """The pools of reward terms that `start` has named so far; None: it is not up yet. Waits for
+        nothing."""
+        begun = {name: self._roles[name] for name in self.config.reward.terms if name in self._roles}
+        up = {name for name, future in begun.items() if future.done() and not future.exception()}
+        return {name: future.result() if name in up else None for name, future in begun.items()}
+
     @property
     def policy(self) -> Policy:
         """Started in the calling thread, which imports verl while the others start in their own processes."""
@@ -90,7 +97,8 @@ class Fleet:
             from workers.rewards.verifier import Verifier
 
             return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)
-        term, deadline = self.config.reward.terms[role], self.config.reward.deadline_seconds
+        term = self.config.reward.terms[role]
+        deadline = term.pool.deadline_seconds or self.config.reward.deadline_seconds
         pool: ScoringPool[Any, Any] | EndpointJudge
         if term.kind is TermKind.reward_model:
             from workers.rewards.reward_model import RewardModelPool
@@ -100,8 +108,7 @@ class Fleet:
         elif term.endpoint.url:
             from workers.rewards.endpoint import EndpointJudge
 
-            limit = term.pool.deadline_seconds or deadline
-            pool = EndpointJudge(role, term.endpoint, self.config.seed, limit)
+            pool = EndpointJudge(role, term.endpoint, self.config.seed, deadline)
         else:
             from workers.rewards.judge import JudgePool
 

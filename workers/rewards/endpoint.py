@@ -125,6 +125,7 @@ class EndpointJudge:
             span = max(now - recent[0], 1e-3) if recent else 1.0
             return ServiceStats(
                 replicas=self._endpoint.concurrency,
+                wanted=self._endpoint.concurrency,
                 queued=self._num_submitted - self._num_begun,
                 in_flight=self._num_begun - self._num_scored,
                 scored=self._num_scored,

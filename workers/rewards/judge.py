@@ -23,7 +23,7 @@ from pns.algo.judging import (
     render_tiny,
     verdict_parts,
 )
-from pns.config import Pool, RewardConfig
+from pns.config import RewardConfig, ServicePool
 from pns.errors import UserError
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
@@ -199,10 +199,10 @@ class JudgePool(ScoringPool[Candidate, Judgement]):
     def __init__(
         self,
         name: str,
-        pool: Pool,
+        pool: ServicePool,
         runtime: Runtime,
         seed: int,
         deadline_seconds: float = RewardConfig.deadline_seconds,
     ) -> None:
-        build = functools.partial(Judge, runtime=runtime, seed=seed)
+        build = functools.partial(Judge, runtime=runtime, seed=seed, forward_tokens=pool.batch_tokens)
         super().__init__(name, pool, runtime, build, _num_tokens, deadline_seconds)

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from pns.algo.judging import Template, make_nonce, render_text, render_tiny, verdict_parts
-from pns.config import Pool
+from pns.config import ServicePool
 from pns.errors import UserError
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rewards.judge import Judge, JudgePool
@@ -36,8 +36,8 @@ from workers.rewards.reward_model import RewardModel, RewardModelPool
 from workers.rewards.service import Outcome, PoolFailedError, ScoringPool, micro_batches
 from workers.runtime import Runtime
 
-ONE = Pool(replicas=1)
-TWO = Pool(replicas=2)
+ONE = ServicePool(replicas=1)
+TWO = ServicePool(replicas=2)
 CPU = Runtime(start_timeout_seconds=1800)
 
 
@@ -479,4 +479,4 @@ def test_actors_that_cannot_start_are_named(ray_session: None, tmp_path: Path) -
         TimeoutError,
         match=r"greedy: waited 2 s for replica 1 of 1 to start with 0 GPU and 1000 CPU each; .* CPU free",
     ):
-        ScoringPool("greedy", Pool(1, 0, 1000), Runtime(start_timeout_seconds=2), *scripted(tmp_path))
+        ScoringPool("greedy", ServicePool(1, 0, 1000), Runtime(start_timeout_seconds=2), *scripted(tmp_path))
