@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import AutoModelForSequenceClassification
+
 from pns.algo.reward import KINDS, Question, reward_rules, service_terms
 from pns.config import Tracking
 from pns.data.problems import load_problem_sets
@@ -39,8 +41,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=40, help="of a step (default %(default)s)")
     num_problems = parser.parse_args().problems
     # Every sample is wrong or malformed by the backbone: nearly all go on to the services.
-    config = load(RECIPE, ["reward.terms.plausibility.model=" + str(RECIPE.parent / "tiny" / "judge")])
-    config.reward.gates["correct"] = None
+    config = load(RECIPE, ["reward.gates.correct=null"])
     rules, prompts = reward_rules(config), load_prompts(config)
     problems = list(load_problem_sets(config).train)[:num_problems]
     names = service_terms(rules)
@@ -51,6 +52,10 @@ def main() -> None:
         place = Place(Path(directory) / "step")
         sampling = Sampling(1.0, 1.0, config.rollout.max_new_tokens)
         fleet.rollout.load(config.models.backbone)
+        # With a random head: how long a score takes does not depend on it.
+        scorer = AutoModelForSequenceClassification.from_pretrained(config.models.reward_model, num_labels=1)
+        scorer.save_pretrained(Path(directory) / "reward_model")
+        fleet.scorer("plausibility").load(f"{directory}/reward_model")
         with place.making({"inputs": []}):
             ctx = Context(0, place, fleet, prompts, tracker, Path(directory))
 
