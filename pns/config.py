@@ -53,7 +53,7 @@ RewardInput = StrEnum("RewardInput", ["auto", "tokens", "chat"])
 Grading = StrEnum("Grading", ["likeliest", "expected"])
 MarginMask = StrEnum("MarginMask", ["completion", "first_wrong_step", "first_divergent_token"])
 BadPairs = StrEnum("BadPairs", ["error", "drop"])
-TrackingBackend = StrEnum("TrackingBackend", ["tensorboard", "wandb", "mlflow", "trackio"])
+TrackingBackend = StrEnum("TrackingBackend", ["ray", "tensorboard", "wandb", "mlflow", "trackio"])
 
 
 @dataclass
@@ -504,9 +504,11 @@ class Evaluate(Decoding):
 
 @dataclass
 class Tracking:
-    """Metrics go to `metrics.jsonl` always, and to backends of verl's `Tracking`."""
+    """Metrics go to `metrics.jsonl` always, to gauges of Ray, and to backends of verl's `Tracking`."""
 
-    backends: list[TrackingBackend] = key([], "any of tensorboard, wandb, mlflow, trackio; empty: none")
+    backends: list[TrackingBackend] = key(
+        [], "any of ray (gauges for Prometheus), tensorboard, wandb, mlflow, trackio; empty: none"
+    )
     project: str = key("pns", "the backends' name for the runs together")
 
 

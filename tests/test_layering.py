@@ -65,6 +65,7 @@ OWNERS = {
     "openai": {"workers/rewards/endpoint.py"},
     "ray": {
         "workers/cluster.py",
+        "workers/metric_backends.py",
         "workers/rewards/service.py",
         "workers/rollout/pool.py",
         "workers/training/policy.py",
