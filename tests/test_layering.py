@@ -34,6 +34,7 @@ ROOMS = (
     "workers/rollout/",
     "workers/placement.py",
     "workers/metric_backends.py",
+    "workers/node_memory.py",
     "workers/checkpoints.py",
     "workers/runtime.py",
     "pns/data/",
@@ -66,6 +67,7 @@ OWNERS = {
     "ray": {
         "workers/cluster.py",
         "workers/metric_backends.py",
+        "workers/node_memory.py",
         "workers/rewards/service.py",
         "workers/rollout/pool.py",
         "workers/training/policy.py",

@@ -21,6 +21,8 @@ from pns.files import read_json, remove, replacing, write_json
 from pns.run.place import Place, locked
 from pns.run.stage import Step
 
+NODES = "nodes.json"  # peak memory of a cluster's nodes, of the last start
+
 
 class RunPage:
     """Reading needs no more than `RunPage(path)`; a driver works in `RunPage.open(path)`."""

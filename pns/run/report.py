@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pns.files import read_json, read_jsonl, write_json
+from pns.run.page import NODES
 
 MODELS = ("backbone", "target", "result")
 SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}
@@ -18,6 +19,7 @@ _WRITTEN = {  # key of the report: what a stage wrote
     "generator": "reverse_rl/generator.json",
     "reward_model": "reward_model/quality.json",
     "pairs": "pair/quality.json",
+    "nodes": NODES,
 }
 # Rows of the table of negatives: a figure of quality.json by source, and what it is called.
 _QUALITY = {
@@ -38,8 +40,8 @@ def write_report(run_path: Path, console: Console | None = None) -> dict[str, An
     Keys: `suites.<suite>.{backbone,target,result}.{accuracy,low,high,n}` (with "mean"),
     `generator.{before,after}.<figure>` (of a mixture `generator.<part> {before,after}`),
     `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the negatives: a figure by source),
-    `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `versions`. What no finished stage has
-    written is left out.
+    `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `nodes` (peak memory of each node of a
+    cluster), `versions`. What no finished stage has written is left out.
     """
     report = build_report(run_path)
     write_json(run_path / "report.json", report)
@@ -89,6 +91,12 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         made.append(table)
     if quality := report.get("pairs"):
         made.append(quality_table(quality))
+    if nodes := report.get("nodes"):
+        table = Table("node", "host GiB", "of", "GPUs, GiB", title="Peak memory")
+        for address, peak in nodes.items():
+            gpus = " ".join(f"{gib:.1f}" for gib in peak["gpu_gib"])
+            table.add_row(address, f"{peak['host_gib']:.1f}", f"{peak['host_total_gib']:.0f}", gpus or "-")
+        made.append(table)
     if stages := report.get("stages"):
         table = Table("stage", "seconds", title="Time")
         for stage, values in stages.items():

@@ -1,5 +1,6 @@
 """A session: cluster, actors and tracker for as long as steps of a plan are made."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -8,10 +9,10 @@ from typing import Any
 
 from pns.config import Config
 from pns.data.prompts import Prompts
-from pns.files import read_jsonl
+from pns.files import read_jsonl, write_json
 from pns.records import leaves
 from pns.run.memory import PeakMemory
-from pns.run.page import RunPage, linked_places
+from pns.run.page import NODES, RunPage, linked_places
 from pns.run.stage import Step
 from pns.run.tracking import METRICS, Tracker
 from pns.stages.context import Context
@@ -19,6 +20,7 @@ from pns.stages.monitor import ServiceMonitor
 from workers.cluster import Cluster
 from workers.fleet import Fleet
 from workers.metric_backends import open_backends
+from workers.node_memory import NodeMemory
 from workers.runtime import Runtime
 
 
@@ -57,6 +59,9 @@ def session(
         memory = stack.enter_context(PeakMemory())
         page.begin(config, attempts)  # only now: a start that fails changes nothing
         stack.callback(lambda: page.save(memory.gib))
+        if os.environ.get("RAY_ADDRESS"):  # this process sees its own node alone
+            nodes = stack.enter_context(NodeMemory())
+            stack.callback(lambda: write_json(page.path / NODES, nodes.peaks()))
         runtime = Runtime(device, config.models.trust_remote_code, placement.start_timeout_seconds)
         fleet = Fleet(config, runtime)
         stack.callback(fleet.shutdown)  # before `start`, which may fail half-way
