@@ -112,6 +112,8 @@ PURE = (
     "pns/commands/config.py",
     "pns/commands/export.py",
     "pns/commands/rescore.py",
+    "pns/commands/init.py",
+    "pns/commands/recipes.py",
     "pns/commands/run.py",
     "workers/placement.py",
     "workers/runtime.py",
