@@ -25,7 +25,9 @@ def print_config(subject: str, overrides: list[str]) -> None:
     if subject.endswith((".yaml", ".yml")) or subject in shipped_recipes():
         print(OmegaConf.to_yaml(to_dict(load(find_recipe(subject), overrides))), end="")
     elif overrides or "=" in subject:
-        raise UserError(f"config: {subject} is not a recipe: KEY=VALUE belongs after a name or a .yaml file")
+        raise UserError(
+            f"config: {subject} is not a recipe: KEY=VALUE belongs after a .yaml file or a recipe's name"
+        )
     else:
         print("\n".join(describe_keys(select_keys(subject))))
 
