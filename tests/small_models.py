@@ -24,7 +24,6 @@ REASONINGS = (
     r"First, $2x+1=7$, hence $x=3$",
     r"Half of them: $1 \div 2 = \frac{1}{2}$",
 )
-UNPARSABLE = ("???", r"\frac{3}{}", r"\ldots", "x+")
 
 
 def build_tokenizer(
@@ -53,30 +52,6 @@ def build_tokenizer(
     # As in Qwen3: they are text.
     backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
-
-
-def completion(
-    rng: random.Random, babble: str, closing: str, ends: tuple[str, str], opening: str = ""
-) -> str:
-    """What a model is taught to write after the prompt: reasoning between `opening` and `closing`, and an
-    answer drawn blindly, with a share of malformed, endless and unparsable ones. It ends with one of `ends`,
-    mostly the first."""
-    end, other_end = ends
-    reasoning, answer, kind = opening + rng.choice(REASONINGS), rng.choice(ANSWERS), rng.random()
-    if kind < 0.08:
-        return babble  # beyond max_new_tokens
-    if kind < 0.16:
-        malformed = (
-            f"{reasoning} \\boxed{{{answer}}}",
-            f"{reasoning}{closing}\\boxed{{{answer}}} or \\boxed{{2}}",
-            f"{reasoning}{closing}",
-        )
-        return rng.choice(malformed) + end
-    if kind < 0.38:
-        answer = rng.choice(UNPARSABLE)
-    elif kind < 0.42:
-        answer = r"\text{no answer}"
-    return f"{reasoning}{closing}\\boxed{{{answer}}}" + (other_end if kind > 0.9 else end)
 
 
 def teach(

@@ -51,7 +51,7 @@ from pns.config import STAGES, Data
 from pns.data.problems import read_problems
 from pns.data.prompts import Prompts
 from pns.records import Problem
-from small_models import ANSWERS, REASONINGS, build_tokenizer, completion
+from small_models import ANSWERS, REASONINGS, build_tokenizer
 from small_models import teach as teach_model
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,8 @@ CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+UNPARSABLE = ("???", r"\frac{3}{}", r"\ldots", "x+")
+
 SETTINGS: Row = {
     "name": "real",
     "data": {
@@ -253,6 +255,26 @@ def make_model(vocab_size: int, max_position: int, initializer_range: float = 0.
     return model
 
 
+def completion(rng: random.Random, babble: str, closing: str = "</think>") -> str:
+    """What the model is taught to write after the prompt, which ends in the opening tag if there is one.
+    `closing` stands between reasoning and answer. The end token is part of it."""
+    reasoning, answer, kind = rng.choice(REASONINGS), rng.choice(ANSWERS), rng.random()
+    if kind < 0.08:
+        return babble  # beyond max_new_tokens
+    if kind < 0.16:
+        malformed = (
+            f"{reasoning} \\boxed{{{answer}}}",
+            f"{reasoning}{closing}\\boxed{{{answer}}} or \\boxed{{2}}",
+            f"{reasoning}{closing}",
+        )
+        return rng.choice(malformed) + END
+    if kind < 0.38:
+        answer = rng.choice(UNPARSABLE)
+    elif kind < 0.42:
+        answer = r"\text{no answer}"
+    return f"{reasoning}{closing}\\boxed{{{answer}}}" + (PAD if kind > 0.9 else END)
+
+
 def teach(world: World) -> None:
     """Supervised training on completions after the shorter prompts, which end in the opening tag if there is
     one."""
@@ -263,7 +285,7 @@ def teach(world: World) -> None:
     babbles = [row["solution"] for row in world.problems["math"] if len(row["solution"]) > 300]
 
     def draw(rng: random.Random) -> list[int]:
-        return world.encode(completion(rng, rng.choice(babbles), closing, (END, PAD)))[: MAX_NEW_TOKENS + 10]
+        return world.encode(completion(rng, rng.choice(babbles), closing))[: MAX_NEW_TOKENS + 10]
 
     teach_model(world.model, prompts, draw)
 
