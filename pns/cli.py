@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pns.commands.config import print_config
+from pns.commands.recipes import find_recipe, print_recipes
 from pns.commands.rescore import RESCORED_STAGES, rescore_run
 from pns.commands.run import collect_garbage, list_runs, plan_recipe, report_run, run_recipe
 from pns.commands.services import scale, show_status
@@ -56,6 +57,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="pns", description=meaning)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
+    add_init(commands)
     add_run_commands(commands)
     add_rescore(commands)
     add_evaluate(commands)
@@ -87,15 +89,15 @@ def stage_name(word: str) -> str:
 
 def add_recipe_commands(commands: Commands) -> None:
     def run(options: Namespace) -> None:
-        run_recipe(options.recipe, options.overrides, options.first, options.last)
+        run_recipe(find_recipe(options.recipe), options.overrides, options.first, options.last)
 
     def plan(options: Namespace) -> None:
-        plan_recipe(options.recipe, options.overrides)
+        plan_recipe(find_recipe(options.recipe), options.overrides)
 
     runs = add_command(commands, "run", "make what is missing of a recipe's run, or go on with it", run)
     plan_help = "check a recipe and show its stages and placement; start nothing"
     for parser in (runs, add_command(commands, "plan", plan_help, plan)):
-        parser.add_argument("recipe", type=Path, help="a YAML file, e.g. recipes/tiny-qwen2.yaml")
+        parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
         add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
     first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
     runs.add_argument("--from", dest="first", type=stage_name, metavar="STAGE", help=first_help)
@@ -106,9 +108,29 @@ def add_recipe_commands(commands: Commands) -> None:
     parser = add_command(
         commands, "config", config_help, lambda options: print_config(options.subject, options.overrides)
     )
-    subject_help = "a key or section, e.g. rl.steps or reward, or a recipe; nothing: every key"
+    subject_help = "a key or section, e.g. rl.steps or reward, or a recipe (name or file); nothing: every key"
     parser.add_argument("subject", nargs="?", default="", help=subject_help)
     add_overrides(parser, "with a recipe: keys to change")
+
+
+def add_init(commands: Commands) -> None:
+    recipes_help = "list the recipes that come with PNS: name, backbone, hardware, what it is"
+    add_command(commands, "recipes", recipes_help, lambda options: print_recipes())
+
+    def init(options: Namespace) -> None:
+        from pns.commands.init import init_recipe
+
+        out = options.out or Path(f"{options.name}.yaml")
+        init_recipe(options.name, options.backbone, options.train, options.suite, out)
+
+    parser = add_command(commands, "init", "write a recipe for a model and problems of your own", init)
+    parser.add_argument("name", help="of the recipe and its run")
+    parser.add_argument("--backbone", default="", metavar="MODEL", help="model directory or Hub id")
+    train_help = "JSON lines with problem and answer, or a training set's name, e.g. math_train"
+    parser.add_argument("--train", default="", metavar="FILE", help=train_help)
+    suite_help = "problems to score models on; may be repeated (none: two benchmarks by their names)"
+    parser.add_argument("--suite", action="append", default=[], metavar="NAME=FILE", help=suite_help)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default NAME.yaml; never replaced")
 
 
 def add_run_commands(commands: Commands) -> None:
@@ -166,8 +188,8 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument("model", help="model directory or Hub id")
     outputs = "out=DIR (default runs/evaluate-MODEL), data.root=DIR (local copies)"
     add_overrides(parser, f"benchmarks=[gsm8k,math500,...], {outputs}, any configuration key")
-    recipe_help = "a YAML file whose suites, engine, placement and prompt are used"
-    parser.add_argument("--recipe", type=Path, help=recipe_help)
+    recipe_help = "name or YAML file of a recipe whose suites, engine, placement and prompt are used"
+    parser.add_argument("--recipe", help=recipe_help)
     against_help = "an earlier evaluation (DIR, or DIR/evaluate/MODEL.jsonl) to compare with"
     parser.add_argument("--against", type=Path, metavar="DIR", help=against_help)
     show_help = "print one prompt as the model reads it, and how suites are decoded"
@@ -187,7 +209,8 @@ def handle_evaluate(options: Namespace) -> None:
             settings += ["data.source=jsonl", f"data.benchmarks={value}"]
         else:
             settings.append(word)
-    config = load(options.recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
+    recipe = find_recipe(options.recipe) if options.recipe else None
+    config = load(recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
     check_model("MODEL", options.model)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 

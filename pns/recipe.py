@@ -55,17 +55,23 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
     Paths become absolute: those of a recipe are relative to its file, those of `overrides` to the working
     directory. Raises UserError with key, value and the way out.
     """
-    source = "an override" if path is None else f"{path} or an override"
-    recipes = [] if path is None else _read(Path(path))
-    config = merge_layers(Config, [*recipes, override_layer(overrides or [])], source)
-    config.name = config.name or Path(path or "defaults").stem
-    config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
+    config = read(path, overrides)
     samples = training and not external_pairs(config)
     check_config(config, samples)
     raise_first(data_faults(config.data, samples))
     # From here on every number that the loss reads is there, for stages and digests alike.
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
+    return config
+
+
+def read(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """As `load`, without its checks. Raises UserError for what is no configuration."""
+    source = "an override" if path is None else f"{path} or an override"
+    recipes = [] if path is None else _read(Path(path))
+    config = merge_layers(Config, [*recipes, override_layer(overrides or [])], source)
+    config.name = config.name or Path(path or "defaults").stem
+    config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
     return config
 
 

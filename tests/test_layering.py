@@ -115,6 +115,8 @@ PURE = (
     "pns/commands/config.py",
     "pns/commands/export.py",
     "pns/commands/rescore.py",
+    "pns/commands/init.py",
+    "pns/commands/recipes.py",
     "pns/commands/run.py",
     "pns/commands/services.py",
     "workers/placement.py",

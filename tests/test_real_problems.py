@@ -35,13 +35,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -52,6 +51,8 @@ from pns.config import STAGES, Data
 from pns.data.problems import read_problems
 from pns.data.prompts import Prompts
 from pns.records import Problem
+from small_models import ANSWERS, REASONINGS, build_tokenizer
+from small_models import teach as teach_model
 
 ROOT = Path(__file__).parents[1]
 TRAIN = Path(os.environ["PNS_DATA"]) / "train"
@@ -59,9 +60,7 @@ OWN = ROOT / "tests" / "cases" / "problems.jsonl"
 
 Row = dict[str, Any]
 
-VOCABULARY = 1500  # at most: our own problems give fewer merges
 END, PAD = "<|im_end|>", "<|endoftext|>"
-ANSWERS = ("3", "4", "5", r"\frac{1}{2}")
 LIMIT = 32  # problems of every file
 MAX_PROMPT_TOKENS = 150
 MAX_NEW_TOKENS = 40
@@ -75,17 +74,6 @@ CHAT_TEMPLATE = (
     "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}"
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-REASONINGS = (
-    r"Let $x$ be the number. Then $\frac{x}{2}+x=y$, so $x=y-1$.",
-    r"We have \[\sqrt{a^2+b^2}=c.\] Thus $a < b$.",
-    r"By symmetry, $\angle ABC = 90^\circ$",
-    r"There are $\binom{n}{k}$ ways, naïvely.",
-    "She has <<6-2=4>>4 left.\nSo 4.",
-    r"First, $2x+1=7$, hence $x=3$",
-    r"Half of them: $1 \div 2 = \frac{1}{2}$",
 )
 UNPARSABLE = ("???", r"\frac{3}{}", r"\ldots", "x+")
 
@@ -196,7 +184,14 @@ class World:
                 gzip.compress(text.encode()) if self.paths[name].suffix == ".gz" else text.encode()
             )
         texts = [row[key] for row in taught for key in ("problem", "solution")]
-        self.tokenizer = build_tokenizer(texts, ("<think>", "</think>") if tags else ())
+        self.tokenizer = build_tokenizer(
+            texts,
+            (PAD, "<|im_start|>", END),
+            ("<think>", "</think>") if tags else (),
+            eos_token=END,
+            pad_token=PAD,
+            chat_template=CHAT_TEMPLATE,
+        )
         self.model = make_model(len(self.tokenizer), 2048)
 
     def save(self, name: str, model: Qwen2ForCausalLM) -> None:
@@ -234,31 +229,6 @@ class World:
         path = self.directory / f"{backbone}.yaml"
         path.write_text(yaml.safe_dump(settings))
         return path
-
-
-def build_tokenizer(texts: list[str], tags: Sequence[str]) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    special = [PAD, "<|im_start|>", END]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY - 2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    # As in Qwen3: they are text.
-    backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
-    )
 
 
 def make_model(vocab_size: int, max_position: int, initializer_range: float = 0.05) -> Qwen2ForCausalLM:
@@ -306,40 +276,18 @@ def completion(rng: random.Random, babble: str, closing: str = "</think>") -> st
 
 
 def teach(world: World) -> None:
-    """Supervised training on `completion`s after the shorter prompts."""
-    model, rng = world.model, random.Random(0)
+    """Supervised training on completions after the shorter prompts, which end in the opening tag if there is
+    one."""
     closing = "</think>" if world.prefix else "\n"
-    torch.manual_seed(0)
     prompts = sorted(
         (world.prompt_ids(row) for name in ("train", "gsm8k", "math") for row in world.fitting(name)), key=len
     )[:60]
     babbles = [row["solution"] for row in world.problems["math"] if len(row["solution"]) > 300]
-    steps = 260
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    model.train()
-    for _ in range(steps):
-        batch = []
-        for _ in range(16):
-            prompt, answer = (
-                rng.choice(prompts),
-                world.encode(completion(rng, rng.choice(babbles), closing))[: MAX_NEW_TOKENS + 10],
-            )
-            batch.append((prompt, answer))
-        width = max(len(prompt) + len(answer) for prompt, answer in batch)
-        ids, labels = torch.zeros(16, width, dtype=torch.long), torch.full((16, width), -100)
-        for i, (prompt, answer) in enumerate(batch):
-            ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        taught = labels[:, 1:] != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[taught]), labels[:, 1:][taught])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
+
+    def draw(rng: random.Random) -> list[int]:
+        return world.encode(completion(rng, rng.choice(babbles), closing))[: MAX_NEW_TOKENS + 10]
+
+    teach_model(world.model, prompts, draw)
 
 
 def make_judge(world: World) -> Qwen2ForCausalLM:

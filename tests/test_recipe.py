@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pns.config import Config, Dtype, to_dict
+from pns.config import STAGES, Config, DataSource, Dtype, to_dict
+from pns.data.benchmarks import TRAINING_SETS
 from pns.errors import UserError
 from pns.preference_losses import PREFERENCE_LOSSES
+from pns.preflight import check_models
 from pns.recipe import load, merge_layers, override_layer, resolve_path
 from pns.tiny.settings import Architecture, WarmStart, check_settings
 
@@ -27,17 +29,30 @@ def test_every_recipe_loads_from_any_directory(
     config = load(recipe)
     assert config.name == recipe.stem
     assert to_dict(config)["models"]["backbone"] == config.models.backbone
+    check_models(config, STAGES)
     judge = config.reward.terms["coherence"].model
     for model in (config.models.backbone, config.models.reward_model, judge):
-        assert Path(model).is_absolute()
-        assert (Path(model) / "config.json").is_file()
+        assert Path(model).is_absolute() is recipe.stem.startswith("tiny-") or not model
     assert config.runs == str(tmp_path / "runs")
     here.runs = config.runs
     assert here == config
 
 
 def test_there_are_recipes() -> None:
-    assert {"tiny-qwen2", "tiny-llama", "tiny-qwen3"} <= {path.stem for path in RECIPES}
+    tiny = {"tiny-qwen2", "tiny-llama", "tiny-qwen3"}
+    real = {"qwen2.5-7b", "llama-3.1-8b", "qwen3-8b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-4b"}
+    assert tiny | real <= {path.stem for path in RECIPES}
+
+
+def test_real_recipes_ask_the_seven_benchmarks() -> None:
+    seven = {"gsm8k", "math500", "amc23", "minerva_math", "olympiadbench", "aime24", "aime25"}
+    for path in RECIPES:
+        config = load(path)
+        if config.data.source is DataSource.jsonl:
+            assert set(config.data.benchmarks) == seven
+            assert config.data.jsonl.train in TRAINING_SETS
+            longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+            assert config.policy.max_tokens_per_micro_batch >= 2 * longest  # a pair
 
 
 def test_the_tiny_recipes_reward() -> None:

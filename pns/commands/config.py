@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pns.commands.recipes import find_recipe, shipped_recipes
 from pns.config import Config, to_dict
 from pns.errors import UserError
 from pns.fields import Key, walk_keys
@@ -19,12 +20,14 @@ MIN_MEANING_WIDTH = 36
 
 
 def print_config(subject: str, overrides: list[str]) -> None:
-    """`subject` is a recipe (then `overrides` are applied), a key, a section, or empty: all keys. Raises
-    UserError."""
-    if subject.endswith((".yaml", ".yml")):
-        print(OmegaConf.to_yaml(to_dict(load(subject, overrides))), end="")
+    """`subject` is a recipe's file or name (then `overrides` are applied), a key, a section, or empty: all
+    keys. Raises UserError."""
+    if subject.endswith((".yaml", ".yml")) or subject in shipped_recipes():
+        print(OmegaConf.to_yaml(to_dict(load(find_recipe(subject), overrides))), end="")
     elif overrides or "=" in subject:
-        raise UserError(f"config: {subject} is not a recipe: KEY=VALUE belongs after a .yaml file")
+        raise UserError(
+            f"config: {subject} is not a recipe: KEY=VALUE belongs after a .yaml file or a recipe's name"
+        )
     else:
         print("\n".join(describe_keys(select_keys(subject))))
 
