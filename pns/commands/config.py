@@ -16,7 +16,7 @@ from pns.fields import Key, walk_keys
 from pns.recipe import load, suggest_key
 
 WIDTH = 110
-MIN_MEANING_WIDTH = 36
+MIN_MEANING_WIDTH = 28
 
 
 def print_config(subject: str, overrides: list[str]) -> None:
