@@ -5,6 +5,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,11 +19,13 @@ WIDTH = 110
 MIN_MEANING_WIDTH = 36
 
 
-def print_config(subject: str, overrides: list[str]) -> None:
-    """`subject` is a recipe (then `overrides` are applied), a key, a section, or empty: all keys. Raises
-    UserError."""
+def print_config(subject: str, overrides: list[str], over: Sequence[Path] = ()) -> None:
+    """`subject` is a recipe (then the files `over` it and `overrides` are applied), a key, a section, or
+    empty: all keys. Raises UserError."""
     if subject.endswith((".yaml", ".yml")):
-        print(OmegaConf.to_yaml(to_dict(load(subject, overrides))), end="")
+        print(OmegaConf.to_yaml(to_dict(load(subject, overrides, over=over))), end="")
+    elif over:
+        raise UserError(f"config: --with {over[0]} belongs to a recipe: name one")
     elif overrides or "=" in subject:
         raise UserError(f"config: {subject} is not a recipe: KEY=VALUE belongs after a .yaml file")
     else:
