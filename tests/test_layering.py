@@ -27,6 +27,7 @@ ROOMS = (
     "pns/tiny/warm_start.py",
     "pns/stages/",
     "pns/run/",
+    "workers/check_gpu.py",
     "workers/fleet.py",
     "workers/cluster.py",
     "workers/training/",
@@ -72,6 +73,7 @@ OWNERS = {
     "torch": {
         "pns/algo/losses.py",
         "pns/tiny/warm_start.py",
+        "workers/check_gpu.py",
         "workers/cluster.py",
         "workers/rewards/judge.py",
         "workers/rewards/reward_head.py",
@@ -91,6 +93,7 @@ OWNERS = {
         "pns/data/prompts.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
+        "workers/check_gpu.py",
         "workers/rewards/judge.py",
         "workers/rewards/reward_head.py",
         "workers/rewards/reward_model.py",
