@@ -96,7 +96,8 @@ def test_the_record_is_of_the_gpu_environment() -> None:
     assert {name: exact[name] for name in RECORD["versions"] if name in exact} == {
         name: version for name, version in RECORD["versions"].items() if name != "flash-attn"
     }
-    assert f"flash-attn=={RECORD['versions']['flash-attn']}" in (ROOT / "docker/README.md").read_text()
+    built = f"FLASH_ATTN_VERSION={RECORD['versions']['flash-attn']}\n"
+    assert built in (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
