@@ -79,6 +79,13 @@ def add_overrides(parser: ArgumentParser, meaning: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=meaning)
 
 
+def add_over(parser: ArgumentParser) -> None:
+    over_help = "a file of keys over the recipe's, e.g. cluster/placements/2x8.yaml; may be repeated"
+    parser.add_argument(
+        "--with", dest="over", type=Path, action="append", default=[], metavar="FILE", help=over_help
+    )
+
+
 def stage_name(word: str) -> str:
     """The argument of --from and --until."""
     if word not in STAGES:
@@ -89,28 +96,33 @@ def stage_name(word: str) -> str:
 
 def add_recipe_commands(commands: Commands) -> None:
     def run(options: Namespace) -> None:
-        run_recipe(find_recipe(options.recipe), options.overrides, options.first, options.last)
+        recipe = find_recipe(options.recipe)
+        run_recipe(recipe, options.overrides, options.first, options.last, options.over)
 
     def plan(options: Namespace) -> None:
-        plan_recipe(find_recipe(options.recipe), options.overrides)
+        plan_recipe(find_recipe(options.recipe), options.overrides, options.over)
 
     runs = add_command(commands, "run", "make what is missing of a recipe's run, or go on with it", run)
     plan_help = "check a recipe and show its stages and placement; start nothing"
     for parser in (runs, add_command(commands, "plan", plan_help, plan)):
         parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
         add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
+        add_over(parser)
     first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
     runs.add_argument("--from", dest="first", type=stage_name, metavar="STAGE", help=first_help)
     last_help = f"stop after STAGE, one of: {', '.join(STAGES)}"
     runs.add_argument("--until", dest="last", type=stage_name, metavar="STAGE", help=last_help)
 
     config_help = "print keys with default, range and meaning, or a merged recipe"
-    parser = add_command(
-        commands, "config", config_help, lambda options: print_config(options.subject, options.overrides)
-    )
+
+    def config(options: Namespace) -> None:
+        print_config(options.subject, options.overrides, options.over)
+
+    parser = add_command(commands, "config", config_help, config)
     subject_help = "a key or section, e.g. rl.steps or reward, or a recipe (name or file); nothing: every key"
     parser.add_argument("subject", nargs="?", default="", help=subject_help)
     add_overrides(parser, "with a recipe: keys to change")
+    add_over(parser)
 
 
 def add_init(commands: Commands) -> None:

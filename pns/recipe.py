@@ -1,14 +1,14 @@
 """From a recipe to a checked `Config`.
 
-`load(path, overrides)` merges schema < the recipe that a recipe `extends` < the recipe < `key=value`
-overrides. Everything that can be wrong without looking at the cluster is said here, in one line, before
-anything starts. No heavy import: errors answer within a second.
+`load(path, overrides)` merges schema < the recipe that a recipe `extends` < the recipe < further files <
+`key=value` overrides. Everything that can be wrong without looking at the cluster is said here, in one line,
+before anything starts. No heavy import: errors answer within a second.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -48,14 +48,19 @@ Check = Callable[[Config], Iterator[str]]  # what is wrong, in the order in whic
 Layer = tuple[DictConfig, Path]  # keys, and the directory that their paths are relative to
 
 
-def load(path: str | Path | None, overrides: list[str] | None = None, training: bool = True) -> Config:
-    """Read the recipe at `path` (None: the defaults), apply `key=value` overrides, check it; `training` False
-    asks for no training data and no reward.
+def load(
+    path: str | Path | None,
+    overrides: list[str] | None = None,
+    training: bool = True,
+    over: Sequence[Path] = (),
+) -> Config:
+    """Read the recipe at `path` (None: the defaults), lay the files `over` it, such as a placement, apply
+    `key=value` overrides, check it; `training` False asks for no training data and no reward.
 
-    Paths become absolute: those of a recipe are relative to its file, those of `overrides` to the working
-    directory. Raises UserError with key, value and the way out.
+    Paths become absolute: those of a file are relative to it, those of `overrides` to the working directory.
+    Raises UserError with key, value and the way out.
     """
-    config = read(path, overrides)
+    config = read(path, overrides, over)
     samples = training and not external_pairs(config)
     check_config(config, samples)
     raise_first(data_faults(config.data, samples))
@@ -65,11 +70,12 @@ def load(path: str | Path | None, overrides: list[str] | None = None, training: 
     return config
 
 
-def read(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+def read(path: str | Path | None, overrides: list[str] | None = None, over: Sequence[Path] = ()) -> Config:
     """As `load`, without its checks. Raises UserError for what is no configuration."""
-    source = "an override" if path is None else f"{path} or an override"
-    recipes = [] if path is None else _read(Path(path))
-    config = merge_layers(Config, [*recipes, override_layer(overrides or [])], source)
+    files = [*([] if path is None else [Path(path)]), *over]
+    layers = [layer for file in files for layer in _read(file)]
+    source = " or ".join([*map(str, files), "an override"])
+    config = merge_layers(Config, [*layers, override_layer(overrides or [])], source)
     config.name = config.name or Path(path or "defaults").stem
     config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
     return config

@@ -11,7 +11,7 @@ from pns import cli
 from pns.preference_losses import PREFERENCE_LOSSES
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("pns", "workers", "recipes", "docker", "tests")
+ROOMS = ("pns", "workers", "recipes", "cluster", "docker", "tests")
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.md"))),

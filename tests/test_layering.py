@@ -27,6 +27,7 @@ ROOMS = (
     "pns/tiny/warm_start.py",
     "pns/stages/",
     "pns/run/",
+    "workers/check_gpu.py",
     "workers/fleet.py",
     "workers/cluster.py",
     "workers/training/",
@@ -76,6 +77,7 @@ OWNERS = {
     "torch": {
         "pns/algo/losses.py",
         "pns/tiny/warm_start.py",
+        "workers/check_gpu.py",
         "workers/cluster.py",
         "workers/rewards/judge.py",
         "workers/rewards/reward_head.py",
@@ -95,6 +97,7 @@ OWNERS = {
         "pns/data/prompts.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
+        "workers/check_gpu.py",
         "workers/rewards/judge.py",
         "workers/rewards/reward_head.py",
         "workers/rewards/reward_model.py",

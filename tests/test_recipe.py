@@ -389,3 +389,24 @@ def test_settings_of_rl_that_do_not_fit_each_other(words: list[str], message: st
     base = ["models.backbone=somewhere", "reward.terms.coherence.weight=0"]
     with pytest.raises(UserError, match=message):
         load(None, [*base, *words])
+
+
+def test_files_over_a_recipe(tmp_path: Path) -> None:
+    """Later ones over earlier ones, `key=value` over all, paths relative to the file that says them."""
+    recipe = ROOT / "recipes/tiny-qwen2.yaml"
+    (tmp_path / "base.yaml").write_text("placement: {rollout: {replicas: 3, cpus: 2}}\nruns: results\n")
+    (tmp_path / "one.yaml").write_text("extends: base.yaml\nplacement: {rollout: {replicas: 4}}\n")
+    (tmp_path / "two.yaml").write_text("placement: {policy: {replicas: 5}}\n")
+    files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    config = load(recipe, ["placement.policy.cpus=7"], over=files)
+    placement = config.placement
+    assert (placement.rollout.replicas, placement.rollout.cpus) == (4, 2)
+    assert (placement.policy.replicas, placement.policy.cpus) == (5, 7)
+    assert config.runs == str(tmp_path / "results")
+    assert config.name == "tiny-qwen2"
+    assert config.rl == load(recipe).rl
+    (tmp_path / "two.yaml").write_text("placement: {polcy: {replicas: 5}}\n")
+    with pytest.raises(UserError, match=r"placement.polcy: unknown key \(in .*two.yaml or an override\)"):
+        load(recipe, over=files)
+    with pytest.raises(UserError, match=r"none.yaml does not exist; there are: .*one.yaml"):
+        load(recipe, over=[tmp_path / "none.yaml"])

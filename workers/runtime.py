@@ -20,3 +20,12 @@ ALLOCATOR_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+
+# Of a process that runs vLLM, set before it is imported.
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in the process
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one calls logits processors in another way
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # weight updates are functions, sent to its own workers
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}

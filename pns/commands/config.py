@@ -5,6 +5,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,14 +17,17 @@ from pns.fields import Key, walk_keys
 from pns.recipe import load, suggest_key
 
 WIDTH = 110
-MIN_MEANING_WIDTH = 28
+MIN_MEANING_WIDTH = 30
+MAX_DEFAULT_WIDTH = 16  # a longer one stands behind the meaning
 
 
-def print_config(subject: str, overrides: list[str]) -> None:
-    """`subject` is a recipe's file or name (then `overrides` are applied), a key, a section, or empty: all
-    keys. Raises UserError."""
+def print_config(subject: str, overrides: list[str], over: Sequence[Path] = ()) -> None:
+    """`subject` is a recipe's file or name (then the files `over` it and `overrides` are applied), a key, a
+    section, or empty: all keys. Raises UserError."""
     if subject.endswith((".yaml", ".yml")) or subject in shipped_recipes():
-        print(OmegaConf.to_yaml(to_dict(load(find_recipe(subject), overrides))), end="")
+        print(OmegaConf.to_yaml(to_dict(load(find_recipe(subject), overrides, over=over))), end="")
+    elif over:
+        raise UserError(f"config: --with {over[0]} belongs to a recipe: name one")
     elif overrides or "=" in subject:
         raise UserError(
             f"config: {subject} is not a recipe: KEY=VALUE belongs after a .yaml file or a recipe's name"
@@ -55,7 +59,12 @@ def describe_keys(keys: Sequence[Key]) -> Iterator[str]:
 
 
 def describe_columns(keys: list[Key]) -> Iterator[str]:
-    rows = [(key.name, spell(key.value), str(key.allowed or ""), explain(key)) for key in keys]
+    rows = []
+    for key in keys:
+        default, meaning = spell(key.value), explain(key)
+        if len(default) > MAX_DEFAULT_WIDTH:
+            default, meaning = "...", f"{meaning}; default {default}"
+        rows.append((key.name, default, str(key.allowed or ""), meaning))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     indent = 2 + sum(width + 2 for width in widths if width)
     meaning_width = max(WIDTH - indent, MIN_MEANING_WIDTH)

@@ -13,9 +13,11 @@ from pns.run.page import check_page, linked_places, pages
 from pns.run.place import STORE, Place, locked
 
 
-def run_recipe(recipe: Path, overrides: Sequence[str], first: str | None, last: str | None) -> None:
-    """Make what is missing of the recipe's run."""
-    config = load(recipe, list(overrides))
+def run_recipe(
+    recipe: Path, overrides: Sequence[str], first: str | None, last: str | None, over: Sequence[Path] = ()
+) -> None:
+    """Make what is missing of the recipe's run, with the files `over` it."""
+    config = load(recipe, list(overrides), over=over)
     check_stages(config, first, last)
     check_models(config, stages(config, last))
     from pns import driver  # takes seconds: what is wrong has been said by now
@@ -23,9 +25,9 @@ def run_recipe(recipe: Path, overrides: Sequence[str], first: str | None, last: 
     driver.run(config, first, last)
 
 
-def plan_recipe(recipe: Path, overrides: Sequence[str]) -> None:
+def plan_recipe(recipe: Path, overrides: Sequence[str], over: Sequence[Path] = ()) -> None:
     """Print the stages of the recipe's run with the roles they use, and the placement of all roles."""
-    config = load(recipe, list(overrides))
+    config = load(recipe, list(overrides), over=over)
     check_models(config, stages(config))
     from pns import driver
     from workers.placement import placement_table

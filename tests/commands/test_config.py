@@ -97,3 +97,16 @@ def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None
         command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=60, check=True
     )
     assert done.stdout.endswith("[]\n")
+
+
+def test_a_recipe_with_a_file_over_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    placement = tmp_path / "placement.yaml"
+    placement.write_text("placement: {rollout: {replicas: 7}}\n")
+    recipe = str(ROOT / "recipes/tiny-qwen2.yaml")
+    over = ("--with", str(placement))
+    for words in ((*over, recipe), (recipe, *over), (recipe, *over, "rl.steps=3")):
+        config = yaml.safe_load(printed(capsys, *words))
+        assert config["placement"]["rollout"]["replicas"] == 7
+    assert config["rl"]["steps"] == 3
+    assert cli.main(["config", *over]) == 2
+    assert "belongs to a recipe" in capsys.readouterr().err

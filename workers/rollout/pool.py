@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
 from workers.rollout.engine import Engine, Request, Sample, Sampling
-from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
+from workers.runtime import ALLOCATOR_ENVIRONMENT, VLLM_ENVIRONMENT, Runtime
 
 __all__ = ["Request", "RolloutActor", "RolloutPool", "Sample", "Sampling"]
 
@@ -245,13 +245,7 @@ def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
         **ALLOCATOR_ENVIRONMENT,
     }
     if engine.engine is EngineKind.vllm:
-        environment |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in the actor
-            "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one calls logits processors in another way
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # weight updates are functions, sent to its own workers
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
+        environment |= VLLM_ENVIRONMENT
         if on_cpu:
             # Unbound: several actors would be bound to the same cores. Compiling pays for no small model.
             environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}

@@ -4,9 +4,12 @@ gradients as transformers."""
 from __future__ import annotations
 
 import copy
+import json
 import math
+import runpy
 from inspect import signature
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,10 +163,13 @@ def test_segments_attend_to_their_trunk_and_themselves(trunk: int) -> None:
     assert segments.longest == max(trunk + 20, 7)
 
 
-def varlen_attn_2_11(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
-):
-    """The signature of `torch.nn.attention.varlen.varlen_attn` in torch 2.11."""
+def varlen_attn_2_11() -> None:
+    """Has the signature of `torch.nn.attention.varlen.varlen_attn` in torch 2.11, as it is recorded."""
+
+
+_CONTRACT = runpy.run_path(str(Path(__file__).parents[2] / "parity" / "record_gpu_signatures.py"))
+_RECORDED = json.loads(_CONTRACT["RECORD"].read_text(encoding="utf-8"))["names"]
+varlen_attn_2_11.__signature__, _ = _CONTRACT["parse"](_RECORDED["torch.nn.attention.varlen.varlen_attn"])
 
 
 def row_by_row(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, scale: float | None) -> Tensor:
