@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pns.commands.recipes import find_recipe
 from pns.config import Config, TermKind
 from pns.recipe import load
 from workers.placement import Bundles, bundles, check_placement
@@ -157,8 +158,8 @@ def test_the_ray_job_has_what_its_entrypoint_places() -> None:
     spec = RAYJOB[1]["spec"]
     program, command, recipe, option, placement, *overrides = spec["entrypoint"].split()
     assert (program, command, option) == ("pns", "run", "--with")
-    local = [path.replace("/opt/pns", str(ROOT)) for path in (recipe, placement)]
-    config = load(local[0], overrides, over=[Path(local[1])])
+    over = [Path(placement.replace("/opt/pns", str(ROOT)))]
+    config = load(find_recipe(recipe), overrides, over=over)
     asked = {b.role: b for b in bundles(config, roles(config), "cuda")}
     assert config.runs == "/shared/runs"
 
