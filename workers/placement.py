@@ -107,15 +107,3 @@ def local_resources(config: Config, roles: Collection[str], device: str) -> dict
     placed, however few cores there are. On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
     resources = {"num_cpus": math.ceil(totals(config, roles, device)["CPU"]) + _SPARE_CPUS}
     return resources if device == "cuda" else resources | {"num_gpus": 0}
-
-
-def placement_table(config: Config, roles: Collection[str], device: str) -> str:
-    """The placement as text, a role a line, for `pns plan`; "auto" shows what is asked for on GPUs."""
-    needed = totals(config, roles, device)
-    lines = [f"{'role':<14}{'replicas':>9}{'GPUs each':>11}{'CPUs each':>11}   device: {device}"]
-    for b in bundles(config, roles, device):
-        lines.append(f"{b.role:<14}{b.replicas:>9}{b.gpus:>11g}{b.cpus:>11g}")
-    total = f"total: {needed['GPU']:g} GPUs, {needed['CPU']:g} CPUs"
-    if "verifier" in roles:
-        total += f"; {config.placement.verifier_processes} verifier processes"
-    return "\n".join([*lines, total])

@@ -1,4 +1,4 @@
-"""`pns run`, `plan`, `report`, `runs` and `gc`: a recipe's run, and what runs keep."""
+"""`pns run`, `report`, `runs` and `gc`: a recipe's run, and what runs keep."""
 
 import time
 from collections.abc import Sequence
@@ -21,21 +21,6 @@ def run_recipe(recipe: Path, overrides: Sequence[str], first: str | None, last: 
     from pns import driver  # takes seconds: what is wrong has been said by now
 
     driver.run(config, first, last)
-
-
-def plan_recipe(recipe: Path, overrides: Sequence[str]) -> None:
-    """Print the stages of the recipe's run with the roles they use, and the placement of all roles."""
-    config = load(recipe, list(overrides))
-    check_models(config, stages(config))
-    from pns import driver
-    from workers.placement import placement_table
-
-    roles_by_step = driver.roles_used(config)
-    print(f"{recipe}: {Path(config.runs) / config.name}")
-    for step, step_roles in roles_by_step.items():
-        print(f"  {step:<14}{', '.join(step_roles)}")
-    roles = dict.fromkeys(role for step_roles in roles_by_step.values() for role in step_roles)
-    print(placement_table(config, list(roles), config.placement.device.value))
 
 
 def check_stages(config: Config, first: str | None, last: str | None) -> None:

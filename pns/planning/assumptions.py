@@ -76,5 +76,8 @@ class Assumptions:
         0.8, "host memory of a process without, models apart", "measured: the tiny run, 7.6 GiB", at_least(0)
     )
     rollout_bytes: float = _assumed(
-        35, "of rollouts.jsonl for each token", "measured: 24 of log-probability, 7 of id, 4 of text", above(0)
+        35,
+        "of rollouts.jsonl for each token",
+        "measured: 24 of log-probability, 7 of id, 4 of text",
+        above(0),
     )

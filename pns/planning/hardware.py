@@ -74,7 +74,7 @@ def read_cluster(path: Path) -> ClusterFile:
         layer = OmegaConf.create(path.read_text(encoding="utf-8"))
     except YAMLError as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    cluster = merge_layers(ClusterFile, [(layer, path.parent)], str(path))  # type: ignore[list-item]
+    cluster = merge_layers(ClusterFile, [(layer, path.parent)], str(path))
     check_ranges(cluster)
     if not cluster.nodes:
         raise UserError(f"{path}: nodes is empty: name at least one, e.g. nodes.gpu={{gpus: 8, gpu: H100}}")

@@ -146,8 +146,8 @@ def unsharded_model(of: Training) -> float:
 def kept_activations(of: Training) -> Parts:
     """From the forward pass to the backward pass, of all layers: their inputs, or all that they compute."""
     shape = of.shape
-    per_layer = shape.hidden * of.dtype_bytes if of.checkpointing else layer_activation_bytes(
-        shape, of.dtype_bytes
+    per_layer = (
+        shape.hidden * of.dtype_bytes if of.checkpointing else layer_activation_bytes(shape, of.dtype_bytes)
     )
     name = "activations: inputs of layers" if of.checkpointing else "activations: all layers"
     return {name: shape.layers * per_layer * of.micro_batch_tokens / GB}
@@ -238,15 +238,13 @@ def vllm_cpu_memory(shape: Shape, max_batch: int, kv_cache_gib: float) -> tuple[
 
 
 def forward_gb(shape: Shape, tokens: int, dtype_bytes: int) -> float:
-    """The widest moment of a forward pass without gradients: the feed-forward part of a layer (gate, up, their
-    product), beside the residual, a norm in float32 and its result."""
+    """The widest moment of a forward pass without gradients: a layer's feed-forward part (gate, up, their
+    product) beside the residual, a norm in float32 and its result."""
     widest = dtype_bytes * (3 * shape.intermediate + 3 * shape.hidden) + 2 * FLOAT32 * shape.hidden
     return tokens * widest / GB
 
 
-def scorer_memory(
-    shape: Shape, judges: bool, batch_tokens: int, device: str, assumed: Assumptions
-) -> Parts:
+def scorer_memory(shape: Shape, judges: bool, batch_tokens: int, device: str, assumed: Assumptions) -> Parts:
     """A reward model (no head of a language model), or a judge with a cache for its four rounds."""
     dtype_bytes = 2 if device == "cuda" else FLOAT32
     tokens = batch_tokens or FORWARD_TOKENS[device]

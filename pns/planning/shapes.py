@@ -97,21 +97,17 @@ def _qwen2(
     )
 
 
-def _qwen3(
-    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, tied: bool
-) -> Shape:
+def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, tied: bool) -> Shape:
     return Shape(
         151936, hidden, layers, heads, kv_heads, 128, intermediate, tied, qk_norm=True, max_positions=40960
     )
 
 
 def _llama3(hidden: int, layers: int, heads: int, head_size: int, intermediate: int, tied: bool) -> Shape:
-    return Shape(
-        128256, hidden, layers, heads, 8, head_size, intermediate, tied, max_positions=131072
-    )
+    return Shape(128256, hidden, layers, heads, 8, head_size, intermediate, tied, max_positions=131072)
 
 
-# From the config.json of each on the Hub. Instruct, Base, Math and Coder versions have the shape of their base.
+# From the config.json of each on the Hub. Instruct, Base, Math and Coder versions have their base's shape.
 SHAPES: dict[str, Shape] = {
     "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864, True, 151936),
     "Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960, True, 151936),

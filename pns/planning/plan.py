@@ -1,0 +1,415 @@
+"""A plan: roles with their memory, machines, stages with their time, and what does not fit.
+
+`make_plan` puts together what the other files compute; it starts, reads and fetches nothing but small local
+files.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from pns.config import Config, EngineKind, TermKind
+from pns.planning import memory, speed, work
+from pns.planning.assumptions import Assumptions
+from pns.planning.hardware import ClusterFile, GpuKind
+from pns.planning.memory import GB, Cache, Parts, Training, total
+from pns.planning.nodes import Node, Process, homes, nodes_of, place
+from pns.planning.shapes import KnownModel, find_model
+from pns.planning.work import BACKBONE, GENERATOR, REWARD_MODEL, Lengths, Phase
+from workers.placement import Bundles, bundles
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Of one GPU of a role (on a CPU: of one process) in some stages."""
+
+    role: str
+    stages: tuple[str, ...]
+    parts: Parts
+    note: str = ""
+
+    @property
+    def gb(self) -> float:
+        return total(self.parts)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One phase of a stage; `seconds` by part for one time, None where they cannot be told."""
+
+    stage: str
+    phase: str
+    times: int
+    sampled_tokens: int
+    trained_tokens: int
+    scored: int
+    seconds: Mapping[str, float] | None = None
+
+    @property
+    def once(self) -> float | None:
+        """Sampling, verdicts and scores go on at once; the rest one after the other."""
+        if self.seconds is None:
+            return None
+        after = ("other log-probs", "update", "sync")
+        together = max((value for name, value in self.seconds.items() if name not in after), default=0.0)
+        return together + sum(self.seconds.get(name, 0.0) for name in after)
+
+    @property
+    def bound(self) -> str:
+        """The part that takes longest."""
+        return max(self.seconds, key=lambda name: (self.seconds or {})[name]) if self.seconds else ""
+
+
+@dataclass
+class Plan:
+    """Everything that `pns plan` says."""
+
+    config: Config
+    device: str
+    cluster: ClusterFile | None  # None: this machine's CPU
+    stated: bool  # the cluster file was given
+    lengths: Lengths
+    models: dict[str, KnownModel | None]
+    roles: dict[str, tuple[str, ...]]
+    placed: list[Bundles]
+    memory: list[RoleMemory] = field(default_factory=list)
+    caches: dict[str, Cache] = field(default_factory=dict)
+    training: dict[str, Training] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    unplaced: list[Process] = field(default_factory=list)
+    host: dict[str, Parts] = field(default_factory=dict)  # node -> host memory at its fullest moment
+    machine_gb: float = 0.0  # of this machine
+    times: list[StageTime] = field(default_factory=list)
+    disk: Parts = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def gpu(self) -> GpuKind | None:
+        """The GPU that speeds are told for: the first with processes."""
+        return next((node.gpus[0].kind for node in self.nodes if node.gpus), None)
+
+    @property
+    def num_gpus(self) -> float:
+        return sum(b.replicas * b.gpus for b in self.placed)
+
+    def bundle(self, role: str) -> Bundles | None:
+        return next((b for b in self.placed if b.role == role), None)
+
+    def peak(self, role: str) -> float:
+        """GB of the fullest stage of a role."""
+        return max((own.gb for own in self.memory if own.role == role), default=0.0)
+
+    def seconds(self, stage: str) -> float | None:
+        """Of the whole stage."""
+        own = [time for time in self.times if time.stage == stage]
+        if any(time.once is None for time in own):
+            return None
+        return sum(time.times * (time.once or 0.0) for time in own)
+
+    def bound(self, stage: str) -> str:
+        """The part of the stage that takes longest over all its phases."""
+        sums: dict[str, float] = {}
+        for time in self.times:
+            if time.stage == stage and time.seconds:
+                for name, value in time.seconds.items():
+                    sums[name] = sums.get(name, 0.0) + time.times * value
+        return max(sums, key=lambda name: sums[name]) if sums else ""
+
+
+def make_plan(
+    config: Config,
+    cluster: ClusterFile | None,
+    stated: bool,
+    prompt_tokens: int | None = None,
+    completion_tokens: int | None = None,
+) -> Plan:
+    """The plan of a checked configuration on `cluster` (None: on this machine's CPU)."""
+    assumed = cluster.assumptions if cluster else Assumptions()
+    device = "cuda" if cluster else "cpu"
+    roles = work.roles_by_stage(config)
+    used = list(dict.fromkeys(role for stage_roles in roles.values() for role in stage_roles))
+    at_endpoints = {name for name, term in config.reward.terms.items() if term.endpoint.url}
+    placed = [b for b in bundles(config, used, device) if b.role not in at_endpoints]
+    names = work.model_names(config)
+    plan = Plan(
+        config=config,
+        device=device,
+        cluster=cluster,
+        stated=stated,
+        lengths=work.lengths_of(config, assumed, prompt_tokens, completion_tokens),
+        models={model: find_model(name) for model, name in names.items() if model not in at_endpoints},
+        roles=roles,
+        placed=placed,
+        nodes=nodes_of(cluster) if cluster else [],
+    )
+    for name in dict.fromkeys(names[model] for model, found in plan.models.items() if found is None):
+        way_out = "give a directory with its config.json, or download it"
+        plan.notes.append(f"{name}: its shape is not known here ({way_out}): what depends on it is left out")
+    add_memory(plan, assumed)
+    processes = [
+        Process(b.role, rank, b.gpus, b.cpus, plan.peak(b.role)) for b in placed for rank in range(b.replicas)
+    ]
+    plan.unplaced = place(processes, plan.nodes) if cluster else []
+    add_host(plan, assumed)
+    add_times(plan, assumed)
+    add_disk(plan, assumed)
+    return plan
+
+
+# Memory
+
+
+def add_memory(plan: Plan, assumed: Assumptions) -> None:
+    """Of every role in every stage, stages with the same parts together."""
+    if plan.bundle("policy"):
+        for stage in plan.roles:
+            if "policy" in plan.roles[stage] and (training := training_in(plan, stage)):
+                plan.training[stage] = training
+                add(plan, "policy", stage, memory.policy_memory(training, assumed))
+    for model, stages in sampling_stages(plan).items():
+        found = plan.models.get(model)
+        if found is not None:
+            parts, cache = rollout_memory(plan, found, assumed)
+            plan.caches[model] = cache
+            longest = plan.lengths.max_prompt + plan.lengths.max_completion
+            note = f"cache: {cache.sequences(longest)} sequences of {longest} tokens at once"
+            for stage in stages:
+                add(plan, "rollout", stage, parts, note)
+    for b in plan.placed:
+        if b.role in ("rollout", "policy"):
+            continue
+        term, found = plan.config.reward.terms[b.role], plan.models[b.role]
+        if found is not None:
+            judges = term.kind is TermKind.judge
+            parts = memory.scorer_memory(found.shape, judges, term.pool.batch_tokens, plan.device, assumed)
+            for stage in plan.roles:
+                if b.role in plan.roles[stage]:
+                    add(plan, b.role, stage, parts)
+
+
+def add(plan: Plan, role: str, stage: str, parts: Parts, note: str = "") -> None:
+    for index, own in enumerate(plan.memory):
+        if own.role == role and own.parts == parts:
+            plan.memory[index] = replace(own, stages=(*own.stages, stage))
+            return
+    plan.memory.append(RoleMemory(role, (stage,), parts, note))
+
+
+def sampling_stages(plan: Plan) -> dict[str, list[str]]:
+    """Model -> the stages that sample from it."""
+    stages: dict[str, list[str]] = {}
+    for stage in plan.roles:
+        if "rollout" in plan.roles[stage]:
+            model = (
+                GENERATOR if stage in ("reverse_rl", "synthesize") and GENERATOR in plan.models else BACKBONE
+            )
+            stages.setdefault(model, []).append(stage)
+    return stages
+
+
+def training_in(plan: Plan, stage: str) -> Training | None:
+    """The model of a stage in the policy's processes; of reverse RL the generator's."""
+    config = plan.config
+    found = plan.models.get({"reward_model": REWARD_MODEL, "reverse_rl": GENERATOR}.get(stage, BACKBONE))
+    b = plan.bundle("policy")
+    if found is None or b is None:
+        return None
+    settings = {"rl": config.rl, "reverse_rl": config.reverse_rl}.get(stage)
+    return memory.training_of(
+        found.shape,
+        b.replicas,
+        plan.device,
+        config.policy,
+        fullest_micro_batch(plan, stage, b.replicas),
+        reference=settings is not None and settings.kl_coefficient > 0,
+        score_head=stage == "reward_model",
+    )
+
+
+def fullest_micro_batch(plan: Plan, stage: str, ranks: int) -> int:
+    """Tokens: the limit, unless a rank's share of a step is less, every row as long as may be."""
+    longest = plan.lengths.max_prompt + plan.lengths.max_completion
+    config = plan.config
+    settings = {"rl": config.rl, "reverse_rl": config.reverse_rl}.get(stage)
+    if settings is not None:
+        rows, together = settings.problems_per_step * settings.completions_per_problem, 1
+    else:
+        steps = config.reward_model if stage == "reward_model" else config.preference
+        rows, together = 2 * steps.pairs_per_step, 2  # a pair stays together
+    share = max(together, math.ceil(rows / ranks)) * longest
+    return min(share, config.policy.max_tokens_per_micro_batch)
+
+
+def rollout_memory(plan: Plan, found: KnownModel, assumed: Assumptions) -> tuple[Parts, Cache]:
+    settings, b = plan.config.rollout, plan.bundle("rollout")
+    assert b is not None  # a stage samples
+    if settings.engine is EngineKind.transformers:
+        tokens = plan.lengths.max_prompt + plan.lengths.max_completion
+        return memory.transformers_memory(found.shape, settings.max_batch, tokens, plan.device, assumed)
+    if plan.device == "cpu":
+        return memory.vllm_cpu_memory(found.shape, settings.max_batch, settings.kv_cache_gib)
+    # vLLM takes its share of what the GPU has: told for the smallest, as nothing says where it will be.
+    gpu_gb = min(gpu.kind.memory_gb for node in plan.nodes for gpu in node.gpus)
+    return memory.vllm_memory(
+        found.shape, tensor_parallel(b), settings.max_batch, settings.memory_fraction, gpu_gb, assumed
+    )
+
+
+def tensor_parallel(b: Bundles) -> int:
+    return max(1, int(b.gpus))
+
+
+# Host memory and disk
+
+
+def add_host(plan: Plan, assumed: Assumptions) -> None:
+    """Of every node at the fuller of two moments; on a CPU the sum of all processes and their models."""
+    if plan.cluster is None:
+        parts = {
+            f"{b.role} x {b.replicas}": b.replicas * (plan.peak(b.role) + assumed.cpu_process_gb)
+            for b in plan.placed
+        }
+        plan.host["this machine"] = parts | {"driver and Ray": 2 * assumed.cpu_process_gb}
+        plan.machine_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+        return
+    for node in plan.nodes:
+        moments = [host_memory(plan, node, moment, assumed) for moment in ("load", "sync")]
+        plan.host[node.name] = memory.largest(*moments)
+
+
+def host_memory(plan: Plan, node: Node, moment: str, assumed: Assumptions) -> Parts:
+    """Its processes together, by role, at "load" or "sync"."""
+    parts: Parts = {}
+    synced = [stage for stage in ("rl", "reverse_rl") if stage in plan.training]
+    trained = plan.training[max(synced, key=lambda s: plan.training[s].parameters)] if synced else None
+    for process in node.processes:
+        own: Parts = {"process": assumed.process_gb}
+        if process.role == "policy" and plan.training:
+            largest = max(plan.training.values(), key=lambda training: training.parameters)
+            own = memory.policy_host(trained or largest, process.rank, moment, assumed)
+        elif process.role == "rollout" and trained is not None:
+            own = memory.rollout_host(trained.shape, math.ceil(process.gpus), moment, assumed)
+        elif moment == "load" and (found := plan.models.get(process.role)):
+            own["weights on their way"] = 2 * found.shape.parameters / GB
+        parts[process.role] = parts.get(process.role, 0.0) + total(own)
+    here = any(p.role == "rollout" or (p.role == "policy" and p.rank == 0) for p in node.processes)
+    if moment == "sync" and trained is not None and here:
+        parts["object store (two versions)"] = memory.object_store_gb(trained.shape)
+    return parts
+
+
+def add_disk(plan: Plan, assumed: Assumptions) -> None:
+    """Of the run directory, at most: two checkpoints and one that is being written, of one stage at a time;
+    exports and rollouts of all."""
+    if plan.training:
+        plan.disk["3 checkpoints of a stage"] = 3 * max(map(memory.checkpoint_gb, plan.training.values()))
+        kept = {"reward_model": 2}  # the main and the held-out one
+        exports = [kept.get(stage, 1) * memory.export_gb(own) for stage, own in plan.training.items()]
+        plan.disk["exported models"] = sum(exports)
+    tokens = sum(time.times * time.sampled_tokens for time in plan.times if time.stage != "evaluate")
+    plan.disk["rollouts.jsonl"] = tokens * assumed.rollout_bytes / GB
+
+
+# Time
+
+
+def add_times(plan: Plan, assumed: Assumptions) -> None:
+    for stage, phases in work.phases_by_stage(plan.config).items():
+        for phase in phases:
+            plan.times.append(time_of(plan, stage, phase, assumed))
+
+
+def time_of(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> StageTime:
+    lengths, sampled, held = plan.lengths, 0, 0
+    if phase.sampling is not None:
+        sampled = round(phase.sampling.completions * mean_completion(plan, phase))
+    if phase.updates is not None:
+        held = work.held_tokens(phase.updates, lengths, plan.config.policy.layout)
+    parts = seconds_by_part(plan, stage, phase, assumed) if plan.gpu else None
+    return StageTime(stage, phase.name, phase.times, sampled, held, sum(phase.scored.values()), parts)
+
+
+def mean_completion(plan: Plan, phase: Phase) -> float:
+    """Where a suite has a limit of its own, the mean follows it."""
+    assert phase.sampling is not None
+    return plan.lengths.completion * phase.sampling.max_new_tokens / plan.lengths.max_completion
+
+
+def seconds_by_part(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> dict[str, float] | None:
+    """None where a model of the phase has no known shape."""
+    needed = [phase.sampling.model] if phase.sampling else []
+    needed += [phase.updates.model] if phase.updates else []
+    needed += [term for term in phase.scored if term in plan.models]
+    if any(plan.models[model] is None for model in needed):
+        return None
+    return (
+        sampling_seconds(plan, phase, assumed)
+        | term_seconds(plan, phase, assumed)
+        | policy_seconds(plan, stage, phase, assumed)
+    )
+
+
+def sampling_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
+    sampling, b, gpu = phase.sampling, plan.bundle("rollout"), plan.gpu
+    if sampling is None or b is None or gpu is None or not sampling.completions:
+        return {}
+    found = plan.models[sampling.model]
+    assert found is not None  # `seconds_by_part` has looked
+    cache = plan.caches[sampling.model]
+    replica = speed.Rollout(found.shape, tensor_parallel(b), plan.config.rollout.max_batch, cache, gpu)
+    mean = mean_completion(plan, phase)
+    verdicts = assumed.verdicts_per_second * plan.config.placement.verifier_processes
+    return {
+        "rollout": replica.seconds(sampling, plan.lengths, mean, b.replicas, assumed),
+        "verifier": sampling.completions / verdicts,
+    }
+
+
+def term_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
+    parts = {}
+    for name, completions in phase.scored.items():
+        b, found, term = plan.bundle(name), plan.models.get(name), plan.config.reward.terms[name]
+        if b is not None and found is not None and plan.gpu is not None:
+            judges = term.kind is TermKind.judge
+            parts[name] = speed.scoring_seconds(
+                found.shape, judges, completions, plan.lengths, b.replicas, plan.gpu, assumed
+            )
+    return parts
+
+
+def policy_seconds(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> dict[str, float]:
+    updates, b, gpu = phase.updates, plan.bundle("policy"), plan.gpu
+    if updates is None or b is None or gpu is None:
+        return {}
+    found = plan.models[updates.model]
+    assert found is not None  # `seconds_by_part` has looked
+    shape, policy = found.shape, plan.config.policy
+    held = work.held_tokens(updates, plan.lengths, policy.layout)
+    in_head = 0 if updates.score_head else updates.rows * plan.lengths.completion
+    context = plan.lengths.prompt + plan.lengths.completion
+    per_rank = held / b.replicas / policy.max_tokens_per_micro_batch
+    num_micro_batches = max(1.0, per_rank)
+    on_nodes = homes(plan.nodes, "policy")
+    speeds = [node.type.network_gb_s for node in plan.nodes if node.name in on_nodes]
+    network = min(speeds) if len(on_nodes) > 1 else None
+    parts = {}
+    if updates.forwards:
+        flops = updates.forwards * speed.forward_flops(shape, held, in_head, context)
+        batches = updates.forwards * num_micro_batches
+        parts["other log-probs"] = speed.update_seconds(
+            shape, flops, b.replicas, batches, 1, gpu, network, assumed
+        )
+    if updates.updates:
+        lora = policy.lora.rank > 0 and not updates.score_head
+        own = speed.training_flops(shape, held, in_head, context, policy.gradient_checkpointing, lora)
+        passes = 2 + policy.gradient_checkpointing
+        batches = updates.updates * num_micro_batches
+        parts["update"] = speed.update_seconds(
+            shape, updates.updates * own, b.replicas, batches, passes, gpu, network, assumed
+        )
+    rollout = plan.bundle("rollout")
+    if phase.syncs and rollout is not None:
+        apart = homes(plan.nodes, "rollout") - homes(plan.nodes, "policy")
+        parts["sync"] = speed.sync_seconds(shape, tensor_parallel(rollout), bool(apart), assumed)
+    return parts
