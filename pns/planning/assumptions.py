@@ -75,6 +75,12 @@ class Assumptions:
     cpu_process_gb: float = _assumed(
         0.8, "host memory of a process without, models apart", "measured: the tiny run, 7.6 GiB", at_least(0)
     )
+    cpu_heap: float = _assumed(
+        0.3,
+        "of a policy process's memory on a CPU: freed, kept by the allocator",
+        "measured: tests/bench/policy_memory.py",
+        at_least(0),
+    )
     rollout_bytes: float = _assumed(
         35,
         "of rollouts.jsonl for each token",

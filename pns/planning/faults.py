@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pns.config import EngineKind, TermKind
+from pns.errors import UserError
 from pns.planning import memory
 from pns.planning.assumptions import Assumptions
 from pns.planning.memory import Training, total
 from pns.planning.nodes import Gpu, Process
 from pns.planning.plan import Plan, tensor_parallel
 from pns.planning.work import BACKBONE, REWARD_MODEL
+from workers.placement import check_placement
 
 _RAY_STORE_SHARE, _RAY_STORE_GB = 0.3, 200.0  # of a machine's memory, and the most of it: Ray's defaults
 
@@ -71,21 +73,27 @@ def pool_faults(plan: Plan) -> Iterator[str]:
         found = plan.models[BACKBONE if b.role in ("rollout", "policy") else b.role]
         if b.role == "rollout" and found is not None and found.shape.heads % tensor_parallel(b):
             yield f"{b.key}.gpus: {b.gpus:g} must divide the model's {found.shape.heads} heads"
-        if b.role == "policy" and b.replicas > 1 and 0 < b.gpus <= 0.5:
-            fault = f"{b.gpus:g} lets two ranks share a GPU, and they exchange gradients only between GPUs"
-            yield f"{b.key}.gpus: {fault}: set {b.key}.gpus=1"
         if b.role not in ("rollout", "policy") and b.gpus > 1:
             yield f"{b.key}.gpus: {b.gpus:g} are reserved and one is used: set it to 1"
 
 
 def place_faults(plan: Plan) -> Iterator[str]:
-    """Processes without a place, by role."""
+    """Totals that are too large; or processes that no single machine has room for, by role."""
+    offered = {
+        "GPU": sum(len(node.gpus) for node in plan.nodes),
+        "CPU": sum(node.type.cpus or math.inf for node in plan.nodes),
+    }
+    try:
+        check_placement(plan.config, [b.role for b in plan.placed], offered, plan.device)
+    except UserError as error:
+        yield str(error)
+        return
     for role, num in Counter(process.role for process in plan.unplaced).items():
         b = plan.bundle(role)
         assert b is not None
         asked = f"{b.gpus:g} GPUs on one machine" if b.gpus > 1 else f"{b.gpus:g} GPU"
         free = sum(gpu.free for node in plan.nodes for gpu in node.gpus)
-        way_out = f"lower {b.key}.replicas to {b.replicas - num}" if num < b.replicas else "add a machine"
+        way_out = f"lower {b.key}.gpus or {b.key}.replicas, or take larger machines"
         yield (
             f"{role}: {num} of {b.replicas} processes of {asked} and {b.cpus:g} CPU have no place "
             f"({free:g} GPUs are free): {way_out}"
@@ -99,6 +107,8 @@ def gpu_faults(plan: Plan) -> Iterator[str]:
             if gpu.used_gb <= gpu.kind.memory_gb:
                 continue
             worst = max(gpu.residents, key=lambda process: process.gpu_gb)
+            if worst.role == "rollout" and any(cache_faults(plan)):
+                continue  # said there, with a better way out
             together = " + ".join(f"{p.role} {p.gpu_gb:.0f}" for p in gpu.residents)
             said = f"{gpu.kind.name} with {gpu.kind.memory_gb:g} GB"
             if len(gpu.residents) > 1:
@@ -157,11 +167,13 @@ def policy_way_out(plan: Plan, gpu_gb: float, assumed: Assumptions) -> str:
         if fits(micro_batch_tokens=fewer, checkpointing=True):
             return f"set policy.max_tokens_per_micro_batch={fewer}"
     ranks = next(iter(plan.training.values())).ranks
+    trained = [own for own in plan.training.values() if not own.score_head]
+    fits_adapted = all(total(memory.policy_memory(_adapted(own), assumed)) <= gpu_gb for own in trained)
     for more in (2, 4, 8, 16, 32, 64, 128):
         if more > ranks and fits(ranks=more, checkpointing=True):
-            return f"set placement.policy.replicas={more}"
-    trained = [own for own in plan.training.values() if not own.score_head]
-    if all(total(memory.policy_memory(_adapted(own), assumed)) <= gpu_gb for own in trained):
+            or_adapter = ", or policy.lora.rank=32" if fits_adapted else ""
+            return f"set placement.policy.replicas={more}{or_adapter}"
+    if fits_adapted:
         return "set policy.lora.rank=32"
     return "name a smaller backbone or take larger GPUs"
 

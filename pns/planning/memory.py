@@ -78,22 +78,34 @@ def training_of(
 
 def policy_memory(of: Training, assumed: Assumptions) -> Parts:
     """At the peak: the backward pass of a micro-batch, or reading a checkpoint at a resume."""
+    fullest = largest(training_memory(of), restoring_memory(of))
+    if of.device == "cuda":
+        return fullest | {"context": assumed.context_gb}
+    return fullest | {"freed, kept by the allocator": assumed.cpu_heap * total(fullest)}
+
+
+def training_memory(of: Training) -> Parts:
+    """Of the backward pass, whose fullest moment is at the head or at the last layer."""
+    gradients = FLOAT32 * of.trained_parameters / of.ranks / GB  # there from the second micro-batch on
+    state = training_state(of) | {"gradients (float32)": gradients}
+    return state | largest(head_backward(of), layer_backward(of))
+
+
+def restoring_memory(of: Training) -> Parts:
+    """torch.load puts a second copy of weights and Adam beside those that are built."""
+    copies = FLOAT32 * (of.parameters + 2 * of.trained_parameters) / of.ranks / GB
+    return training_state(of) | {"checkpoint while it is read": copies}
+
+
+def training_state(of: Training) -> Parts:
+    """What is there from the first step on, over the ranks."""
     state = {
         "weights (float32)": FLOAT32 * of.parameters / of.ranks / GB,
         "Adam (2 x float32)": 2 * FLOAT32 * of.trained_parameters / of.ranks / GB,
     }
     if of.reference and not of.lora_rank:  # an adapter that is switched off is the reference
         state["reference (float32)"] = FLOAT32 * of.parameters / of.ranks / GB
-    if of.device == "cuda":
-        state["context"] = assumed.context_gb
-    # There from the second micro-batch on.
-    gradients = {"gradients (float32)": FLOAT32 * of.trained_parameters / of.ranks / GB}
-    # torch.load puts a second copy of weights and Adam beside those that are built.
-    read = FLOAT32 * (of.parameters + 2 * of.trained_parameters) / of.ranks / GB
-    restoring = {"checkpoint while it is read": read}
-    return largest(
-        state | gradients | head_backward(of), state | gradients | layer_backward(of), state | restoring
-    )
+    return state
 
 
 def head_backward(of: Training) -> Parts:

@@ -6,23 +6,15 @@ import pytest
 
 from pns.config import Config, Device, Placement, Pool, RewardConfig, RewardTerm, TermKind
 from pns.errors import UserError
-from workers.placement import (
-    bundles,
-    check_placement,
-    local_resources,
-    placement_table,
-    resolve_device,
-    totals,
-    used_roles,
-)
+from workers.placement import bundles, check_placement, local_resources, resolve_device, totals, used_roles
 
 ALL = ("rollout", "policy", "verifier", "plausibility", "coherence")
 
 
 def configure(rollout: Pool, policy: Pool, plausibility: Pool, coherence: Pool) -> Config:
     terms = {
-        "plausibility": RewardTerm(TermKind.reward_model, 0.25, "", plausibility),
-        "coherence": RewardTerm(TermKind.judge, 0.25, "", coherence),
+        "plausibility": RewardTerm(TermKind.reward_model, 0.25, pool=plausibility),
+        "coherence": RewardTerm(TermKind.judge, 0.25, pool=coherence),
     }
     placement = Placement(rollout=rollout, policy=policy)
     return Config(placement=placement, reward=RewardConfig(terms=terms))
@@ -131,19 +123,3 @@ def test_local_resources_are_enough_for_the_placement(asked: Config) -> None:
     check_placement(asked, ALL, {"CPU": local["num_cpus"], "GPU": local["num_gpus"]}, "cpu")
     assert local["num_gpus"] == 0
     assert set(local_resources(asked, ALL, "cuda")) == {"num_cpus"}
-
-
-def test_table_has_every_used_role_and_the_totals() -> None:
-    lines = placement_table(CLUSTER, ALL, "auto").splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "role",
-        "rollout",
-        "policy",
-        "plausibility",
-        "coherence",
-        "total:",
-    ]
-    assert lines[3].split() == ["plausibility", "2", "0.5", "1"]
-    assert lines[-1] == "total: 11 GPUs, 26 CPUs; 2 verifier processes"
-    assert placement_table(CLUSTER, ALL, "cpu").splitlines()[-1].startswith("total: 0 GPUs")
-    assert placement_table(CLUSTER, ["policy"], "cuda").splitlines()[-1] == "total: 4 GPUs, 16 CPUs"
