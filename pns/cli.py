@@ -10,7 +10,9 @@ from typing import Any
 
 from pns.commands.config import print_config
 from pns.commands.plan import PlanOptions, plan_recipe
+from pns.commands.rescore import RESCORED_STAGES, rescore_run
 from pns.commands.run import collect_garbage, list_runs, report_run, run_recipe
+from pns.commands.services import scale, show_status
 from pns.commands.tiny import make_tiny
 from pns.commands.verify import verify_file
 from pns.config import STAGES
@@ -58,6 +60,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
     add_run_commands(commands)
+    add_rescore(commands)
     add_evaluate(commands)
     add_export(commands)
     add_verify(commands)
@@ -145,6 +148,24 @@ def add_run_commands(commands: Commands) -> None:
     report_help = "print a run's tables again; rebuild report.json and the plots"
     report = add_command(commands, "report", report_help, lambda options: report_run(options.directory))
     report.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
+    status_help = "show what the services of a run do: replicas, queue, speed, failures"
+    status = add_command(
+        commands, "status", status_help, lambda options: show_status(options.directory, options.watch)
+    )
+    status.add_argument("--watch", action="store_true", help="until Ctrl-C or the end of the run")
+    scale_help = "give services of a run that is at work another number of replicas"
+    scaling = add_command(
+        commands,
+        "scale",
+        scale_help,
+        lambda options: scale(options.directory, options.overrides, options.timeout),
+    )
+    for parser in (status, scaling):
+        parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
+    terms_help = "a reward term and its replicas, e.g. coherence=4, until the run ends or is started again"
+    scaling.add_argument("overrides", nargs="+", metavar="TERM=N", help=terms_help)
+    timeout_help = "seconds to wait for it (default %(default)g)"
+    scaling.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help=timeout_help)
     runs_help = "list runs and the outputs of their stages, with size and age"
     runs = add_command(commands, "runs", runs_help, lambda options: list_runs(options.runs))
     gc_help = "remove stage outputs that no run leads to, after asking"
@@ -153,6 +174,23 @@ def add_run_commands(commands: Commands) -> None:
     where_help = "the directory of runs (default %(default)s)"
     for parser in (runs, gc):
         parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=where_help)
+
+
+def add_rescore(commands: Commands) -> None:
+    def handle(options: Namespace) -> None:
+        choice = options.stage, options.out, options.ask_failed
+        rescore_run(options.directory, options.overrides, *choice)
+
+    rescore_help = "reward a run's stored rollouts by other rules, and compare"
+    parser = add_command(commands, "rescore", rescore_help, handle)
+    parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2; it is not changed")
+    add_overrides(parser, "keys below reward. to change, e.g. reward.terms.coherence.weight=0.1")
+    stage_help = "whose rollouts: %(choices)s (default %(default)s)"
+    parser.add_argument("--stage", choices=RESCORED_STAGES, default=RESCORED_STAGES[0], help=stage_help)
+    out_help = "new JSONL file of the rollouts (default RUN/rescored/STAGE-DIGEST.jsonl)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out_help)
+    failed_help = "ask again for what a service failed to answer"
+    parser.add_argument("--ask-failed", action="store_true", help=failed_help)
 
 
 def add_evaluate(commands: Commands) -> None:

@@ -9,7 +9,19 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from pns.fields import FINITE, above, at_least, below, between, key, path_key, path_or_name, section, up_to
+from pns.fields import (
+    FINITE,
+    above,
+    at_least,
+    at_most,
+    below,
+    between,
+    key,
+    path_key,
+    path_or_name,
+    section,
+    up_to,
+)
 from pns.preference_losses import PREFERENCE_LOSSES
 
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
@@ -373,6 +385,16 @@ class RewardModelStage:
 
 
 @dataclass
+class Mixture:
+    """What `negatives=mixed` is the union of; the sources of a problem take turns."""
+
+    sources: list[str] = key(["pns", "rs"], "names in pns.stages.negatives.SOURCES, without mixed; each once")
+    starts: list[GeneratorStart] = key(
+        [], "source pns has one generator from each of these; empty: one from reverse_rl.start"
+    )
+
+
+@dataclass
 class Synthesize:
     """Plausible wrong completions, drawn from the generator."""
 
@@ -381,6 +403,14 @@ class Synthesize:
     min_quantile: float = key(0.0, "of quantile_term; negatives below are dropped; 0: none", below(1))
     quantile_term: str = key("plausibility", "name of the reward term that min_quantile reads")
     drop_box_only_flips: bool = key(True, "drop negatives that reason rightly and box a wrong answer")
+    min_log_prob: float | None = key(
+        None, "mean natural log-probability per token under the target, at least; null: no bound", at_most(0)
+    )
+    max_log_prob: float | None = key(None, "... and at most; null: no bound", at_most(0))
+
+    @property
+    def bounds_log_probs(self) -> bool:
+        return self.min_log_prob is not None or self.max_log_prob is not None
 
 
 @dataclass
@@ -394,6 +424,11 @@ class PairStage:
     prefer_shared_prefix: bool = key(True, "give each negative the right side with the longest common prefix")
     balance_flow: bool = key(False, "as many (right, wrong) as (wrong, right) tokens at the first divergence")
     scored_by: str = key("plausibility", "reward_model term whose model scores pairs")
+    perplexity_samples: int = key(
+        256,
+        "completions of each source whose perplexity under the backbone is measured; 0: none",
+        at_least(0),
+    )
 
 
 @dataclass
@@ -493,6 +528,7 @@ class Config:
     reward_model: RewardModelStage = section(RewardModelStage)
     reverse_rl: ReverseRl = section(ReverseRl)
     negatives: str = key("pns", "where the rejected sides come from: a name in pns.stages.negatives.SOURCES")
+    mixture: Mixture = section(Mixture)
     synthesize: Synthesize = section(Synthesize)
     pair: PairStage = section(PairStage)
     preference: PreferenceConfig = section(PreferenceConfig)

@@ -43,7 +43,7 @@ def method(run: Plan, config: Config, world: World) -> None:
     initial = ModelFiles(config.models.reward_model) if config.models.reward_model else target
     rewards = run(reward_model, target, initial, world.reward)
     rejected = SOURCES[config.negatives](run, config, world, target, rewards)
-    pairs = run(pair, target, rejected, rewards, world.preference)
+    pairs = run(pair, target, rejected, rewards, world.preference, backbone)
     result = run(preference, target, pairs, world.preference, None)
     run(evaluate, {"backbone": backbone, "target": target, "result": result}, world.suites)
 
@@ -112,14 +112,16 @@ def roles_used(config: Config) -> dict[str, tuple[str, ...]]:
 
 def check_source(config: Config) -> None:
     """Raises UserError for an unknown source of negatives."""
-    if config.negatives not in SOURCES:
-        hint = did_you_mean(config.negatives, SOURCES) or f"; there are {', '.join(SOURCES)}"
-        raise UserError(f"negatives: {config.negatives!r} is no source of negatives{hint}")
+    named = [("negatives", config.negatives), *(("mixture.sources", own) for own in config.mixture.sources)]
+    for key, source in named:
+        if source not in SOURCES:
+            hint = did_you_mean(source, SOURCES) or f"; there are {', '.join(SOURCES)}"
+            raise UserError(f"{key}: {source!r} is no source of negatives{hint}")
 
 
 def check_step(plan: Plan, name: str | None, option: str) -> str | None:
-    """`name`, if it is None or a step of the plan. Raises UserError."""
-    names = [step.name for step in plan.steps]
+    """`name`, if it is None or steps of the plan are asked for as that. Raises UserError."""
+    names = dict.fromkeys(step.asked_as for step in plan.steps)
     if name and name not in names:
         raise UserError(f"{option} {name}: the stages of this run are {', '.join(names)}")
     return name

@@ -26,7 +26,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.low == -math.inf:
-            return "finite"
+            return "finite" if self.high == math.inf else f"{self.high} or less"
         if self.high == math.inf:
             return f"greater than {self.low}" if self.open_low else f"{self.low} or more"
         opening, closing = "(" if self.open_low else "[", ")" if self.open_high else "]"
@@ -38,6 +38,10 @@ FINITE = Range()
 
 def at_least(low: float) -> Range:
     return Range(low)
+
+
+def at_most(high: float) -> Range:
+    return Range(high=high)
 
 
 def above(low: float) -> Range:

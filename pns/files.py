@@ -81,18 +81,21 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
         file.writelines(_line(row) for row in rows)
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, growing: bool = False) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file. Raises UserError as `json_lines`."""
-    return [row for _, row in json_lines(path)]
+    return [row for _, row in json_lines(path, growing)]
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a `.jsonl` or `.jsonl.gz` file, without its blank lines. Raises
-    UserError, naming file and line, for a file that cannot be read and a line that is no JSON object."""
+def json_lines(path: str | Path, growing: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a `.jsonl` or `.jsonl.gz` file, without its blank lines. `growing`: a
+    last line without an end is still being written, and left out. Raises UserError, naming file and line,
+    for a file that cannot be read and a line that is no JSON object."""
     path = Path(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if growing and not line.endswith(b"\n"):
+                    return
                 if line.strip():
                     yield number, _json_object(line, path, number)
     except FileNotFoundError:

@@ -190,8 +190,22 @@ def key_faults(config: Config) -> Iterator[str]:
         yield f"name: {config.name!r} must be a directory name, without slashes"
     if not config.models.backbone:
         yield "models.backbone is empty: name a model directory or a Hub id (owner/name)"
-    if config.reverse_rl.start is GeneratorStart.path and not config.models.generator:
-        yield "reverse_rl.start is path and models.generator is empty: name the generator's model"
+    starts = {"reverse_rl.start is": [config.reverse_rl.start], "mixture.starts has": config.mixture.starts}
+    for said, own in starts.items():
+        if GeneratorStart.path in own and not config.models.generator:
+            yield f"{said} path and models.generator is empty: name the generator's model"
+    for key, names in (("sources", config.mixture.sources), ("starts", config.mixture.starts)):
+        if len(set(names)) < len(names):
+            yield f"mixture.{key}: {', '.join(names)} names one twice: name each once"
+    if config.mixture.starts and "pns" not in config.mixture.sources:
+        yield "mixture.starts are of source pns, which mixture.sources does not name: add it, or remove them"
+    if not config.mixture.sources or "mixed" in config.mixture.sources:
+        fault = f"[{', '.join(config.mixture.sources)}] must be sources of their own, at least one"
+        yield f"mixture.sources: {fault}; e.g. [pns,rs]"
+    low, high = config.synthesize.min_log_prob, config.synthesize.max_log_prob
+    if low is not None and high is not None and low > high:
+        way_out = "nothing is in this range: lower it, or set either to null"
+        yield f"synthesize.min_log_prob: {low} is above max_log_prob, {high}; {way_out}"
     if not config.policy.lora.targets:
         yield "policy.lora.targets is empty: name linear layers, e.g. [q_proj,v_proj], or [all-linear]"
 
@@ -227,6 +241,28 @@ def pool_faults(config: Config) -> Iterator[str]:
     for key, pool in pools.items():
         if pool.gpus > 1 and not float(pool.gpus).is_integer():
             yield f"{key}.gpus: {pool.gpus} must be whole where it is above 1: only one GPU can be shared"
+    for name, term in config.reward.terms.items():
+        yield from service_pool_faults(f"reward.terms.{name}.pool", term.pool)
+
+
+def service_pool_faults(key: str, pool: ServicePool) -> Iterator[str]:
+    """The pool can grow and shrink to what it is, and Ray takes its resources and labels."""
+    smallest, largest = pool.min_replicas, pool.max_replicas
+    if smallest > pool.replicas:
+        way_out = f"set it to {pool.replicas} or less, or raise {key}.replicas"
+        yield f"{key}.min_replicas: {smallest} is more than {key}.replicas, {pool.replicas}: {way_out}"
+    if 0 < largest < pool.replicas:
+        way_out = f"set it to {pool.replicas} or more, to 0 for no growth, or lower {key}.replicas"
+        yield f"{key}.max_replicas: {largest} is less than {key}.replicas, {pool.replicas}: {way_out}"
+    for name, amount in pool.resources.items():
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            way_out = f"use {key}.cpus and {key}.gpus" if name in ("CPU", "GPU") else "remove it"
+            yield f"{key}.resources.{name}: {name} is no custom resource: {way_out}"
+        if not (0 < amount < math.inf) or (amount > 1 and not amount.is_integer()):
+            yield f"{key}.resources.{name}: {amount} must be above 0, and whole where it is above 1"
+    for label, value in pool.labels.items():
+        if not label or not value or value != value.strip():
+            yield f"{key}.labels: {label!r}: {value!r} must be a label and its value: name both"
 
 
 # Kind of a reward term -> those of its keys that not every kind reads.
@@ -262,6 +298,9 @@ def weighted_term_faults(key: str, term: RewardTerm) -> Iterator[str]:
         yield f"{key}.model is empty: name the judge's model directory or Hub id, or set {key}.weight=0"
     if term.kind is TermKind.judge and term.endpoint.url and term.grading is Grading.expected:
         yield f"{key}.grading: an endpoint tells no probabilities of digits: set it to likeliest"
+    placed = replace(term.pool, deadline_seconds=0.0) != ServicePool()
+    if term.endpoint.url and placed:
+        yield f"{key}.pool: an endpoint has no processes here: of the pool set deadline_seconds alone"
     if term.endpoint.url and not re.match("https?://[^/]", term.endpoint.url):
         yield f"{key}.endpoint.url: {term.endpoint.url!r} must begin with http:// or https:// and a host"
     if term.kind is TermKind.length and not (term.shortest or term.longest):

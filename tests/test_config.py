@@ -21,7 +21,7 @@ from pns.config import (
     to_dict,
 )
 from pns.errors import UserError
-from pns.fields import FINITE, Range, above, at_least, below, between, check_ranges, up_to, walk_keys
+from pns.fields import FINITE, Range, above, at_least, at_most, below, between, check_ranges, up_to, walk_keys
 from pns.preference_losses import PREFERENCE_LOSSES
 from pns.tiny.settings import WarmStart
 
@@ -75,6 +75,7 @@ def test_the_walk_reaches_sections_in_dicts() -> None:
     ("allowed", "inside", "outside", "text"),
     [
         (at_least(1), (1, 2.5), (0.99, math.nan, math.inf), "1 or more"),
+        (at_most(0), (0, -2.5), (0.01, math.nan, -math.inf), "0 or less"),
         (above(0), (0.01,), (0, -1, math.nan), "greater than 0"),
         (between(0, 1), (0, 1), (-0.01, 1.01), "in [0, 1]"),
         (up_to(1), (1,), (0,), "in (0, 1]"),

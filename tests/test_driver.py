@@ -21,6 +21,7 @@ from pns.config import (
     Config,
     DataSource,
     Decoding,
+    GeneratorStart,
     PromptFamily,
     ReasoningBlock,
     RewardConfig,
@@ -239,6 +240,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     sampled += ["reverse_rl.start=path", f"models.generator={LLAMA}"]
     configs = [
         tiny(*in_files, *sampled),
+        tiny(*in_files, *sampled, "negatives=mixed"),
         tiny(*in_files, *sampled, "data.source=jsonl"),
         tiny(*in_files, "data.source=jsonl", f"preference.data.path={pairs}"),
     ]
@@ -251,6 +253,8 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "data.revisions": {"own": "main"},
         "data.jsonl.suites": {"first": other},
         "evaluate.per_suite": {"short": Decoding(max_new_tokens=3)},
+        "mixture.sources": ["rs"],
+        "mixture.starts": [GeneratorStart.backbone],
         "models.backbone": str(LLAMA),
         "negatives": "rs",
         "preference.data.path": pairs,
@@ -320,6 +324,30 @@ def test_roles_are_known_without_a_model_or_a_problem(plan_of: MakePlan, negativ
 def test_wrong_names_are_said_with_the_near_one(plan_of: MakePlan) -> None:
     with pytest.raises(UserError, match="negatives: 'pnss' is no source of negatives; did you mean pns"):
         driver.check_source(tiny("negatives=pnss"))
+    with pytest.raises(
+        UserError, match=r"mixture\.sources: 'rss' is no source of negatives; did you mean rs"
+    ):
+        driver.check_source(tiny("negatives=mixed", "mixture.sources=[pns,rss]"))
+
+
+def test_from_and_until_name_a_stage_in_every_part_of_a_mixture(plan_of: MakePlan, tmp_path: Path) -> None:
+    config = tiny("negatives=mixed")
+    parts = {"reverse_rl_pns", "synthesize_pns", "synthesize"}
+    assert moved(plan_of(config), plan_of(config, {"reverse_rl": 1})) == parts | follows("pair")
+    synthesis = {"synthesize_pns", "synthesize_rs", "synthesize"}
+    assert moved(plan_of(config), plan_of(config, {"synthesize": 1})) == synthesis | follows("pair")
+    plan = Plan(tmp_path / "stages", config, "")
+    plan.steps = list(plan_of(config).values())
+    assert [step.name for step in plan.until("synthesize")][-2:] == ["synthesize_rs", "synthesize"]
+    assert plan.until("reverse_rl")[-1].name == "reverse_rl_pns"
+    assert driver.check_step(plan, "reverse_rl", "--from") == "reverse_rl"
+
+
+def test_bounds_of_log_probabilities_ask_for_the_policy(plan_of: MakePlan) -> None:
+    config = tiny("synthesize.min_log_prob=-2")
+    assert "policy" in driver.roles_used(config)["synthesize"]
+    assert "policy" not in driver.roles_used(tiny())["synthesize"]
+    assert moved(plan_of(tiny()), plan_of(config)) == follows("synthesize")
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:

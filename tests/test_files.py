@@ -116,3 +116,13 @@ def test_the_hash_of_a_tree_is_of_names_and_contents(tmp_path: Path) -> None:
     remove(tmp_path / "two" / "b.txt")
     remove(tmp_path / "absent")
     assert sha256_of_tree(tmp_path / "one") == hashlib.sha256().hexdigest()
+
+
+def test_a_line_that_is_being_written_is_left_out_of_a_growing_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"x": 1}\n{"x": 2')
+    assert read_jsonl(path, growing=True) == [{"x": 1}]
+    with pytest.raises(UserError, match="line 2: not a JSON object"):
+        read_jsonl(path)
+    path.write_text('{"x": 1}\n{"x": 2}\n')
+    assert len(read_jsonl(path, growing=True)) == 2

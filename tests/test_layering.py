@@ -63,6 +63,7 @@ OWNERS = {
         "workers/training/verl_engine.py",
     },
     "vllm": {"workers/rollout/engine_vllm.py"},
+    "openai": {"workers/rewards/endpoint.py"},
     "ray": {
         "workers/cluster.py",
         "workers/rewards/service.py",
@@ -113,7 +114,9 @@ PURE = (
     "pns/commands/config.py",
     "pns/commands/export.py",
     "pns/commands/plan.py",
+    "pns/commands/rescore.py",
     "pns/commands/run.py",
+    "pns/commands/services.py",
     "workers/placement.py",
     "workers/runtime.py",
 )

@@ -77,6 +77,11 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("preference.target_margin=0.5", ("preference.target_margin", "simpo")),
         ('models.backbone=""', ("models.backbone", "Hub id")),
         ("reverse_rl.start=path", ("reverse_rl.start", "models.generator")),
+        ("mixture.starts=[path]", ("mixture.starts", "models.generator")),
+        ("mixture.starts=[target,target]", ("mixture.starts", "target, target", "once")),
+        ("mixture.sources=[rs,rs]", ("mixture.sources", "rs, rs", "once")),
+        ("mixture.sources=[]", ("mixture.sources", "at least one", "[pns,rs]")),
+        ("mixture.sources=[rs,mixed]", ("mixture.sources", "[rs, mixed]", "of their own")),
         ("data.source=jsonl", ("data.jsonl.train",)),
         ("policy.dtype=int8", ("policy.dtype", "int8", "bfloat16")),
         ("policy.lora.targets=[]", ("policy.lora.targets", "all-linear")),
@@ -102,6 +107,10 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
             "reward.terms.own={kind: judge, weight: 1, model: owner/judge}",
             ("reward.terms.own is reward.terms.coherence again",),
         ),
+        (
+            "reward.terms.coherence={endpoint: {url: 'http://a'}, pool: {replicas: 2}}",
+            ("reward.terms.coherence.pool", "deadline_seconds alone"),
+        ),
         ("reward.terms.coherence.endpoint.url=host:80", ("endpoint.url: 'host:80'", "http://")),
         (
             "reward.terms.coherence={endpoint: {url: 'http://a'}, grading: expected}",
@@ -119,6 +128,17 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ),
         ("placement.rollout.gpus=1.5", ("placement.rollout.gpus: 1.5", "whole")),
         ("reward.terms.coherence.pool.gpus=2.5", ("reward.terms.coherence.pool.gpus: 2.5", "whole")),
+        (
+            "reward.terms.coherence.pool.min_replicas=2",
+            ("min_replicas: 2 is more", "replicas, 1", "1 or less"),
+        ),
+        (
+            "reward.terms.coherence.pool={replicas: 3, max_replicas: 2}",
+            ("max_replicas: 2 is less", "replicas, 3", "3 or more"),
+        ),
+        ("reward.terms.coherence.pool.resources={GPU: 1}", ("no custom resource", "coherence.pool.gpus")),
+        ("reward.terms.coherence.pool.resources={slot: 1.5}", ("resources.slot: 1.5", "whole")),
+        ("reward.terms.coherence.pool.labels={zone: ''}", ("coherence.pool.labels: 'zone'", "value")),
         ("placement.policy.gpus=2", ("placement.policy.gpus: 2.0", "replicas")),
     ],
 )
@@ -159,6 +179,8 @@ def test_wrong_configuration_is_one_line(recipe: Path, override: str, words: tup
         ("reward_model.held_out_fraction", "1", "in [0, 1)"),
         ("synthesize.min_quantile", "1", "in [0, 1)"),
         ("synthesize.temperature", "-1", "0 or more"),
+        ("synthesize.min_log_prob", "0.5", "0 or less"),
+        ("pair.perplexity_samples", "-1", "0 or more"),
         ("rollout.memory_fraction", "0", "in (0, 1]"),
         ("rollout.kv_cache_gib", "0", "greater than 0"),
         ("placement.policy.replicas", "0", "1 or more"),
@@ -221,6 +243,14 @@ def test_terms_are_added_and_switched_off(recipe: Path) -> None:
     load(recipe, ["reverse_rl.stop_term=coherence", "reward.terms.plausibility.weight=0"])
     with pytest.raises(UserError, match=r"quantile_term: 'beauty'.*min_quantile=0"):
         load(recipe, ["synthesize.min_quantile=0.5", "synthesize.quantile_term=beauty"])
+
+
+def test_a_range_of_log_probabilities_and_starts_of_what_is_not_there(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"synthesize.min_log_prob: -1.0 is above max_log_prob, -2.0; .*null"):
+        load(recipe, ["synthesize.min_log_prob=-1", "synthesize.max_log_prob=-2"])
+    assert load(recipe, ["synthesize.max_log_prob=-2"]).synthesize.min_log_prob is None
+    with pytest.raises(UserError, match=r"mixture.starts are of source pns, .*add it"):
+        load(recipe, ["mixture.sources=[rs]", "mixture.starts=[target]"])
 
 
 def test_the_reward_is_checked_where_it_is_asked(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from pns.config import Config
 from pns.errors import UserError
-from workers.placement import check_placement, local_resources, resolve_device
+from workers.placement import check_labels, check_placement, local_resources, resolve_device
 
 
 class Cluster:
@@ -35,6 +35,7 @@ class Cluster:
         try:
             device = resolve_device(self._config.placement.device, offered.get("GPU", 0))
             check_placement(self._config, self._roles, offered, device)
+            check_labels(self._config, self._roles, [node["Labels"] for node in ray.nodes() if node["Alive"]])
         except UserError:
             ray.shutdown()  # `__exit__` is not called after a failed `__enter__`
             raise
@@ -44,8 +45,9 @@ class Cluster:
         gpus = torch.cuda.device_count()
         device = resolve_device(self._config.placement.device, gpus)
         resources = local_resources(self._config, self._roles, device)
-        # Before Ray starts, which takes seconds. CPUs are logical here: only GPUs can be too few.
-        check_placement(self._config, self._roles, {"CPU": resources["num_cpus"], "GPU": gpus}, device)
+        # Before Ray starts, which takes seconds. All but GPUs are logical here, and enough.
+        offered = {"CPU": resources["num_cpus"], "GPU": gpus} | resources["resources"]
+        check_placement(self._config, self._roles, offered, device)
         ray.init(
             address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", **resources
         )

@@ -16,6 +16,7 @@ from workers.placement import used_roles
 from workers.runtime import Runtime
 
 if TYPE_CHECKING:
+    from workers.rewards.endpoint import EndpointJudge
     from workers.rewards.service import ScoringPool
     from workers.rewards.verifier import Verifier
     from workers.rollout.pool import RolloutPool
@@ -50,6 +51,13 @@ class Fleet:
     def scorer(self, name: str) -> ScoringPool[Any, Any]:
         """The pool of the reward term `name`, with its `model` loaded unless that is empty."""
         return self._started(name)
+
+    def services(self) -> dict[str, ScoringPool[Any, Any] | None]:
+        """The pools of reward terms that `start` has named so far; None: it is not up yet. Waits for
+        nothing."""
+        begun = {name: self._roles[name] for name in self.config.reward.terms if name in self._roles}
+        up = {name for name, future in begun.items() if future.done() and not future.exception()}
+        return {name: future.result() if name in up else None for name, future in begun.items()}
 
     @property
     def policy(self) -> Policy:
@@ -89,13 +97,18 @@ class Fleet:
             from workers.rewards.verifier import Verifier
 
             return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)
-        term, deadline = self.config.reward.terms[role], self.config.reward.deadline_seconds
-        pool: ScoringPool[Any, Any]
+        term = self.config.reward.terms[role]
+        deadline = term.pool.deadline_seconds or self.config.reward.deadline_seconds
+        pool: ScoringPool[Any, Any] | EndpointJudge
         if term.kind is TermKind.reward_model:
             from workers.rewards.reward_model import RewardModelPool
 
             chat = not reads_tokens(term)
             pool = RewardModelPool(role, term.pool, self.runtime, deadline, reads_chat=chat)
+        elif term.endpoint.url:
+            from workers.rewards.endpoint import EndpointJudge
+
+            pool = EndpointJudge(role, term.endpoint, self.config.seed, deadline)
         else:
             from workers.rewards.judge import JudgePool
 

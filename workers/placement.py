@@ -1,29 +1,38 @@
 """From the configuration to what its roles ask of a cluster: pure arithmetic, no Ray.
 
 A role is "rollout", "policy", "verifier" or the name of a reward term; only roles that are used count. On CPU
-no role takes a GPU; the verifier's processes belong to the driver and take nothing that Ray counts.
+no role takes a GPU; the verifier's processes, and the threads that ask an endpoint, belong to the driver and
+take nothing that Ray counts.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pns.config import Config, Device
+from pns.config import Config, Device, ServicePool
 from pns.errors import UserError
 
 FIXED_ROLES = ("rollout", "policy", "verifier")
-_SPARE_CPUS = 8  # logical CPUs of a local Ray for short tasks of the driver
+_COUNTED = ("GPU", "CPU")  # by Ray itself; other resources have names of their own
+# Logical CPUs of a local Ray, for short tasks of the driver and for replicas that `pns scale` adds: numbers
+# alone, Ray starts no process for one.
+_SPARE_CPUS = 40
+_SPARE_SHARES = 32  # of each custom resource of a pool: as many replicas more
 
 
 @dataclass(frozen=True)
 class Bundles:
-    """`replicas` processes of a role, each with `gpus` and `cpus`; `key` is its pool in the configuration."""
+    """`replicas` processes of a role, each with `amounts` of "GPU", "CPU" and custom resources, on nodes with
+    `labels`; `key` is its pool in the configuration, `most` what the pool may grow to."""
 
     role: str
     key: str
     replicas: int
-    gpus: float
-    cpus: float
+    amounts: dict[str, float]
+    labels: dict[str, str]
+    most: int
 
 
 def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
@@ -45,50 +54,76 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
         "policy": ("placement.policy", config.placement.policy),
     }
     for name, term in config.reward.terms.items():
-        pools[name] = (f"reward.terms.{name}.pool", term.pool)
+        if not term.endpoint.url:
+            pools[name] = (f"reward.terms.{name}.pool", term.pool)
     asked = []
     for role in used_roles(config, roles):
-        if role == "verifier":  # local processes of the driver
+        if role not in pools:  # processes or threads of the driver
             continue
         key, pool = pools[role]
         gpus = 0.0 if device == "cpu" else pool.gpus
         cpus = max(1.0, pool.cpus) if role == "policy" else pool.cpus  # verl's own task takes one
-        asked.append(Bundles(role, key, pool.replicas, gpus, cpus))
+        amounts, labels, most = {"GPU": gpus, "CPU": cpus}, {}, pool.replicas
+        if isinstance(pool, ServicePool):
+            amounts, labels, most = amounts | pool.resources, pool.labels, pool.max_replicas or most
+        asked.append(Bundles(role, key, pool.replicas, amounts, labels, most))
     return asked
 
 
 def totals(config: Config, roles: Collection[str], device: str) -> dict[str, float]:
-    """{"GPU": ..., "CPU": ...}: the sums over the used roles."""
-    asked = bundles(config, roles, device)
-    return {"GPU": sum(b.replicas * b.gpus for b in asked), "CPU": sum(b.replicas * b.cpus for b in asked)}
+    """{"GPU": ..., "CPU": ..., custom resource: ...}: the sums over the used roles."""
+    sums: dict[str, float] = {"GPU": 0, "CPU": 0}
+    for b in bundles(config, roles, device):
+        for unit, amount in b.amounts.items():
+            sums[unit] = sums.get(unit, 0) + b.replicas * amount
+    return sums
 
 
 def check_placement(
     config: Config, roles: Collection[str], cluster_resources: Mapping[str, float], device: str
 ) -> None:
-    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs and CPUs of the used
-    roles on `device`, and every policy rank has a GPU that no other rank has."""
+    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs, CPUs and custom
+    resources of the used roles on `device`, and every policy rank has a GPU that no other rank has."""
     needed = totals(config, roles, device)
     asked = bundles(config, roles, device)
     for b in asked:
-        if b.role == "policy" and b.replicas > 1 and 0 < b.gpus <= 0.5:
+        gpus = b.amounts["GPU"]
+        if b.role == "policy" and b.replicas > 1 and 0 < gpus <= 0.5:
             raise UserError(
-                f"{b.key}.gpus: {b.gpus:g} lets two of {b.replicas} replicas share a GPU, and ranks exchange "
+                f"{b.key}.gpus: {gpus:g} lets two of {b.replicas} replicas share a GPU, and ranks exchange "
                 f"gradients only between GPUs (NCCL): set {b.key}.gpus above 0.5, or {b.key}.replicas=1"
             )
-    for unit in ("GPU", "CPU"):
+    for unit in needed:
         offered = cluster_resources.get(unit, 0.0)
         if needed[unit] <= offered:
             continue
-        shares = {b.role: b.replicas * (b.gpus if unit == "GPU" else b.cpus) for b in asked}
+        shares = {b.role: b.replicas * b.amounts.get(unit, 0) for b in asked}
         # The way out that frees most; a role of one replica can only ask for less.
         largest = max(asked, key=lambda b: shares[b.role])
-        knob = "replicas" if largest.replicas > 1 else f"{unit.lower()}s"
+        own = f"{unit.lower()}s" if unit in _COUNTED else f"resources.{unit}"
+        knob = "replicas" if largest.replicas > 1 else own
         addends = " + ".join(f"{role} {share:g}" for role, share in shares.items() if share)
+        units = f"{unit}s" if unit in _COUNTED else f"of the resource {unit}"
         raise UserError(
-            f"placement needs {needed[unit]:g} {unit}s ({addends}), the cluster offers {offered:g}: "
+            f"placement needs {needed[unit]:g} {units} ({addends}), the cluster offers {offered:g}: "
             f"lower {largest.key}.{knob} or add a node"
         )
+
+
+def check_labels(config: Config, roles: Collection[str], nodes: Sequence[Mapping[str, str]]) -> None:
+    """Raise UserError where no node, given with its labels, has those that a used role asks for."""
+    for b in bundles(config, roles, "cpu"):
+        plain = plain_labels(b)
+        if not any(plain.items() <= node.items() for node in nodes):
+            asked = ", ".join(f"{label}={value}" for label, value in plain.items())
+            raise UserError(
+                f"{b.key}.labels: no node of the cluster has {asked}: add one or change the labels"
+            )
+
+
+def plain_labels(bundles: Bundles) -> dict[str, str]:
+    """The labels with one value. Ray's selectors can also be !VALUE or in(VALUE,...), which it matches."""
+    return {label: value for label, value in bundles.labels.items() if not set(value) & set("!()")}
 
 
 def resolve_device(device: Device, cluster_gpus: float) -> str:
@@ -102,8 +137,24 @@ def resolve_device(device: Device, cluster_gpus: float) -> str:
     return device.value
 
 
-def local_resources(config: Config, roles: Collection[str], device: str) -> dict[str, int]:
-    """Arguments of `ray.init` on one machine. CPUs are logical there: just enough for every used role to be
-    placed, however few cores there are. On cuda Ray counts the GPUs itself; on CPU no role asks for one."""
-    resources = {"num_cpus": math.ceil(totals(config, roles, device)["CPU"]) + _SPARE_CPUS}
-    return resources if device == "cuda" else resources | {"num_gpus": 0}
+def local_resources(config: Config, roles: Collection[str], device: str) -> dict[str, Any]:
+    """Arguments of `ray.init` on one machine. CPUs and custom resources are numbers there: enough for every
+    used role to be placed and to grow, however few cores there are, and the labels are those that are asked
+    for. On cuda Ray counts the GPUs itself; on CPU no role asks for one. Raises UserError where two roles ask
+    for nodes that one machine cannot be."""
+    offered: Counter[str] = Counter()
+    labels: dict[str, str] = {}
+    for b in bundles(config, roles, device):
+        for unit, amount in b.amounts.items():
+            spare = 0 if unit in _COUNTED else _SPARE_SHARES
+            offered[unit] += math.ceil((b.most + spare) * amount)
+        for label, value in plain_labels(b).items():
+            if label.startswith("ray.io/"):  # Ray's own: it says what the machine is
+                continue
+            if labels.setdefault(label, value) != value:
+                fault = f"another pool asks for {labels[label]}, and one machine has one value"
+                raise UserError(f"{b.key}.labels.{label}: {value}; {fault}: remove one")
+    num_cpus = offered.pop("CPU", 0) + _SPARE_CPUS
+    del offered["GPU"]
+    arguments = {"num_cpus": num_cpus, "resources": dict(offered), "labels": labels}
+    return arguments if device == "cuda" else arguments | {"num_gpus": 0}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pns.config import Advantage
+from pns.config import Advantage, GrpoConfig
+from pns.records import Rollout
 
 # Of a group's rewards, which are of order 1: dividing by less would make a signal of rounding.
 _MIN_SPREAD = 1e-6
@@ -56,3 +57,15 @@ def overlong_penalties(lengths: Sequence[int], max_tokens: int, buffer_tokens: i
     down to -1 at `max_tokens` (soft overlong punishment, arXiv 2503.14476, equation 13)."""
     over = np.asarray(lengths, dtype=np.float64) - (max_tokens - buffer_tokens)
     return -np.clip(over / buffer_tokens, 0.0, 1.0)
+
+
+def rollout_advantages(rollouts: Sequence[Rollout], settings: GrpoConfig, max_new_tokens: int) -> list[float]:
+    """Of every completion of a step, `settings.completions_per_problem` of each problem one after the other;
+    0 where it is masked."""
+    # NaN stands for a masked reward, which `group_advantages` leaves out of its group.
+    rewards = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
+    if settings.overlong_tokens:
+        lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+        rewards += overlong_penalties(lengths, max_new_tokens, settings.overlong_tokens)
+    rewards_PG = rewards.reshape(-1, settings.completions_per_problem)
+    return group_advantages(rewards_PG, settings.advantage).reshape(-1).tolist()

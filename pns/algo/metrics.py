@@ -128,6 +128,24 @@ def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
     return float((below + up_to).sum() / (2 * high.size * low.size))
 
 
+def rank_correlation(before_B: ArrayLike, after_B: ArrayLike) -> float | None:
+    """Spearman's rho in [-1, 1]: the correlation of ranks, tied values at the mean of theirs. None where
+    either side has fewer than two different values. Raises ValueError for unequal lengths or NaN."""
+    before, after = np.asarray(before_B, dtype=np.float64), np.asarray(after_B, dtype=np.float64)
+    if before.shape != after.shape or np.isnan(before).any() or np.isnan(after).any():
+        raise ValueError("a rank correlation needs as many values on both sides, and no NaN")
+    ranks = [_ranks(values) for values in (before, after)]
+    centred = [own - own.mean() for own in ranks if own.size]
+    norms = [float(np.sqrt((own**2).sum())) for own in centred]
+    return float((centred[0] * centred[1]).sum() / (norms[0] * norms[1])) if norms and all(norms) else None
+
+
+def _ranks(values_B: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From 1 for the lowest; of equal values the mean of their places."""
+    _, place_B, counts = np.unique(values_B, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place_B]
+
+
 def expected_calibration_error(
     probabilities_B: ArrayLike, outcomes_B: ArrayLike, num_bins: int = 10
 ) -> float:

@@ -1,8 +1,10 @@
 """Which sampled completions may serve as negatives, and how a generator of negatives degenerates."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -11,9 +13,10 @@ from pns.answers.compare import exact_value, normalise_answer, same_answer
 from pns.answers.extract import boxed_span, extract_boxed
 from pns.records import Rollout, Verdict
 
-# As they are looked at: what the two verifiers say, then the text, then the quantile.
+# As they are looked at: what the two verifiers say, then the text, then quantile and log-probability.
 _OF_VERDICTS = ("malformed", "correct", "unverified", "verifiers_disagree", "second_verifier_undecided")
-REASONS = (*_OF_VERDICTS, "box_only_flip", "duplicate", "no_quantile_term", "below_quantile")
+_OF_TERMS = ("no_quantile_term", "below_quantile", "log_prob_out_of_range")
+REASONS = (*_OF_VERDICTS, "box_only_flip", "duplicate", *_OF_TERMS)
 # 1,234.5, 3/4, 12% or \frac{a}{b}; a minus behind a word, a digit or a bracket subtracts.
 _NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-)?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?"
@@ -67,7 +70,7 @@ def filter_negatives(
     seen: set[tuple[str, str]] = set()
     for rollout in rollouts:
         text, gold = rollout.completion.text, rollout.problem.answer
-        spelling = (rollout.problem.id, " ".join(text.split()))
+        spelling = (rollout.problem.id, _spelling(rollout))
         reason = _verdict_reason(rollout)
         if not reason and drop_box_only_flips and box_only_flip(text, gold):
             reason = "box_only_flip"
@@ -88,6 +91,52 @@ def filter_negatives(
         kept = [rollout for rollout, score in zip(known, scores, strict=True) if score >= threshold]
         counts["below_quantile"] = len(known) - len(kept)
     return kept, counts
+
+
+def in_log_prob_range(
+    log_probs_B: Sequence[float], min_log_prob: float | None, max_log_prob: float | None
+) -> list[bool]:
+    """Which mean log-probabilities per token are within the bounds, ends included (None: no bound); NaN is in
+    no range."""
+    low = -math.inf if min_log_prob is None else min_log_prob
+    high = math.inf if max_log_prob is None else max_log_prob
+    return [low <= log_prob <= high for log_prob in log_probs_B]
+
+
+def mix_negatives(parts: Mapping[str, Sequence[Rollout]]) -> tuple[list[tuple[str, Rollout]], dict[str, int]]:
+    """The union of several sources of negatives as (source, negative), and how many were dropped because
+    another source has the same text of the problem (up to white space), by source.
+
+    Problem by problem, in the order in which they first come; the sources of a problem take turns, and at
+    every next problem another one begins, so that whoever takes the first few takes of all sources.
+    """
+    names = list(parts)
+    queues: dict[str, dict[str, list[Rollout]]] = {}  # problem -> source -> its negatives
+    for name, rollouts in parts.items():
+        for rollout in rollouts:
+            own = queues.setdefault(rollout.problem.id, {part: [] for part in names})
+            own[name].append(rollout)
+    mixed: list[tuple[str, Rollout]] = []
+    num_dropped = dict.fromkeys(names, 0)
+    for number, by_source in enumerate(queues.values()):
+        first = number % len(names)
+        in_turn = [*names[first:], *names[:first]]
+        seen: set[str] = set()
+        for turn in zip_longest(*(by_source[name] for name in in_turn)):
+            for name, rollout in zip(in_turn, turn, strict=True):
+                if rollout is None:  # this source has no more
+                    continue
+                spelling = _spelling(rollout)
+                if spelling in seen:
+                    num_dropped[name] += 1
+                else:
+                    seen.add(spelling)
+                    mixed.append((name, rollout))
+    return mixed, num_dropped
+
+
+def _spelling(rollout: Rollout) -> str:
+    return " ".join(rollout.completion.text.split())
 
 
 def _verdict_reason(rollout: Rollout) -> str:

@@ -1,8 +1,10 @@
 """Preference pairs: sides matched by length, where they diverge, what the margin covers, the export."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +48,15 @@ def build_pairs(
     max_length_ratio: float,
     pairs_per_problem: int = 1,
     source: str = "pns",
+    sources: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """Pair verified-correct (`chosen`) with negative (`rejected`) completions, both by problem id.
 
     Each chosen completion, in order, takes the first negative not yet taken that is within `max_length_ratio`
     of its length in tokens, until the problem has `pairs_per_problem`; arms that share `chosen` thus prefer
-    the same chosen texts. Returns the pairs in the order of `problems`, and counts: `pairs`, and problems
-    dropped for `no_chosen`, `no_rejected` (with a chosen one) and `length_ratio`.
+    the same chosen texts. A pair's source is that of `sources` by the id of its rejected completion, else
+    `source`. Returns the pairs in the order of `problems`, and counts: `pairs`, and problems dropped for
+    `no_chosen`, `no_rejected` (with a chosen one) and `length_ratio`.
     """
     pairs: list[PreferencePair] = []
     counts = {"pairs": 0, "no_chosen": 0, "no_rejected": 0, "length_ratio": 0}
@@ -70,7 +74,8 @@ def build_pairs(
                 if lengths_match(length, len(negative.token_ids), max_length_ratio):
                     negatives.remove(negative)  # taken: each is used once
                     sides = candidate.text, negative.text
-                    own.append(PreferencePair(problem.id, problem.prompt, *sides, source))
+                    origin = sources.get(negative.id, source)
+                    own.append(PreferencePair(problem.id, problem.prompt, *sides, origin))
                     break
         counts["length_ratio"] += not own
         pairs += own
@@ -92,6 +97,26 @@ def divergent_tokens(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> tupl
     return next(((right, wrong) for right, wrong in both if right != wrong), None)
 
 
+def num_shared(chosen_T: Sequence[int], rejected_T: Sequence[int]) -> int:
+    """Tokens that both sides have in common at their beginning."""
+    divergence = first_divergence(chosen_T, rejected_T)
+    return len(chosen_T) if divergence is None else divergence
+
+
+def nearest_pairs(
+    rights: Mapping[str, Sequence[Completion]], negatives: Mapping[str, Sequence[Completion]]
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Token ids of every negative of a problem that has right completions, beside those of the right one with
+    the longest common prefix (the first of several); both sides are by problem id."""
+    pairs: list[tuple[Sequence[int], Sequence[int]]] = []
+    for identity in (name for name in negatives if rights.get(name)):
+        candidates = [completion.token_ids for completion in rights[identity]]
+        for negative in negatives[identity]:
+            shared = [num_shared(right, negative.token_ids) for right in candidates]
+            pairs.append((candidates[shared.index(max(shared))], negative.token_ids))
+    return pairs
+
+
 def token_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Counter[tuple[int, int]]:
     """{(right, wrong): how many pairs of token ids replace the one by the other at the first divergence}."""
     tokens = (divergent_tokens(chosen, rejected) for chosen, rejected in pairs)
@@ -106,6 +131,24 @@ def one_sidedness(flow: Mapping[tuple[int, int], int]) -> float | None:
         return None
     unordered = {(min(tokens), max(tokens)) for tokens in flow}
     return sum(abs(flow.get((a, b), 0) - flow.get((b, a), 0)) for a, b in unordered) / total
+
+
+def one_sidedness_by_chance(flow: Mapping[tuple[int, int], int]) -> float | None:
+    """The `one_sidedness` to expect of as many counts for every two tokens where either way is as likely:
+    near 1 where most of them were seen once. None for no flow."""
+    total = sum(flow.values())
+    if not total:
+        return None
+    both_ways: Counter[tuple[int, int]] = Counter()
+    for (a, b), count in flow.items():
+        both_ways[min(a, b), max(a, b)] += count
+    return sum(mean_distance(count) for count in both_ways.values()) / total
+
+
+def mean_distance(num_steps: int) -> float:
+    """Mean distance from the start of a walk of `num_steps` steps of 1 either way: E|2 Bin(n, 1/2) - n| =
+    n C(n - 1, floor((n - 1) / 2)) / 2^(n - 1)."""
+    return num_steps * math.comb(num_steps - 1, (num_steps - 1) // 2) / 2 ** (num_steps - 1)
 
 
 def balance_flow(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:

@@ -20,7 +20,18 @@ import numpy as np
 from pns.algo.judging import expected_score, rubric_score
 from pns.algo.masks import ROLLOUT, VERDICT
 from pns.algo.negatives import box_only_flip, error_kind
-from pns.config import Grading, Normalisation, RewardConfig, RewardInput, RewardTerm, TermKind, When
+from pns.config import (
+    Config,
+    Endpoint,
+    Grading,
+    Normalisation,
+    RewardConfig,
+    RewardInput,
+    RewardTerm,
+    ServicePool,
+    TermKind,
+    When,
+)
 from pns.records import Completion, Problem, Reward, Rollout, Verdict, to_json
 
 # By name, in the order in which they are asked: whether one holds. `pns.recipe` knows the same names.
@@ -39,6 +50,18 @@ def _is_wrong(rollout: Rollout) -> bool:
 
 def _is_flip(rollout: Rollout) -> bool:
     return box_only_flip(rollout.completion.text, rollout.problem.answer)
+
+
+def reward_rules(config: Config) -> RewardConfig:
+    """The reward as stages depend on it: without terms of weight 0, and without where terms are computed."""
+    weighted = {name: term for name, term in config.reward.terms.items() if term.weight > 0}
+    return replace(config.reward, terms={name: _placeless(term) for name, term in weighted.items()})
+
+
+def _placeless(term: RewardTerm) -> RewardTerm:
+    """`term` with the default pool: a stage counts as another one only where its rewards would be."""
+    endpoint = Endpoint(url=term.endpoint.url, max_tokens=term.endpoint.max_tokens)
+    return replace(term, pool=ServicePool(), endpoint=endpoint)
 
 
 def sigmoid(value: float) -> float:

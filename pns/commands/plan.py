@@ -11,7 +11,7 @@ from pns.planning.faults import faults
 from pns.planning.hardware import DEFAULT_GPU, ClusterFile, default_cluster, named_gpu, read_cluster
 from pns.planning.page import as_json, print_plan
 from pns.planning.plan import Plan, make_plan
-from pns.planning.work import roles_by_stage
+from pns.planning.work import work_of
 from pns.preflight import check_models
 from pns.recipe import load
 from workers.placement import totals
@@ -60,7 +60,7 @@ def cluster_of(config: Config, options: PlanOptions) -> ClusterFile | None:
         if not offers_gpus(cluster, ""):
             raise UserError(f"placement.device is cuda and {options.cluster} has no GPU: add nodes.NAME.gpus")
         return cluster
-    used = {role for roles in roles_by_stage(config).values() for role in roles}
+    used = {role for own in work_of(config).values() for role in own.roles}
     return default_cluster(options.gpu or DEFAULT_GPU, round(totals(config, used, "cuda")["GPU"] + 0.5))
 
 

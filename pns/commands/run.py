@@ -9,7 +9,7 @@ from pns.errors import UserError
 from pns.files import files_below, remove
 from pns.preflight import check_models
 from pns.recipe import load
-from pns.run.page import linked_places, pages
+from pns.run.page import check_page, linked_places, pages
 from pns.run.place import STORE, Place, locked
 
 
@@ -34,8 +34,7 @@ def check_stages(config: Config, first: str | None, last: str | None) -> None:
 
 def report_run(directory: Path) -> None:
     """Print the tables of a run again, and rebuild its report and plots."""
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"{directory} is not a run directory (no config.yaml); name one like runs/tiny-qwen2")
+    check_page(directory)
     from pns.run.report import write_report
 
     write_report(directory)
@@ -46,8 +45,10 @@ def list_runs(runs: Path) -> None:
     own = check_runs(runs)
     for page in pages(runs):
         print(page.name)
-        for name, place in linked_places(page).items():
-            print(f"  {name:<14}{described_place(place)}")
+        places = linked_places(page)
+        width = max([14, *(len(name) + 2 for name in places)])
+        for name, place in places.items():
+            print(f"  {name:<{width}}{described_place(place)}")
     unlinked = sorted(own - used_places(runs))
     if unlinked:
         print("led to by no run (pns gc removes them):")

@@ -6,8 +6,12 @@ from pns.records import Problem
 
 
 class StepCheck(Protocol):
-    """`first_wrong_end`: characters of the text up to and including its first wrong step, None where all are
-    right. `single_error`: whether the text is well formed and has exactly one error."""
+    """`first_wrong_step`: index of the first wrong step (the number of steps for the final answer), and
+    `first_wrong_end`: characters of the text up to and including it; None where all are right.
+    `single_error`: whether the text is well formed and has exactly one error."""
+
+    @property
+    def first_wrong_step(self) -> int | None: ...
 
     @property
     def first_wrong_end(self) -> int | None: ...

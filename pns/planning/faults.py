@@ -13,7 +13,7 @@ from pns.planning.memory import Training, total
 from pns.planning.nodes import Gpu, Process
 from pns.planning.plan import Plan, tensor_parallel
 from pns.planning.work import BACKBONE, REWARD_MODEL
-from workers.placement import check_placement
+from workers.placement import check_placement, totals
 
 _RAY_STORE_SHARE, _RAY_STORE_GB = 0.3, 200.0  # of a machine's memory, and the most of it: Ray's defaults
 
@@ -72,30 +72,33 @@ def pool_faults(plan: Plan) -> Iterator[str]:
     for b in plan.placed:
         found = plan.models[BACKBONE if b.role in ("rollout", "policy") else b.role]
         if b.role == "rollout" and found is not None and found.shape.heads % tensor_parallel(b):
-            yield f"{b.key}.gpus: {b.gpus:g} must divide the model's {found.shape.heads} heads"
-        if b.role not in ("rollout", "policy") and b.gpus > 1:
-            yield f"{b.key}.gpus: {b.gpus:g} are reserved and one is used: set it to 1"
+            yield f"{b.key}.gpus: {b.amounts['GPU']:g} must divide the model's {found.shape.heads} heads"
+        if b.role not in ("rollout", "policy") and b.amounts["GPU"] > 1:
+            yield f"{b.key}.gpus: {b.amounts['GPU']:g} are reserved and one is used: set it to 1"
 
 
 def place_faults(plan: Plan) -> Iterator[str]:
     """Totals that are too large; or processes that no single machine has room for, by role."""
-    offered = {
+    used = [b.role for b in plan.placed]
+    # Custom resources are not in a cluster file.
+    offered = dict.fromkeys(totals(plan.config, used, plan.device), math.inf) | {
         "GPU": sum(len(node.gpus) for node in plan.nodes),
         "CPU": sum(node.type.cpus or math.inf for node in plan.nodes),
     }
     try:
-        check_placement(plan.config, [b.role for b in plan.placed], offered, plan.device)
+        check_placement(plan.config, used, offered, plan.device)
     except UserError as error:
         yield str(error)
         return
     for role, num in Counter(process.role for process in plan.unplaced).items():
         b = plan.bundle(role)
         assert b is not None
-        asked = f"{b.gpus:g} GPUs on one machine" if b.gpus > 1 else f"{b.gpus:g} GPU"
+        gpus, cpus = b.amounts["GPU"], b.amounts["CPU"]
+        asked = f"{gpus:g} GPUs on one machine" if gpus > 1 else f"{gpus:g} GPU"
         free = sum(gpu.free for node in plan.nodes for gpu in node.gpus)
         way_out = f"lower {b.key}.gpus or {b.key}.replicas, or take larger machines"
         yield (
-            f"{role}: {num} of {b.replicas} processes of {asked} and {b.cpus:g} CPU have no place "
+            f"{role}: {num} of {b.replicas} processes of {asked} and {cpus:g} CPU have no place "
             f"({free:g} GPUs are free): {way_out}"
         )
 
@@ -227,7 +230,6 @@ def remarks(plan: Plan) -> list[str]:
             "times are estimates from published peaks (--assumptions), without start-up and compiling; every "
             "completion is taken to be scored"
         )
-    trained = plan.training.get("rl")
-    if trained is not None and trained.lora_rank and REWARD_MODEL in plan.models:
+    if plan.config.policy.lora.rank and REWARD_MODEL in plan.models:
         said.append("reward models are trained in full, without the adapter")
     return said

@@ -92,15 +92,16 @@ def role_table(plan: Plan) -> Table:
     table.add_column("GB a GPU" if plan.cluster else "GB each", justify="right")
     table.add_column("stages", overflow="fold")
     for b in plan.placed:
-        stages = [stage for stage, roles in plan.roles.items() if b.role in roles]
+        stages = [stage for stage, own in plan.stages.items() if b.role in own.roles]
         peak = plan.peak(b.role)
-        row = (b.role, str(b.replicas), f"{b.gpus:g}", f"{b.cpus:g}", f"{peak:.1f}" if peak else "?")
-        table.add_row(*row, " ".join(stages))
+        replicas = f"{b.replicas}-{b.most}" if b.most > b.replicas else str(b.replicas)
+        row = (b.role, replicas, *(f"{b.amounts[unit]:g}" for unit in ("GPU", "CPU")))
+        table.add_row(*row, f"{peak:.1f}" if peak else "?", " ".join(stages))
     return table
 
 
 def total_line(plan: Plan) -> str:
-    cpus = sum(b.replicas * b.cpus for b in plan.placed)
+    cpus = sum(b.replicas * b.amounts["CPU"] for b in plan.placed)
     verifiers = plan.config.placement.verifier_processes
     return f"total: {plan.num_gpus:g} GPUs, {cpus:g} CPUs; {verifiers} verifier processes"
 
@@ -173,7 +174,7 @@ def parts_of(time: StageTime) -> str:
 def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
     """(stage, hours or None, what bounds it)."""
     costs = []
-    for stage in plan.roles:
+    for stage in plan.stages:
         seconds = plan.seconds(stage)
         costs.append((stage, None if seconds is None else seconds / 3600, plan.bound(stage)))
     return costs
@@ -214,7 +215,7 @@ def as_json(plan: Plan, price: float) -> dict[str, Any]:
         "device": plan.device,
         "models": {name: asdict(found) if found else None for name, found in plan.models.items()},
         "lengths": asdict(plan.lengths),
-        "stages": {stage: list(roles) for stage, roles in plan.roles.items()},
+        "stages": {stage: list(own.roles) for stage, own in plan.stages.items()},
         "roles": [asdict(b) for b in plan.placed],
         "num_gpus": plan.num_gpus,
         "memory_gb": [{**asdict(own), "gb": own.gb} for own in plan.memory],

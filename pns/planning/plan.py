@@ -16,7 +16,7 @@ from pns.planning.hardware import ClusterFile, GpuKind
 from pns.planning.memory import GB, Cache, Parts, Training, total
 from pns.planning.nodes import Node, Process, homes, nodes_of, place
 from pns.planning.shapes import KnownModel, find_model
-from pns.planning.work import BACKBONE, GENERATOR, REWARD_MODEL, Lengths, Phase
+from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.placement import Bundles, bundles
 
 
@@ -71,7 +71,7 @@ class Plan:
     stated: bool  # the cluster file was given
     lengths: Lengths
     models: dict[str, KnownModel | None]
-    roles: dict[str, tuple[str, ...]]
+    stages: dict[str, StageWork]
     placed: list[Bundles]
     memory: list[RoleMemory] = field(default_factory=list)
     caches: dict[str, Cache] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def num_gpus(self) -> float:
-        return sum(b.replicas * b.gpus for b in self.placed)
+        return sum(b.replicas * b.amounts["GPU"] for b in self.placed)
 
     def bundle(self, role: str) -> Bundles | None:
         return next((b for b in self.placed if b.role == role), None)
@@ -127,10 +127,10 @@ def make_plan(
     """The plan of a checked configuration on `cluster` (None: on this machine's CPU)."""
     assumed = cluster.assumptions if cluster else Assumptions()
     device = "cuda" if cluster else "cpu"
-    roles = work.roles_by_stage(config)
-    used = list(dict.fromkeys(role for stage_roles in roles.values() for role in stage_roles))
+    stages = work.work_of(config)
+    used = list(dict.fromkeys(role for own in stages.values() for role in own.roles))
     at_endpoints = {name for name, term in config.reward.terms.items() if term.endpoint.url}
-    placed = [b for b in bundles(config, used, device) if b.role not in at_endpoints]
+    placed = bundles(config, used, device)
     names = work.model_names(config)
     plan = Plan(
         config=config,
@@ -139,7 +139,7 @@ def make_plan(
         stated=stated,
         lengths=work.lengths_of(config, assumed, prompt_tokens, completion_tokens),
         models={model: find_model(name) for model, name in names.items() if model not in at_endpoints},
-        roles=roles,
+        stages=stages,
         placed=placed,
         nodes=nodes_of(cluster) if cluster else [],
     )
@@ -148,7 +148,9 @@ def make_plan(
         plan.notes.append(f"{name}: its shape is not known here ({way_out}): what depends on it is left out")
     add_memory(plan, assumed)
     processes = [
-        Process(b.role, rank, b.gpus, b.cpus, plan.peak(b.role)) for b in placed for rank in range(b.replicas)
+        Process(b.role, rank, b.amounts["GPU"], b.amounts["CPU"], plan.peak(b.role))
+        for b in placed
+        for rank in range(b.replicas)
     ]
     plan.unplaced = place(processes, plan.nodes) if cluster else []
     add_host(plan, assumed)
@@ -162,11 +164,12 @@ def make_plan(
 
 def add_memory(plan: Plan, assumed: Assumptions) -> None:
     """Of every role in every stage, stages with the same parts together."""
-    if plan.bundle("policy"):
-        for stage in plan.roles:
-            if "policy" in plan.roles[stage] and (training := training_in(plan, stage)):
-                plan.training[stage] = training
-                add(plan, "policy", stage, memory.policy_memory(training, assumed))
+    for stage, own in plan.stages.items():
+        for phase in own.phases:
+            if phase.updates is not None and (training := training_of(plan, phase.updates)):
+                name = stage if phase.name == "step" else f"{stage}: {phase.name}"
+                plan.training[name] = training
+                add(plan, "policy", name, memory.policy_memory(training, assumed))
     for model, stages in sampling_stages(plan).items():
         found = plan.models.get(model)
         if found is not None:
@@ -183,8 +186,8 @@ def add_memory(plan: Plan, assumed: Assumptions) -> None:
         if found is not None:
             judges = term.kind is TermKind.judge
             parts = memory.scorer_memory(found.shape, judges, term.pool.batch_tokens, plan.device, assumed)
-            for stage in plan.roles:
-                if b.role in plan.roles[stage]:
+            for stage, own in plan.stages.items():
+                if b.role in own.roles:
                     add(plan, b.role, stage, parts)
 
 
@@ -199,46 +202,30 @@ def add(plan: Plan, role: str, stage: str, parts: Parts, note: str = "") -> None
 def sampling_stages(plan: Plan) -> dict[str, list[str]]:
     """Model -> the stages that sample from it."""
     stages: dict[str, list[str]] = {}
-    for stage in plan.roles:
-        if "rollout" in plan.roles[stage]:
-            model = (
-                GENERATOR if stage in ("reverse_rl", "synthesize") and GENERATOR in plan.models else BACKBONE
-            )
+    for stage, own in plan.stages.items():
+        for model in dict.fromkeys(phase.sampling.model for phase in own.phases if phase.sampling):
             stages.setdefault(model, []).append(stage)
     return stages
 
 
-def training_in(plan: Plan, stage: str) -> Training | None:
-    """The model of a stage in the policy's processes; of reverse RL the generator's."""
-    config = plan.config
-    found = plan.models.get({"reward_model": REWARD_MODEL, "reverse_rl": GENERATOR}.get(stage, BACKBONE))
-    b = plan.bundle("policy")
-    if found is None or b is None:
+def training_of(plan: Plan, updates: Updates) -> Training | None:
+    """The model that `updates` train in the policy's processes; None where they train none, or one of a shape
+    that is not known."""
+    b, found = plan.bundle("policy"), plan.models[updates.model]
+    if found is None or b is None or not updates.updates:
         return None
-    settings = {"rl": config.rl, "reverse_rl": config.reverse_rl}.get(stage)
+    # A rank's share of the rows, every one as long as may be.
+    longest = plan.lengths.max_prompt + plan.lengths.max_completion
+    tokens = max(updates.together, math.ceil(updates.rows / b.replicas)) * longest
     return memory.training_of(
         found.shape,
         b.replicas,
         plan.device,
-        config.policy,
-        fullest_micro_batch(plan, stage, b.replicas),
-        reference=settings is not None and settings.kl_coefficient > 0,
-        score_head=stage == "reward_model",
+        plan.config.policy,
+        tokens,
+        reference=updates.has_reference,
+        score_head=updates.score_head,
     )
-
-
-def fullest_micro_batch(plan: Plan, stage: str, ranks: int) -> int:
-    """Tokens: the limit, unless a rank's share of a step is less, every row as long as may be."""
-    longest = plan.lengths.max_prompt + plan.lengths.max_completion
-    config = plan.config
-    settings = {"rl": config.rl, "reverse_rl": config.reverse_rl}.get(stage)
-    if settings is not None:
-        rows, together = settings.problems_per_step * settings.completions_per_problem, 1
-    else:
-        steps = config.reward_model if stage == "reward_model" else config.preference
-        rows, together = 2 * steps.pairs_per_step, 2  # a pair stays together
-    share = max(together, math.ceil(rows / ranks)) * longest
-    return min(share, config.policy.max_tokens_per_micro_batch)
 
 
 def rollout_memory(plan: Plan, found: KnownModel, assumed: Assumptions) -> tuple[Parts, Cache]:
@@ -257,7 +244,7 @@ def rollout_memory(plan: Plan, found: KnownModel, assumed: Assumptions) -> tuple
 
 
 def tensor_parallel(b: Bundles) -> int:
-    return max(1, int(b.gpus))
+    return max(1, int(b.amounts["GPU"]))
 
 
 # Host memory and disk
@@ -281,21 +268,20 @@ def add_host(plan: Plan, assumed: Assumptions) -> None:
 def host_memory(plan: Plan, node: Node, moment: str, assumed: Assumptions) -> Parts:
     """Its processes together, by role, at "load" or "sync"."""
     parts: Parts = {}
-    synced = [stage for stage in ("rl", "reverse_rl") if stage in plan.training]
-    trained = plan.training[max(synced, key=lambda s: plan.training[s].parameters)] if synced else None
+    trained = max(plan.training.values(), key=lambda training: training.parameters, default=None)
+    shape = trained.shape if trained is not None and not trained.score_head else None
     for process in node.processes:
         own: Parts = {"process": assumed.process_gb}
-        if process.role == "policy" and plan.training:
-            largest = max(plan.training.values(), key=lambda training: training.parameters)
-            own = memory.policy_host(trained or largest, process.rank, moment, assumed)
-        elif process.role == "rollout" and trained is not None:
-            own = memory.rollout_host(trained.shape, math.ceil(process.gpus), moment, assumed)
+        if process.role == "policy" and trained is not None:
+            own = memory.policy_host(trained, process.rank, moment, assumed)
+        elif process.role == "rollout" and shape is not None:
+            own = memory.rollout_host(shape, math.ceil(process.gpus), moment, assumed)
         elif moment == "load" and (found := plan.models.get(process.role)):
             own["weights on their way"] = 2 * found.shape.parameters / GB
         parts[process.role] = parts.get(process.role, 0.0) + total(own)
     here = any(p.role == "rollout" or (p.role == "policy" and p.rank == 0) for p in node.processes)
-    if moment == "sync" and trained is not None and here:
-        parts["object store (two versions)"] = memory.object_store_gb(trained.shape)
+    if moment == "sync" and shape is not None and here:
+        parts["object store (two versions)"] = memory.object_store_gb(shape)
     return parts
 
 
@@ -304,8 +290,12 @@ def add_disk(plan: Plan, assumed: Assumptions) -> None:
     exports and rollouts of all."""
     if plan.training:
         plan.disk["3 checkpoints of a stage"] = 3 * max(map(memory.checkpoint_gb, plan.training.values()))
-        kept = {"reward_model": 2}  # the main and the held-out one
-        exports = [kept.get(stage, 1) * memory.export_gb(own) for stage, own in plan.training.items()]
+        exports = []
+        for name, own in plan.training.items():
+            num = 2 if name == "reward_model" else 1  # the main and the held-out one
+            if name.endswith(": refreshing"):
+                num = (plan.config.reverse_rl.steps - 1) // plan.config.reverse_rl.refresh_every
+            exports.append(num * memory.export_gb(own))
         plan.disk["exported models"] = sum(exports)
     tokens = sum(time.times * time.sampled_tokens for time in plan.times if time.stage != "evaluate")
     plan.disk["rollouts.jsonl"] = tokens * assumed.rollout_bytes / GB
@@ -315,8 +305,8 @@ def add_disk(plan: Plan, assumed: Assumptions) -> None:
 
 
 def add_times(plan: Plan, assumed: Assumptions) -> None:
-    for stage, phases in work.phases_by_stage(plan.config).items():
-        for phase in phases:
+    for stage, own in plan.stages.items():
+        for phase in own.phases:
             plan.times.append(time_of(plan, stage, phase, assumed))
 
 

@@ -6,10 +6,10 @@ assumed, unless it is told.
 
 import gzip
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pns.config import Config, DataSource, GrpoConfig, Layout, TermKind, external_pairs
+from pns.config import Config, DataSource, GeneratorStart, GrpoConfig, Layout, TermKind, external_pairs
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, decoding
 from pns.planning.assumptions import Assumptions
 from pns.preference_losses import PREFERENCE_LOSSES
@@ -50,6 +50,8 @@ class Updates:
     updates: int = 1
     forwards: int = 0
     score_head: bool = False
+    has_reference: bool = False  # a second model, frozen
+    together: int = 1  # rows that share a micro-batch: pairs
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ class Phase:
     scored: dict[str, int] = field(default_factory=dict)  # reward term -> completions
     updates: Updates | None = None
     syncs: bool = False
+
+
+@dataclass(frozen=True)
+class StageWork:
+    roles: tuple[str, ...]
+    phases: list[Phase]
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(phase.sampling.completions for phase in self.phases if phase.sampling)
 
 
 def lengths_of(
@@ -80,77 +92,126 @@ def scoring_terms(config: Config) -> tuple[str, ...]:
     return tuple(name for name, term in config.reward.terms.items() if term.weight > 0 and term.kind in kinds)
 
 
-def roles_by_stage(config: Config) -> dict[str, tuple[str, ...]]:
-    """Stage -> its roles, as the stages declare them; without the driver, which imports Ray and torch."""
-    sampled, trained = ("rollout", "verifier"), ("rollout", "verifier", "policy")
-    if external_pairs(config):
-        return {"preference": ("policy",), "evaluate": sampled}
-    terms = scoring_terms(config)
-    if config.negatives == "pns":
-        negatives = {"reverse_rl": (*trained, *terms), "synthesize": (*sampled, *terms)}
-    else:
-        negatives = {"synthesize": sampled}
-    first, last = {"rl": trained, "reward_model": trained}, {"preference": ("policy",), "evaluate": sampled}
-    return {**first, **negatives, "pair": (*sampled, config.pair.scored_by), **last}
-
-
 def model_names(config: Config) -> dict[str, str]:
     """Model of a plan -> directory or Hub id."""
     models = config.models
     names = {BACKBONE: models.backbone}
     if external_pairs(config):
         return names
-    names[GENERATOR] = models.generator if config.reverse_rl.start.value == "path" else models.backbone
+    if GeneratorStart.path in (config.reverse_rl.start, *config.mixture.starts) and models.generator:
+        names[GENERATOR] = models.generator
     names[REWARD_MODEL] = models.reward_model or models.backbone
     for name in dict.fromkeys((*scoring_terms(config), config.pair.scored_by)):
         names[name] = config.reward.terms[name].model or names[REWARD_MODEL]
     return names
 
 
-def phases_by_stage(config: Config) -> dict[str, list[Phase]]:
-    """Stage -> its work; a count that is not known without reading a set is 0."""
+def work_of(config: Config) -> dict[str, StageWork]:
+    """Stage, by its name in the run -> its work, as the stages declare it; without the driver, which imports
+    Ray and torch. A count that is not known without reading a set is 0."""
     counts = problem_counts(config)
+    sampled, trained = ("rollout", "verifier"), ("rollout", "verifier", "policy")
     if external_pairs(config):
-        num_pairs, models = counts["pairs"], 2
-        return {"preference": preference(config, num_pairs), "evaluate": evaluation(config, models)}
-    terms, preferred = scoring_terms(config), counts["preference"]
-    phases = {"rl": [grpo_step("rl", config, config.rl, BACKBONE, ())]}
-    phases["reward_model"] = reward_models(config, counts["reward"])
-    per_problem = config.synthesize.samples_per_problem
-    negatives = Sampling(BACKBONE, preferred * per_problem, preferred, config.rollout.max_new_tokens)
-    if config.negatives == "pns":
-        phases["reverse_rl"] = reverse_rl(config, terms)
-        own = Sampling(GENERATOR, negatives.completions, preferred, negatives.max_new_tokens)
-        scored = dict.fromkeys(terms, own.completions)
-        phases["synthesize"] = [Phase("sampling", 1, own, scored)]
-    else:
-        phases["synthesize"] = [Phase("sampling", 1, negatives)]
-    own_samples = preferred * config.pair.samples_per_problem
-    num_pairs = preferred * config.pair.pairs_per_problem
-    chosen = Sampling(BACKBONE, own_samples, preferred, config.rollout.max_new_tokens)
+        return {
+            "preference": StageWork(("policy",), preference(config, counts["pairs"])),
+            "evaluate": StageWork(sampled, evaluation(config, models=2)),
+        }
+    preferred = counts["preference"]
+    negatives = negatives_of(config, config.negatives, preferred)
+    num_negatives = sum(own.num_sampled for name, own in negatives.items() if name.startswith("synthesize"))
+    return {
+        "rl": StageWork(trained, [grpo_step(config, config.rl, BACKBONE, ())]),
+        "reward_model": StageWork(trained, reward_models(config, counts["reward"])),
+        **negatives,
+        "pair": pairing(config, preferred, num_negatives),
+        "preference": StageWork(("policy",), preference(config, preferred * config.pair.pairs_per_problem)),
+        "evaluate": StageWork(sampled, evaluation(config, models=3)),
+    }
+
+
+def negatives_of(config: Config, source: str, problems: int, part: str = "") -> dict[str, StageWork]:
+    """The stages of a source of `pns.stages.negatives.SOURCES`; those of a part of a mixture have its name.
+    One that is not known here has none."""
+    if source == "mixed":
+        return mixture_of(config, problems) | {"synthesize": StageWork((), [])}
+    terms = scoring_terms(config) if source == "pns" else ()
+    model = generator_model(config) if source == "pns" else BACKBONE
+    num = problems * config.synthesize.samples_per_problem
+    phases = [Phase("sampling", 1, Sampling(model, num, problems, config.rollout.max_new_tokens))]
+    phases[0] = replace(phases[0], scored=dict.fromkeys(terms, num))
+    roles = ["rollout", "verifier"]
+    if config.synthesize.bounds_log_probs:
+        roles.append("policy")
+        phases.append(Phase("log-probs", 1, updates=Updates(BACKBONE, num, problems, 0, forwards=1)))
+    stages = {f"synthesize{part}": StageWork((*roles, *terms), phases)}
+    if source == "pns":
+        own_roles = ("rollout", "verifier", "policy", *terms)
+        stages = {f"reverse_rl{part}": StageWork(own_roles, reverse_rl(config, terms)), **stages}
+    return stages
+
+
+def mixture_of(config: Config, problems: int) -> dict[str, StageWork]:
+    """Of every part of a mixture."""
+    stages: dict[str, StageWork] = {}
+    for source in config.mixture.sources:
+        parts = {source: config}
+        if source == "pns" and config.mixture.starts:
+            parts = {
+                f"pns_{start}": replace(config, reverse_rl=replace(config.reverse_rl, start=start))
+                for start in config.mixture.starts
+            }
+        for name, own in parts.items():
+            stages |= negatives_of(own, source, problems, part=f"_{name}")
+    return stages
+
+
+def generator_model(config: Config) -> str:
+    """What reverse RL starts from: of the backbone's shape, unless it is a model of its own."""
+    return GENERATOR if config.reverse_rl.start is GeneratorStart.path else BACKBONE
+
+
+def pairing(config: Config, problems: int, num_negatives: int) -> StageWork:
+    own = config.pair
+    num = problems * own.samples_per_problem
     # Both sides of the pairs, and all completions twice: by the reward model and the held-out one.
-    scored = {config.pair.scored_by: 2 * num_pairs + 2 * (own_samples + negatives.completions)}
-    phases["pair"] = [Phase("sampling", 1, chosen), Phase("scoring", 1, scored=scored)]
-    phases["preference"] = preference(config, num_pairs)
-    phases["evaluate"] = evaluation(config, models=3)
-    return phases
+    scored = 2 * problems * own.pairs_per_problem + 2 * (num + num_negatives)
+    phases = [
+        Phase("sampling", 1, Sampling(BACKBONE, num, problems, config.rollout.max_new_tokens)),
+        Phase("scoring", 1, scored={own.scored_by: scored}),
+    ]
+    roles = ["rollout", "verifier", own.scored_by]
+    if own.perplexity_samples:  # of right ones, of the target's wrong ones and of the negatives
+        rows = 3 * min(own.perplexity_samples, num)
+        phases.append(Phase("perplexity", 1, updates=Updates(BACKBONE, rows, rows, 0, forwards=1)))
+        roles.insert(2, "policy")
+    return StageWork(tuple(roles), phases)
 
 
-def grpo_step(name: str, config: Config, settings: GrpoConfig, model: str, terms: tuple[str, ...]) -> Phase:
+def grpo_step(config: Config, settings: GrpoConfig, model: str, terms: tuple[str, ...]) -> Phase:
     num = settings.problems_per_step * settings.completions_per_problem
-    forwards = int(settings.kl_coefficient > 0)  # the reference's
-    forwards += int(settings.importance_cap > 0 or settings.temperature != 1)  # the old policy's
+    has_reference = settings.kl_coefficient > 0
+    # The reference's, and the old policy's where the engine's log-probabilities are not taken for them.
+    forwards = has_reference + (settings.importance_cap > 0 or settings.temperature != 1)
     sampling = Sampling(model, num, settings.problems_per_step, config.rollout.max_new_tokens)
-    updates = Updates(model, num, settings.problems_per_step, settings.updates_per_step, forwards)
+    updates = Updates(
+        model,
+        num,
+        settings.problems_per_step,
+        settings.updates_per_step,
+        forwards,
+        has_reference=has_reference,
+    )
     return Phase("step", settings.steps, sampling, dict.fromkeys(terms, num), updates, syncs=True)
 
 
 def reverse_rl(config: Config, terms: tuple[str, ...]) -> list[Phase]:
-    own, num = config.reverse_rl, config.evaluate.generator_samples
-    phases = [grpo_step("reverse_rl", config, own, GENERATOR, terms)]
+    own, num, model = config.reverse_rl, config.evaluate.generator_samples, generator_model(config)
     # Before and after, problems in turn.
-    measured = Sampling(GENERATOR, num, num, config.rollout.max_new_tokens)
-    phases.append(Phase("measuring", 2, measured, dict.fromkeys(terms, num)))
+    measured = Sampling(model, num, num, config.rollout.max_new_tokens)
+    phases = [
+        grpo_step(config, own, model, terms),
+        Phase("measuring", 2, measured, dict.fromkeys(terms, num)),
+    ]
     if own.refresh_every:
         times = (own.steps - 1) // own.refresh_every * own.refresh_steps
         pairs = 2 * max(1, config.reward_model.pairs_per_step // 2)
@@ -177,7 +238,7 @@ def preference(config: Config, num_pairs: int) -> list[Phase]:
 
 
 def _of_pairs(model: str, pairs: int, score_head: bool = False) -> Updates:
-    return Updates(model, 2 * pairs, pairs, score_head=score_head)
+    return Updates(model, 2 * pairs, pairs, score_head=score_head, together=2)
 
 
 def evaluation(config: Config, models: int) -> list[Phase]:

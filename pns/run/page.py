@@ -2,6 +2,7 @@
 
 <runs>/<name>/
   config.yaml  run.json  report.json  plots/  decontamination.json  lock
+  services.json  scale.json          see pns.run.services
   <stage> -> ../stages/<stage>-<digest>
 """
 
@@ -74,6 +75,12 @@ class RunPage:
         wall_seconds = self._seconds_before + time.monotonic() - self._opened
         figures = {"wall_seconds": wall_seconds, "peak_memory_gib": self._peak_memory_gib}
         write_json(self.path / "run.json", figures | {"attempts": self.attempts})
+
+
+def check_page(directory: Path) -> None:
+    """Raises UserError for what is not a run's page."""
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory} is not a run directory (no config.yaml); name one like runs/tiny-qwen2")
 
 
 def pages(runs: Path) -> list[Path]:

@@ -168,6 +168,18 @@ def locked(path: Path, way_out: str) -> Iterator[None]:
         yield
 
 
+def lock_holder(path: Path) -> str:
+    """Who holds the lock file `path`, as `locked` names it; empty: nobody."""
+    if not path.is_file():
+        return ""
+    with open(path, encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip() or "another process"
+        return ""
+
+
 def contents(made_from: Mapping[str, Any], store: Path) -> dict[str, str]:
     """Stage directory -> one hash over everything it wrote, of the finished stages among the inputs."""
     found: dict[str, str] = {}

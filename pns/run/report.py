@@ -19,6 +19,16 @@ _WRITTEN = {  # key of the report: what a stage wrote
     "reward_model": "reward_model/quality.json",
     "pairs": "pair/quality.json",
 }
+# Rows of the table of negatives: a figure of quality.json by source, and what it is called.
+_QUALITY = {
+    "tokens_mean": "tokens",
+    "perplexity": "perplexity",
+    "reward_model_mean": "reward model",
+    "auroc_held_out": "AUROC, held-out",
+    "detector": "AUROC, detector",
+    "one_sidedness": "one-sidedness",
+    "first_wrong_step": "first wrong step",
+}
 _COLUMNS = 3  # of plots side by side
 
 
@@ -26,9 +36,10 @@ def write_report(run_path: Path, console: Console | None = None) -> dict[str, An
     """Write report.json and plots/*.png, print the tables, and return the report.
 
     Keys: `suites.<suite>.{backbone,target,result}.{accuracy,low,high,n}` (with "mean"),
-    `generator.{before,after}.<figure>`, `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the
-    negatives), `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `versions`. What no finished
-    stage has written is left out.
+    `generator.{before,after}.<figure>` (of a mixture `generator.<part> {before,after}`),
+    `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the negatives: a figure by source),
+    `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `versions`. What no finished stage has
+    written is left out.
     """
     report = build_report(run_path)
     write_json(run_path / "report.json", report)
@@ -44,6 +55,10 @@ def build_report(run_path: Path) -> dict[str, Any]:
     for key, name in _WRITTEN.items():
         if (run_path / name).is_file():
             report[key] = read_json(run_path / name)
+    for path in sorted(run_path.glob("reverse_rl_*/generator.json")):  # one of each generator of a mixture
+        part = path.parent.name.removeprefix("reverse_rl_")
+        figures = {f"{part} {when}": values for when, values in read_json(path).items()}
+        report["generator"] = report.get("generator", {}) | figures
     manifests = {path.parent.name: read_json(path) for path in run_path.glob("*/manifest.json")}
     in_order = sorted(manifests.items(), key=lambda named: named[1]["ended"])
     shown = ("seconds", "counts")
@@ -58,7 +73,7 @@ def build_report(run_path: Path) -> dict[str, Any]:
 
 
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Terminal tables: accuracies, the generator, the stages' times."""
+    """Terminal tables: accuracies, the generator, the negatives, the stages' times."""
     made = []
     if suites := report.get("suites"):
         table = Table("suite", *MODELS, "n", title="Accuracy in % [95 % Wilson interval]")
@@ -72,12 +87,41 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         for figure in dict.fromkeys(key for values in generator.values() for key in values):
             table.add_row(figure, *(_figure(values.get(figure)) for values in generator.values()))
         made.append(table)
+    if quality := report.get("pairs"):
+        made.append(quality_table(quality))
     if stages := report.get("stages"):
         table = Table("stage", "seconds", title="Time")
         for stage, values in stages.items():
             table.add_row(stage, f"{values['seconds']:.0f}")
         made.append(table)
     return made
+
+
+def quality_table(quality: Mapping[str, Any]) -> Table:
+    """Figures of the negatives, a column a source; below them the one-sidedness of the pairs. In brackets
+    stand the detector's 95 % interval, the one-sidedness by chance, and the share of the text up to the first
+    wrong step."""
+    named = [source for figure in _QUALITY for source in quality.get(figure, {})]
+    sources = [source for source in dict.fromkeys(named) if source != "pairs"]
+    table = Table("negatives", *sources, title="Quality of negatives (AUROC 0.5: like right ones)")
+    for figure, label in _QUALITY.items():
+        if quality.get(figure):
+            table.add_row(label, *(_quality_cell(quality, figure, source) for source in sources))
+    table.caption = f"one-sidedness of the pairs: {_quality_cell(quality, 'one_sidedness', 'pairs')}"
+    return table
+
+
+def _quality_cell(quality: Mapping[str, Any], figure: str, source: str) -> str:
+    value = quality.get(figure, {}).get(source)
+    if value is None:
+        return "-"
+    if figure == "detector":
+        return f"{value['auroc']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+    if figure == "first_wrong_step":
+        return f"{_figure(value['index'])} ({_figure(value['share'])})"
+    if figure == "one_sidedness":
+        return f"{_figure(value)} ({_figure(quality['one_sidedness_by_chance'][source])})"
+    return _figure(value)
 
 
 def plot_metrics(run_path: Path) -> list[Path]:

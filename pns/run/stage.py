@@ -7,6 +7,7 @@ bears on results, the seed, the prompts, and the digests of its inputs. The meth
 starts.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class Step:
     """One stage of a plan with what it is given, and where its output lies."""
 
     name: str
+    asked_as: str  # its name without the part of the plan that it is in: what --from and --until say
     stage: Stage[Any]
     settings: Any
     inputs: tuple[Any, ...]
@@ -137,12 +139,21 @@ class Plan:
         self._store, self._config, self._prompts_digest = store, config, prompts_digest
         self._contents = contents or Contents(store / "contents.json")
         self._attempts = attempts or {}
+        self._part = ""
         self.steps: list[Step] = []
+
+    def part(self, name: str, config: Config) -> "Plan":
+        """The same plan for a part of the method that it has several times: steps are named after the part as
+        well, and stages have their settings from `config`."""
+        part = copy.copy(self)  # the list of steps is one
+        part._part, part._config = f"{self._part}_{name}", config
+        return part
 
     def __call__(self, stage: Stage[A], *inputs: Any, name: str = "") -> A:
         """The artefact of `stage` for `inputs`: artefacts of earlier calls, models, problems, or a dict of
         them. `name` tells apart two uses of one stage in a run."""
-        name = name or stage.name
+        asked_as = name or stage.name
+        name = asked_as + self._part
         if name in (step.name for step in self.steps):
             raise ValueError(f"two steps of the run are called {name}")
         settings = stage.settings(self._config)
@@ -153,18 +164,18 @@ class Plan:
             "seed": self._config.seed,
             "prompts": self._prompts_digest,
             "inputs": [self._described(value) for value in inputs],
-            "attempt": self._attempts.get(name, 0),
+            "attempt": self._attempts.get(asked_as, 0),
         }
         # Models and data that settings name count by their content: where they lie does not matter.
         digest = sha256_of_json(self._with_contents(made_from))
         place = Place(self._store / f"{stage.name}-{digest[:16]}")  # 64 bits: enough for any number of runs
-        self.steps.append(Step(name, stage, settings, inputs, place, made_from))
+        self.steps.append(Step(name, asked_as, stage, settings, inputs, place, made_from))
         return stage.artefact(place.directory, digest)
 
     def until(self, last: str | None) -> list[Step]:
-        """The steps in order, up to `last` (None: all)."""
-        names = [step.name for step in self.steps]
-        return self.steps[: names.index(last) + 1] if last else self.steps
+        """The steps in order, up to the last one that is asked for as `last` (None: all)."""
+        ends = [index + 1 for index, step in enumerate(self.steps) if step.asked_as == last]
+        return self.steps[: ends[-1]] if last else self.steps
 
     def _role_values(self, roles: Sequence[str]) -> dict[str, Any]:
         # Reward terms are roles without keys of their own: stages declare the rules of the reward.

@@ -52,11 +52,17 @@ class RewardModels(Artefact):
 
 
 class Negatives(Artefact):
-    """Wrong completions that may serve as rejected sides, all samples, and why others were not kept."""
+    """Wrong completions that may serve as rejected sides, all samples (not of a mixture, whose parts have
+    them), and why others were not kept."""
 
     negatives_file = OutputFile("negatives.jsonl")
     rollouts_file = OutputFile("rollouts.jsonl")
     counts_file = OutputFile("counts.json")
+    sources_file = OutputFile("sources.json")  # of a mixture alone
+
+    def sources(self) -> dict[str, str]:
+        """Completion id -> the source that it is from; empty where all are of one."""
+        return read_json(self.sources_file) if self.sources_file.is_file() else {}
 
     def negatives(self) -> list[Rollout]:
         return [from_json(Rollout, row) for row in read_jsonl(self.negatives_file)]

@@ -116,6 +116,7 @@ class AnswerScorer:
             if not (wait or self._verifier.done(handle)):
                 still_verifying.append((rows, keys, handle))
                 continue
+            wait = False  # for one at a time: what is whole is kept while the others take long
             for row, key, result in zip(rows, keys, self._verifier.collect(handle), strict=True):
                 extracted, said = result.extracted, result.reason
                 verdict, reason = final_verdict(result.verdict, result.cause, extracted, row.finish_reason)

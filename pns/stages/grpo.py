@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pns.algo.advantages import group_advantages, overlong_penalties
+from pns.algo.advantages import rollout_advantages
 from pns.algo.masks import mask_report
 from pns.config import GrpoConfig, RatioLevel, RewardConfig
 from pns.errors import UserError
@@ -127,7 +127,9 @@ def sample_step(
         if not settings.dynamic_sampling:
             return rollouts, rollouts
         groups = [sampled[start : start + group_size] for start in range(0, len(sampled), group_size)]
-        used += [rollout for group in groups if any(advantages_of(run, group)) for rollout in group]
+        for group in groups:
+            if any(rollout_advantages(group, settings, run.max_new_tokens)):
+                used += group
         if len(used) >= settings.problems_per_step * group_size:
             break
     return rollouts, used[: settings.problems_per_step * group_size]
@@ -159,7 +161,7 @@ def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str,
     train on.
     """
     settings, policy = run.settings, ctx.fleet.policy
-    advantages = advantages_of(run, rollouts)
+    advantages = rollout_advantages(rollouts, settings, run.max_new_tokens)
     no_signal = float(not any(advantages))
     unmasked = [
         (rollout, advantage)
@@ -181,18 +183,6 @@ def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str,
         metrics = policy.train_step(batch, objective, end_of_step=last)
         num_skipped += metrics["update_skipped"]
     return {**metrics, "no_signal": no_signal, "no_update": 0.0, "update_skipped": num_skipped}
-
-
-def advantages_of(run: GrpoRun, rollouts: Sequence[Rollout]) -> list[float]:
-    """Of every rollout, 0 where it is masked."""
-    settings = run.settings
-    # NaN stands for a masked reward, which `group_advantages` leaves out of its group.
-    rewards = np.array([np.nan if r.reward.value is None else r.reward.value for r in rollouts])
-    if settings.overlong_tokens:
-        lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
-        rewards += overlong_penalties(lengths, run.max_new_tokens, settings.overlong_tokens)
-    rewards_PG = rewards.reshape(-1, settings.completions_per_problem)
-    return group_advantages(rewards_PG, settings.advantage).reshape(-1).tolist()
 
 
 def mean_weight(rows: Sequence[tuple[Rollout, float]], ratio: RatioLevel) -> int:

@@ -3,19 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from pns.algo.metrics import auroc
-from pns.algo.pairs import balance_flow, build_pairs, first_divergence, one_sidedness, token_flow
+from pns.algo.pairs import balance_flow, build_pairs, num_shared
 from pns.config import Config, PairStage
 from pns.data.checker import Checker
 from pns.data.preference import pair_rows
 from pns.errors import UserError
 from pns.files import write_json, write_jsonl
 from pns.records import Completion, PreferencePair, Problem, Rollout, Verdict
-from pns.run.stage import stage
+from pns.run.stage import ModelFiles, stage
 from pns.stages.artefacts import Negatives, Pairs, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
+from pns.stages.quality import CORRECT, flow_quality, perplexities, score_quality, text_quality
 from pns.stages.scoring import Draws, by_problem, by_verdict, roll_out
 from workers.rollout.engine import Sampling
 
@@ -33,7 +31,12 @@ def pair_settings(config: Config) -> PairSettings:
     return PairSettings(config.pair, config.negatives, *limits)
 
 
-@stage(Pairs, pair_settings, lambda settings: ("rollout", "verifier", settings.pair.scored_by))
+def pair_roles(settings: PairSettings) -> tuple[str, ...]:
+    policy = ["policy"] if settings.pair.perplexity_samples else []
+    return ("rollout", "verifier", *policy, settings.pair.scored_by)
+
+
+@stage(Pairs, pair_settings, pair_roles)
 def pair(
     ctx: Context,
     settings: PairSettings,
@@ -41,16 +44,17 @@ def pair(
     negatives: Negatives,
     rewards: RewardModels,
     problems: Problems,
+    backbone: ModelFiles,
 ) -> Pairs:
     """Pairs of the target's right completions and `negatives`, scored, with the quality of the negatives."""
     artefact, own = Pairs(ctx.directory), settings.pair
     ctx.track.begin("pair", 1, 0)
-    fitting, rejected = ctx.fitting(problems), negatives.negatives()
+    fitting, rejected, origins = ctx.fitting(problems), negatives.negatives(), negatives.sources()
     sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
     draws = Draws("pair", own.samples_per_problem, sampling, settings.max_masked_fraction)
     rollouts = roll_out(ctx, draws, fitting, model=target.model)
     write_jsonl(artefact.rollouts_file, rollouts)
-    pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected)
+    pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected, origins)
     if not pairs:
         way_out = "raise pair.samples_per_problem or synthesize.samples_per_problem"
         raise UserError(f"pair: no pairs ({counts}); {way_out}")
@@ -60,7 +64,13 @@ def pair(
     write_jsonl(artefact.pairs_file, pairs)
     write_jsonl(artefact.standard_file, pair_rows(pairs, ctx.prompts.data))
     counts["kept"] = len(pairs)
-    quality = quality_of_negatives(ctx, settings, artefact, rewards, pairs, rejected, rollouts)
+    sources = by_source(settings, rollouts, rejected, origins)
+    quality, scores = score_quality(ctx, own, rewards, sources)
+    write_json(artefact.scores_file, scores)
+    quality |= text_quality(ctx, sources, problems.checker)
+    quality |= flow_quality(sources, [pair_token_ids(ctx, made) for made in pairs])
+    if own.perplexity_samples:
+        quality["perplexity"] = perplexities(ctx, backbone.model, sources, own.perplexity_samples)
     write_json(artefact.quality_file, {"counts": counts, **quality})
     ctx.track.log(0, {"pairs": float(len(pairs))})
     ctx.track.end()
@@ -74,6 +84,7 @@ def make_pairs(
     problems: list[Problem],
     rollouts: Sequence[Rollout],
     negatives: Sequence[Rollout],
+    origins: Mapping[str, str],
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """The pairs, and how many problems gave none for which reason."""
     own = settings.pair
@@ -82,7 +93,7 @@ def make_pairs(
         for identity in chosen.keys() & rejected.keys():
             chosen[identity], rejected[identity] = nearest_first(chosen[identity], rejected[identity])
     limits = own.max_length_ratio, own.pairs_per_problem
-    pairs, counts = build_pairs(problems, chosen, rejected, *limits, settings.source)
+    pairs, counts = build_pairs(problems, chosen, rejected, *limits, settings.source, origins)
     if own.balance_flow:
         pairs = [pairs[i] for i in balance_flow([pair_token_ids(ctx, made) for made in pairs])]
     return pairs, counts
@@ -96,8 +107,7 @@ def nearest_first(
 
     def shared(sides: tuple[Completion, Completion]) -> int:
         right, wrong = sides
-        divergence = first_divergence(right.token_ids, wrong.token_ids)
-        return len(right.token_ids) if divergence is None else divergence
+        return num_shared(right.token_ids, wrong.token_ids)
 
     best = max(((c, r) for c in chosen for r in rejected), key=shared)
     # Sorting is stable: the others keep their order.
@@ -139,51 +149,17 @@ def pair_token_ids(ctx: Context, pair: PreferencePair) -> tuple[tuple[int, ...],
     return ctx.prompts.encode_completion(pair.chosen), ctx.prompts.encode_completion(pair.rejected)
 
 
-def quality_of_negatives(
-    ctx: Context,
+def by_source(
     settings: PairSettings,
-    artefact: Pairs,
-    rewards: RewardModels,
-    pairs: Sequence[PreferencePair],
-    negatives: Sequence[Rollout],
     rollouts: Sequence[Rollout],
-) -> dict[str, object]:
-    """Quality of the negatives beside the backbone's own wrong completions: reward-model scores, how well the
-    held-out reward model tells them from correct ones (AUROC; 0.5: not at all), length, and one-sidedness of
-    the pairs' first divergence."""
-    sources: dict[str, Sequence[Rollout]] = {
-        "correct": by_verdict(rollouts, Verdict.CORRECT),
-        "rs": by_verdict(rollouts, Verdict.WRONG),
-        settings.source: negatives,  # in the place of the pair stage's own where they are the target's
-    }
-    scores: dict[str, dict[str, list[float]]] = {}
-    num_unscored = 0
-    for name in rewards.names:
-        ctx.fleet.scorer(settings.pair.scored_by).load(rewards.model(name))
-        scores[name] = {source: raw_scores(ctx, settings, own) for source, own in sources.items()}
-        num_unscored += sum(len(own) - len(scores[name][source]) for source, own in sources.items())
-    write_json(artefact.scores_file, scores["main"])
-    held_out = scores["held_out"]
-    sides = dict.fromkeys(("rs", settings.source))  # one where the negatives are the target's own
-    comparable = [source for source in sides if held_out[source] and held_out["correct"]]
-    flow = token_flow([pair_token_ids(ctx, own) for own in pairs])
-    return {
-        "auroc_held_out": {source: auroc(held_out["correct"], held_out[source]) for source in comparable},
-        "reward_model_mean": {source: float(np.mean(own)) for source, own in scores["main"].items() if own},
-        "tokens_mean": {source: mean_tokens(own) for source, own in sources.items() if own},
-        "one_sidedness": one_sidedness(flow),
-        "unscored": num_unscored,
-    }
-
-
-def mean_tokens(rollouts: Sequence[Rollout]) -> float:
-    return float(np.mean([len(rollout.completion.token_ids) for rollout in rollouts]))
-
-
-def raw_scores(ctx: Context, settings: PairSettings, rollouts: Sequence[Rollout]) -> list[float]:
-    """Raw reward-model scores; a completion without a score is left out (and counted by the caller)."""
-    problems = {rollout.problem.id: rollout.problem for rollout in rollouts}
-    prompts = {identity: ctx.prompts.encode(problem) for identity, problem in problems.items()}
-    sequences = [prompts[rollout.problem.id] + rollout.completion.token_ids for rollout in rollouts]
-    outcomes = ctx.fleet.scorer(settings.pair.scored_by).score(sequences)
-    return [outcome.value for outcome in outcomes if outcome.value is not None]
+    negatives: Sequence[Rollout],
+    origins: Mapping[str, str],
+) -> dict[str, list[Rollout]]:
+    """The target's right and wrong completions, and the negatives of each source, which take the place of the
+    wrong ones where they are the target's own. `origins`: see `Negatives.sources`."""
+    sources = {CORRECT: by_verdict(rollouts, Verdict.CORRECT), "rs": by_verdict(rollouts, Verdict.WRONG)}
+    of_negatives: dict[str, list[Rollout]] = {}
+    for negative in negatives:
+        source = origins.get(negative.completion.id, settings.source)
+        of_negatives.setdefault(source, []).append(negative)
+    return sources | of_negatives

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pns.algo.judging import rubric_score
 from pns.algo.negatives import degeneration
-from pns.algo.reward import service_terms
+from pns.algo.reward import reward_rules, service_terms
 from pns.config import Config, ReverseRl, RewardConfig, RewardModelStage
 from pns.data.checker import Checker
 from pns.files import read_json, write_json
@@ -15,7 +15,7 @@ from pns.stages import grpo
 from pns.stages.artefacts import AnyModel, Generator, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
 from pns.stages.refresh import Refresher
-from pns.stages.scoring import Draws, by_verdict, load_terms, reward_rules, roll_out, unfinished_rollouts
+from pns.stages.scoring import Draws, by_verdict, load_terms, roll_out, unfinished_rollouts
 from workers.rollout.engine import Sampling
 
 

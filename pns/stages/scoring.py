@@ -12,7 +12,7 @@ from typing import Any
 from pns.algo.formatting import check_format
 from pns.algo.masks import ROLLOUT, VERDICT, check_failures
 from pns.algo.reward import KINDS, Question, needed, rewarded, service_terms
-from pns.config import Config, Endpoint, RewardConfig, RewardTerm, ServicePool, TermKind
+from pns.config import RewardConfig, TermKind
 from pns.records import Completion, Problem, Reward, Rollout, Verdict
 from pns.run.place import UNFINISHED
 from pns.stages.context import Context
@@ -20,18 +20,6 @@ from pns.stages.stream import Ask, Unfinished, stable_seed, stream
 from workers.rollout.engine import Sample, Sampling
 
 _SAY_SECONDS = 30.0  # of waiting for a reward, before it is said what for
-
-
-def reward_rules(config: Config) -> RewardConfig:
-    """The reward as stages depend on it: without terms of weight 0, and without where terms are computed."""
-    weighted = {name: term for name, term in config.reward.terms.items() if term.weight > 0}
-    return replace(config.reward, terms={name: _placeless(term) for name, term in weighted.items()})
-
-
-def _placeless(term: RewardTerm) -> RewardTerm:
-    """`term` with the default pool: a stage counts as another one only where its rewards would be."""
-    endpoint = Endpoint(url=term.endpoint.url, max_tokens=term.endpoint.max_tokens)
-    return replace(term, pool=ServicePool(), endpoint=endpoint)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pns.run.page import RunPage, linked_places
 from pns.run.stage import Step
 from pns.run.tracking import METRICS, Tracker
 from pns.stages.context import Context
+from pns.stages.monitor import ServiceMonitor
 from workers.cluster import Cluster
 from workers.fleet import Fleet
 from workers.metric_backends import open_backends
@@ -65,6 +66,7 @@ def session(
         tracker = Tracker(page.path, config.tracking, open_backends, num_rows)
         stack.callback(tracker.close)
         fleet.start(roles)
+        stack.enter_context(ServiceMonitor(page.path, fleet.services))
         yield Session(config, page, fleet, prompts, tracker)
 
 

@@ -125,7 +125,7 @@ def judge_quality(ctx: Context, settings: WarmStart, made: WarmStarted) -> dict[
     outcomes = judge.score([(problem.prompt, text) for problem, text in candidates])
     rubrics = [world.rubric(problem, text) for problem, text in candidates]
     pairs = zip(outcomes, rubrics, strict=True)
-    return agreement([(outcome.value, rubric) for outcome, rubric in pairs if outcome.value])
+    return agreement([(outcome.value.scores, rubric) for outcome, rubric in pairs if outcome.value])
 
 
 def agreement(verdicts: Sequence[tuple[Scores, Scores]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from pns.algo.metrics import (
     mean_score,
     paired_difference,
     pass_at_k,
+    rank_correlation,
     score,
 )
 from pns.records import Score
@@ -162,3 +163,21 @@ def test_calibration_by_hand() -> None:
     for bad in (([1.2], [1]), ([], []), ([0.5], [1, 0])):
         with pytest.raises(ValueError, match="calibration"):
             expected_calibration_error(*bad)
+
+
+def test_rank_correlation_by_hand() -> None:
+    """Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)."""
+    assert rank_correlation([1, 2, 2, 3], [10, 30, 20, 40]) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert rank_correlation([1, 2, 3], [0.1, 0.2, 7.0]) == pytest.approx(1.0)
+    assert rank_correlation([1, 2, 3], [9, 8, 7]) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("sides", [([], []), ([1], [2]), ([1, 1], [1, 2]), ([1, 2], [3, 3])])
+def test_ranks_that_do_not_differ_have_no_correlation(sides: tuple[list[float], list[float]]) -> None:
+    assert rank_correlation(*sides) is None
+
+
+@pytest.mark.parametrize("sides", [([1], [1, 2]), ([1, math.nan], [1, 2])])
+def test_ranks_of_what_cannot_be_ranked_are_refused(sides: tuple[list[float], list[float]]) -> None:
+    with pytest.raises(ValueError, match="rank correlation"):
+        rank_correlation(*sides)

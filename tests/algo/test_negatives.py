@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from pns.algo.negatives import REASONS, box_only_flip, degeneration, distinct_ngrams, filter_negatives
+from pns.algo.negatives import (
+    REASONS,
+    box_only_flip,
+    degeneration,
+    distinct_ngrams,
+    filter_negatives,
+    in_log_prob_range,
+    mix_negatives,
+)
 from pns.records import Completion, Problem, Reward, Rollout, Verdict
 
 WORK = "<think>Bob has 12+7={}. Cal has {}*3={}. </think>\\boxed{{{}}}"
@@ -138,3 +146,28 @@ def test_figures_with_nothing_to_average_are_left_out() -> None:
     assert degeneration([]) == {}
     assert distinct_ngrams([(1, 1, 1)], 1) == pytest.approx(1 / 3)
     assert distinct_ngrams([(1,)], 2) is None
+
+
+def test_a_range_of_log_probabilities_has_its_ends_and_no_nan() -> None:
+    log_probs = [-3.0, -2.0, -1.0, -0.5, float("nan"), -float("inf")]
+    assert in_log_prob_range(log_probs, -2.0, -1.0) == [False, True, True, False, False, False]
+    assert in_log_prob_range(log_probs, -2.0, None) == [False, True, True, True, False, False]
+    assert in_log_prob_range(log_probs, None, -2.0) == [True, True, False, False, False, True]
+
+
+def test_sources_take_turns_and_begin_in_turn() -> None:
+    def own(*texts: str, problem: str = "p1") -> list[Rollout]:
+        return [rollout(text, problem=Problem(problem, "q", "1")) for text in texts]
+
+    parts = {
+        "a": [*own("a1", "a2", "both  here"), *own("a4", problem="p2")],
+        "b": [*own("b1", "both here"), *own("b3", "b4", problem="p2"), *own("b5", problem="p3")],
+    }
+    mixed, num_dropped = mix_negatives(parts)
+    assert [(source, negative.completion.text) for source, negative in mixed] == [
+        *(("a", "a1"), ("b", "b1"), ("a", "a2"), ("b", "both here")),
+        *(("b", "b3"), ("a", "a4"), ("b", "b4")),
+        ("b", "b5"),
+    ]
+    assert num_dropped == {"a": 1, "b": 0}
+    assert mix_negatives({"a": []}) == ([], {"a": 0})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +15,12 @@ from pns.algo.pairs import (
     lengths_match,
     margin_masks,
     match_by_length,
+    mean_distance,
+    nearest_pairs,
     num_margin_tokens,
+    num_shared,
     one_sidedness,
+    one_sidedness_by_chance,
     preference_rows,
     token_flow,
 )
@@ -116,6 +122,30 @@ def test_flow_and_its_one_sidedness() -> None:
     assert one_sidedness({(1, 2): 4, (2, 1): 4}) == 0.0
     assert one_sidedness({}) is None
     assert balance_flow(pairs) == [0, 3]  # one 5 -> 6 and the only 6 -> 5
+
+
+def test_one_sidedness_by_chance() -> None:
+    # A walk of 1, 2, 3, 4 steps is 1, 1, 1.5, 1.5 away: by hand over all 2, 4, 8, 16 walks.
+    assert [mean_distance(steps) for steps in (1, 2, 3, 4)] == [1, 1, 1.5, 1.5]
+    assert mean_distance(10_000) == pytest.approx(math.sqrt(2 * 10_000 / math.pi), rel=1e-3)
+    flow = {(5, 6): 3, (6, 5): 1, (8, 9): 1}
+    assert one_sidedness_by_chance(flow) == (1.5 + 1) / 5
+    assert one_sidedness_by_chance({(1, 2): 1, (3, 4): 1}) == 1.0  # of single counts nothing else can be said
+    assert one_sidedness_by_chance({}) is None
+
+
+def test_every_negative_stands_beside_the_nearest_right_one() -> None:
+    def side(*token_ids: int) -> Completion:
+        return Completion("", "p", "", token_ids, (), "stop")
+
+    rights = {"p": [side(1, 2, 3), side(1, 4, 3)], "none": []}
+    negatives = {"p": [side(1, 4, 5), side(9), side(1, 2, 3, 7)], "none": [side(1)], "other": [side(2)]}
+    assert nearest_pairs(rights, negatives) == [
+        ((1, 4, 3), (1, 4, 5)),
+        ((1, 2, 3), (9,)),  # as near as the other: the first
+        ((1, 2, 3), (1, 2, 3, 7)),
+    ]
+    assert num_shared([1, 2], [1, 2]) == num_shared([1, 2], [1, 2, 3]) == 2
 
 
 @given(st.lists(st.tuples(token_sequences, token_sequences), max_size=20))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import ray
 
-from pns.config import Pool
+from pns.config import ServicePool
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool
 from workers.runtime import Runtime
 
@@ -43,7 +43,9 @@ def main() -> None:
     num_items = parser.parse_args().items
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     size = FORWARD_TOKENS["cpu"] // TOGETHER
-    pool = ScoringPool("bench", Pool(replicas=1), Runtime(), lambda path: Sleeping(), lambda item: size)
+    pool = ScoringPool(
+        "bench", ServicePool(replicas=1), Runtime(), lambda path: Sleeping(), lambda item: size
+    )
     pool.load("-")
     seconds: dict[str, dict[int, float]] = {"one_by_one": {}, "at_once": {}}
     for replicas in (1, 2, 4):

@@ -24,13 +24,14 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+from pns.algo.reward import reward_rules
 from pns.config import Config, Data, RewardConfig, RewardTerm, TermKind, Tracking
 from pns.data.prompts import Prompts
 from pns.records import Problem, Verdict
 from pns.run.place import Place
 from pns.run.tracking import Tracker
 from pns.stages.context import Context
-from pns.stages.scoring import Draws, reward_rules, roll_out
+from pns.stages.scoring import Draws, roll_out
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rewards.service import Outcome
 from workers.rewards.verifier import VerifierResult

@@ -31,7 +31,7 @@ def made_step(
     """A step whose output is there, or (not `done`) was interrupted."""
     place = Place(runs / "stages" / f"{name}-{number}")
     described = [{"stage": step.place.directory.name, "digest": "d"} for step in inputs or []]
-    step = Step(name, write, None, (), place, {"inputs": described})
+    step = Step(name, name, write, None, (), place, {"inputs": described})
     with ExitStack() as stack:
         if not done:
             stack.enter_context(pytest.raises(KeyboardInterrupt))

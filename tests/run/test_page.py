@@ -32,7 +32,7 @@ def step_at(runs: Path, number: int, name: str = "rl") -> Step:
     if place.manifest() is None:
         with place.making(made_from):
             pass
-    return Step(name, write, None, (), place, made_from)
+    return Step(name, name, write, None, (), place, made_from)
 
 
 def test_names_are_relative_links_that_follow_the_run(tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ BEFORE = {
     "coherence_mean": 0.5,
     "single_error_share": None,
 }
+QUALITY = {
+    "counts": {"pairs": 5},
+    "tokens_mean": {"correct": 40.0, "rs": 41.5, "pns": 38.0},
+    "detector": {"pns": {"auroc": 0.62, "low": 0.55, "high": 0.7, "num_problems": 40}},
+    "one_sidedness": {"pairs": 0.5, "rs": 0.3, "pns": 0.75},
+    "one_sidedness_by_chance": {"pairs": 0.4, "rs": 0.25, "pns": 0.2},
+    "first_wrong_step": {"pns": {"index": 1.5, "share": 0.4, "known": 1.0}},
+}
 
 
 @pytest.fixture
@@ -72,7 +80,7 @@ def test_report_of_a_whole_run(run: Path) -> None:
     with made_stage(run, "pair") as place:
         scores = {"correct": [1.0, 2.0], "rs": [-1.0], "pns": [0.5, 1.5, 1.0]}
         write_json(place.directory / "scores.json", scores)
-        write_json(place.directory / "quality.json", {"one_sidedness": 0.25})
+        write_json(place.directory / "quality.json", QUALITY)
         one_step = {"stage": "pair", "step": 0, "time": 0.0, "values": {"pairs": 5.0}}
         write_jsonl(place.directory / METRICS, [one_step])
     with made_stage(run, "evaluate") as place:
@@ -81,7 +89,7 @@ def test_report_of_a_whole_run(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert report["suites"] == SCORES
     assert report["generator"]["after"] == BEFORE | {"wrong_rate": 0.9}
-    assert report["pairs"] == {"one_sidedness": 0.25}
+    assert report["pairs"] == QUALITY
     assert list(report["stages"]) == ["reverse_rl", "pair", "evaluate"]  # as they ended
     assert report["stages"]["reverse_rl"]["counts"] == {"samples": 3}
     assert report["wall_seconds"] > 0
@@ -89,10 +97,34 @@ def test_report_of_a_whole_run(run: Path) -> None:
     assert report["versions"]["python"]
     assert "62.5 [52.5, 72.5]" in text
     assert "wrong_rate" in text
+    rows = {
+        cells[0]: cells[1:]
+        for line in text.splitlines()
+        if (cells := line.replace("┃", "│").split("│")[1:-1])
+    }
+    in_table = {name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items()}
+    assert in_table["negatives"] == ["correct", "rs", "pns"]
+    assert in_table["tokens"] == ["40", "41.5", "38"]
+    assert in_table["AUROC, detector"] == ["-", "-", "0.62 [0.55, 0.70]"]
+    assert in_table["one-sidedness"] == ["-", "0.3 (0.25)", "0.75 (0.2)"]
+    assert "one-sidedness of the pairs: 0.5 (0.4)" in text
+    assert in_table["first wrong step"] == ["-", "-", "1.5 (0.4)"]
     plots = sorted(path.name for path in (run / "plots").iterdir())
     assert plots == ["reverse_rl.png", "reward_model_scores.png"]  # `pair` has one step only
     for plot in plots:
         assert (run / "plots" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_a_mixture_has_every_generator(run: Path) -> None:
+    (run / "reverse_rl").unlink()
+    for part in ("pns_backbone", "pns_target"):
+        with made_stage(run, f"reverse_rl_{part}") as place:
+            write_json(place.directory / "generator.json", {"before": BEFORE, "after": BEFORE})
+    assert "pns_target after" in printed(run)
+    generator = json.loads((run / "report.json").read_text())["generator"]
+    assert list(generator) == [
+        *("pns_backbone before", "pns_backbone after", "pns_target before", "pns_target after")
+    ]
 
 
 def test_report_of_a_run_until_reverse_rl(run: Path) -> None:

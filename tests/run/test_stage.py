@@ -194,6 +194,24 @@ def test_a_stage_may_be_used_twice_under_two_names(tmp_path: Path) -> None:
     assert plan.until(None) == plan.steps
 
 
+def test_a_part_has_names_and_settings_of_its_own_in_the_same_plan(tmp_path: Path) -> None:
+    config, other = Config(), Config()
+    other.rl.temperature = 0.5
+    attempts = {"write": 2}
+    plan = Plan(tmp_path, config, "", attempts, contents=Contents(None))
+    backbone = ModelFiles("owner/backbone")
+    whole = plan(write, backbone)
+    same = plan.part("same", config)(write, backbone)
+    hot = plan.part("hot", other)(write, backbone)
+    assert [step.name for step in plan.steps] == ["write", "write_same", "write_hot"]
+    assert {step.asked_as for step in plan.steps} == {"write"}
+    assert same.directory == whole.directory != hot.directory
+    assert [step.made_from["attempt"] for step in plan.steps] == [2, 2, 2]
+    assert plan.until("write") == plan.steps
+    with pytest.raises(ValueError, match="two steps of the run are called write_hot"):
+        plan.part("hot", config)(write, backbone)
+
+
 def test_roles_follow_the_settings(tmp_path: Path) -> None:
     @stage(Text, lambda config: config.reward, lambda reward: tuple(reward.terms))
     def score(ctx: Any, settings: Any) -> Text:

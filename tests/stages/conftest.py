@@ -170,8 +170,9 @@ class FakeScorer:
 
 
 class FakePolicy:
-    """Weights are the text "MODEL+STEPS"; a checkpoint and an export hold it. Log-probabilities are -1,
-    scores are `score(prompt ids, completion ids)`. `interrupt_at`: the step that fails, once."""
+    """Weights are the text "MODEL+STEPS"; a checkpoint and an export hold it. Log-probabilities are
+    `log_prob(completion ids)`, -1 by default; scores are `score(prompt ids, completion ids)`. `interrupt_at`:
+    the step that fails, once."""
 
     compute_dtype = "float32"
 
@@ -183,6 +184,8 @@ class FakePolicy:
         self.scored: list[Batch] = []
         self.restored: list[int] = []
         self.score: Callable[[Sequence[int], Sequence[int]], float] = lambda prompt, completion: 0.0
+        self.log_prob: Callable[[Sequence[int]], float] = lambda completion: -1.0
+        self.asked: list[Batch] = []  # for log-probabilities
         self.interrupt_at: int | None = None
         self.passed = 0  # steps without an update
         self.ends_of_steps: list[bool] = []
@@ -219,7 +222,8 @@ class FakePolicy:
 
     def log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
         self.temperatures.append(temperature)
-        return [-np.ones(len(ids), np.float32) for ids in batch.completion_ids]
+        self.asked.append(batch)
+        return [np.full(len(ids), self.log_prob(ids), np.float32) for ids in batch.completion_ids]
 
     def reference_log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
         self.temperatures.append(temperature)

@@ -15,7 +15,9 @@ from pns.records import Problem, Verdict
 from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
-from pns.stages.evaluate import evaluate, final_verdict
+from pns.stages.evaluate import AnswerScorer, evaluate, final_verdict
+from pns.stages.stream import Ask
+from workers.rollout.engine import Sample, Sampling
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelFiles(ROOT / "recipes/tiny/qwen2")  # its configuration says how long a context is
@@ -113,3 +115,18 @@ def test_a_problem_is_stored_whole_but_for_its_solution(bench: Any) -> None:
     rows = {row.problem.id: row.problem for row in made(bench, suites).completions("m")}
     for problem in suites.problems["hard"]:
         assert rows[problem.id] == replace(problem, solution=None)
+
+
+def test_whole_rows_are_kept_while_later_verdicts_are_waited_for(bench: Any) -> None:
+    bench.fleet.verifier.late = True
+    with bench.making() as ctx:
+        scorer = AnswerScorer(ctx)
+        for ask in range(3):
+            problem = bench.problems(3).problems[ask]
+            token_ids = bench.prompts.encode_completion(bench.solution(10 + ask))
+            sample = Sample(problem.id, token_ids, (), "stop", 0)
+            scorer.submit([(Ask(problem.id, problem, 0, 0, Sampling(0.0, 1.0, 20)), sample)])
+        first = scorer.finished(wait=True)
+        rest = [row for _ in range(2) for row in scorer.finished(wait=True)]
+    assert first[0][0] == "p0"
+    assert sorted(key for key, _ in [*first, *rest]) == ["p0", "p1", "p2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from pns.config import Config, PairStage
 from pns.data.checker import Checker
 from pns.data.preference import read_pairs
 from pns.errors import UserError
-from pns.files import read_json, read_jsonl, write_jsonl
+from pns.files import read_json, read_jsonl, write_json, write_jsonl
 from pns.records import Completion, PreferencePair, Problem, Reward, Rollout, Verdict
+from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Negatives, Pairs, RewardModels, TrainedModel
 from pns.stages.context import Problems
 from pns.stages.pair import nearest_first, pair
@@ -23,8 +25,8 @@ def config_of(**changes: Any) -> Config:
     return Config(pair=PairStage(**{"samples_per_problem": 2, "prefer_shared_prefix": False} | changes))
 
 
-def negatives_of(bench: Any, texts: dict[str, list[str]]) -> Negatives:
-    """Wrong completions by problem, as synthesis keeps them."""
+def negatives_of(bench: Any, texts: dict[str, list[str]], sources: dict[str, str] | None = None) -> Negatives:
+    """Wrong completions by problem, as synthesis keeps them; `sources`: of a mixture, by completion id."""
     negatives = Negatives(bench.store / "negatives")
     negatives.directory.mkdir(parents=True, exist_ok=True)
     problems = bench.problems(9).by_id
@@ -36,13 +38,16 @@ def negatives_of(bench: Any, texts: dict[str, list[str]]) -> Negatives:
             reward = Reward(0.7, True, Verdict.WRONG, {"plausibility": 0.8})
             rollouts.append(Rollout(0, problems[problem], completion, reward))
     write_jsonl(negatives.negatives_file, rollouts)
+    if sources:
+        write_json(negatives.sources_file, sources)
     return negatives
 
 
 def made(bench: Any, config: Config, negatives: Negatives, problems: Problems, name: str = "stage") -> Pairs:
     target, rewards = TrainedModel(bench.store / "target"), RewardModels(bench.store / "rewards")
     with bench.making(name) as ctx:
-        return pair.make(ctx, pair.settings(config), target, negatives, rewards, problems)
+        backbone = ModelFiles("backbone")
+        return pair.make(ctx, pair.settings(config), target, negatives, rewards, problems, backbone)
 
 
 def test_the_target_is_right_and_the_negative_wrong(bench: Any) -> None:
@@ -105,17 +110,85 @@ def test_what_has_no_score_is_counted_and_its_pair_kept_without(bench: Any) -> N
     assert read_json(pairs.quality_file)["unscored"] == 6
 
 
+def test_one_sidedness_is_of_the_pairs_and_of_all_negatives(bench: Any) -> None:
+    """p0: one way and back, of which one is a pair; p1: one way. The target's own wrong ones differ by 1 -> 7."""
+    steps = {"p0": "So Ann=3. ", "p1": "So Ann=4. "}
+
+    def write(problem: str, sample: int, model: str) -> str:
+        answer = [10 + int(problem[1:]), 77][sample % 2]
+        return bench.solution(answer, steps[problem])
+
+    bench.fleet.rollout.write = write
+    texts = {
+        "p0": [bench.solution(10, "So Ann=4. ")],  # 3 -> 4
+        "p1": [bench.solution(11, "So Ann=3. "), bench.solution(11, "So Ann=5. ")],  # 4 -> 3 and 4 -> 5
+    }
+    pairs = made(bench, config_of(), negatives_of(bench, texts), bench.problems(2))
+    quality = read_json(pairs.quality_file)
+    # Pairs: 3 -> 4 and 4 -> 3. All negatives: 4 -> 5 beside them. Of rs twice 1 -> 7.
+    assert quality["one_sidedness"] == {"pairs": 0.0, "rs": 1.0, "pns": pytest.approx(1 / 3)}
+    # Two steps of a walk end at a mean distance of 1, one step ends at 1.
+    assert quality["one_sidedness_by_chance"] == {"pairs": 0.5, "rs": 0.5, "pns": pytest.approx(2 / 3)}
+
+
+def test_a_detector_tells_a_fixed_cue(bench: Any) -> None:
+    def write(problem: str, sample: int, model: str) -> str:
+        return bench.solution(77 if sample % 2 else 10 + int(problem[1:]))
+
+    bench.fleet.rollout.write = write
+    cue = {f"p{number}": [bench.solution(55, "So Bob=4. ")] for number in range(8)}
+    pairs = made(bench, config_of(), negatives_of(bench, cue), bench.problems(8))
+    detector = read_json(pairs.quality_file)["detector"]
+    assert detector["pns"] == {"auroc": 1.0, "low": 1.0, "high": 1.0, "num_problems": 8}
+    assert detector["rs"]["num_problems"] == 8
+
+
+def test_perplexity_is_of_the_backbone_over_samples_of_each_source(bench: Any) -> None:
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10 if sample < 3 else 77)
+    negatives = negatives_of(bench, {"p0": [bench.solution(55)]})
+    config = config_of(samples_per_problem=4, perplexity_samples=2)
+    policy = bench.fleet.policy
+    policy.log_prob = lambda token_ids: -1.0 if len(token_ids) % 2 else -2.0
+    quality = read_json(made(bench, config, negatives, bench.problems(1)).quality_file)
+    [asked] = policy.asked
+    assert len(asked) == 2 + 1 + 1  # correct, rs, pns
+    assert policy.loads == [("backbone", "language_model", 1, bench.seed)]
+    for source, answer in {"correct": 10, "rs": 77, "pns": 55}.items():
+        length = len(bench.prompts.encode_completion(bench.solution(answer)))
+        assert quality["perplexity"][source] == pytest.approx(math.exp(1.0 if length % 2 else 2.0))
+
+
+def test_no_perplexity_asks_nothing_of_the_policy(bench: Any) -> None:
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
+    negatives = negatives_of(bench, {"p0": [bench.solution(55)]})
+    pairs = made(bench, config_of(perplexity_samples=0), negatives, bench.problems(1))
+    assert bench.fleet.policy.loads == []
+    assert "perplexity" not in read_json(pairs.quality_file)
+
+
+def test_pairs_of_a_mixture_say_where_their_negative_is_from(bench: Any) -> None:
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10 + int(problem[1:]))
+    texts = {"p0": [bench.solution(55)], "p1": [bench.solution(56)]}
+    origins = {"p0#0": "pns_backbone", "p1#0": "rs"}
+    config = config_of()
+    config.negatives = "mixed"
+    pairs = made(bench, config, negatives_of(bench, texts, origins), bench.problems(2))
+    assert [kept.source for kept in read_pairs(pairs.pairs_file)] == ["pns_backbone", "rs"]
+    assert set(read_json(pairs.quality_file)["tokens_mean"]) == {"correct", "pns_backbone", "rs"}
+
+
 @dataclass(frozen=True)
 class FakeCheck:
+    first_wrong_step: int
     first_wrong_end: int
 
 
 class FakeChecker(Checker):
-    """The first wrong step ends after eleven characters."""
+    """The first wrong step is the second and ends after eleven characters."""
 
     def check(self, problem: Problem, text: str) -> Any:
         assert problem.id == "p0"
-        return FakeCheck(11)
+        return FakeCheck(1, 11)
 
 
 def test_a_checker_marks_the_first_wrong_step(bench: Any) -> None:
@@ -124,6 +197,10 @@ def test_a_checker_marks_the_first_wrong_step(bench: Any) -> None:
     pairs = made(bench, config_of(), negatives_of(bench, {"p0": [bench.solution(55)]}), problems)
     [kept] = read_pairs(pairs.pairs_file)
     assert kept.margin_end == 11
+    share = 11 / len(bench.solution(55))
+    assert read_json(pairs.quality_file)["first_wrong_step"] == {
+        "pns": {"index": 1.0, "share": pytest.approx(share), "known": 1.0}
+    }
 
 
 def test_no_pair_stops_the_stage_with_the_way_out(bench: Any) -> None:
@@ -160,4 +237,6 @@ def test_an_interruption_asks_for_the_rest_alone(bench: Any) -> None:
 def test_roles_and_source_are_declared() -> None:
     settings = pair.settings(Config(negatives="rs", pair=PairStage(scored_by="style")))
     assert settings.source == "rs"
-    assert pair.roles(settings) == ("rollout", "verifier", "style")
+    assert pair.roles(settings) == ("rollout", "verifier", "policy", "style")
+    unmeasured = pair.settings(Config(pair=PairStage(perplexity_samples=0)))
+    assert pair.roles(unmeasured) == ("rollout", "verifier", "plausibility")

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from pns.algo.judging import Judgement
+from pns.algo.masks import TooManyMaskedError
 from pns.config import Config, ReverseRl, RewardConfig, RewardTerm, TermKind
 from pns.data.checker import Checker
-from pns.files import read_json, write_jsonl
+from pns.files import read_json, read_jsonl, write_jsonl
 from pns.records import Completion, PreferencePair, Problem, Reward, Rollout, Verdict
 from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Generator, RewardModels, TrainedModel
@@ -254,3 +256,29 @@ def test_an_interrupted_stage_takes_refreshed_models_up_again(bench: Any) -> Non
     assert bench.fleet.policy.restored[0] == 2
     trained = [type(objective).__name__ for _, objective in bench.fleet.policy.trained]
     assert trained == ["GrpoObjective"] * 2 + ["BradleyTerryObjective"] * 3 + ["GrpoObjective"]
+
+
+@pytest.mark.parametrize(("num_garbled", "stops"), [(1, False), (3, True)])
+def test_garbage_of_the_judge_is_masked_and_counted_up_to_a_bound(
+    bench: Any, num_garbled: int, stops: bool
+) -> None:
+    """A fifth of the verdicts cannot be read: those completions are masked, and the run goes on. Three fifths:
+    it stops with the cause."""
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(70 + sample % 5)
+    garbled = tuple(f"{{{70 + number}}}" for number in range(num_garbled))
+    judge = bench.fleet.scorer("coherence")
+    judge.value = lambda item: None if item[1].endswith(garbled) else Judgement((3, 3, 0, 0))
+    config = config_of(steps=2, completions_per_problem=5)
+    config.reward.terms["coherence"].weight = 0.5
+    if stops:
+        with pytest.raises(TooManyMaskedError, match=r"coherence failed for 3 of the 5 .*60%.*3 x too_long"):
+            made(bench, config)
+        return
+    rewards = [rollout.reward for rollout in made(bench, config).rollouts()]
+    masked = [reward for reward in rewards if reward.masked]
+    assert len(rewards) == 5 * len(masked) == 20
+    assert all(reward.missing == {"coherence": "too_long"} for reward in masked)
+    metrics = [row["values"] for row in read_jsonl(bench.store / "stage" / "metrics.jsonl")]
+    assert [values["masked/coherence/too_long"] for values in metrics] == [2.0, 2.0]
+    trained_rows = [len(batch) for batch, _ in bench.fleet.policy.trained]
+    assert all(num_rows <= 8 for num_rows in trained_rows)  # of ten, without the two that are masked

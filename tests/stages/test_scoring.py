@@ -11,11 +11,12 @@ import pytest
 
 from pns.algo.judging import Judgement
 from pns.algo.masks import TooManyMaskedError
+from pns.algo.reward import reward_rules
 from pns.config import Config, Endpoint, RewardConfig, RewardTerm, ServicePool, TermKind
 from pns.errors import UserError
 from pns.records import Rollout, Verdict
 from pns.stages.context import Context
-from pns.stages.scoring import Draws, by_problem, by_verdict, load_terms, reward_rules, roll_out
+from pns.stages.scoring import Draws, by_problem, by_verdict, load_terms, roll_out
 from workers.rollout.engine import Sampling
 
 SAMPLING = Sampling(1.0, 1.0, 30)

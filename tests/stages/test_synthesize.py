@@ -28,10 +28,11 @@ def config_of(**changes: Any) -> Config:
 def made(bench: Any, config: Config, texts: list[str], problems: Problems | None = None) -> Negatives:
     """From the generator's completions `texts` of each problem."""
     bench.fleet.rollout.write = lambda problem, sample, model: texts[sample % len(texts)]
-    generator, rewards = TrainedModel(bench.store / "generator"), RewardModels(bench.store / "rewards")
+    generator, target = TrainedModel(bench.store / "generator"), TrainedModel(bench.store / "target")
+    rewards = RewardModels(bench.store / "rewards")
     with bench.making() as ctx:
         settings = synthesize.settings(config)
-        return synthesize.make(ctx, settings, generator, rewards, problems or bench.problems(1))
+        return synthesize.make(ctx, settings, generator, rewards, problems or bench.problems(1), target)
 
 
 def test_wrong_completions_become_negatives_and_the_rest_is_counted(bench: Any) -> None:
@@ -76,6 +77,33 @@ def test_the_implausible_are_dropped_by_quantile(bench: Any) -> None:
     negatives = made(bench, config_of(samples_per_problem=4, min_quantile=0.5), texts)
     assert [kept.completion.text for kept in negatives.negatives()] == texts[2:]
     assert read_json(negatives.counts_file)["below_quantile"] == 2
+
+
+def test_the_unlikely_and_the_too_likely_under_the_target_are_dropped(bench: Any) -> None:
+    texts = [bench.solution(10 + number, "So Ann=3. " * number) for number in (1, 2, 3, 4)]
+    lengths = [len(bench.prompts.encode_completion(text)) for text in texts]
+    bench.fleet.policy.log_prob = lambda token_ids: -1.0 - lengths.index(len(token_ids))
+    bounds = {"min_log_prob": -3.0, "max_log_prob": -2.0}
+    config = config_of(samples_per_problem=4, **bounds)
+    negatives = made(bench, config, texts)
+    assert [kept.completion.text for kept in negatives.negatives()] == texts[1:3]
+    assert read_json(negatives.counts_file)["log_prob_out_of_range"] == 2
+    assert bench.counts()["log_prob_out_of_range"] == 2
+    assert bench.fleet.policy.loads == [
+        (str(bench.store / "target" / "model"), "language_model", 1, bench.seed)
+    ]
+    assert synthesize.roles(synthesize.settings(config)) == ("rollout", "verifier", "policy", "plausibility")
+
+
+def test_without_bounds_the_policy_is_not_asked(bench: Any) -> None:
+    negatives = made(bench, config_of(samples_per_problem=1), [bench.solution(11)])
+    assert bench.fleet.policy.loads == []
+    assert read_json(negatives.counts_file)["log_prob_out_of_range"] == 0
+
+
+def test_no_negative_in_the_range_stops_the_stage(bench: Any) -> None:
+    with pytest.raises(UserError, match=r"no negative was kept .*'log_prob_out_of_range': 1"):
+        made(bench, config_of(samples_per_problem=1, max_log_prob=-1.5), [bench.solution(11)])
 
 
 def test_problems_that_do_not_fit_are_counted(bench: Any) -> None:

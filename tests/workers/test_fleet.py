@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from pns.config import Config, Placement, Pool, RewardConfig, RewardTerm, TermKind
+from pns.config import Config, Endpoint, Placement, RewardConfig, RewardTerm, ServicePool, TermKind
 from pns.errors import UserError
 from pns.records import Verdict
 from workers.fleet import Fleet
@@ -16,7 +16,7 @@ from workers.rewards.reward_model import RewardModelPool
 from workers.runtime import Runtime
 
 RUNTIME = Runtime(start_timeout_seconds=1800)
-SMALL = Pool(replicas=1, cpus=0.1)
+SMALL = ServicePool(replicas=1, cpus=0.1)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_term_is_a_pool_of_its_kind_and_starts_when_it_is_used(
     fleet = make_fleet(
         plausibility=RewardTerm(TermKind.reward_model, 0.5, pool=SMALL),
         coherence=RewardTerm(TermKind.judge, 0.5, pool=SMALL),
-        unused=RewardTerm(TermKind.judge, 0.0, "/nowhere", SMALL),
+        unused=RewardTerm(TermKind.judge, 0.0, model="/nowhere", pool=SMALL),
     )
     fleet.start(["verifier", "plausibility", "coherence", "policy"])  # the policy waits for its first use
     assert isinstance(fleet.scorer("plausibility"), RewardModelPool)
@@ -52,12 +52,22 @@ def test_a_term_is_a_pool_of_its_kind_and_starts_when_it_is_used(
         fleet.start(["judge"])
 
 
+def test_a_judge_behind_an_endpoint_is_no_actor(
+    make_fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    endpoint = Endpoint(url="http://127.0.0.1:9/v1", retries=0)  # where nothing listens
+    fleet = make_fleet(coherence=RewardTerm(TermKind.judge, 0.5, model="grader", endpoint=endpoint))
+    with pytest.raises(UserError, match=r"coherence: http:.* does not serve grader: APIConnection"):
+        fleet.scorer("coherence")
+
+
 def test_a_role_that_cannot_start_is_said_wherever_the_fleet_is_used_next_and_nothing_stays(
     make_fleet: Callable[..., Fleet], actor_processes: Callable[..., set[psutil.Process]]
 ) -> None:
     before = actor_processes("ScoringActor")
     fleet = make_fleet(
-        coherence=RewardTerm(TermKind.judge, 0.5, "/nowhere", SMALL),
+        coherence=RewardTerm(TermKind.judge, 0.5, model="/nowhere", pool=SMALL),
         plausibility=RewardTerm(TermKind.reward_model, 0.5, pool=SMALL),
     )
     fleet.start(["coherence", "plausibility"])

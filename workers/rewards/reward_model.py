@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
-from pns.config import Pool, RewardConfig
+from pns.config import RewardConfig, ServicePool
 from pns.data.prompts import encode_conversation, find_tokenizer
 from pns.errors import UserError
 from workers.rewards.reward_head import load_head, several_outputs
@@ -155,10 +155,12 @@ class RewardModelPool(ScoringPool[TokensOrConversation, float]):
     def __init__(
         self,
         name: str,
-        pool: Pool,
+        pool: ServicePool,
         runtime: Runtime,
         deadline_seconds: float = RewardConfig.deadline_seconds,
         reads_chat: bool = False,
     ) -> None:
-        build = functools.partial(RewardModel, runtime=runtime, reads_chat=reads_chat, term=name)
+        build = functools.partial(
+            RewardModel, runtime=runtime, forward_tokens=pool.batch_tokens, reads_chat=reads_chat, term=name
+        )
         super().__init__(name, pool, runtime, build, _num_tokens, deadline_seconds)

@@ -9,6 +9,9 @@ the run.
 
 Scoring must be a pure function of model and item. A request names the model it wants, and the actor loads
 that model if it has another one: a restarted actor never scores with old weights.
+
+Between `min_replicas` and `max_replicas` a pool follows its queue (`workers.rewards.scaling`). Nothing waits
+for a replica that is added so: where it cannot be placed it is given up.
 """
 
 import queue
@@ -25,8 +28,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pns.config import Pool, RewardConfig
+from pns.config import RewardConfig, ServicePool
 from pns.errors import UserError
+from workers.rewards.scaling import Autoscaler, ScaleRule
 from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
 
 _Item = TypeVar("_Item")
@@ -42,6 +46,7 @@ _MAX_TIMEOUTS = 2  # of an item, in two processes
 # Failures in a row, without any success of the pool between, that end it. A hang weighs more: it takes long.
 _MAX_FAILURES, _TIMEOUT_WEIGHT = 5, 2
 _TICK_SECONDS = 0.5  # between looks at deadlines
+_RULE = ScaleRule()
 _SAY_SECONDS = 30.0  # of waiting without progress, before the pool says what for
 
 
@@ -145,16 +150,21 @@ class _Entry:
 
 @dataclass(eq=False)
 class _Replica:
-    """`began`: when it began to start, or took up its first request, in monotonic seconds; `restarted`: in
-    the place of one that failed."""
+    """`began`: when it began to start, to be idle, or to work on its first request, in monotonic seconds;
+    `restarted`: in the place of one that failed; `grown`: as items queued up."""
 
     number: int
     actor: Any
     began: float
     restarted: bool = False
+    grown: bool = False
     ready: bool = False
     retiring: bool = False
     requests: deque[list[_Entry]] = field(default_factory=deque)
+
+    @property
+    def starting(self) -> bool:
+        return not self.ready and not self.retiring
 
     @property
     def tokens_in_flight(self) -> int:
@@ -169,7 +179,7 @@ class _Replica:
 class ServiceStats:
     """Of a pool, since it started: what `pns status` shows."""
 
-    replicas: int
+    replicas: int  # that are up
     queued: int
     in_flight: int
     scored: int
@@ -178,6 +188,8 @@ class ServiceStats:
     seconds_p95: float
     restarts: int
     failures: dict[str, int]  # cause -> items
+    wanted: int = 0  # replicas that are up or being started
+    cost: float = 0.0  # of an endpoint's tokens, in the currency of its prices
 
 
 ServiceHandle = list[Future[Outcome[Any]]]
@@ -187,25 +199,26 @@ class ScoringPool(Generic[_Item, _Value]):
     """`pool.replicas` actors that score items with one model; `load` names the model before the first
     `submit`.
 
-    `name` stands in messages. `build(model_path)` makes the model inside the actor and must be picklable;
-    `num_tokens(item)` is the item's size for batching and routing. An item that two processes did not answer
-    within `deadline_seconds` each is missing. No GPU is asked for on CPU. Raises TimeoutError when the actors
-    are not up within `runtime.start_timeout_seconds`.
+    `rule` says when their number follows the queue. `name` stands in messages. `build(model_path)` makes the
+    model inside the actor and must be picklable; `num_tokens(item)` is the item's size for batching and
+    routing. An item that two processes did not answer within `deadline_seconds` each is missing. No GPU is
+    asked for on CPU. Raises TimeoutError when the actors are not up within `runtime.start_timeout_seconds`.
     """
 
     def __init__(
         self,
         name: str,
-        pool: Pool,
+        pool: ServicePool,
         runtime: Runtime,
         build: Callable[[str], ServedModel[_Item, _Value]],
         num_tokens: Callable[[_Item], int],
         deadline_seconds: float = RewardConfig.deadline_seconds,
+        rule: ScaleRule = _RULE,
     ) -> None:
         self._name, self._pool, self._runtime = name, pool, runtime
         self._gpus = pool.gpus if runtime.device == "cuda" else 0
         self._build, self._num_tokens, self._deadline_seconds = build, num_tokens, deadline_seconds
-        self._forward_tokens = FORWARD_TOKENS[runtime.device]
+        self._forward_tokens = pool.batch_tokens or FORWARD_TOKENS[runtime.device]
         self._model: ModelVersion | None = None
         # Everything below is the manager thread's, under the lock where others look at it.
         self._lock = threading.RLock()
@@ -213,6 +226,10 @@ class ScoringPool(Generic[_Item, _Value]):
         self._waiting: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()  # at work when a process died: asked alone
         self._replicas: list[_Replica] = []
+        smallest, largest = pool.min_replicas or pool.replicas, pool.max_replicas or pool.replicas
+        self._rule = rule
+        self._autoscaler = Autoscaler(rule, smallest, largest)
+        self._seconds_per_token = 0.0  # of a replica, lately
         self._num_started = 0
         self._failures_in_row = 0
         self._failed: PoolFailedError | None = None
@@ -224,7 +241,7 @@ class ScoringPool(Generic[_Item, _Value]):
         self._manager = threading.Thread(target=self._manage, name=f"pool-{name}", daemon=True)
         self._manager.start()
         try:
-            self.resize(pool.replicas)
+            self._set_size(pool.replicas)
         except BaseException:
             self.shutdown()
             raise
@@ -246,26 +263,43 @@ class ScoringPool(Generic[_Item, _Value]):
         self._model = model  # only now: where loading fails, the model before is still served
 
     def resize(self, replicas: int) -> None:
-        """Start or retire replicas. New ones are ready on return; retired ones finish what they have, then
-        go."""
+        """Have so many replicas from now on, whatever `min_replicas` and `max_replicas` are. New ones are
+        ready on return; retired ones finish what they have, then go.
+
+        Raises UserError or TimeoutError where new ones cannot be started; the pool is then as it was.
+        """
         if replicas < 1:
             raise UserError(f"{self._name}: {replicas} replicas; use 1 or more")
+        fixed = Autoscaler(self._rule, replicas, replicas)
         with self._lock:
-            kept = [replica for replica in self._replicas if not replica.retiring]
-            # The idlest retire, so that little is waited for.
-            kept.sort(key=lambda replica: -replica.tokens_in_flight)
-            for replica in kept[replicas:]:
-                replica.retiring = True
-            added = [self._start() for _ in range(replicas - len(kept))]
-        self._inbox.put(self._end_retired)
-        purpose = f"to start with {self._gpus:g} GPU and {self._pool.cpus:g} CPU each"
+            before, self._autoscaler = self._autoscaler, fixed
         try:
-            self._wait_to_start(added, purpose)
+            self._set_size(replicas)
         except (TimeoutError, UserError):
             with self._lock:
-                for replica in set(added) & set(self._replicas):
-                    self._replicas.remove(replica)
-                    ray.kill(replica.actor)
+                if self._autoscaler is fixed:
+                    self._autoscaler = before
+            raise
+
+    def _set_size(self, replicas: int) -> None:
+        with self._lock:
+            autoscaler = self._autoscaler
+            kept = [replica for replica in self._replicas if not replica.retiring]
+            # The idlest retire, so that little is waited for; first those that are not up.
+            kept.sort(key=lambda replica: (not replica.ready, -replica.tokens_in_flight))
+            for replica in kept[replicas:]:
+                replica.retiring = True
+            for _ in range(replicas - len(kept)):
+                self._start()
+            added = [replica for replica in self._replicas if replica.starting and not replica.restarted]
+        self._inbox.put(self._end_retired)
+        try:
+            self._wait_to_start(added, autoscaler)
+        except (TimeoutError, UserError):
+            with self._lock:
+                if self._autoscaler is autoscaler:  # else they belong to whoever asked for another size
+                    for replica in set(added) & set(self._replicas):
+                        self._end(replica)
             raise
 
     def submit(self, items: Sequence[_Item]) -> ServiceHandle:
@@ -285,8 +319,9 @@ class ScoringPool(Generic[_Item, _Value]):
         while late := wait_for_futures(handle, timeout=_SAY_SECONDS).not_done:
             stats = self.stats()
             print(
-                f"{self._name}: waiting for {len(late)} of {len(handle)} scores; {stats.replicas} replicas "
-                f"hold {stats.in_flight} items, {stats.queued} wait{self._last_failure}",
+                f"{self._name}: waiting for {len(late)} of {len(handle)} scores; {stats.replicas} of "
+                f"{stats.wanted} replicas are up and hold {stats.in_flight} items, {stats.queued} wait"
+                f"{self._last_failure}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -305,7 +340,7 @@ class ScoringPool(Generic[_Item, _Value]):
             span = max(now - recent[0], 1e-3) if recent else 1.0
             in_flight = sum(len(request) for replica in self._replicas for request in replica.requests)
             return ServiceStats(
-                replicas=self.replicas,
+                replicas=sum(replica.ready and not replica.retiring for replica in self._replicas),
                 queued=len(self._waiting) + len(self._suspects),
                 in_flight=in_flight,
                 scored=self._num_scored,
@@ -314,6 +349,7 @@ class ScoringPool(Generic[_Item, _Value]):
                 seconds_p95=seconds[int(0.95 * (len(seconds) - 1))] if seconds else 0.0,
                 restarts=self._num_restarts,
                 failures=dict(self._causes),
+                wanted=self.replicas,
             )
 
     def shutdown(self) -> None:
@@ -333,7 +369,7 @@ class ScoringPool(Generic[_Item, _Value]):
             try:
                 event = self._inbox.get(timeout=_TICK_SECONDS)
             except queue.Empty:
-                event = self._end_late
+                event = self._tick
             if event is None:
                 return
             with self._lock:
@@ -342,7 +378,7 @@ class ScoringPool(Generic[_Item, _Value]):
                     # Also while events never cease: a replica may hang beside others that answer.
                     if time.monotonic() - looked >= _TICK_SECONDS:
                         looked = time.monotonic()
-                        self._end_late()
+                        self._tick()
                     self._dispatch()
                 except Exception as error:  # this thread's own: without it nobody would ever be answered
                     self._failed = self._failed or PoolFailedError(f"{self._name}: {describe_error(error)}")
@@ -355,6 +391,8 @@ class ScoringPool(Generic[_Item, _Value]):
         remote = ray.remote(ScoringActor).options(
             num_cpus=self._pool.cpus,
             num_gpus=self._gpus,
+            resources=self._pool.resources,
+            label_selector=self._pool.labels,
             max_restarts=0,  # the pool starts another one: it knows which items were at work
             runtime_env=environment,
         )
@@ -367,9 +405,13 @@ class ScoringPool(Generic[_Item, _Value]):
 
     def _started(self, replica: _Replica, future: Future[None]) -> None:
         if error := future.exception():
-            self._replace(replica, f"could not start ({_cause(error)})", 1)
+            fault = f"could not start ({_cause(error)})"
+            if replica.restarted:
+                self._replace(replica, fault, 1)
+            else:
+                self._give_up_replica(replica, fault)
             return
-        replica.ready = True
+        replica.ready, replica.began = True, time.monotonic()
         if replica.restarted and self._suspects and self._scored:
             # A process that scores what was scored before is sound: what ends it is the next item's fault.
             known = self._scored
@@ -427,8 +469,13 @@ class ScoringPool(Generic[_Item, _Value]):
             self._replace(replica, f"died ({_cause(error)})", 1)
             return
         replica.requests.remove(request)
+        seconds = time.monotonic() - replica.began
         replica.began = time.monotonic()
         if error is None:
+            rate = seconds / max(1, sum(entry.num_tokens for entry in request))
+            # Of about the last four requests.
+            known = self._seconds_per_token or rate
+            self._seconds_per_token = known + (rate - known) / 4
             self._failures_in_row, self._last_failure = 0, ""
             outcomes = future.result()
         else:
@@ -449,24 +496,63 @@ class ScoringPool(Generic[_Item, _Value]):
             self._causes[outcome.cause] += 1
         entry.future.set_result(outcome)
 
+    def _tick(self) -> None:
+        self._end_late()
+        self._follow_queue()
+
     def _end_late(self) -> None:
         """End replicas that work too long on a request, or take too long to start."""
         now, start_limit = time.monotonic(), self._runtime.start_timeout_seconds
         for replica in list(self._replicas):
             seconds = now - replica.began
-            if replica.restarted and not replica.ready and seconds > start_limit:
-                self._replace(replica, "did not start in time", 1)
+            if replica.starting and seconds > start_limit:
+                fault = f"did not start within {start_limit:g} s"
+                if replica.restarted:
+                    self._replace(replica, fault, _TIMEOUT_WEIGHT)
+                elif replica.grown:  # those of `resize` are watched there
+                    self._give_up_replica(replica, f"{fault} {self._purpose()}")
             elif replica.requests and seconds > self._deadline_seconds:
                 for entry in replica.requests[0]:
                     entry.timeouts += 1
                 self._replace(replica, f"gave no answer for {self._deadline_seconds:g} s", _TIMEOUT_WEIGHT)
 
+    def _follow_queue(self) -> None:
+        """Grow by one while items queue up, shrink by one where a replica has long had nothing to do."""
+        now = time.monotonic()
+        ready = [replica for replica in self._replicas if replica.ready and not replica.retiring]
+        starting = any(replica.starting for replica in self._replicas)
+        idle = [replica for replica in ready if not replica.requests]
+        idlest = min(idle, key=lambda replica: replica.began, default=None)
+        num_waiting = sum(entry.num_tokens for entry in self._waiting)
+        backlog_seconds = num_waiting * self._seconds_per_token / max(1, len(ready))
+        idle_seconds = now - idlest.began if idlest else 0.0
+        step = self._autoscaler.step(now, self.replicas, starting, backlog_seconds, idle_seconds)
+        if step > 0:
+            self._start().grown = True
+        elif step < 0 and idlest:
+            idlest.retiring = True
+            self._end_retired()
+
+    def _end(self, replica: _Replica) -> None:
+        self._replicas.remove(replica)
+        ray.kill(replica.actor)
+
+    def _give_up_replica(self, replica: _Replica, fault: str) -> None:
+        """End one that has not started and that nothing depends on."""
+        if replica not in self._replicas:
+            return
+        self._end(replica)
+        self._last_failure = f"; replica {replica.number} {fault}"
+        if replica.grown:  # else `resize` says it
+            self._autoscaler.rest(time.monotonic())
+            kept = f"the pool goes on with {self.replicas}"
+            print(f"{self._name}{self._last_failure}: {kept}", file=sys.stderr, flush=True)
+
     def _replace(self, replica: _Replica, fault: str, weight: int) -> None:
         """End a replica, ask its items again, and start another, unless the pool has failed too often."""
         if replica not in self._replicas:
             return
-        self._replicas.remove(replica)
-        ray.kill(replica.actor)
+        self._end(replica)
         self._num_restarts += 1
         self._failures_in_row += weight
         self._last_failure = f"; replica {replica.number} {fault}"
@@ -498,8 +584,7 @@ class ScoringPool(Generic[_Item, _Value]):
     def _end_retired(self) -> None:
         for replica in list(self._replicas):
             if replica.retiring and not replica.requests:
-                self._replicas.remove(replica)
-                ray.kill(replica.actor)
+                self._end(replica)
 
     def _give_up(self, error: Exception) -> None:
         entries = [*self._waiting, *self._suspects]
@@ -513,16 +598,18 @@ class ScoringPool(Generic[_Item, _Value]):
 
     # Waits of the caller's thread.
 
-    def _wait_to_start(self, added: Sequence[_Replica], purpose: str) -> None:
+    def _wait_to_start(self, added: Sequence[_Replica], autoscaler: Autoscaler) -> None:
         end = time.monotonic() + self._runtime.start_timeout_seconds
         for index, replica in enumerate(added):
             while not replica.ready:
                 if self._failed:
                     raise self._failed
-                if replica not in self._replicas:  # it failed, and another has taken its place
+                if self._autoscaler is not autoscaler:
+                    raise UserError(f"{self._name}: another number of replicas was asked for meanwhile")
+                if replica not in self._replicas:  # it failed
                     raise PoolFailedError(f"{self._name}{self._last_failure}")
                 if time.monotonic() > end:
-                    raise self._late(index, len(added), purpose)
+                    raise self._late(index, len(added), self._purpose())
                 time.sleep(0.02)
 
     def _wait_to_load(self, loading: dict[ray.ObjectRef, _Replica], purpose: str) -> None:
@@ -538,6 +625,13 @@ class ScoringPool(Generic[_Item, _Value]):
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
                 raise
+
+    def _purpose(self) -> str:
+        """What a replica asks of a node."""
+        units = {"GPU": self._gpus, "CPU": self._pool.cpus} | self._pool.resources
+        asked = " and ".join(f"{amount:g} {unit}" for unit, amount in units.items())
+        labels = ", ".join(f"{label}={value}" for label, value in self._pool.labels.items())
+        return f"to start with {asked} each" + (f" on a node with {labels}" if labels else "")
 
     def _late(self, index: int, num_replicas: int, purpose: str) -> TimeoutError:
         return TimeoutError(

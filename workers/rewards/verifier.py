@@ -41,6 +41,7 @@ from pns.answers.spelling import is_prose
 from pns.records import AnswerRule, Verdict
 
 _START_SECONDS = 120.0  # for the template to import math-verify and fork a worker
+_SAY_SECONDS = 30.0  # of waiting for verdicts, before it is said what for
 # Of a quick lane, in processor time, so that a busy machine sends no ordinary item to the slow lanes.
 _PATIENCE_SECONDS = 0.25
 _BATCH = 16  # items handed to a worker at once, at most
@@ -101,6 +102,8 @@ class Verifier:
 
     def __init__(self, processes: int, limit_seconds: float) -> None:
         self._processes, self._limit_seconds = processes, limit_seconds
+        self._open: dict[Future[VerifierResult], _Job] = {}  # without a verdict
+        self._last_verdict = time.monotonic()
         self._template = _Template()
         self._closing = threading.Event()
         self._quick: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -127,14 +130,27 @@ class Verifier:
         """Whether `collect` would not wait."""
         return all(future.done() for future in handle)
 
-    def collect(self, handle: VerifierHandle) -> list[VerifierResult]:
-        """The results of one `submit`, in order. TimeoutError after the longest that the queue can take."""
-        num_items = self._quick.qsize() + self._slow.qsize() + len(handle) + 1
-        longest = (self._limit_seconds + _START_SECONDS) * num_items
-        if late := wait(handle, timeout=longest).not_done:
-            raise TimeoutError(
-                f"verifier: {len(late)} of {len(handle)} verifications did not end within {longest:.0f} s"
+    def collect(
+        self, handle: VerifierHandle, say_seconds: float = _SAY_SECONDS, most_seconds: float | None = None
+    ) -> list[VerifierResult]:
+        """The results of one `submit`, in order. Says every `say_seconds` what it waits for.
+
+        Raises TimeoutError where no item at all, of any `submit`, got a verdict for `most_seconds`; None: the
+        longest that an item can take in a quick and then in a slow lane, a process started in each.
+        """
+        longest = most_seconds or 2 * (self._limit_seconds + _START_SECONDS)
+        began = time.monotonic()
+        while late := wait(handle, timeout=min(say_seconds, longest)).not_done:
+            silent = time.monotonic() - max(began, self._last_verdict)
+            first = next(
+                (self._open[future] for future in handle if future in late & self._open.keys()), None
             )
+            name = f", the first on {first.extracted[:60]!r}" if first else ""
+            awaited = f"verifier: waiting for {len(late)} of {len(handle)} verdicts{name}"
+            state = f"{len(self._open)} are open in all, the last verdict came {silent:.0f} s ago"
+            if silent >= longest:
+                raise TimeoutError(f"{awaited}; {state}, and the longest is {longest:.0f} s")
+            print(f"{awaited}; {state}", file=sys.stderr, flush=True)
         return [future.result() for future in handle]
 
     def shutdown(self) -> None:
@@ -160,8 +176,14 @@ class Verifier:
             future.set_result(decided)
         else:
             assert extracted is not None
-            self._quick.put(_Job(gold, extracted, rule, future))
+            self._open[future] = job = _Job(gold, extracted, rule, future)
+            future.add_done_callback(self._settled)
+            self._quick.put(job)
         return future
+
+    def _settled(self, future: Future[VerifierResult]) -> None:
+        self._last_verdict = time.monotonic()
+        del self._open[future]
 
     def _serve(self, waiting: queue.SimpleQueue[_Job | None], patience: float | None) -> None:
         """A lane: answer what waits; what outlasts the patience goes to the slow lanes."""

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Model,
 )
 
-from pns.config import Pool
+from pns.config import ServicePool
 from pns.errors import UserError
 from workers.rewards.reward_model import RewardModel, RewardModelPool, TokensOrConversation
 from workers.rewards.service import Outcome
@@ -270,7 +270,7 @@ def test_a_model_that_reads_no_conversations_says_how_to_ask_it(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def pool(ray_session: None) -> Iterator[RewardModelPool]:
-    pool = RewardModelPool("quality", Pool(replicas=1), CPU, reads_chat=True)
+    pool = RewardModelPool("quality", ServicePool(replicas=1), CPU, reads_chat=True)
     yield pool
     pool.shutdown()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -25,7 +28,7 @@ from transformers import (
 )
 
 from pns.algo.judging import Template, make_nonce, render_text, render_tiny, verdict_parts
-from pns.config import Pool
+from pns.config import ServicePool
 from pns.errors import UserError
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rewards.judge import Judge, JudgePool
@@ -33,8 +36,8 @@ from workers.rewards.reward_model import RewardModel, RewardModelPool
 from workers.rewards.service import Outcome, PoolFailedError, ScoringPool, micro_batches
 from workers.runtime import Runtime
 
-ONE = Pool(replicas=1)
-TWO = Pool(replicas=2)
+ONE = ServicePool(replicas=1)
+TWO = ServicePool(replicas=2)
 CPU = Runtime(start_timeout_seconds=1800)
 
 
@@ -167,23 +170,33 @@ def test_models_that_cannot_grade_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig, Qwen3Config])
-def test_the_judge_takes_the_likeliest_digits_whatever_the_batch(tmp_path: Path, kind: type) -> None:
+def test_the_judge_takes_the_likeliest_digits_with_their_probabilities_whatever_the_batch(
+    tmp_path: Path, kind: type
+) -> None:
     tokenizer = build_tokenizer()
     path = save_judge(tmp_path, tokenizer, kind)
     items = candidates(24)
-    together = values(Judge(path, CPU, forward_tokens=600).score(items))
     judge = Judge(path, CPU)
-    assert together == [values(judge.score([item]))[0] for item in items]
-    assert len(set(together)) > 3
+    graded = values(judge.score(items))
+    assert graded == values(judge.score(items[::-1]))[::-1]  # to the bit
+    prompts = [judge._prompt(*item, make_nonce(0, *item, Template.TINY)) for item in items]
+    batched = judge._decode(prompts)  # with padding, as on a GPU
+    assert [judge._read(reply, "").value.scores for reply in batched] == [j.scores for j in graded]
+    assert np.allclose([reply[1] for reply in batched], [j.probabilities for j in graded], atol=2e-6)
+    assert len({judgement.scores for judgement in graded}) > 3
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     digits = [tokenizer.convert_tokens_to_ids(digit) for digit in "0123"]
     # The same, without cache, padding or batch.
-    for item, scores in list(zip(items, together, strict=True))[:6]:
+    for item, judgement in list(zip(items, graded, strict=True))[:6]:
         prompt = render_tiny(*item, make_nonce(0, *item, Template.TINY))
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        for score in scores:
-            assert model(torch.tensor([ids])).logits[0, -1, digits].argmax().item() == score
+        for score, probabilities in zip(judgement.scores, judgement.probabilities, strict=True):
+            logits = model(torch.tensor([ids])).logits[0, -1, digits].double()
+            assert logits.argmax().item() == score
+            assert probabilities == pytest.approx(logits.softmax(-1).tolist(), abs=2e-6)
             ids.append(digits[score])
+    rows = json.dumps([judgement.probabilities for judgement in graded])
+    assert max(map(len, re.findall(r"\d\.\d+", rows))) <= 8  # six decimals are kept
 
 
 def test_no_added_token_of_any_kind_reaches_the_judge_from_problem_or_candidate(tmp_path: Path) -> None:
@@ -213,12 +226,12 @@ def test_a_chat_judge_is_held_to_the_verdict_form(tmp_path: Path) -> None:
     assert together == [values(judge.score([item]))[0] for item in items]
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     digits = [tokenizer.convert_tokens_to_ids(digit) for digit in "0123"]
-    for item, scores in list(zip(items, together, strict=True))[:2]:
+    for item, judgement in list(zip(items, together, strict=True))[:2]:
         nonce = make_nonce(0, *item, Template.TEXT)
         text = tokenizer.apply_chat_template(
             render_text(*item, nonce), add_generation_prompt=True, tokenize=False
         )
-        for part, score in zip(verdict_parts(Template.TEXT, nonce), scores, strict=False):
+        for part, score in zip(verdict_parts(Template.TEXT, nonce), judgement.scores, strict=False):
             text += part
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert model(torch.tensor([ids])).logits[0, -1, digits].argmax().item() == score
@@ -466,4 +479,4 @@ def test_actors_that_cannot_start_are_named(ray_session: None, tmp_path: Path) -
         TimeoutError,
         match=r"greedy: waited 2 s for replica 1 of 1 to start with 0 GPU and 1000 CPU each; .* CPU free",
     ):
-        ScoringPool("greedy", Pool(1, 0, 1000), Runtime(start_timeout_seconds=2), *scripted(tmp_path))
+        ScoringPool("greedy", ServicePool(1, 0, 1000), Runtime(start_timeout_seconds=2), *scripted(tmp_path))

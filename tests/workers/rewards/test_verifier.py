@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import psutil
@@ -220,6 +221,28 @@ def test_shutdown_cancels_what_waits(others: set[psutil.Process]) -> None:
     handle = verifier.submit([("5", box(POISON))] * 50)
     verifier.shutdown()
     assert sum(future.cancelled() for future in handle) >= 47
+    assert_gone(others)
+
+
+def test_a_wait_says_what_for_and_ends_without_any_verdict(
+    others: set[psutil.Process], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What takes long is waited for as long as verdicts come; a verdict that never comes ends the wait."""
+    verifier = Verifier(processes=1, limit_seconds=1)
+    poison = verifier.submit([("5", box(POISON))] * 3)  # a second each, one after the other
+    results = verifier.collect(poison, say_seconds=0.2)
+    assert {result.cause for result in results} == {"timeout"}
+    lines = capsys.readouterr().err.splitlines()
+    assert any(
+        f"waiting for 3 of 3 verdicts, the first on '{POISON}'; 3 are open in all" in line for line in lines
+    )
+    never: Future[VerifierResult] = Future()
+    with pytest.raises(
+        TimeoutError, match=r"verifier: waiting for 1 of 4 verdicts; 0 are open in all, .* 1 s"
+    ):
+        verifier.collect([*poison, never], say_seconds=0.2, most_seconds=1)
+    assert len(capsys.readouterr().err.splitlines()) >= 3
+    verifier.shutdown()
     assert_gone(others)
 
 

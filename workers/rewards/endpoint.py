@@ -1,0 +1,217 @@
+"""A judge behind an OpenAI-compatible server: threads of the driver ask it, a candidate a request.
+
+The interface is that of a `ScoringPool`. The server's tokenizer is not known here, so nothing but
+`pns.algo.judging.neutralise` stands between a candidate and the server's control tokens, and a reply is free
+text: it counts where it is one verdict with the nonce, and nothing else but the model's reasoning before it.
+"""
+
+import os
+import queue
+import re
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
+from typing import Any
+
+import openai
+
+from pns.algo.judging import Judgement, Template, make_nonce, parse_verdict, render_text
+from pns.config import Endpoint
+from pns.errors import UserError
+from workers.rewards.service import Outcome, PoolFailedError, ServiceHandle, ServiceStats, describe_error
+
+Candidate = tuple[str, str]  # problem text, solution text
+_Task = tuple[Candidate, Future[Outcome[Judgement]], float]  # the last: monotonic seconds of its submission
+
+_SAY_SECONDS = 30.0  # of waiting without progress, before it is said what for
+_PROBE = ("What is 1+1?", "1+1=2, so the answer is 2.")  # what a model is asked when it is loaded
+# Failures in a row that end the run, for each thread, as all of them fail in the time of one; and their
+# weights: what is refused is refused again, and what hangs takes long; a server that limits a rate is alive.
+_MAX_FAILURES = 5
+_WEIGHTS = {"refused": 5, "timeout": 5, "rate_limit": 0}
+_REASONING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+
+
+class EndpointJudge:
+    """The judge that `load` names, at `endpoint.url`; `name` stands in messages.
+
+    A request without an answer within `deadline_seconds`, or with an error of the server, is repeated
+    `endpoint.retries` times; the pauses between grow, or are those that the server asks for.
+    """
+
+    def __init__(self, name: str, endpoint: Endpoint, seed: int, deadline_seconds: float) -> None:
+        self._name, self._endpoint, self._seed = name, endpoint, seed
+        key = os.environ.get(endpoint.key_variable, "")
+        # Not what the library reads from variables of its own: those may be meant for another server.
+        not_sent = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
+        self._headers: Any = dict.fromkeys(not_sent, openai.Omit())
+        self._client = openai.OpenAI(
+            base_url=endpoint.url,
+            api_key=key or "none",
+            timeout=deadline_seconds,
+            max_retries=endpoint.retries,
+        )
+        self._model = ""
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        # Everything below is under the lock.
+        self._lock = threading.Lock()
+        self._failed: Exception | None = None
+        self._failures_in_row = 0
+        self._last_failure = ""
+        self._num_submitted = self._num_begun = self._num_scored = 0
+        self._causes: Counter[str] = Counter()
+        self._latencies: deque[tuple[float, float]] = deque(maxlen=1000)  # (when, seconds)
+        self._cost = 0.0
+        for number in range(endpoint.concurrency):
+            # Daemons: a request that hangs does not keep the driver.
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
+
+    def load(self, model: str) -> None:
+        """Name the model, once it has answered one request. Raises UserError where it cannot be used."""
+        outcome, message = self._ask(model, *_PROBE)
+        if message:
+            raise UserError(f"{self._name}: {self._endpoint.url} does not serve {model}: {message}")
+        if outcome.cause:
+            said = f"{model} does not reply with a verdict alone"
+            print(f"{self._name}: {said}; what it says else is missing", file=sys.stderr, flush=True)
+        self._model = model
+
+    def resize(self, replicas: int) -> None:
+        """There is nothing to resize. Raises UserError."""
+        raise UserError(f"{self._name}: an endpoint has no replicas: set endpoint.concurrency")
+
+    def submit(self, items: Sequence[Candidate]) -> list[Future[Outcome[Judgement]]]:
+        """Begin grading, without waiting: the future outcome of every (problem text, solution text)."""
+        if not self._model:
+            raise RuntimeError(f"{self._name}: submit before load")
+        now = time.monotonic()
+        tasks: list[_Task] = [(item, Future(), now) for item in items]
+        with self._lock:
+            if self._failed:
+                raise self._failed
+            self._num_submitted += len(tasks)
+            for task in tasks:
+                self._tasks.put(task)
+        return [future for _, future, _ in tasks]
+
+    def collect(self, handle: ServiceHandle) -> list[Outcome[Judgement]]:
+        """Outcomes of one `submit`, in order. Missing: "unparsable", "rate_limit", "server_error", "timeout",
+        "connection", "refused", "bad_request" (such as too long for the model), "bad_reply" (no chat
+        completion). Says every 30 s what it waits for. Raises PoolFailedError."""
+        while late := wait_for_futures(handle, timeout=_SAY_SECONDS).not_done:
+            print(
+                f"{self._name}: waiting for {len(late)} of {len(handle)} scores of "
+                f"{self._endpoint.url}{self._last_failure}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return [future.result() for future in handle]
+
+    def score(self, items: Sequence[Candidate]) -> list[Outcome[Judgement]]:
+        """Submit and collect."""
+        return self.collect(self.submit(items))
+
+    def stats(self) -> ServiceStats:
+        """How it is doing; `replicas` is the number of requests at once, `cost` in the currency of the
+        prices."""
+        with self._lock:
+            now = time.monotonic()
+            seconds = sorted(seconds for _, seconds in self._latencies)
+            recent = [when for when, _ in self._latencies if now - when < 60]
+            span = max(now - recent[0], 1e-3) if recent else 1.0
+            return ServiceStats(
+                replicas=self._endpoint.concurrency,
+                wanted=self._endpoint.concurrency,
+                queued=self._num_submitted - self._num_begun,
+                in_flight=self._num_begun - self._num_scored,
+                scored=self._num_scored,
+                items_per_second=len(recent) / span,
+                seconds_p50=seconds[len(seconds) // 2] if seconds else 0.0,
+                seconds_p95=seconds[int(0.95 * (len(seconds) - 1))] if seconds else 0.0,
+                restarts=0,
+                failures=dict(self._causes),
+                cost=self._cost,
+            )
+
+    def shutdown(self) -> None:
+        """Ask nothing more; what is under way is lost."""
+        with self._lock:
+            self._failed = self._failed or RuntimeError(f"{self._name}: the judge was shut down")
+            for _ in range(self._endpoint.concurrency):
+                self._tasks.put(None)
+        self._client.close()
+
+    # The threads.
+
+    def _work(self) -> None:
+        while task := self._tasks.get():
+            (problem, solution), future, submitted = task
+            with self._lock:
+                failed = self._failed
+                self._num_begun += not failed
+            if not failed:
+                outcome, message = self._ask(self._model, problem, solution)
+                with self._lock:
+                    self._settle(outcome, message, submitted)
+                    failed = self._failed
+            if failed:
+                future.set_exception(failed)
+            else:
+                future.set_result(outcome)
+
+    def _ask(self, model: str, problem: str, solution: str) -> tuple[Outcome[Judgement], str]:
+        """What became of one candidate; and where the request failed, with what."""
+        nonce = make_nonce(self._seed, problem, solution, Template.TEXT)
+        messages: Any = render_text(problem, solution, nonce)
+        try:
+            completion = self._client.chat.completions.create(
+                model=model,
+                messages=messages,
+                temperature=0.0,
+                max_tokens=self._endpoint.max_tokens,
+                extra_headers=self._headers,
+            )
+            reply, usage = completion.choices[0].message.content or "", completion.usage
+        except Exception as error:  # also whatever a reply that is no completion makes of the library
+            return Outcome(None, _cause(error)), describe_error(error)
+        if usage:
+            price_in, price_out = self._endpoint.price_in, self._endpoint.price_out
+            cost = (usage.prompt_tokens * price_in + usage.completion_tokens * price_out) / 1e6
+            with self._lock:
+                self._cost += cost
+        scores = parse_verdict(_REASONING.sub("", reply, count=1), Template.TEXT, nonce)
+        return (Outcome(Judgement(scores)) if scores else Outcome(None, "unparsable")), ""
+
+    def _settle(self, outcome: Outcome[Judgement], message: str, submitted: float) -> None:
+        now = time.monotonic()
+        self._num_scored += 1
+        self._latencies.append((now, now - submitted))
+        if outcome.cause:
+            self._causes[outcome.cause] += 1
+        if not message:
+            self._failures_in_row, self._last_failure = 0, ""
+            return
+        self._failures_in_row += _WEIGHTS.get(str(outcome.cause), 1)
+        self._last_failure = f": {message}"
+        if self._failures_in_row >= _MAX_FAILURES * max(2, self._endpoint.concurrency):
+            self._failed = self._failed or PoolFailedError(
+                f"{self._name}: {self._endpoint.url} fails again and again, without an answer between "
+                f"({message}): look at the server, its key and its limits, then start the run again: it goes "
+                "on from here"
+            )
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, openai.APITimeoutError):  # before its base class
+        return "timeout"
+    if isinstance(error, openai.APIConnectionError):
+        return "connection"
+    if not isinstance(error, openai.APIStatusError):
+        return "bad_reply"
+    by_status = {401: "refused", 403: "refused", 404: "refused", 408: "timeout", 429: "rate_limit"}
+    other = "bad_request" if error.status_code < 500 else "server_error"
+    return by_status.get(error.status_code, other)
