@@ -11,10 +11,12 @@ from pathlib import Path
 
 from pns.config import Config, DataSource, GeneratorStart, GrpoConfig, Layout, TermKind, external_pairs
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, decoding
+from pns.errors import UserError, did_you_mean
 from pns.planning.assumptions import Assumptions
 from pns.preference_losses import PREFERENCE_LOSSES
 from pns.tiny.world import SUITES
 
+SOURCES = ("pns", "rs", "mixed")  # as `pns.stages.negatives` has them
 # Models of a run by their name in a plan; others are the reward terms of their own models.
 BACKBONE, GENERATOR, REWARD_MODEL = "backbone", "generator", "reward model"
 
@@ -131,7 +133,10 @@ def work_of(config: Config) -> dict[str, StageWork]:
 
 def negatives_of(config: Config, source: str, problems: int, part: str = "") -> dict[str, StageWork]:
     """The stages of a source of `pns.stages.negatives.SOURCES`; those of a part of a mixture have its name.
-    One that is not known here has none."""
+    Raises UserError for another source."""
+    if source not in SOURCES:
+        hint = did_you_mean(source, SOURCES) or f"; there are {', '.join(SOURCES)}"
+        raise UserError(f"negatives: {source!r} is no source of negatives that a plan knows{hint}")
     if source == "mixed":
         return mixture_of(config, problems) | {"synthesize": StageWork((), [])}
     terms = scoring_terms(config) if source == "pns" else ()
