@@ -55,9 +55,7 @@ def cache_faults(plan: Plan) -> Iterator[str]:
             gib = math.ceil(10 * cache.bytes_per_token * longest / 2**30) / 10
             yield f"rollout: the cache holds no {longest} tokens: set rollout.kv_cache_gib={gib:g}"
             continue
-        budget = settings.memory_fraction * min(
-            gpu.kind.memory_gb for node in plan.nodes for gpu in node.gpus
-        )
+        budget = settings.memory_fraction * plan.rollout_gpu_gb
         weights = 2 * found.shape.parameters / memory.GB
         more = [n for n in (2, 4, 8) if n > tensor_parallel(b) and weights / n < 0.8 * budget]
         way_out = f"set {b.key}.gpus={more[0]}" if more else "take GPUs with more memory"
@@ -225,7 +223,7 @@ def remarks(plan: Plan) -> list[str]:
     kinds = {gpu.kind.name for node in plan.nodes for gpu in node.gpus}
     if len(kinds) > 1:
         said.append("Ray does not look at GPU memory: with several kinds of GPU it may choose the smaller")
-    if plan.times and plan.gpu:
+    if plan.times and plan.cluster:
         said.append(
             "times are estimates from published peaks (--assumptions), without start-up and compiling; every "
             "completion is taken to be scored"

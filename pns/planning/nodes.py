@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pns.planning.hardware import ClusterFile, GpuKind, NodeType, gpu_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class Process:
     """One process of a role; `gpu_gb` is of each of its GPUs."""
 
@@ -104,6 +104,12 @@ def _order(process: Process, node: Node, gpus: Sequence[Gpu]) -> tuple[bool, boo
     fits = all(_fits(gpu, process) for gpu in gpus)
     with_own_kind = any(other.role == process.role for other in node.processes)
     return not fits, not with_own_kind
+
+
+def kinds_of(nodes: Sequence[Node], role: str) -> list[GpuKind]:
+    """Of the GPUs that hold processes of a role, the one with least memory first."""
+    gpus = [gpu for node in nodes for gpu in node.gpus if any(own.role == role for own in gpu.residents)]
+    return sorted({gpu.kind for gpu in gpus}, key=lambda kind: kind.memory_gb)
 
 
 def homes(nodes: Sequence[Node], role: str) -> set[str]:

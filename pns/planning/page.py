@@ -144,7 +144,7 @@ def time_table(plan: Plan) -> Table:
     table.add_column("stage")
     for name in ("times", "sampled", "scored", "trained"):
         table.add_column(name, justify="right")
-    timed = plan.gpu is not None
+    timed = plan.cluster is not None
     if timed:
         table.add_column("seconds", justify="right")
         table.add_column("of which")
@@ -182,7 +182,7 @@ def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
 
 def cost_lines(plan: Plan, price: float) -> list[str]:
     """Hours, GPU hours (all GPUs are held until the run ends) and price of each stage and of the run."""
-    if plan.gpu is None:
+    if plan.cluster is None:
         return ["times are told for GPUs alone"]
     lines, hours = [], 0.0
     for stage, own, bound in stage_costs(plan):
@@ -210,7 +210,7 @@ def assumption_table(assumed: Assumptions) -> Table:
 
 def as_json(plan: Plan, price: float) -> dict[str, Any]:
     """All figures, in GB, seconds and GPU hours."""
-    hours = stage_costs(plan) if plan.gpu else []
+    hours = stage_costs(plan) if plan.cluster else []
     return {
         "device": plan.device,
         "models": {name: asdict(found) if found else None for name, found in plan.models.items()},

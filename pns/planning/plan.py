@@ -14,7 +14,7 @@ from pns.planning import memory, speed, work
 from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import ClusterFile, GpuKind
 from pns.planning.memory import GB, Cache, Parts, Training, total
-from pns.planning.nodes import Node, Process, homes, nodes_of, place
+from pns.planning.nodes import Node, Process, homes, kinds_of, nodes_of, place
 from pns.planning.shapes import KnownModel, find_model
 from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.placement import Bundles, bundles
@@ -74,6 +74,7 @@ class Plan:
     stages: dict[str, StageWork]
     placed: list[Bundles]
     memory: list[RoleMemory] = field(default_factory=list)
+    rollout_gpu_gb: float = 0.0  # of the GPUs that rollout is on
     caches: dict[str, Cache] = field(default_factory=dict)
     training: dict[str, Training] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
@@ -84,10 +85,9 @@ class Plan:
     disk: Parts = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def gpu(self) -> GpuKind | None:
-        """The GPU that speeds are told for: the first with processes."""
-        return next((node.gpus[0].kind for node in self.nodes if node.gpus), None)
+    def gpu_of(self, role: str) -> GpuKind | None:
+        """The GPU that a role's speed is told for: the slowest that it is on; None on a CPU."""
+        return min(kinds_of(self.nodes, role), key=lambda kind: kind.tflops, default=None)
 
     @property
     def num_gpus(self) -> float:
@@ -146,13 +146,18 @@ def make_plan(
     for name in dict.fromkeys(names[model] for model, found in plan.models.items() if found is None):
         way_out = "give a directory with its config.json, or download it"
         plan.notes.append(f"{name}: its shape is not known here ({way_out}): what depends on it is left out")
-    add_memory(plan, assumed)
+    add_memory(plan, vllm_gpu_gb(plan, assumed), assumed)
     processes = [
         Process(b.role, rank, b.amounts["GPU"], b.amounts["CPU"], plan.peak(b.role))
         for b in placed
         for rank in range(b.replicas)
     ]
     plan.unplaced = place(processes, plan.nodes) if cluster else []
+    if hosts := kinds_of(plan.nodes, "rollout"):  # vLLM takes its share of the GPUs that it is on
+        plan.memory.clear()
+        add_memory(plan, hosts[0].memory_gb, assumed)
+        for process in processes:
+            process.gpu_gb = plan.peak(process.role)
     add_host(plan, assumed)
     add_times(plan, assumed)
     add_disk(plan, assumed)
@@ -162,8 +167,22 @@ def make_plan(
 # Memory
 
 
-def add_memory(plan: Plan, assumed: Assumptions) -> None:
-    """Of every role in every stage, stages with the same parts together."""
+def vllm_gpu_gb(plan: Plan, assumed: Assumptions) -> float:
+    """GB of the smallest kind of GPU whose share holds a replica and one sequence, or of the largest: what is
+    planned for before it is known where the replicas are."""
+    longest = plan.lengths.max_prompt + plan.lengths.max_completion
+    kinds = sorted({gpu.kind.memory_gb for node in plan.nodes for gpu in node.gpus})
+    shapes = [found for model in sampling_stages(plan) if (found := plan.models[model]) is not None]
+    for gb in kinds:
+        caches = [rollout_memory(plan, found, gb, assumed)[1] for found in shapes]
+        if all(cache.sequences(longest) for cache in caches):
+            return gb
+    return kinds[-1] if kinds else 0.0
+
+
+def add_memory(plan: Plan, gpu_gb: float, assumed: Assumptions) -> None:
+    """Of every role in every stage, stages with the same parts together; `gpu_gb` is of rollout's GPUs."""
+    plan.rollout_gpu_gb = gpu_gb
     for stage, own in plan.stages.items():
         for phase in own.phases:
             if phase.updates is not None and (training := training_of(plan, phase.updates)):
@@ -173,7 +192,7 @@ def add_memory(plan: Plan, assumed: Assumptions) -> None:
     for model, stages in sampling_stages(plan).items():
         found = plan.models.get(model)
         if found is not None:
-            parts, cache = rollout_memory(plan, found, assumed)
+            parts, cache = rollout_memory(plan, found, gpu_gb, assumed)
             plan.caches[model] = cache
             longest = plan.lengths.max_prompt + plan.lengths.max_completion
             note = f"cache: {cache.sequences(longest)} sequences of {longest} tokens at once"
@@ -228,7 +247,7 @@ def training_of(plan: Plan, updates: Updates) -> Training | None:
     )
 
 
-def rollout_memory(plan: Plan, found: KnownModel, assumed: Assumptions) -> tuple[Parts, Cache]:
+def rollout_memory(plan: Plan, found: KnownModel, gpu_gb: float, assumed: Assumptions) -> tuple[Parts, Cache]:
     settings, b = plan.config.rollout, plan.bundle("rollout")
     assert b is not None  # a stage samples
     if settings.engine is EngineKind.transformers:
@@ -236,8 +255,6 @@ def rollout_memory(plan: Plan, found: KnownModel, assumed: Assumptions) -> tuple
         return memory.transformers_memory(found.shape, settings.max_batch, tokens, plan.device, assumed)
     if plan.device == "cpu":
         return memory.vllm_cpu_memory(found.shape, settings.max_batch, settings.kv_cache_gib)
-    # vLLM takes its share of what the GPU has: told for the smallest, as nothing says where it will be.
-    gpu_gb = min(gpu.kind.memory_gb for node in plan.nodes for gpu in node.gpus)
     return memory.vllm_memory(
         found.shape, tensor_parallel(b), settings.max_batch, settings.memory_fraction, gpu_gb, assumed
     )
@@ -316,7 +333,7 @@ def time_of(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> Stage
         sampled = round(phase.sampling.completions * mean_completion(plan, phase))
     if phase.updates is not None:
         held = work.held_tokens(phase.updates, lengths, plan.config.policy.layout)
-    parts = seconds_by_part(plan, stage, phase, assumed) if plan.gpu else None
+    parts = seconds_by_part(plan, phase, assumed) if plan.device == "cuda" else None
     return StageTime(stage, phase.name, phase.times, sampled, held, sum(phase.scored.values()), parts)
 
 
@@ -326,22 +343,29 @@ def mean_completion(plan: Plan, phase: Phase) -> float:
     return plan.lengths.completion * phase.sampling.max_new_tokens / plan.lengths.max_completion
 
 
-def seconds_by_part(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> dict[str, float] | None:
-    """None where a model of the phase has no known shape."""
+def seconds_by_part(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float] | None:
+    """None where a model of the phase has no known shape, or a role of it no place."""
     needed = [phase.sampling.model] if phase.sampling else []
     needed += [phase.updates.model] if phase.updates else []
     needed += [term for term in phase.scored if term in plan.models]
     if any(plan.models[model] is None for model in needed):
         return None
+    roles = [
+        ("rollout", phase.sampling),
+        ("policy", phase.updates),
+        *((term, plan.bundle(term)) for term in phase.scored),
+    ]
+    if any(plan.gpu_of(role) is None for role, is_used in roles if is_used is not None):
+        return None
     return (
         sampling_seconds(plan, phase, assumed)
         | term_seconds(plan, phase, assumed)
-        | policy_seconds(plan, stage, phase, assumed)
+        | policy_seconds(plan, phase, assumed)
     )
 
 
 def sampling_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
-    sampling, b, gpu = phase.sampling, plan.bundle("rollout"), plan.gpu
+    sampling, b, gpu = phase.sampling, plan.bundle("rollout"), plan.gpu_of("rollout")
     if sampling is None or b is None or gpu is None or not sampling.completions:
         return {}
     found = plan.models[sampling.model]
@@ -360,16 +384,17 @@ def term_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, fl
     parts = {}
     for name, completions in phase.scored.items():
         b, found, term = plan.bundle(name), plan.models.get(name), plan.config.reward.terms[name]
-        if b is not None and found is not None and plan.gpu is not None:
+        gpu = plan.gpu_of(name)
+        if b is not None and found is not None and gpu is not None:
             judges = term.kind is TermKind.judge
             parts[name] = speed.scoring_seconds(
-                found.shape, judges, completions, plan.lengths, b.replicas, plan.gpu, assumed
+                found.shape, judges, completions, plan.lengths, b.replicas, gpu, assumed
             )
     return parts
 
 
-def policy_seconds(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> dict[str, float]:
-    updates, b, gpu = phase.updates, plan.bundle("policy"), plan.gpu
+def policy_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
+    updates, b, gpu = phase.updates, plan.bundle("policy"), plan.gpu_of("policy")
     if updates is None or b is None or gpu is None:
         return {}
     found = plan.models[updates.model]

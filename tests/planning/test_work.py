@@ -8,10 +8,12 @@ import pytest
 
 from pns import driver
 from pns.config import Layout
+from pns.errors import UserError
 from pns.planning import work
 from pns.planning.assumptions import Assumptions
 from pns.planning.work import Lengths, Phase, Sampling, Updates
 from pns.recipe import load
+from pns.stages.negatives import SOURCES
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny-qwen2.yaml"
 
@@ -101,3 +103,11 @@ def test_shared_prompts_are_held_once() -> None:
     lengths, updates = Lengths(100, 50, 200, 100), Updates("backbone", rows=8, prompts=2)
     assert work.held_tokens(updates, lengths, Layout.shared) == 8 * 50 + 2 * 100
     assert work.held_tokens(updates, lengths, Layout.packed) == 8 * 150
+
+
+def test_an_unknown_source_of_negatives_is_said() -> None:
+    with pytest.raises(
+        UserError, match="'pnss' is no source of negatives that a plan knows; did you mean pns"
+    ):
+        work.work_of(load(RECIPE, ["negatives=pnss"]))
+    assert set(work.SOURCES) == set(SOURCES)
