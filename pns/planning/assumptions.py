@@ -75,8 +75,12 @@ class Assumptions:
     cpu_process_gb: float = _assumed(
         0.8, "host memory of a process without, models apart", "measured: the tiny run, 7.6 GiB", at_least(0)
     )
+    driver_gb: float = _assumed(
+        4.0, "host memory of the driver with a step's rollouts, and of Ray's own", "estimated", at_least(0)
+    )
+    verifier_gb: float = _assumed(0.1, "of each verifier process", "estimated: forks of one", at_least(0))
     cpu_heap: float = _assumed(
-        0.3,
+        0.4,
         "of a policy process's memory on a CPU: freed, kept by the allocator",
         "measured: tests/bench/policy_memory.py",
         at_least(0),

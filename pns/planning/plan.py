@@ -296,6 +296,9 @@ def host_memory(plan: Plan, node: Node, moment: str, assumed: Assumptions) -> Pa
         elif moment == "load" and (found := plan.models.get(process.role)):
             own["weights on their way"] = 2 * found.shape.parameters / GB
         parts[process.role] = parts.get(process.role, 0.0) + total(own)
+    if node is plan.nodes[0]:  # wherever the driver is started
+        verifiers = plan.config.placement.verifier_processes
+        parts["driver"] = assumed.driver_gb + verifiers * assumed.verifier_gb
     here = any(p.role == "rollout" or (p.role == "policy" and p.rank == 0) for p in node.processes)
     if moment == "sync" and shape is not None and here:
         parts["object store (two versions)"] = memory.object_store_gb(shape)

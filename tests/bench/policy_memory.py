@@ -12,7 +12,8 @@ Each case runs twice. `held`: with an allocator that gives every large block bac
 is as large as what it holds; beside `pns.planning.memory.training_memory`. `process`: with the settings of our
 policy processes, which keep what is freed; beside that and `assumptions.cpu_heap`.
 
-The last line printed is one JSON object; the script fails where a prediction misses by more than `--tolerance`.
+The last line printed is one JSON object; the script fails where a prediction of what is held misses by more than
+`--tolerance`.
 """
 
 from __future__ import annotations
@@ -116,12 +117,13 @@ def train(rank: Rank, case: Case, model: Path) -> None:
     spec = ModelSpec(str(model), "language_model", settings, config.Optimizer(), 2, 0, runtime)
     rank.load(spec)
     noise = np.random.default_rng(0)
-    num_rows = 2 * case.ranks * case.tokens // ROW_TOKENS  # two micro-batches a rank
+    ranks = int(os.environ["WORLD_SIZE"])  # of the small model, too
+    num_rows = 2 * ranks * case.tokens // ROW_TOKENS  # two micro-batches a rank
     rows = [noise.integers(0, case.vocabulary, ROW_TOKENS).tolist() for _ in range(num_rows)]
     completions = [row[PROMPT_TOKENS:] for row in rows]
     ones = [np.ones(len(completion), np.float32) for completion in completions]
     batch = Batch([row[:PROMPT_TOKENS] for row in rows], completions, {"mask": ones})
-    planned = plan(batch, 1, case.ranks, case.tokens, layout)[int(os.environ["RANK"])]
+    planned = plan(batch, 1, ranks, case.tokens, layout)[int(os.environ["RANK"])]
     assert len(planned) == 2
     parts = [micro_batch(batch, families, layout) for families in planned]
     constants = {
@@ -213,7 +215,7 @@ def main() -> None:
         print(json.dumps(measured), flush=True)
         return
     results: dict[str, dict[str, object]] = {}
-    worst = 0.0
+    misses: dict[str, list[float]] = {"held": [], "process": []}
     for name in arguments.cases:
         case = CASES[name]
         of_runs, parts = predicted(case)
@@ -225,11 +227,12 @@ def main() -> None:
                 f"{name:24} {run:8} measured {measured:.3f} GB, predicted {gb:.3f}: {ratio:.2f}", flush=True
             )
             results[name][run] = {"measured_gb": round(measured, 4), "predicted_gb": round(gb, 4)}
-            worst = max(worst, abs(ratio - 1))
+            misses[run].append(abs(ratio - 1))
     versions = {name: version(name) for name in ("torch", "transformers", "verl")}
-    print(json.dumps({"worst_miss": round(worst, 3), "cases": results, "versions": versions}))
-    if worst > arguments.tolerance:
-        sys.exit(f"a prediction misses by {worst:.0%}, more than {arguments.tolerance:.0%}")
+    worst = {run: round(max(of_run), 3) for run, of_run in misses.items()}
+    print(json.dumps({"worst_miss": worst, "cases": results, "versions": versions}))
+    if worst["held"] > arguments.tolerance:
+        sys.exit(f"a prediction misses by {worst['held']:.0%}, more than {arguments.tolerance:.0%}")
 
 
 if __name__ == "__main__":

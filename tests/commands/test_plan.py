@@ -174,7 +174,7 @@ def test_host_memory_is_checked_where_it_is_known(
 ) -> None:
     file = cluster(tmp_path, memory_gb=150)
     faults = planned(capsys, *seven, "--cluster", str(file), code=2)["faults"]
-    assert any("box-1: 176 GB of host memory" in fault for fault in faults)
+    assert any("box-1: 182 GB of host memory" in fault for fault in faults)
     assert any("do not fit Ray's store of 45 GB" in fault for fault in faults)
     # Without a file nothing is said of machines that nobody described.
     assert planned(capsys, *seven)["faults"] == []
@@ -220,6 +220,19 @@ def test_gpus_that_are_described_instead_of_named_and_prices(
 ) -> None:
     node = {"gpu": "", "gpu_memory_gb": 96, "bandwidth_gb_s": 4000, "tflops": 900, "price": 2}
     made = planned(capsys, *seven, "--cluster", str(cluster(tmp_path, **node)))
+    assert made["costs"][0]["price"] == pytest.approx(2 * made["costs"][0]["gpu_hours"])
+
+
+def test_a_replica_takes_its_share_of_the_gpu_that_it_is_on(
+    seven: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight H100 hold the policy, eight L40S the rest: 0.85 x 48 GB of weights and cache, and 2.8 beside."""
+    file = tmp_path / "cluster.yaml"
+    nodes = {"train": {"gpus": 8, "gpu": "H100", "price": 3}, "small": {"gpus": 8, "gpu": "L40S", "price": 1}}
+    file.write_text(json.dumps({"nodes": nodes}))
+    made = planned(capsys, *seven, "--cluster", str(file))
+    [rollout] = [own for own in made["memory_gb"] if own["role"] == "rollout"]
+    assert rollout["gb"] == pytest.approx(0.85 * 48 + 2.8, abs=0.1)
     assert made["costs"][0]["price"] == pytest.approx(2 * made["costs"][0]["gpu_hours"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pns.planning.hardware import ClusterFile, NodeType
-from pns.planning.nodes import Node, Process, homes, nodes_of, place
+from pns.planning.nodes import Node, Process, homes, kinds_of, nodes_of, place
 
 
 def machines(count: int, gpus: int = 8, cpus: int = 0, kind: str = "H100") -> list[Node]:
@@ -46,3 +46,4 @@ def test_memory_decides_between_kinds() -> None:
     nodes = nodes_of(ClusterFile({"small": small, "large": large}))
     assert place(processes("judge", 1, 1, gb=70), nodes) == []
     assert homes(nodes, "judge") == {"large"}
+    assert [kind.name for kind in kinds_of(nodes, "judge")] == ["H200"]
