@@ -54,6 +54,8 @@ def cluster_of(config: Config, options: PlanOptions) -> ClusterFile | None:
     device = config.placement.device
     if options.gpu:
         named_gpu(options.gpu, "--gpu")
+    if device is Device.cpu and (options.gpu or cluster is not None):
+        raise UserError("placement.device is cpu, and --gpu and --cluster plan for GPUs: set it to cuda")
     if device is Device.cpu or (device is Device.auto and not offers_gpus(cluster, options.gpu)):
         return None
     if cluster is not None:

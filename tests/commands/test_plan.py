@@ -180,6 +180,24 @@ def test_host_memory_is_checked_where_it_is_known(
     assert planned(capsys, *seven)["faults"] == []
 
 
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--gpu", "H20"], "--gpu: 'H20' is no known GPU; did you mean H200?"),
+        (["--gpu", "H100", "--cluster", "CLUSTER"], "both say which GPUs there are"),
+        (["placement.device=cpu", "--gpu", "H100"], "placement.device is cpu"),
+        (["--cluster", "missing.yaml"], "--cluster missing.yaml: no such file"),
+        (["negatives=pnss"], "did you mean pns"),
+    ],
+)
+def test_wrong_use_is_said(
+    seven: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], fault: str
+) -> None:
+    file = str(cluster(tmp_path))
+    assert cli.main(["plan", *seven, *(file if word == "CLUSTER" else word for word in words)]) == 2
+    assert fault in capsys.readouterr().err
+
+
 def test_without_a_cluster_file_the_exit_code_is_0(
     seven: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
