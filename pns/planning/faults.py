@@ -228,6 +228,12 @@ def remarks(plan: Plan) -> list[str]:
             "times are estimates from published peaks (--assumptions), without start-up and compiling; every "
             "completion is taken to be scored"
         )
+    for name, own in (("rl", plan.config.rl), ("reverse_rl", plan.config.reverse_rl)):
+        if own.dynamic_sampling and plan.times:
+            said.append(f"{name}.dynamic_sampling may draw {own.dynamic_sampling} times more: not counted")
+    growing = [b.role for b in plan.placed if b.most > b.replicas]
+    if growing:
+        said.append(f"{', '.join(growing)}: placed and timed with the replicas at the start")
     if plan.config.policy.lora.rank and REWARD_MODEL in plan.models:
         said.append("reward models are trained in full, without the adapter")
     return said
