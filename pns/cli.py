@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from pns.commands.config import print_config
+<<<<<<< HEAD
 from pns.commands.recipes import find_recipe, print_recipes
+=======
+from pns.commands.plan import PlanOptions, plan_recipe
+>>>>>>> plan
 from pns.commands.rescore import RESCORED_STAGES, rescore_run
-from pns.commands.run import collect_garbage, list_runs, plan_recipe, report_run, run_recipe
+from pns.commands.run import collect_garbage, list_runs, report_run, run_recipe
 from pns.commands.services import scale, show_status
 from pns.commands.tiny import make_tiny
 from pns.commands.verify import verify_file
 from pns.config import STAGES
 from pns.errors import UserError, did_you_mean
+from pns.planning.hardware import GPU_KINDS
 from pns.preflight import check_model
 from pns.recipe import load
 
@@ -24,8 +29,8 @@ Commands = Any  # argparse's collection of subparsers, which has no public name
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 on success, 2 for wrong use with one line on stderr, 130 after Ctrl-C; other errors keep
-    their traceback."""
+    """Exit code 0 on success, 2 for wrong use with one line on stderr or for a plan that does not fit, 130
+    after Ctrl-C; other errors keep their traceback."""
     parser = build_parser()
     # Not `parse_args`: it takes positional words in one run, and calls overrides after an option unknown.
     options, rest = parser.parse_known_args(arguments)
@@ -36,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:  # overrides that stand after an option
         options.overrides += rest
     try:
-        options.handler(options)
+        exit_code = options.handler(options)
     except UserError as error:  # all else keeps its traceback: it is ours to mend
         print(f"pns: {error}", file=sys.stderr)
         return 2
@@ -47,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         # `pns config | head`: the reader has what it wanted. Python flushes stdout once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return exit_code or 0
 
 
 def build_parser() -> ArgumentParser:
@@ -68,7 +74,7 @@ def build_parser() -> ArgumentParser:
 
 
 def add_command(
-    commands: Commands, name: str, meaning: str, handler: Callable[[Namespace], object]
+    commands: Commands, name: str, meaning: str, handler: Callable[[Namespace], int | None]
 ) -> ArgumentParser:
     parser = commands.add_parser(name, help=meaning)
     parser.set_defaults(handler=handler)
@@ -99,6 +105,7 @@ def add_recipe_commands(commands: Commands) -> None:
         recipe = find_recipe(options.recipe)
         run_recipe(recipe, options.overrides, options.first, options.last, options.over)
 
+<<<<<<< HEAD
     def plan(options: Namespace) -> None:
         plan_recipe(find_recipe(options.recipe), options.overrides, options.over)
 
@@ -106,6 +113,14 @@ def add_recipe_commands(commands: Commands) -> None:
     plan_help = "check a recipe and show its stages and placement; start nothing"
     for parser in (runs, add_command(commands, "plan", plan_help, plan)):
         parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
+=======
+    runs = add_command(commands, "run", "make what is missing of a recipe's run, or go on with it", run)
+    plan_help = "what a run takes: roles, memory, time, cost, and what does not fit; starts nothing"
+    plans = add_command(commands, "plan", plan_help, handle_plan)
+    add_plan_options(plans)
+    for parser in (runs, plans):
+        parser.add_argument("recipe", type=Path, help="a YAML file, e.g. recipes/tiny-qwen2.yaml")
+>>>>>>> plan
         add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
         add_over(parser)
     first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
@@ -143,6 +158,37 @@ def add_init(commands: Commands) -> None:
     suite_help = "problems to score models on; may be repeated (none: two benchmarks by their names)"
     parser.add_argument("--suite", action="append", default=[], metavar="NAME=FILE", help=suite_help)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default NAME.yaml; never replaced")
+
+
+def add_plan_options(parser: ArgumentParser) -> None:
+    cluster_help = (
+        "YAML with nodes.NAME: count, gpus, gpu, cpus, memory_gb, ...; exit code 2 if it is too small"
+    )
+    parser.add_argument("--cluster", type=Path, metavar="FILE", help=cluster_help)
+    gpu_help = f"plan for GPUs of this kind, in machines of eight: {', '.join(GPU_KINDS)}"
+    parser.add_argument("--gpu", default="", metavar="KIND", help=gpu_help)
+    parser.add_argument("--price", type=float, default=0.0, metavar="PRICE", help="of one GPU for an hour")
+    prompt_help = "mean prompt, tokens (see --assumptions)"
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help=prompt_help)
+    completion_help = "mean completion, tokens"
+    parser.add_argument("--completion-tokens", type=int, metavar="N", help=completion_help)
+    parser.add_argument("--json", action="store_true", help="all figures as JSON")
+    parser.add_argument(
+        "--assumptions", action="store_true", help="print what is taken for granted, with its source"
+    )
+
+
+def handle_plan(options: Namespace) -> int:
+    own = PlanOptions(
+        cluster=options.cluster,
+        gpu=options.gpu,
+        price=options.price,
+        prompt_tokens=options.prompt_tokens,
+        completion_tokens=options.completion_tokens,
+        as_json=options.json,
+        assumptions=options.assumptions,
+    )
+    return plan_recipe(options.recipe, options.overrides, own)
 
 
 def add_run_commands(commands: Commands) -> None:

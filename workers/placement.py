@@ -158,17 +158,3 @@ def local_resources(config: Config, roles: Collection[str], device: str) -> dict
     del offered["GPU"]
     arguments = {"num_cpus": num_cpus, "resources": dict(offered), "labels": labels}
     return arguments if device == "cuda" else arguments | {"num_gpus": 0}
-
-
-def placement_table(config: Config, roles: Collection[str], device: str) -> str:
-    """The placement as text, a role a line, for `pns plan`; "auto" shows what is asked for on GPUs."""
-    needed = totals(config, roles, device)
-    lines = [f"{'role':<14}{'replicas':>9}{'GPUs each':>11}{'CPUs each':>11}   device: {device}"]
-    for b in bundles(config, roles, device):
-        custom = "".join(f"  {value:g} {unit}" for unit, value in b.amounts.items() if unit not in _COUNTED)
-        replicas = f"{b.replicas}-{b.most}" if b.most > b.replicas else str(b.replicas)
-        lines.append(f"{b.role:<14}{replicas:>9}{b.amounts['GPU']:>11g}{b.amounts['CPU']:>11g}{custom}")
-    total = f"total: {needed['GPU']:g} GPUs, {needed['CPU']:g} CPUs"
-    if "verifier" in roles:
-        total += f"; {config.placement.verifier_processes} verifier processes"
-    return "\n".join([*lines, total])

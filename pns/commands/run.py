@@ -1,4 +1,4 @@
-"""`pns run`, `plan`, `report`, `runs` and `gc`: a recipe's run, and what runs keep."""
+"""`pns run`, `report`, `runs` and `gc`: a recipe's run, and what runs keep."""
 
 import time
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ def run_recipe(
     driver.run(config, first, last)
 
 
+<<<<<<< HEAD
 def plan_recipe(recipe: Path, overrides: Sequence[str], over: Sequence[Path] = ()) -> None:
     """Print the stages of the recipe's run with the roles they use, and the placement of all roles."""
     config = load(recipe, list(overrides), over=over)
@@ -41,6 +42,8 @@ def plan_recipe(recipe: Path, overrides: Sequence[str], over: Sequence[Path] = (
     print(placement_table(config, list(roles), config.placement.device.value))
 
 
+=======
+>>>>>>> plan
 def check_stages(config: Config, first: str | None, last: str | None) -> None:
     """Raises UserError for --from and --until that do not fit the run."""
     if first and last and STAGES.index(first) > STAGES.index(last):

@@ -1,4 +1,4 @@
-"""`pns plan`, `runs` and `gc`: what a run would be, what runs keep, and what may go."""
+"""`pns runs` and `gc`: what runs keep, and what may go."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from pns.run.page import RunPage
 from pns.run.place import Place
 from pns.run.stage import Artefact, Step, stage
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes/tiny-qwen2.yaml"
 DAY = 86400
 
 
@@ -158,30 +156,6 @@ def test_an_output_that_was_removed_by_hand_is_left_out(
     (runs / "stages" / "pair-1").rename(runs.parent / "elsewhere")
     assert cli.main(["runs", "--runs", str(runs)]) == 0
     assert "pair-1" not in capsys.readouterr().out
-
-
-def test_plan_shows_steps_with_their_roles_and_starts_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["plan", str(RECIPE), f"runs={tmp_path / 'runs'}"]) == 0
-    shown = capsys.readouterr().out
-    roles = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith("  ")}
-    assert list(roles) == ["rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate"]
-    assert roles["reverse_rl"] == ["rollout,", "verifier,", "policy,", "plausibility,", "coherence"]
-    assert roles["preference"] == ["policy"]
-    assert "total: " in shown
-    assert not (tmp_path / "runs").exists()
-
-
-def test_plan_places_only_the_roles_that_are_used(capsys: pytest.CaptureFixture[str]) -> None:
-    def placed(*overrides: str) -> list[str]:
-        assert cli.main(["plan", str(RECIPE), *overrides]) == 0
-        table = capsys.readouterr().out.partition("replicas")[2].splitlines()
-        return [line.split()[0] for line in table[1:] if not line.startswith("total")]
-
-    assert placed() == ["rollout", "policy", "plausibility", "coherence"]
-    assert placed("reward.terms.coherence.weight=0") == ["rollout", "policy", "plausibility"]
-    assert placed("negatives=rs") == ["rollout", "policy", "plausibility"]
 
 
 def test_sizes_and_ages_are_readable() -> None:

@@ -23,7 +23,6 @@ from workers.placement import (
     check_labels,
     check_placement,
     local_resources,
-    placement_table,
     resolve_device,
     totals,
     used_roles,
@@ -182,19 +181,3 @@ def test_custom_resources_and_labels_are_offered_locally_and_have_to_be_there_on
     asked.reward.terms["coherence"].pool.labels = {"zone": "b"}
     with pytest.raises(UserError, match=r"coherence\.pool\.labels\.zone: b; another pool asks for a"):
         local_resources(asked, ALL, "cpu")
-
-
-def test_table_has_every_used_role_and_the_totals() -> None:
-    lines = placement_table(CLUSTER, ALL, "auto").splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "role",
-        "rollout",
-        "policy",
-        "plausibility",
-        "coherence",
-        "total:",
-    ]
-    assert lines[3].split() == ["plausibility", "2", "0.5", "1"]
-    assert lines[-1] == "total: 11 GPUs, 26 CPUs; 2 verifier processes"
-    assert placement_table(CLUSTER, ALL, "cpu").splitlines()[-1].startswith("total: 0 GPUs")
-    assert placement_table(CLUSTER, ["policy"], "cuda").splitlines()[-1] == "total: 4 GPUs, 16 CPUs"

@@ -1,0 +1,113 @@
+"""Counts: the roles are those that the stages declare, the tokens those that their code samples and trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pns import driver
+from pns.config import Layout
+from pns.errors import UserError
+from pns.planning import work
+from pns.planning.assumptions import Assumptions
+from pns.planning.work import Lengths, Phase, Sampling, Updates
+from pns.recipe import load
+from pns.stages.negatives import SOURCES
+
+RECIPE = Path(__file__).parents[2] / "recipes/tiny-qwen2.yaml"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["negatives=rs"],
+        ["negatives=mixed"],
+        ["negatives=mixed", "mixture.starts=[backbone,target]", "synthesize.min_log_prob=-2"],
+        ["negatives=rs", "synthesize.max_log_prob=-0.1", "pair.perplexity_samples=0"],
+        ["reward.terms.coherence.weight=0"],
+        ["reward.terms.second={kind: reward_model, weight: 0.1, model: a/b}", "pair.scored_by=second"],
+        ["reverse_rl.refresh_every=10"],
+        ["preference.data.hub=a/b", f"preference.data.revision={'a' * 40}"],
+    ],
+)
+def test_roles_are_those_of_the_driver(overrides: list[str]) -> None:
+    config = load(RECIPE, overrides)
+    assert {stage: own.roles for stage, own in work.work_of(config).items()} == driver.roles_used(config)
+
+
+def phases_of(*words: str) -> dict[str, list[Phase]]:
+    return {stage: own.phases for stage, own in work.work_of(load(RECIPE, list(words))).items()}
+
+
+def test_work_of_the_tiny_recipe_by_hand() -> None:
+    words = ["data.tiny.num_preference=100", "data.tiny.num_reward=50", "reverse_rl.refresh_every=0"]
+    phases = phases_of(*words)
+    # No KL in rl, and the engine's own log-probabilities: no other forward pass.
+    assert phases["rl"] == [
+        Phase("step", 60, Sampling("backbone", 320, 40, 96), {}, Updates("backbone", 320, 40), syncs=True)
+    ]
+    step, measuring = phases["reverse_rl"]
+    assert (step.times, step.scored) == (70, {"plausibility": 160, "coherence": 160})
+    assert step.updates == Updates("backbone", 160, 20, forwards=1, has_reference=True)
+    assert (measuring.times, measuring.sampling) == (2, Sampling("backbone", 512, 512, 96))
+    sampling, training = phases["reward_model"]
+    assert sampling.sampling == Sampling("backbone", 400, 50, 96)
+    assert (training.times, training.updates) == (
+        240,
+        Updates("reward model", 32, 16, score_head=True, together=2),
+    )
+    assert phases["synthesize"][0].sampling == Sampling("backbone", 400, 100, 96)
+    # 800 of the target and 400 negatives by two reward models, and both sides of 100 pairs.
+    assert phases["pair"][1].scored == {"plausibility": 2 * 100 + 2 * (800 + 400)}
+    assert phases["evaluate"] == [Phase("sampling", 3, Sampling("backbone", 700, 700, 96))]
+
+
+def test_other_forward_passes_and_refreshing_are_counted() -> None:
+    words = [
+        "rl.kl_coefficient=0.1",
+        "rl.importance_cap=2",
+        "rl.updates_per_step=3",
+        "reverse_rl.refresh_every=20",
+        "reverse_rl.refresh_steps=10",
+    ]
+    phases = phases_of(*words)
+    assert phases["rl"][0].updates == Updates("backbone", 320, 40, updates=3, forwards=2, has_reference=True)
+    refreshing = phases["reverse_rl"][2]
+    assert (refreshing.times, refreshing.updates) == (
+        30,
+        Updates("reward model", 32, 16, score_head=True, together=2),
+    )
+
+
+def test_suites_are_sampled_as_they_are_decoded(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"problem": "1", "answer": "1"}\n' * 5)
+    words = ["data.source=jsonl", "data.benchmarks=[math500,aime24]", f"data.jsonl.suites.own={own}"]
+    words += [f"data.jsonl.train={own}", "data.prompt=auto", "evaluate.per_suite.own.max_new_tokens=50"]
+    phases = phases_of(*words)["evaluate"]
+    samplings = [phase.sampling for phase in phases]
+    # AIME has 30 problems and is drawn 32 times.
+    assert samplings == [Sampling("backbone", 500 + 30 * 32, 530, 96), Sampling("backbone", 5, 5, 50)]
+    assert work.problem_counts(load(RECIPE, words)) == {"train": 5, "reward": 5, "preference": 5}
+
+
+def test_lengths_are_told_or_assumed() -> None:
+    config = load(RECIPE, ["rollout.max_new_tokens=1000", "data.max_prompt_tokens=512"])
+    assert work.lengths_of(config, Assumptions()) == Lengths(150, 340, 512, 1000)
+    assert work.lengths_of(config, Assumptions(), 70, 2000) == Lengths(70, 1000, 512, 1000)
+
+
+def test_shared_prompts_are_held_once() -> None:
+    lengths, updates = Lengths(100, 50, 200, 100), Updates("backbone", rows=8, prompts=2)
+    assert work.held_tokens(updates, lengths, Layout.shared) == 8 * 50 + 2 * 100
+    assert work.held_tokens(updates, lengths, Layout.packed) == 8 * 150
+
+
+def test_an_unknown_source_of_negatives_is_said() -> None:
+    with pytest.raises(
+        UserError, match="'pnss' is no source of negatives that a plan knows; did you mean pns"
+    ):
+        work.work_of(load(RECIPE, ["negatives=pnss"]))
+    assert set(work.SOURCES) == set(SOURCES)
