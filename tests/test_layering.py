@@ -32,7 +32,9 @@ ROOMS = (
     "workers/training/",
     "workers/rewards/",
     "workers/rollout/",
+    "workers/probe.py",
     "workers/placement.py",
+    "workers/packing.py",
     "workers/metric_backends.py",
     "workers/checkpoints.py",
     "workers/runtime.py",
@@ -65,10 +67,12 @@ OWNERS = {
     "openai": {"workers/rewards/endpoint.py"},
     "ray": {
         "workers/cluster.py",
+        "workers/probe.py",
         "workers/rewards/service.py",
         "workers/rollout/pool.py",
         "workers/training/policy.py",
         "workers/training/rank.py",
+        "workers/training/reservation.py",
     },
     "torch": {
         "pns/algo/losses.py",
