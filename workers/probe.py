@@ -30,11 +30,11 @@ _ARRIVAL_SECONDS = 10.0  # for a file of another node to be seen, where the stor
 
 @dataclass(frozen=True)
 class View:
-    """What a node sees: the driver's token ("": no such file), why it could not write ("": it could), the
-    models that are not there, and its versions by name."""
+    """What a node sees: the driver's token ("": no such file), why it could not read or write ("": it could),
+    the models that are not there, and its versions by name."""
 
     token: str
-    write_error: str
+    error: str
     missing_models: list[str]
     versions: dict[str, str]
 
@@ -53,15 +53,14 @@ def local_models(config: Config, roles: Collection[str]) -> list[str]:
 
 def look(probe: Path, answer: str, models: Sequence[str]) -> View:
     """What this process sees of the directory `probe`, into which it writes the file `answer`."""
-    token_file = probe / _TOKEN
-    token = token_file.read_text(encoding="utf-8") if token_file.is_file() else ""
-    write_error = ""
+    token, failure = "", ""
     try:
-        if token:
+        if (probe / _TOKEN).is_file():
+            token = (probe / _TOKEN).read_text(encoding="utf-8")
             (probe / answer).write_text(token, encoding="utf-8")
     except OSError as error:
-        write_error = str(error)
-    return View(token, write_error, [model for model in models if not Path(model).is_dir()], _versions())
+        failure = str(error)
+    return View(token, failure, [model for model in models if not Path(model).is_dir()], _versions())
 
 
 def check_nodes(runs: Path, models: Sequence[str], limit_seconds: float) -> None:
@@ -74,7 +73,7 @@ def check_nodes(runs: Path, models: Sequence[str], limit_seconds: float) -> None
         (probe / _TOKEN).write_text(token, encoding="utf-8")
         faults = list(_faults(probe, token, models, limit_seconds))
     finally:
-        shutil.rmtree(probe)
+        shutil.rmtree(probe, ignore_errors=True)  # what another node wrote may be seen late
     if faults:
         more = f" (and {len(faults) - 1} more such faults)" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}{more}")
@@ -105,10 +104,10 @@ def _faults(probe: Path, token: str, models: Sequence[str], limit_seconds: float
 def _faults_of(view: View, node: str, probe: Path, answer: str, token: str) -> Iterator[str]:
     runs, driver = probe.parent, f"the driver on {socket.gethostname()}"
     way_out = "put it on storage that all nodes share"
-    if view.token != token:
+    if view.error:
+        yield f"node {node} cannot read and write {runs} ({view.error}): let it, or set runs=DIR"
+    elif view.token != token:
         yield f"node {node} does not see {runs} as {driver} does: {way_out}, and set runs=DIR"
-    elif view.write_error:
-        yield f"node {node} cannot write to {runs} ({view.write_error}): let it, or set runs=DIR"
     elif not _arrives(probe / answer, token):
         yield f"what node {node} writes to {runs} does not come to {driver}: {way_out}, and set runs=DIR"
     for model in view.missing_models:

@@ -31,6 +31,7 @@ from pns.config import (
 )
 from pns.errors import UserError
 from workers.cluster import Cluster
+from workers.fleet import Fleet
 from workers.probe import View, _faults_of, _versions
 from workers.rewards.service import Outcome, ScoringPool
 from workers.rollout.pool import RolloutPool
@@ -222,10 +223,30 @@ def test_each_difference_of_a_node_is_a_line_of_its_own(tmp_path: Path) -> None:
     [version] = faults(View("token", "", [], here | {"torch": "2.1.0"}))
     assert version.startswith("node 10.0.0.3 has torch 2.1.0, the driver on ")
     [unwritable] = faults(View("token", "Permission denied", [], here))
-    assert f"10.0.0.3 cannot write to {tmp_path.parent} (Permission denied): " in unwritable
+    assert f"10.0.0.3 cannot read and write {tmp_path.parent} (Permission denied): " in unwritable
     [unseen, model] = faults(View("", "", ["/m"], here))
     assert "does not see" in unseen
     assert "has no directory /m, a model that the driver on " in model
+
+
+def test_on_gpus_what_needs_more_of_them_is_placed_first(
+    nodes: cluster_utils.Cluster, connected: None
+) -> None:
+    """Four logical GPUs on two nodes: two halves that came first would take one of each node, and two ranks
+    and a whole one would wait for ever."""
+    pairs = [nodes.add_node(num_cpus=8, num_gpus=2) for _ in range(2)]
+    shares = {"halves": ServicePool(2, gpus=0.5, cpus=0), "whole": ServicePool(1, gpus=1, cpus=0)}
+    terms = {name: RewardTerm(TermKind.judge, 0.5, pool=pool) for name, pool in shares.items()}
+    config = Config(placement=Placement(policy=Pool(2)), reward=RewardConfig(terms=terms))
+    fleet = Fleet(config, Runtime("cuda", start_timeout_seconds=60))
+    try:
+        fleet.start(["halves", "whole", "policy"])
+        assert fleet.scorer("whole").replicas + fleet.scorer("halves").replicas == 3
+        assert ray.available_resources().get("GPU", 0) == 0
+    finally:
+        fleet.shutdown()
+    for node in pairs:
+        nodes.remove_node(node)
 
 
 def test_a_node_is_lost_and_another_comes_while_its_pool_scores(
