@@ -38,7 +38,7 @@ from workers.rollout.pool import RolloutPool
 from workers.runtime import Runtime
 from workers.training.reservation import release, reserve
 
-CPU = Runtime(start_timeout_seconds=60)
+CPU = Runtime(start_timeout_seconds=600)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_nodes_that_are_to_come_are_waited_for(
         Cluster(late, ["coherence"]),
     ):
         pass
-    late.placement.wait_for_nodes_seconds = 60
+    late.placement.wait_for_nodes_seconds = 600
     capsys.readouterr()
     with node_of("sleep 2", address, "--labels=zone=c"), Cluster(late, ["coherence"]) as device:
         assert device == "cpu"
@@ -193,7 +193,7 @@ def test_a_node_that_sees_other_files_is_named(own_files: Path, tmp_path: Path) 
             pass
         return str(error.value)
 
-    until_there = {"wait_seconds": 60, "backbone": str(own_files / "model")}
+    until_there = {"wait_seconds": 600, "backbone": str(own_files / "model")}
     (own_files / "model").mkdir()
     elsewhere = configure(own_files / "runs", **until_there)
     elsewhere.placement.rollout = Pool(cpus=1)
@@ -229,16 +229,14 @@ def test_each_difference_of_a_node_is_a_line_of_its_own(tmp_path: Path) -> None:
     assert "has no directory /m, a model that the driver on " in model
 
 
-def test_on_gpus_what_needs_more_of_them_is_placed_first(
-    nodes: cluster_utils.Cluster, connected: None
-) -> None:
-    """Four logical GPUs on two nodes: two halves that came first would take one of each node, and two ranks
-    and a whole one would wait for ever."""
+def test_a_fleet_fills_nodes_to_the_last_gpu(nodes: cluster_utils.Cluster, connected: None) -> None:
+    """Four logical GPUs on two nodes: two ranks, a whole one and two halves, which wait for it. Ray finds a
+    place for so few in any order; what is seen here is that those who wait come up, and all beside the ranks."""
     pairs = [nodes.add_node(num_cpus=8, num_gpus=2) for _ in range(2)]
     shares = {"halves": ServicePool(2, gpus=0.5, cpus=0), "whole": ServicePool(1, gpus=1, cpus=0)}
     terms = {name: RewardTerm(TermKind.judge, 0.5, pool=pool) for name, pool in shares.items()}
     config = Config(placement=Placement(policy=Pool(2)), reward=RewardConfig(terms=terms))
-    fleet = Fleet(config, Runtime("cuda", start_timeout_seconds=60))
+    fleet = Fleet(config, Runtime("cuda", start_timeout_seconds=600))
     try:
         fleet.start(["halves", "whole", "policy"])
         assert fleet.scorer("whole").replicas + fleet.scorer("halves").replicas == 3
