@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pns.commands.config import print_config
-<<<<<<< HEAD
-from pns.commands.recipes import find_recipe, print_recipes
-=======
 from pns.commands.plan import PlanOptions, plan_recipe
->>>>>>> plan
+from pns.commands.recipes import find_recipe, print_recipes
 from pns.commands.rescore import RESCORED_STAGES, rescore_run
 from pns.commands.run import collect_garbage, list_runs, report_run, run_recipe
 from pns.commands.services import scale, show_status
@@ -105,22 +102,12 @@ def add_recipe_commands(commands: Commands) -> None:
         recipe = find_recipe(options.recipe)
         run_recipe(recipe, options.overrides, options.first, options.last, options.over)
 
-<<<<<<< HEAD
-    def plan(options: Namespace) -> None:
-        plan_recipe(find_recipe(options.recipe), options.overrides, options.over)
-
-    runs = add_command(commands, "run", "make what is missing of a recipe's run, or go on with it", run)
-    plan_help = "check a recipe and show its stages and placement; start nothing"
-    for parser in (runs, add_command(commands, "plan", plan_help, plan)):
-        parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
-=======
     runs = add_command(commands, "run", "make what is missing of a recipe's run, or go on with it", run)
     plan_help = "what a run takes: roles, memory, time, cost, and what does not fit; starts nothing"
     plans = add_command(commands, "plan", plan_help, handle_plan)
     add_plan_options(plans)
     for parser in (runs, plans):
-        parser.add_argument("recipe", type=Path, help="a YAML file, e.g. recipes/tiny-qwen2.yaml")
->>>>>>> plan
+        parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
         add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
         add_over(parser)
     first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
@@ -188,7 +175,7 @@ def handle_plan(options: Namespace) -> int:
         as_json=options.json,
         assumptions=options.assumptions,
     )
-    return plan_recipe(options.recipe, options.overrides, own)
+    return plan_recipe(find_recipe(options.recipe), options.overrides, own, options.over)
 
 
 def add_run_commands(commands: Commands) -> None:

@@ -124,20 +124,33 @@ class Pool:
     """Where a role runs: `replicas` processes of the same kind."""
 
     replicas: int = key(1, "processes (of the policy: FSDP ranks)", at_least(1))
-    gpus: float = key(1.0, "GPUs of each process; a fraction shares a device", at_least(0))
+    gpus: float = key(
+        1.0,
+        "GPUs of each process; a fraction shares one; above 1, for rollout alone: tensor parallel",
+        at_least(0),
+    )
     cpus: float = key(1.0, "CPU cores of each process, as Ray counts them", at_least(0))
+    resources: dict[str, float] = key({}, "custom Ray resources that each process takes", at_least(0))
+    labels: dict[str, str] = key({}, "labels that a process's node has to have, as Ray's label selectors")
 
 
 @dataclass
 class Placement:
     """Which devices the roles run on; the pools of reward terms are in reward.terms."""
 
-    device: Device = key(Device.auto, "auto: cuda where the cluster offers GPUs, else cpu")
+    device: Device = key(
+        Device.auto, "auto: cuda where there are GPUs, else cpu on one machine and an error on a cluster"
+    )
     rollout: Pool = section(Pool)
     policy: Pool = section(Pool)
     verifier_processes: int = key(2, "processes that check answers", at_least(1))
     start_timeout_seconds: float = key(
         600.0, "seconds for actors to come up; after them the run stops and says what it waits for", above(0)
+    )
+    wait_for_nodes_seconds: float = key(
+        0.0,
+        "seconds for nodes to join that the placement needs; 0: the cluster has them already",
+        at_least(0),
     )
 
 
@@ -284,8 +297,6 @@ class ServicePool(Pool):
 
     min_replicas: int = key(0, "fewest replicas when there is little to do; 0: replicas", at_least(0))
     max_replicas: int = key(0, "most replicas while items queue up; 0: replicas", at_least(0))
-    resources: dict[str, float] = key({}, "custom Ray resources that each process takes", at_least(0))
-    labels: dict[str, str] = key({}, "labels that a process's node has to have, as Ray's label selectors")
     batch_tokens: int = key(
         0, "tokens of one forward pass, padding included; 0: 2048 on cpu, 16384 on cuda", at_least(0)
     )

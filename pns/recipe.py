@@ -24,6 +24,7 @@ from pns.config import (
     GeneratorStart,
     Grading,
     Normalisation,
+    Pool,
     RatioLevel,
     RewardTerm,
     ServicePool,
@@ -248,17 +249,26 @@ def pool_faults(config: Config) -> Iterator[str]:
     if gpus > 1:
         way_out = "add ranks with placement.policy.replicas"
         yield f"placement.policy.gpus: {gpus} must be at most 1, a rank's one GPU: {way_out}"
-    pools = {"placement.rollout": config.placement.rollout}
-    pools |= {f"reward.terms.{name}.pool": term.pool for name, term in config.reward.terms.items()}
-    for key, pool in pools.items():
-        if pool.gpus > 1 and not float(pool.gpus).is_integer():
-            yield f"{key}.gpus: {pool.gpus} must be whole where it is above 1: only one GPU can be shared"
-    for name, term in config.reward.terms.items():
-        yield from service_pool_faults(f"reward.terms.{name}.pool", term.pool)
+    rollout_gpus = config.placement.rollout.gpus
+    if rollout_gpus > 1 and not float(rollout_gpus).is_integer():
+        fault = "must be whole where it is above 1: only one GPU can be shared"
+        yield f"placement.rollout.gpus: {rollout_gpus} {fault}"
+    services = {f"reward.terms.{name}.pool": term.pool for name, term in config.reward.terms.items()}
+    for key, service in services.items():
+        if service.gpus > 1:
+            fault = "must be at most 1, as reward models and judges are not split over GPUs"
+            yield f"{key}.gpus: {service.gpus} {fault}: add replicas, or take a smaller model"
+        yield from growth_faults(key, service)
+    pools: dict[str, Pool] = {
+        "placement.rollout": config.placement.rollout,
+        "placement.policy": config.placement.policy,
+    }
+    for key, pool in (pools | services).items():
+        yield from node_faults(key, pool)
 
 
-def service_pool_faults(key: str, pool: ServicePool) -> Iterator[str]:
-    """The pool can grow and shrink to what it is, and Ray takes its resources and labels."""
+def growth_faults(key: str, pool: ServicePool) -> Iterator[str]:
+    """The pool can grow and shrink to what it is."""
     smallest, largest = pool.min_replicas, pool.max_replicas
     if smallest > pool.replicas:
         way_out = f"set it to {pool.replicas} or less, or raise {key}.replicas"
@@ -266,6 +276,10 @@ def service_pool_faults(key: str, pool: ServicePool) -> Iterator[str]:
     if 0 < largest < pool.replicas:
         way_out = f"set it to {pool.replicas} or more, to 0 for no growth, or lower {key}.replicas"
         yield f"{key}.max_replicas: {largest} is less than {key}.replicas, {pool.replicas}: {way_out}"
+
+
+def node_faults(key: str, pool: Pool) -> Iterator[str]:
+    """Ray takes the pool's resources and labels."""
     for name, amount in pool.resources.items():
         if name in ("CPU", "GPU", "memory", "object_store_memory"):
             way_out = f"use {key}.cpus and {key}.gpus" if name in ("CPU", "GPU") else "remove it"

@@ -16,9 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """A local Ray with logical CPUs enough for every pool of the tests."""
+def start_ray() -> None:
     import ray
 
     ray.init(
@@ -29,5 +27,26 @@ def ray_session() -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
     )
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with logical CPUs enough for every pool of the tests."""
+    import ray
+
+    start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def without_ray() -> Iterator[None]:
+    """For as long as a module's tests join clusters of their own, this process is connected to no Ray."""
+    import ray
+
+    was_connected = ray.is_initialized()
+    ray.shutdown()
+    yield
+    ray.shutdown()
+    if was_connected:
+        start_ray()

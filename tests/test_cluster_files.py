@@ -17,7 +17,8 @@ import yaml
 from pns.commands.recipes import find_recipe
 from pns.config import Config, TermKind
 from pns.recipe import load
-from workers.placement import Bundles, bundles, check_placement
+from workers.packing import Node
+from workers.placement import bundles, check_placement
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -36,18 +37,6 @@ def roles(config: Config) -> list[str]:
     ]
 
 
-def pack(asked: list[Bundles], nodes: int, gpus: int) -> bool:
-    """Whether every process finds its GPUs on one node, the largest first."""
-    free = [float(gpus)] * nodes
-    shares = sorted((b.amounts.get("GPU", 0.0) for b in asked for _ in range(b.replicas)), reverse=True)
-    for share in shares:
-        node = next((i for i, left in enumerate(free) if left >= share), None)
-        if node is None:
-            return False
-        free[node] -= share
-    return True
-
-
 def test_there_are_placements() -> None:
     assert {path.stem for path in PLACEMENTS} == {"1x1", "1x8", "2x8", "8x8"}
 
@@ -60,12 +49,12 @@ def test_a_placement_fills_the_gpus_that_its_name_says(placement: Path, recipe: 
     config = load(recipe, over=[placement])
     asked = bundles(config, roles(config), "cuda")
     assert sum(b.replicas * b.amounts.get("GPU", 0.0) for b in asked) == num_nodes * num_gpus
-    assert pack(asked, num_nodes, num_gpus)
     policy = config.placement.policy.replicas
     assert policy % num_gpus == 0 or policy < num_gpus  # whole nodes, or one
     cpus = sum(b.replicas * b.amounts.get("CPU", 0.0) for b in asked)
     assert cpus <= num_nodes * num_gpus * 12
-    check_placement(config, roles(config), {"GPU": num_nodes * num_gpus, "CPU": cpus}, "cuda")
+    nodes = [Node(f"n{i}", {"GPU": num_gpus, "CPU": num_gpus * 12}) for i in range(num_nodes)]
+    check_placement(config, roles(config), nodes, "cuda")
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda path: path.stem)

@@ -142,7 +142,9 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
             ("reverse_rl.refresh_every", "own reward model"),
         ),
         ("placement.rollout.gpus=1.5", ("placement.rollout.gpus: 1.5", "whole")),
-        ("reward.terms.coherence.pool.gpus=2.5", ("reward.terms.coherence.pool.gpus: 2.5", "whole")),
+        ("reward.terms.coherence.pool.gpus=2", ("coherence.pool.gpus: 2.0", "not split", "replicas")),
+        ("placement.rollout.labels={zone: ''}", ("placement.rollout.labels: 'zone'", "value")),
+        ("placement.policy.resources={slot: 1.5}", ("placement.policy.resources.slot: 1.5", "whole")),
         (
             "reward.terms.coherence.pool.min_replicas=2",
             ("min_replicas: 2 is more", "replicas, 1", "1 or less"),

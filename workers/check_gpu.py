@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from workers.rollout.engine import Engine, Request, Sampling
-from workers.runtime import VLLM_ENVIRONMENT, Runtime
+from workers.runtime import Runtime, process_environment
 
 LIBRARIES = ("ray", "transformers", "peft", "tensordict")
 GPU_LIBRARIES = (*LIBRARIES, "verl", "vllm")
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} sees none; --device cpu checks what needs none")
         return 1
-    os.environ |= VLLM_ENVIRONMENT  # read when vLLM is imported
+    os.environ |= process_environment("rollout", device, cpus=1, vllm=True)  # read when vLLM is imported
     checks = {"device": describe, "imports": load_libraries, "attention": attend, "engine": generate}
     failed = [name for name, check in checks.items() if not passes(name, check, device)]
     print(f"failed on {device}: {', '.join(failed)}" if failed else f"all {len(checks)} passed on {device}")

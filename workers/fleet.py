@@ -6,14 +6,15 @@ Each starts in the background when `start` names it; using a role waits for it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pns.algo.reward import reads_tokens
 from pns.config import Config, TermKind
-from workers.placement import used_roles
+from workers.placement import bundles, used_roles
 from workers.runtime import Runtime
+from workers.training.reservation import release, reserve
 
 if TYPE_CHECKING:
     from workers.rewards.endpoint import EndpointJudge
@@ -32,13 +33,22 @@ class Fleet:
         self._threads = ThreadPoolExecutor(thread_name_prefix="fleet")
         self._roles: dict[str, Future[Any]] = {}
         self._policy: Policy | None = None  # beside the others, as no thread may start it
+        self._ranks: Any = None  # the placement group of the policy
 
     def start(self, roles: Collection[str]) -> None:
-        """Begin starting the named roles without waiting for them; the policy starts when it is first used.
-        Raises UserError for a role that there is not."""
-        for role in used_roles(self.config, roles):
+        """Begin starting the named roles without waiting for them; the policy's place is taken now, before
+        the others could scatter over its nodes, and it starts when it is first used. Raises UserError for a
+        role that there is not, and where the policy has no place."""
+        used = used_roles(self.config, roles)
+        if "policy" in used:
+            self._reserve_ranks()
+        # On GPUs a role waits for those that need more GPUs together: its processes could take one of each.
+        gpus = {b.role: b.amounts["GPU"] for b in bundles(self.config, used, self.runtime.device)}
+        for role in sorted(used, key=lambda role: -gpus.get(role, 0.0)):
             if role != "policy" and role not in self._roles:
-                self._roles[role] = self._threads.submit(self._build, role)
+                share = gpus.get(role, 0.0)
+                larger = [future for other, future in self._roles.items() if gpus.get(other, 0.0) > share > 0]
+                self._roles[role] = self._threads.submit(self._build, role, larger)
 
     @property
     def rollout(self) -> RolloutPool:
@@ -65,8 +75,14 @@ class Fleet:
         if self._policy is None:
             from workers.training.policy import Policy
 
-            self._policy = Policy(self.config.placement.policy, self.config.policy, self.runtime)
+            self._reserve_ranks()
+            pool = self.config.placement.policy
+            self._policy = Policy(pool, self.config.policy, self.runtime, self._ranks)
         return self._policy
+
+    def _reserve_ranks(self) -> None:
+        if self._ranks is None:
+            self._ranks = reserve(self.config.placement.policy, self.runtime)
 
     def shutdown(self) -> None:
         """Stop every role that was started, also where one failed to start or fails to stop."""
@@ -74,6 +90,8 @@ class Fleet:
             stack.callback(self._threads.shutdown)
             if self._policy is not None:
                 stack.callback(self._policy.shutdown)
+            elif self._ranks is not None:
+                stack.callback(release, self._ranks)
             for future in self._roles.values():
                 # One that has not begun never starts; one that is starting is waited for.
                 if not future.cancel() and future.exception() is None:
@@ -87,7 +105,8 @@ class Fleet:
                 future.result()
         return self._roles[role].result()
 
-    def _build(self, role: str) -> Any:
+    def _build(self, role: str, larger: Collection[Future[Any]]) -> Any:
+        wait(larger)
         # Imported where it is used: each brings in libraries that take seconds to load.
         if role == "rollout":
             from workers.rollout.pool import RolloutPool

@@ -7,12 +7,13 @@ take nothing that Ray counts.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from pns.config import Config, Device, ServicePool
+from pns.config import Config, Device, EngineKind, Pool, ServicePool
 from pns.errors import UserError
+from workers.packing import Bundles, Misfit, Node, first_misfit, has_labels
+from workers.runtime import process_environment
 
 FIXED_ROLES = ("rollout", "policy", "verifier")
 _COUNTED = ("GPU", "CPU")  # by Ray itself; other resources have names of their own
@@ -22,17 +23,8 @@ _SPARE_CPUS = 40
 _SPARE_SHARES = 32  # of each custom resource of a pool: as many replicas more
 
 
-@dataclass(frozen=True)
-class Bundles:
-    """`replicas` processes of a role, each with `amounts` of "GPU", "CPU" and custom resources, on nodes with
-    `labels`; `key` is its pool in the configuration, `most` what the pool may grow to."""
-
-    role: str
-    key: str
-    replicas: int
-    amounts: dict[str, float]
-    labels: dict[str, str]
-    most: int
+class NoRoomError(UserError):
+    """The nodes that are there now do not offer what the roles need; more nodes can."""
 
 
 def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
@@ -49,7 +41,7 @@ def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
 
 def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles]:
     """What each used role asks of Ray on `device` ("cpu" or "cuda"), in the order of the configuration."""
-    pools = {
+    pools: dict[str, tuple[str, Pool]] = {
         "rollout": ("placement.rollout", config.placement.rollout),
         "policy": ("placement.policy", config.placement.policy),
     }
@@ -63,10 +55,9 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
         key, pool = pools[role]
         gpus = 0.0 if device == "cpu" else pool.gpus
         cpus = max(1.0, pool.cpus) if role == "policy" else pool.cpus  # verl's own task takes one
-        amounts, labels, most = {"GPU": gpus, "CPU": cpus}, {}, pool.replicas
-        if isinstance(pool, ServicePool):
-            amounts, labels, most = amounts | pool.resources, pool.labels, pool.max_replicas or most
-        asked.append(Bundles(role, key, pool.replicas, amounts, labels, most))
+        amounts = {"GPU": gpus, "CPU": cpus} | pool.resources
+        grown = pool.max_replicas if isinstance(pool, ServicePool) else 0
+        asked.append(Bundles(role, key, pool.replicas, amounts, pool.labels, grown or pool.replicas))
     return asked
 
 
@@ -79,12 +70,10 @@ def totals(config: Config, roles: Collection[str], device: str) -> dict[str, flo
     return sums
 
 
-def check_placement(
-    config: Config, roles: Collection[str], cluster_resources: Mapping[str, float], device: str
-) -> None:
-    """Raise UserError unless the cluster (`ray.cluster_resources()`) offers the GPUs, CPUs and custom
-    resources of the used roles on `device`, and every policy rank has a GPU that no other rank has."""
-    needed = totals(config, roles, device)
+def check_placement(config: Config, roles: Collection[str], nodes: Sequence[Node], device: str) -> None:
+    """Raise UserError unless every policy rank has a GPU on `device` that no other rank has, and NoRoomError
+    unless the nodes have the GPUs, CPUs, custom resources and labels that the used roles ask for: all
+    together, and for each process on one node."""
     asked = bundles(config, roles, device)
     for b in asked:
         gpus = b.amounts["GPU"]
@@ -93,32 +82,55 @@ def check_placement(
                 f"{b.key}.gpus: {gpus:g} lets two of {b.replicas} replicas share a GPU, and ranks exchange "
                 f"gradients only between GPUs (NCCL): set {b.key}.gpus above 0.5, or {b.key}.replicas=1"
             )
+    for fault in _room_faults(asked, totals(config, roles, device), nodes):
+        raise NoRoomError(fault)
+
+
+def _room_faults(asked: list[Bundles], needed: dict[str, float], nodes: Sequence[Node]) -> Iterator[str]:
     for unit in needed:
-        offered = cluster_resources.get(unit, 0.0)
+        offered = sum(node.resources.get(unit, 0.0) for node in nodes)
         if needed[unit] <= offered:
             continue
         shares = {b.role: b.replicas * b.amounts.get(unit, 0) for b in asked}
         # The way out that frees most; a role of one replica can only ask for less.
         largest = max(asked, key=lambda b: shares[b.role])
-        own = f"{unit.lower()}s" if unit in _COUNTED else f"resources.{unit}"
-        knob = "replicas" if largest.replicas > 1 else own
+        knob = "replicas" if largest.replicas > 1 else _key_of(unit)
         addends = " + ".join(f"{role} {share:g}" for role, share in shares.items() if share)
         units = f"{unit}s" if unit in _COUNTED else f"of the resource {unit}"
-        raise UserError(
+        yield (
             f"placement needs {needed[unit]:g} {units} ({addends}), the cluster offers {offered:g}: "
             f"lower {largest.key}.{knob} or add a node"
         )
+    for b in asked:
+        if not any(has_labels(node, b.labels) for node in nodes):
+            yield f"{b.key}.labels: no node of the cluster has {_said(b)}: add one or change the labels"
+    if misfit := first_misfit(asked, nodes):
+        yield _describe(misfit)
 
 
-def check_labels(config: Config, roles: Collection[str], nodes: Sequence[Mapping[str, str]]) -> None:
-    """Raise UserError where no node, given with its labels, has those that a used role asks for."""
-    for b in bundles(config, roles, "cpu"):
-        plain = plain_labels(b)
-        if not any(plain.items() <= node.items() for node in nodes):
-            asked = ", ".join(f"{label}={value}" for label, value in plain.items())
-            raise UserError(
-                f"{b.key}.labels: no node of the cluster has {asked}: add one or change the labels"
-            )
+def _describe(misfit: Misfit) -> str:
+    b = misfit.bundles
+    short = next(unit for unit, left in misfit.left.items() if left < b.amounts[unit])
+    knob = "replicas" if misfit.index else _key_of(short)
+    where = f"one node with {_said(b)}" if b.labels else "one node"
+    # A plan may not know how many there are of something.
+    units = [unit for unit, left in misfit.left.items() if math.isfinite(left)]
+    needs, left = (
+        " and ".join(f"{amounts[unit]:g} {unit}" for unit in units) for amounts in (b.amounts, misfit.left)
+    )
+    return (
+        f"placement: {b.role} process {misfit.index + 1} of {b.replicas} needs {needs} on {where}, and the "
+        f"best node, {misfit.node}, has {left} left: lower {b.key}.{knob} or add a node"
+    )
+
+
+def _key_of(unit: str) -> str:
+    """Of a resource, below its pool."""
+    return f"{unit.lower()}s" if unit in _COUNTED else f"resources.{unit}"
+
+
+def _said(bundles: Bundles) -> str:
+    return ", ".join(f"{label}={value}" for label, value in bundles.labels.items())
 
 
 def plain_labels(bundles: Bundles) -> dict[str, str]:
@@ -128,13 +140,23 @@ def plain_labels(bundles: Bundles) -> dict[str, str]:
 
 def resolve_device(device: Device, cluster_gpus: float) -> str:
     """ "cpu" or "cuda"; auto takes cuda where the cluster has GPUs. `cluster_gpus` counts real GPUs, not the
-    logical ones of `local_resources`. Raises UserError for cuda without a GPU."""
+    logical ones of `local_resources`. Raises NoRoomError for cuda without a GPU."""
     if device is Device.auto:
         return "cuda" if cluster_gpus > 0 else "cpu"
     if device is Device.cuda and cluster_gpus <= 0:
         way_out = "set placement.device=cpu or add a GPU node"
-        raise UserError(f"placement.device is cuda and the cluster offers no GPU: {way_out}")
+        raise NoRoomError(f"placement.device is cuda and the cluster offers no GPU: {way_out}")
     return device.value
+
+
+def resolve_joined_device(config: Config, roles: Collection[str], cluster_gpus: float) -> str:
+    """As `resolve_device`, on a cluster that others started: its GPU nodes may be yet to come, so auto is no
+    word for CPU there where a role could use a GPU. Raises UserError."""
+    device = config.placement.device
+    if device is Device.auto and cluster_gpus <= 0 and totals(config, roles, "cuda")["GPU"] > 0:
+        way_out = "set placement.device=cpu, or cuda and placement.wait_for_nodes_seconds for nodes to come"
+        raise UserError(f"placement.device is auto and the cluster of RAY_ADDRESS offers no GPU: {way_out}")
+    return resolve_device(device, cluster_gpus)
 
 
 def local_resources(config: Config, roles: Collection[str], device: str) -> dict[str, Any]:
@@ -158,3 +180,18 @@ def local_resources(config: Config, roles: Collection[str], device: str) -> dict
     del offered["GPU"]
     arguments = {"num_cpus": num_cpus, "resources": dict(offered), "labels": labels}
     return arguments if device == "cuda" else arguments | {"num_gpus": 0}
+
+
+def environment_table(config: Config, roles: Collection[str], device: str) -> str:
+    """The environment variables of each used role's processes as text, a role a line, for `pns plan`; "auto"
+    shows those on GPUs."""
+    vllm = config.rollout.engine is EngineKind.vllm
+    lines = []
+    for b in bundles(config, roles, device):
+        kind = b.role if b.role in FIXED_ROLES else "reward"
+        on = "cpu" if device == "cpu" else "cuda"
+        variables = process_environment(kind, on, b.amounts["CPU"], vllm and kind == "rollout")
+        lines.append(
+            f"{b.role:<14}" + " ".join(f"{name}={value}" for name, value in sorted(variables.items()))
+        )
+    return "\n".join(lines)

@@ -30,9 +30,11 @@ class PlanOptions:
     assumptions: bool = False
 
 
-def plan_recipe(recipe: Path, overrides: Sequence[str], options: PlanOptions) -> int:
+def plan_recipe(
+    recipe: Path, overrides: Sequence[str], options: PlanOptions, over: Sequence[Path] = ()
+) -> int:
     """Print the plan; the exit code is 2 where something does not fit the cluster file that is given."""
-    config = load(recipe, list(overrides))
+    config = load(recipe, list(overrides), over=over)
     check_models(config, stages(config))
     cluster = cluster_of(config, options)
     lengths = options.prompt_tokens, options.completion_tokens

@@ -25,25 +25,6 @@ def run_recipe(
     driver.run(config, first, last)
 
 
-<<<<<<< HEAD
-def plan_recipe(recipe: Path, overrides: Sequence[str], over: Sequence[Path] = ()) -> None:
-    """Print the stages of the recipe's run with the roles they use, and the placement of all roles."""
-    config = load(recipe, list(overrides), over=over)
-    check_models(config, stages(config))
-    from pns import driver
-    from workers.placement import placement_table
-
-    roles_by_step = driver.roles_used(config)
-    print(f"{recipe}: {Path(config.runs) / config.name}")
-    width = max([14, *(len(step) + 2 for step in roles_by_step)])
-    for step, step_roles in roles_by_step.items():
-        print(f"  {step:<{width}}{', '.join(step_roles)}")
-    roles = dict.fromkeys(role for step_roles in roles_by_step.values() for role in step_roles)
-    print(placement_table(config, list(roles), config.placement.device.value))
-
-
-=======
->>>>>>> plan
 def check_stages(config: Config, first: str | None, last: str | None) -> None:
     """Raises UserError for --from and --until that do not fit the run."""
     if first and last and STAGES.index(first) > STAGES.index(last):

@@ -13,6 +13,7 @@ from pns.planning.memory import Training, total
 from pns.planning.nodes import Gpu, Process
 from pns.planning.plan import Plan, tensor_parallel
 from pns.planning.work import BACKBONE, REWARD_MODEL
+from workers.packing import Node
 from workers.placement import check_placement, totals
 
 _RAY_STORE_SHARE, _RAY_STORE_GB = 0.3, 200.0  # of a machine's memory, and the most of it: Ray's defaults
@@ -71,20 +72,19 @@ def pool_faults(plan: Plan) -> Iterator[str]:
         found = plan.models[BACKBONE if b.role in ("rollout", "policy") else b.role]
         if b.role == "rollout" and found is not None and found.shape.heads % tensor_parallel(b):
             yield f"{b.key}.gpus: {b.amounts['GPU']:g} must divide the model's {found.shape.heads} heads"
-        if b.role not in ("rollout", "policy") and b.amounts["GPU"] > 1:
-            yield f"{b.key}.gpus: {b.amounts['GPU']:g} are reserved and one is used: set it to 1"
 
 
 def place_faults(plan: Plan) -> Iterator[str]:
-    """Totals that are too large; or processes that no single machine has room for, by role."""
+    """What a run would be refused for; or processes that no single machine has room for, by role."""
     used = [b.role for b in plan.placed]
-    # Custom resources are not in a cluster file.
-    offered = dict.fromkeys(totals(plan.config, used, plan.device), math.inf) | {
-        "GPU": sum(len(node.gpus) for node in plan.nodes),
-        "CPU": sum(node.type.cpus or math.inf for node in plan.nodes),
-    }
+    # Custom resources and labels are not in a cluster file.
+    unknown = dict.fromkeys(totals(plan.config, used, plan.device), math.inf)
+    nodes = [
+        Node(node.name, unknown | {"GPU": len(node.gpus), "CPU": node.type.cpus or math.inf})
+        for node in plan.nodes
+    ]
     try:
-        check_placement(plan.config, used, offered, plan.device)
+        check_placement(plan.config, used, nodes, plan.device)
     except UserError as error:
         yield str(error)
         return

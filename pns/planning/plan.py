@@ -17,7 +17,8 @@ from pns.planning.memory import GB, Cache, Parts, Training, total
 from pns.planning.nodes import Node, Process, homes, kinds_of, nodes_of, place
 from pns.planning.shapes import KnownModel, find_model
 from pns.planning.work import Lengths, Phase, StageWork, Updates
-from workers.placement import Bundles, bundles
+from workers.packing import Bundles
+from workers.placement import bundles
 
 
 @dataclass(frozen=True)

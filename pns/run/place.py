@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pns.errors import UserError
 from pns.files import (
@@ -157,7 +157,7 @@ def locked(path: Path, way_out: str) -> Iterator[None]:
     # Not "w": who fails to get the lock reads who holds it. It ends with its process, however that dies.
     with open(path, "a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(lock, fcntl.LOCK_EX)
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
@@ -174,10 +174,24 @@ def lock_holder(path: Path) -> str:
         return ""
     with open(path, encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _flock(lock, fcntl.LOCK_SH)
         except BlockingIOError:
             return lock.read().strip() or "another process"
         return ""
+
+
+def _flock(lock: TextIO, kind: int) -> None:
+    """Lock an open file. Raises BlockingIOError while another process holds it, and UserError on storage that
+    knows no locks: without them two runs could make one stage at once."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        way_out = "mount it with locks (NFS: version 4; Lustre: -o flock), or set runs=DIR"
+        raise UserError(
+            f"{lock.name} cannot be locked on its storage ({error.strerror}): {way_out}"
+        ) from None
 
 
 def contents(made_from: Mapping[str, Any], store: Path) -> dict[str, str]:

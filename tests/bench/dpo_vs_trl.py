@@ -343,10 +343,9 @@ class Side:
         )
         environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if work.device == "cpu":
-            from workers.runtime import ALLOCATOR_ENVIRONMENT
-            from workers.training.policy import VERL_CPU_ENVIRONMENT
+            from workers.runtime import VERL_CPU, process_environment
 
-            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **ALLOCATOR_ENVIRONMENT}
+            environment |= {"CUDA_VISIBLE_DEVICES": "", **process_environment("reward", "cpu", cpus=1)}
         if work.side in OURS:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -359,7 +358,7 @@ class Side:
                 "LOCAL_RANK": "0",
             }
             if work.device == "cpu":
-                environment |= VERL_CPU_ENVIRONMENT
+                environment |= VERL_CPU
         self.name = work.side
         self.seconds: list[float] = []
         self.losses: list[float] = []

@@ -162,8 +162,7 @@ def predicted(case: Case) -> tuple[dict[str, float], dict[str, float]]:
 
 def run_case(case: Case, keeps_freed: bool) -> float:
     """What rank 0 measured, GB."""
-    from workers.runtime import ALLOCATOR_ENVIRONMENT
-    from workers.training.policy import VERL_CPU_ENVIRONMENT
+    from workers.runtime import VERL_CPU, process_environment
 
     with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
         save_model(SMALL, Path(directory) / "small")
@@ -173,8 +172,8 @@ def run_case(case: Case, keeps_freed: bool) -> float:
         free.close()
         environment = {
             **os.environ,
-            **(ALLOCATOR_ENVIRONMENT if keeps_freed else GIVES_BACK),
-            **VERL_CPU_ENVIRONMENT,
+            **(process_environment("reward", "cpu", cpus=1) if keeps_freed else GIVES_BACK),
+            **VERL_CPU,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",

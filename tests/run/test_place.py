@@ -3,6 +3,7 @@ time."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -151,6 +152,18 @@ def test_one_process_makes_a_stage(tmp_path: Path) -> None:
         assert "its output will be used" in refused.stderr
     with pytest.raises(UserError, match="finished meanwhile"), place.making(NOTHING):
         pass
+
+
+def test_storage_without_locks_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Any, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"write-1/lock cannot be locked .*No locks available.*runs=DIR"):
+        finished(tmp_path / "write-1")
+    assert Place(tmp_path / "write-1").manifest() is None
 
 
 def test_the_lock_of_a_process_that_has_died_holds_nobody(tmp_path: Path) -> None:

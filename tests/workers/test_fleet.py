@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
+from ray.util.placement_group import placement_group_table
 
 from pns.config import Config, Endpoint, Placement, RewardConfig, RewardTerm, ServicePool, TermKind
 from pns.errors import UserError
@@ -50,6 +51,18 @@ def test_a_term_is_a_pool_of_its_kind_and_starts_when_it_is_used(
     assert result.verdict is Verdict.CORRECT
     with pytest.raises(UserError, match="no term 'judge'"):
         fleet.start(["judge"])
+
+
+def test_the_policy_has_its_place_from_the_start_and_gives_it_back(make_fleet: Callable[..., Fleet]) -> None:
+    def places() -> list[str]:
+        return [group["state"] for group in placement_group_table().values()]
+
+    before = places().count("CREATED")
+    fleet = make_fleet()
+    fleet.start(["policy"])
+    assert places().count("CREATED") == before + 1
+    fleet.shutdown()
+    assert places().count("CREATED") == before
 
 
 def test_a_judge_behind_an_endpoint_is_no_actor(

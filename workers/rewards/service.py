@@ -31,13 +31,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from pns.config import RewardConfig, ServicePool
 from pns.errors import UserError
 from workers.rewards.scaling import Autoscaler, ScaleRule
-from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
+from workers.runtime import Runtime, process_environment
 
 _Item = TypeVar("_Item")
 _AnyItem = TypeVar("_AnyItem", contravariant=True)
 _Value = TypeVar("_Value")
 
-_CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", **ALLOCATOR_ENVIRONMENT}  # two threads are slower on small models
 _REQUESTS_PER_REPLICA = 2  # one that is computed, and the next, so that no replica waits for the driver
 # A request is split into forward passes of similar lengths: a few of them, so that the lengths can be sorted.
 _FORWARDS_PER_REQUEST = 4
@@ -387,14 +386,14 @@ class ScoringPool(Generic[_Item, _Value]):
 
     def _start(self) -> _Replica:
         """A replica that is starting; it takes work once its first call has come back."""
-        environment = {"env_vars": _CPU_ENVIRONMENT} if self._runtime.device == "cpu" else {}
+        environment = process_environment("reward", self._runtime.device, self._pool.cpus)
         remote = ray.remote(ScoringActor).options(
             num_cpus=self._pool.cpus,
             num_gpus=self._gpus,
             resources=self._pool.resources,
             label_selector=self._pool.labels,
             max_restarts=0,  # the pool starts another one: it knows which items were at work
-            runtime_env=environment,
+            runtime_env={"env_vars": environment},
         )
         self._num_started += 1
         replica = _Replica(self._num_started, remote.remote(self._build), time.monotonic())

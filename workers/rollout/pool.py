@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
 from workers.rollout.engine import Engine, Request, Sample, Sampling
-from workers.runtime import ALLOCATOR_ENVIRONMENT, VLLM_ENVIRONMENT, Runtime
+from workers.runtime import Runtime, process_environment
 
 __all__ = ["Request", "RolloutActor", "RolloutPool", "Sample", "Sampling"]
 
@@ -238,20 +238,13 @@ class RolloutPool:
 def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
     """A rollout actor. Ray must not restart or repeat anything by itself: a fresh process has no weights
     until the pool gives it some."""
-    on_cpu = runtime.device == "cpu"
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, int(pool.cpus)) if on_cpu else 1),
-        "TOKENIZERS_PARALLELISM": "false",
-        **ALLOCATOR_ENVIRONMENT,
-    }
-    if engine.engine is EngineKind.vllm:
-        environment |= VLLM_ENVIRONMENT
-        if on_cpu:
-            # Unbound: several actors would be bound to the same cores. Compiling pays for no small model.
-            environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+    vllm = engine.engine is EngineKind.vllm
+    environment = process_environment("rollout", runtime.device, pool.cpus, vllm)
     actor = ray.remote(RolloutActor).options(
         num_cpus=pool.cpus,
-        num_gpus=0 if on_cpu else pool.gpus,
+        num_gpus=pool.gpus if runtime.device == "cuda" else 0,
+        resources=pool.resources,
+        label_selector=pool.labels,
         max_restarts=0,
         max_task_retries=0,
         runtime_env={"env_vars": environment},

@@ -15,26 +15,16 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
 from workers.checkpoints import local_directory
-from workers.runtime import ALLOCATOR_ENVIRONMENT, Runtime
+from workers.runtime import VERL_CPU, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias
 from workers.training.rank import ModelSpec, actor_class
-
-VERL_CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu"}
-
-# Against what verl, transformers and tokenizers print about every model and process.
-_QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "VERL_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONWARNINGS": "ignore::UserWarning:verl.workers.engine",
-}
+from workers.training.reservation import release, reserve
 
 
 class Policy:
@@ -44,8 +34,11 @@ class Policy:
     rest) raises TimeoutError with what was waited for; the exception of a rank is raised as it is.
     """
 
-    def __init__(self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime) -> None:
-        """Start one process per rank; no model yet. UserError when there is no place for them in time."""
+    def __init__(
+        self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime, bundles: Any = None
+    ) -> None:
+        """Start one process per rank, in the `bundles` that `reserve` gave, else in those that it gives now;
+        no model yet. UserError when there is no place for them in time."""
         cuda = runtime.device == "cuda"
         if cuda and not 0 < pool.gpus <= 1:
             raise UserError(
@@ -58,16 +51,13 @@ class Policy:
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._version = 0
-        self._bundles = _place(pool, runtime)
-        environment = _QUIET | {"OMP_NUM_THREADS": str(max(1, int(pool.cpus)))}
-        if not cuda:
-            environment |= VERL_CPU_ENVIRONMENT | ALLOCATOR_ENVIRONMENT
-        self._group = self._spawn(pool, environment, cuda)
+        self._bundles = bundles or reserve(pool, runtime)
+        self._group = self._spawn(pool, process_environment("policy", runtime.device, pool.cpus), cuda)
 
     def _spawn(self, pool: config.Pool, environment: dict[str, str], cuda: bool) -> Any:
         if not cuda:
             # The driver's part of verl asks for a platform, too; it has to be named before the first import.
-            for name, value in VERL_CPU_ENVIRONMENT.items():
+            for name, value in VERL_CPU.items():
                 os.environ.setdefault(name, value)
         from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
         from verl.single_controller.ray.base import get_master_addr_port
@@ -234,7 +224,7 @@ class Policy:
         """End the processes and give their resources back."""
         for worker in self._group.workers:
             ray.kill(worker)
-        remove_placement_group(self._bundles)
+        release(self._bundles)
 
     def _loaded(self, head: Head | None = None) -> ModelSpec:
         """The loaded model. Raises ValueError where it has another head."""
@@ -284,24 +274,6 @@ def wait_for_all(references: Sequence[Any], timeout_seconds: float, awaited: str
             )
         ray.get(done)
     return ray.get(list(references))
-
-
-def _place(pool: config.Pool, runtime: Runtime) -> Any:
-    """A placement group with one bundle per rank."""
-    # At least one CPU, as verl's helper task asks for one.
-    bundle = {"CPU": max(1.0, pool.cpus)}
-    if runtime.device == "cuda":
-        bundle["GPU"] = pool.gpus
-    bundles = placement_group([bundle] * pool.replicas, strategy="PACK")
-    # verl would wait for ever, and without a word.
-    if not bundles.wait(runtime.start_timeout_seconds):
-        remove_placement_group(bundles)
-        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-        raise UserError(
-            f"placement.policy needs {pool.replicas} x {bundle}, and {runtime.start_timeout_seconds:g} s "
-            f"were not enough to get them; free now: {free}: lower placement.policy or add a node"
-        )
-    return bundles
 
 
 def _fitting(batch: Batch, objective: Objective) -> Batch:
