@@ -29,6 +29,7 @@ ROOMS = (
     "pns/run/",
     "workers/fleet.py",
     "workers/cluster.py",
+    "workers/jobs.py",
     "workers/training/",
     "workers/rewards/",
     "workers/rollout/",
@@ -65,6 +66,7 @@ OWNERS = {
     "openai": {"workers/rewards/endpoint.py"},
     "ray": {
         "workers/cluster.py",
+        "workers/jobs.py",
         "workers/rewards/service.py",
         "workers/rollout/pool.py",
         "workers/training/policy.py",
@@ -114,6 +116,7 @@ PURE = (
     "pns/commands/rescore.py",
     "pns/commands/run.py",
     "pns/commands/services.py",
+    "pns/commands/submit.py",
     "workers/placement.py",
     "workers/runtime.py",
 )

@@ -1,0 +1,154 @@
+"""The jobs of a cluster, by Ray's Job API at its dashboard. Whatever goes wrong there is one UserError."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from pns.errors import UserError
+
+_ANSWER_SECONDS = 20.0  # to wait for an address to connect, and then for its answer
+_LOOK_SECONDS = 0.5  # between looks at the state of a job
+_ENDED_SECONDS = 30.0  # from the end of a job's log to its outcome
+_DRIVER_CPUS = 1.0  # a job without resources of its own may land on any node
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the cluster knows it. `metadata` is what it was submitted with."""
+
+    id: str
+    state: str  # pending, running, stopped, succeeded, failed
+    started: float  # seconds since 1970
+    ended: float | None
+    exit_code: int | None  # of the driver, where it ended by itself
+    message: str
+    metadata: Mapping[str, str]
+
+    @property
+    def is_over(self) -> bool:
+        return JobStatus(self.state.upper()).is_terminal()
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What makes a job: a shell command in a runtime environment of Ray, with labels of the driver's node."""
+
+    id: str
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+class Jobs:
+    """The jobs of the cluster whose dashboard is at `address`, an http or https URL. Raises UserError where
+    it does not answer in time or refuses."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray would take them instead
+            os.environ.pop(name, None)
+        for logger in ("ray.dashboard", "ray._private.authentication"):  # what they say is said in a line
+            logging.getLogger(logger).addHandler(logging.NullHandler())
+            logging.getLogger(logger).propagate = False
+        with self._in_one_line():
+            self._client = _BoundedClient(address)
+
+    def list(self) -> list[Job]:
+        """Those that were submitted by `pns submit`, in their order."""
+        with self._in_one_line():
+            jobs = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted((job for job in jobs if "pns" in job.metadata), key=lambda job: job.started)
+
+    def get(self, job_id: str) -> Job:
+        with self._in_one_line():
+            return _job(self._client.get_job_info(job_id))
+
+    def submit(self, submission: Submission) -> None:
+        placing = {"entrypoint_label_selector": submission.labels} if submission.labels else {}
+        with self._in_one_line():
+            self._client.submit_job(
+                entrypoint=submission.entrypoint,
+                submission_id=submission.id,
+                runtime_env=submission.runtime_env,
+                metadata=submission.metadata,
+                entrypoint_num_cpus=_DRIVER_CPUS,
+                **placing,
+            )
+
+    def logs(self, job_id: str) -> str:
+        """What the driver has printed so far."""
+        with self._in_one_line():
+            return self._client.get_job_logs(job_id)
+
+    def follow(self, job_id: str, show: Callable[[str], object]) -> Job:
+        """Show what the driver prints until it ends, and give its outcome."""
+
+        async def tail() -> None:
+            async for text in self._client.tail_job_logs(job_id):
+                show(text)
+
+        with self._in_one_line():
+            asyncio.run(tail())
+        return self.wait(job_id, _ENDED_SECONDS)
+
+    def stop(self, job_id: str) -> None:
+        """Ask the driver to end; Ray kills it where it takes too long."""
+        with self._in_one_line():
+            self._client.stop_job(job_id)
+
+    def wait(self, job_id: str, timeout_seconds: float) -> Job:
+        """The job when it is over. Raises UserError after `timeout_seconds`."""
+        deadline = time.monotonic() + timeout_seconds
+        while not (job := self.get(job_id)).is_over:
+            if time.monotonic() > deadline:
+                way_out = f"it goes on, and pns job list --address {self._address} shows how it ends"
+                raise UserError(f"{job_id} is {job.state} after {timeout_seconds:g} s: {way_out}")
+            time.sleep(_LOOK_SECONDS)
+        return job
+
+    @contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except AuthenticationError:
+            has_mode = os.environ.get("RAY_AUTH_MODE") == "token"
+            token = "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+            way_out = f"put the cluster's token (`ray get-auth-token` on its head) into {token}"
+            mode = "" if has_mode else "set RAY_AUTH_MODE=token, and "
+            fault = "wants another token" if has_mode else "wants a token and was sent none"
+            raise UserError(f"{self._address} {fault}: {mode}{way_out}") from None
+        except (OSError, aiohttp.ClientError) as error:  # those of requests are OSErrors
+            way_out = "is it the head's dashboard (http://HEAD:8265), and reachable from here?"
+            raise UserError(f"{self._address} does not answer ({type(error).__name__}): {way_out}") from None
+        except (RuntimeError, ValueError) as error:  # what the Job API refuses, and no JSON of another server
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"{self._address}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}") from None
+
+
+class _BoundedClient(JobSubmissionClient):
+    """Ray's client waits for an answer for ever."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, timeout=_ANSWER_SECONDS, **options)
+
+
+def _job(details: JobDetails) -> Job:
+    return Job(
+        id=str(details.submission_id),
+        state=details.status.value.lower(),
+        started=(details.start_time or 0) / 1000,
+        ended=details.end_time / 1000 if details.end_time else None,
+        exit_code=details.driver_exit_code,
+        message=details.message or "",
+        metadata=details.metadata or {},
+    )
