@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pns.errors import UserError
 
 _ANSWER_SECONDS = 20.0  # to wait for an address to connect, and then for its answer
 _LOOK_SECONDS = 0.5  # between looks at the state of a job
+_PENDING_SECONDS = 10.0  # after which it is said that a job waits for a node
 _ENDED_SECONDS = 30.0  # from the end of a job's log to its outcome
 _DRIVER_CPUS = 1.0  # a job without resources of its own may land on any node
 
@@ -57,7 +59,8 @@ class Jobs:
         self._address = address
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray would take them instead
             os.environ.pop(name, None)
-        for logger in ("ray.dashboard", "ray._private.authentication"):  # what they say is said in a line
+        # What they say is said in a line, or by no command.
+        for logger in ("ray.dashboard", "ray._private.authentication", "ray._private.runtime_env"):
             logging.getLogger(logger).addHandler(logging.NullHandler())
             logging.getLogger(logger).propagate = False
         with self._in_one_line():
@@ -92,6 +95,12 @@ class Jobs:
 
     def follow(self, job_id: str, show: Callable[[str], object]) -> Job:
         """Show what the driver prints until it ends, and give its outcome."""
+        began, said = time.monotonic(), False
+        while (job := self.get(job_id)).state == "pending":
+            if not said and time.monotonic() - began > _PENDING_SECONDS:
+                show(f"{job_id} is pending: {job.message}\n")
+                said = True
+            time.sleep(_LOOK_SECONDS)
 
         async def tail() -> None:
             async for text in self._client.tail_job_logs(job_id):
@@ -111,7 +120,8 @@ class Jobs:
         deadline = time.monotonic() + timeout_seconds
         while not (job := self.get(job_id)).is_over:
             if time.monotonic() > deadline:
-                way_out = f"it goes on, and pns job list --address {self._address} shows how it ends"
+                pending = "Ray ends it when a node has taken it; " if job.state == "pending" else ""
+                way_out = f"{pending}pns job list --address {self._address} shows how it ends"
                 raise UserError(f"{job_id} is {job.state} after {timeout_seconds:g} s: {way_out}")
             time.sleep(_LOOK_SECONDS)
         return job
@@ -120,19 +130,23 @@ class Jobs:
     def _in_one_line(self) -> Iterator[None]:
         try:
             yield
-        except AuthenticationError:
-            has_mode = os.environ.get("RAY_AUTH_MODE") == "token"
+        except AuthenticationError as error:
+            wrong = str(error).startswith("Authentication failed")
+            fault = "refuses the token that it was sent" if wrong else "wants a token and was sent none"
+            mode = "" if os.environ.get("RAY_AUTH_MODE") == "token" else "set RAY_AUTH_MODE=token, and "
             token = "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
-            way_out = f"put the cluster's token (`ray get-auth-token` on its head) into {token}"
-            mode = "" if has_mode else "set RAY_AUTH_MODE=token, and "
-            fault = "wants another token" if has_mode else "wants a token and was sent none"
-            raise UserError(f"{self._address} {fault}: {mode}{way_out}") from None
+            way_out = f"{mode}put the cluster's (`ray get-auth-token` on its head) into {token}"
+            raise UserError(f"{self._address} {fault}: {way_out}") from None
         except (OSError, aiohttp.ClientError) as error:  # those of requests are OSErrors
             way_out = "is it the head's dashboard (http://HEAD:8265), and reachable from here?"
-            raise UserError(f"{self._address} does not answer ({type(error).__name__}): {way_out}") from None
-        except (RuntimeError, ValueError) as error:  # what the Job API refuses, and no JSON of another server
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{self._address}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}") from None
+            raise UserError(f"{self._address} gives no answer ({type(error).__name__}): {way_out}") from None
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # what Ray refuses: its words, or a traceback of its server
+            lines = [line for line in str(error).splitlines() if re.search(r"\w", line)]
+            said = lines[-1] if lines else type(error).__name__
+            raise UserError(f"{self._address}: {said.strip()}") from None
 
 
 class _BoundedClient(JobSubmissionClient):

@@ -1,5 +1,5 @@
-"""SIGTERM (`pns job stop`, a preempted node, the end of a Slurm job) ends a command as Ctrl-C does; a training
-loop first ends its step, for a checkpoint."""
+"""SIGTERM (`pns job stop`, a preempted node, the end of a Slurm job) ends a command as Ctrl-C does; a loop of
+training first ends its step, for a checkpoint."""
 
 import signal
 from collections.abc import Iterator
@@ -10,46 +10,50 @@ STEP_SECONDS = 60
 
 
 class StopRequest:
-    """Handles SIGTERM inside `finishing_steps`."""
+    """The handler of SIGTERM, and of the alarm that ends its patience. `came`: it is to be obeyed soon."""
 
     def __init__(self) -> None:
         self.came = False
+        self.finishes_step = False
 
     def __call__(self, signum: int, frame: object) -> None:
-        if self.came:
-            raise KeyboardInterrupt
+        if self.came or not self.finishes_step:
+            self.obey()
         self.came = True
         print("SIGTERM: the run ends with this step, or at once with a second one", flush=True)
         signal.alarm(STEP_SECONDS)
 
-
-def interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    def obey(self) -> None:
+        signal.alarm(0)
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Inside, SIGTERM is KeyboardInterrupt. For the main thread."""
-    before = signal.signal(signal.SIGTERM, interrupt)
+    request = StopRequest()
+    before = {which: signal.signal(which, request) for which in (signal.SIGTERM, signal.SIGALRM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.alarm(0)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 @contextmanager
 def finishing_steps() -> Iterator[StopRequest]:
-    """Inside, where SIGTERM interrupts, the first one is only noted: the caller ends its step. It has
-    STEP_SECONDS for it; after them, and with a second SIGTERM, it is interrupted."""
-    request = StopRequest()
-    if signal.getsignal(signal.SIGTERM) is not interrupt:
-        yield request
-        return
-    alarm = signal.signal(signal.SIGALRM, interrupt)
-    signal.signal(signal.SIGTERM, request)
+    """Inside, the first SIGTERM is only noted: the caller ends its step, and obeys. With a second one, and
+    after STEP_SECONDS, it is interrupted all the same."""
+    request = current_request()
+    request.finishes_step = True
     try:
         yield request
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGTERM, interrupt)
-        signal.signal(signal.SIGALRM, alarm)
+        request.finishes_step = False
+
+
+def current_request() -> StopRequest:
+    """The one of `sigterm_interrupts`; outside, one that never comes."""
+    handler = signal.getsignal(signal.SIGTERM)
+    return handler if isinstance(handler, StopRequest) else StopRequest()

@@ -53,14 +53,16 @@ class Context:
         return checkpoint.step
 
     def steps(self, first_step: int, total: int) -> Iterator[int]:
-        """The steps of a training loop. After SIGTERM the one under way is the last: its state becomes a
-        checkpoint, and KeyboardInterrupt is raised."""
+        """The steps of a training loop. After SIGTERM the one under way ends, its state becomes a checkpoint,
+        and KeyboardInterrupt is raised; after the stage's last step the stage ends first."""
         with finishing_steps() as request:
             for step in range(first_step, total):
                 yield step
-                if request.came and step + 1 < total:  # after the last one the stage ends at once
-                    self.save_policy(step + 1, 1, total)
-                    raise KeyboardInterrupt
+                if request.came and step + 1 < total:
+                    latest = self.place.latest_checkpoint()
+                    if latest is None or latest.step <= step:  # else it was due after this step
+                        self.checkpoint_policy(step + 1)
+                    request.obey()
 
     def save_policy(self, num_done: int, every: int, total: int) -> None:
         """A checkpoint after every `every` steps, but for the last step: its weights are exported at once."""
