@@ -20,7 +20,8 @@ _ANSWER_SECONDS = 20.0  # to wait for an address to connect, and then for its an
 _LOOK_SECONDS = 0.5  # between looks at the state of a job
 _PENDING_SECONDS = 10.0  # after which it is said that a job waits for a node
 _ENDED_SECONDS = 30.0  # from the end of a job's log to its outcome
-_DRIVER_CPUS = 1.0  # a job without resources of its own may land on any node
+_ADDRESS_QUESTION = "is it the head's dashboard (http://HEAD:8265)"
+_DRIVER_CPUS = 1.0  # of a node: a job that takes nothing may land on any
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,16 @@ class Jobs:
             way_out = f"{mode}put the cluster's (`ray get-auth-token` on its head) into {token}"
             raise UserError(f"{self._address} {fault}: {way_out}") from None
         except (OSError, aiohttp.ClientError) as error:  # those of requests are OSErrors
-            way_out = "is it the head's dashboard (http://HEAD:8265), and reachable from here?"
-            raise UserError(f"{self._address} gives no answer ({type(error).__name__}): {way_out}") from None
+            fault = f"gives no answer ({type(error).__name__})"
+            raise UserError(
+                f"{self._address} {fault}: {_ADDRESS_QUESTION}, and reachable from here?"
+            ) from None
         except (
             RuntimeError,
             ValueError,
         ) as error:  # what Ray refuses: its words, or a traceback of its server
+            if "Version check returned 404" in str(error):
+                raise UserError(f"{self._address} has no Job API: {_ADDRESS_QUESTION}?") from None
             lines = [line for line in str(error).splitlines() if re.search(r"\w", line)]
             said = lines[-1] if lines else type(error).__name__
             raise UserError(f"{self._address}: {said.strip()}") from None

@@ -247,12 +247,13 @@ def test_another_server_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         def log_message(self, *words: object) -> None:
             pass
 
-    with closing(HTTPServer(("127.0.0.1", 0), Other)) as server:
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
         serving = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         serving.start()
-        said = fail(capsys, "job", "list", "--address", f"http://127.0.0.1:{server.server_port}")
+        address = f"http://127.0.0.1:{server.server_port}"
+        said = fail(capsys, "job", "list", "--address", address)
         server.shutdown()
-    assert "404" in said
+    assert f"{address} has no Job API: is it the head's dashboard" in said
 
 
 @pytest.mark.parametrize(
