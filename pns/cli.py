@@ -158,10 +158,17 @@ def add_run_commands(commands: Commands) -> None:
 
 def add_job_commands(commands: Commands) -> None:
     def submit(options: Namespace) -> None:
-        keys = vars(options).keys() & SubmitOptions.__dataclass_fields__.keys()
-        submit_recipe(
-            options.recipe, options.overrides, SubmitOptions(**{key: vars(options)[key] for key in keys})
+        how = SubmitOptions(
+            address=options.address,
+            first=options.first,
+            last=options.last,
+            id=options.id,
+            env=options.env,
+            labels=options.labels,
+            package=options.package,
+            follow=options.follow,
         )
+        submit_recipe(options.recipe, options.overrides, how)
 
     submit_help = "make a recipe's run, or go on with it, as a job of a Ray cluster"
     submits = add_command(commands, "submit", submit_help, submit)

@@ -16,6 +16,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pns.errors import UserError
 
+_OWN_KEYS = {"run", "page"}  # the metadata of every job of `pns submit`: name and page of its run
 _ANSWER_SECONDS = 20.0  # to wait for an address to connect, and then for its answer
 _LOOK_SECONDS = 0.5  # between looks at the state of a job
 _PENDING_SECONDS = 10.0  # after which it is said that a job waits for a node
@@ -71,7 +72,7 @@ class Jobs:
         """Those that were submitted by `pns submit`, in their order."""
         with self._in_one_line():
             jobs = [_job(details) for details in self._client.list_jobs() if details.submission_id]
-        return sorted((job for job in jobs if "pns" in job.metadata), key=lambda job: job.started)
+        return sorted((job for job in jobs if job.metadata.keys() >= _OWN_KEYS), key=lambda job: job.started)
 
     def get(self, job_id: str) -> Job:
         with self._in_one_line():

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ class SubmitOptions:
     last: str | None = None
     id: str | None = None
     env: Sequence[str] = ()
-    labels: Sequence[str] = field(default=())
+    labels: Sequence[str] = ()
     package: bool = False
     follow: bool = False
 
@@ -186,6 +186,8 @@ def follow_to_the_end(jobs: "Jobs", job_id: str) -> None:
     except KeyboardInterrupt:
         again = f"pns job logs {job_id} --follow shows it again, pns job stop {job_id} ends it"
         leave(f"{job_id} goes on; {again}", 130)
+    except UserError as error:  # of the connection: the driver knows nothing of it
+        leave(f"{error}; {job_id} goes on: pns job logs {job_id} --follow shows it again", 2)
     if job.state != "succeeded":
         code = job.exit_code or 1
         # Where the driver has ended by itself its output has said why.

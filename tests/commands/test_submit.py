@@ -12,21 +12,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from omegaconf import OmegaConf
 
 from pns import cli
-from pns.commands.submit import numbered, run_command
+from pns.commands.submit import follow_to_the_end, numbered, run_command
 from pns.config import to_dict
+from pns.errors import UserError
 from pns.recipe import load
 from pns.run.place import Place
 from workers import jobs
+from workers.jobs import Job
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/tiny-qwen2.yaml"
@@ -293,6 +296,49 @@ def test_what_is_submitted_is_the_configuration(recipe: Path, tmp_path: Path) ->
     submitted.parent.mkdir()
     submitted.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     assert load(submitted) == config
+
+
+class Following:
+    """A cluster whose job prints a word and then ends in some way, or its connection does."""
+
+    def __init__(self, end: Job | BaseException) -> None:
+        self.end = end
+
+    def follow(self, job_id: str, show: Callable[[str], object]) -> Job:
+        show("word\n")
+        if isinstance(self.end, BaseException):
+            raise self.end
+        return self.end
+
+
+def ended(state: str, exit_code: int | None, message: str = "") -> Job:
+    return Job("a-1", state, 1.0, 2.0, exit_code, message, {})
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        (ended("failed", 3, "failed with exit code 3, last logs:\nlog"), 3, "a-1: failed, exit code 3\n"),
+        (ended("failed", None, "Traceback:\nno pip\n"), 1, "a-1: failed, exit code 1: no pip\n"),
+        (UserError("http://h: lost"), 2, "http://h: lost; a-1 goes on: pns job logs a-1 --follow"),
+        (KeyboardInterrupt(), 130, "a-1 goes on; pns job logs a-1 --follow"),
+    ],
+)
+def test_the_exit_code_is_the_job_s(
+    capsys: pytest.CaptureFixture[str], end: Job | BaseException, code: int, said: str
+) -> None:
+    jobs: Any = Following(end)
+    with pytest.raises(SystemExit) as stopped:
+        follow_to_the_end(jobs, "a-1")
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (code, "word\n", 1)
+    assert err.startswith(f"pns: {said}")
+
+
+def test_a_job_that_succeeds_is_no_exit(capsys: pytest.CaptureFixture[str]) -> None:
+    jobs: Any = Following(ended("succeeded", 0))
+    follow_to_the_end(jobs, "a-1")
+    assert capsys.readouterr().err == ""
 
 
 def test_ids_and_command() -> None:
