@@ -14,6 +14,7 @@ from pns.commands.recipes import find_recipe, print_recipes
 from pns.commands.rescore import RESCORED_STAGES, rescore_run
 from pns.commands.run import collect_garbage, list_runs, report_run, run_recipe
 from pns.commands.services import scale, show_status
+from pns.commands.submit import STOP_SECONDS, SubmitOptions, list_jobs, show_logs, stop_job, submit_recipe
 from pns.commands.tiny import make_tiny
 from pns.commands.verify import verify_file
 from pns.config import STAGES
@@ -21,13 +22,14 @@ from pns.errors import UserError, did_you_mean
 from pns.planning.hardware import GPU_KINDS
 from pns.preflight import check_model
 from pns.recipe import load
+from pns.run.stopping import sigterm_interrupts
 
 Commands = Any  # argparse's collection of subparsers, which has no public name
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 on success, 2 for wrong use with one line on stderr or for a plan that does not fit, 130
-    after Ctrl-C; other errors keep their traceback."""
+    after Ctrl-C or SIGTERM; other errors keep their traceback."""
     parser = build_parser()
     # Not `parse_args`: it takes positional words in one run, and calls overrides after an option unknown.
     options, rest = parser.parse_known_args(arguments)
@@ -38,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:  # overrides that stand after an option
         options.overrides += rest
     try:
-        exit_code = options.handler(options)
+        with sigterm_interrupts():
+            exit_code = options.handler(options)
     except UserError as error:  # all else keeps its traceback: it is ours to mend
         print(f"pns: {error}", file=sys.stderr)
         return 2
@@ -62,6 +65,7 @@ def build_parser() -> ArgumentParser:
     add_recipe_commands(commands)
     add_init(commands)
     add_run_commands(commands)
+    add_job_commands(commands)
     add_rescore(commands)
     add_evaluate(commands)
     add_export(commands)
@@ -97,6 +101,19 @@ def stage_name(word: str) -> str:
     return word
 
 
+def add_recipe(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
+    add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
+    add_over(parser)
+
+
+def add_stage_range(parser: ArgumentParser) -> None:
+    first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
+    parser.add_argument("--from", dest="first", type=stage_name, metavar="STAGE", help=first_help)
+    last_help = f"stop after STAGE, one of: {', '.join(STAGES)}"
+    parser.add_argument("--until", dest="last", type=stage_name, metavar="STAGE", help=last_help)
+
+
 def add_recipe_commands(commands: Commands) -> None:
     def run(options: Namespace) -> None:
         recipe = find_recipe(options.recipe)
@@ -107,13 +124,8 @@ def add_recipe_commands(commands: Commands) -> None:
     plans = add_command(commands, "plan", plan_help, handle_plan)
     add_plan_options(plans)
     for parser in (runs, plans):
-        parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
-        add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
-        add_over(parser)
-    first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
-    runs.add_argument("--from", dest="first", type=stage_name, metavar="STAGE", help=first_help)
-    last_help = f"stop after STAGE, one of: {', '.join(STAGES)}"
-    runs.add_argument("--until", dest="last", type=stage_name, metavar="STAGE", help=last_help)
+        add_recipe(parser)
+    add_stage_range(runs)
 
     config_help = "print keys with default, range and meaning, or a merged recipe"
 
@@ -208,6 +220,61 @@ def add_run_commands(commands: Commands) -> None:
     where_help = "the directory of runs (default %(default)s)"
     for parser in (runs, gc):
         parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=where_help)
+
+
+def add_job_commands(commands: Commands) -> None:
+    def submit(options: Namespace) -> None:
+        how = SubmitOptions(
+            address=options.address,
+            first=options.first,
+            last=options.last,
+            id=options.id,
+            env=options.env,
+            labels=options.labels,
+            package=options.package,
+            follow=options.follow,
+        )
+        submit_recipe(find_recipe(options.recipe), options.overrides, how, options.over)
+
+    submit_help = "make a recipe's run, or go on with it, as a job of a Ray cluster"
+    submits = add_command(commands, "submit", submit_help, submit)
+    add_recipe(submits)
+    add_stage_range(submits)
+    follow_help = "show what it prints until it ends, and exit as it does; Ctrl-C leaves it running"
+    submits.add_argument("--follow", action="store_true", help=follow_help)
+    id_help = "id of the job (default: name of the run, and a number)"
+    submits.add_argument("--id", help=id_help)
+    env_help = "variable for driver and actors, e.g. HF_HOME=/shared/hf; may be given again"
+    submits.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help=env_help)
+    label_help = "label of the node that the driver runs on; may be given again"
+    submits.add_argument(
+        "--label", dest="labels", action="append", default=[], metavar="KEY=VALUE", help=label_help
+    )
+    package_help = "send this installation of pns along, in place of the cluster's own"
+    submits.add_argument("--package", action="store_true", help=package_help)
+
+    job = commands.add_parser("job", help="list the jobs of pns submit, show what they print, stop one")
+    actions = job.add_subparsers(required=True, metavar="ACTION")
+    lists = add_command(
+        actions, "list", "id, state, age and run of each", lambda options: list_jobs(options.address)
+    )
+    logs_help = "print what a job's driver has printed"
+    logs = add_command(
+        actions, "logs", logs_help, lambda options: show_logs(options.job, options.address, options.follow)
+    )
+    logs.add_argument("--follow", action="store_true", help=follow_help)
+    stop_help = "end a job; pns submit goes on with its run later"
+    stop = add_command(
+        actions, "stop", stop_help, lambda options: stop_job(options.job, options.address, options.timeout)
+    )
+    timeout_help = "seconds to wait for its end (default %(default)g)"
+    longest = STOP_SECONDS + 30.0
+    stop.add_argument("--timeout", type=float, default=longest, metavar="SECONDS", help=timeout_help)
+    for parser in (logs, stop):
+        parser.add_argument("job", metavar="JOB", help="its id, or the name of its run: the last job of it")
+    address_help = "URL of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS)"
+    for parser in (submits, lists, logs, stop):
+        parser.add_argument("--address", metavar="URL", help=address_help)
 
 
 def add_rescore(commands: Commands) -> None:

@@ -31,6 +31,7 @@ ROOMS = (
     "workers/check_gpu.py",
     "workers/fleet.py",
     "workers/cluster.py",
+    "workers/jobs.py",
     "workers/training/",
     "workers/rewards/",
     "workers/rollout/",
@@ -70,6 +71,7 @@ OWNERS = {
     "openai": {"workers/rewards/endpoint.py"},
     "ray": {
         "workers/cluster.py",
+        "workers/jobs.py",
         "workers/metric_backends.py",
         "workers/node_memory.py",
         "workers/probe.py",
@@ -129,6 +131,7 @@ PURE = (
     "pns/commands/recipes.py",
     "pns/commands/run.py",
     "pns/commands/services.py",
+    "pns/commands/submit.py",
     "workers/placement.py",
     "workers/runtime.py",
 )

@@ -1,6 +1,7 @@
 """Ray, for as long as a run lasts."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Collection
@@ -40,7 +41,11 @@ class Cluster:
 
     def __enter__(self) -> str:
         address = os.environ.get("RAY_ADDRESS")
-        return self._join(address) if address else self._start()
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            return self._join(address) if address else self._start()
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # `ray.init` puts its own in the place of the command's
 
     def __exit__(self, *error: object) -> None:
         ray.shutdown()

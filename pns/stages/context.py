@@ -1,6 +1,6 @@
 """What stages are given: a context, and values that count by their content."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from pns.files import sha256_of_json
 from pns.records import Problem, to_json
 from pns.run.place import Place
 from pns.run.stage import ModelFiles
+from pns.run.stopping import finishing_steps
 from pns.run.tracking import Tracker
 from workers.fleet import Fleet
 
@@ -50,6 +51,18 @@ class Context:
             return 0
         self.fleet.policy.restore(checkpoint.path)
         return checkpoint.step
+
+    def steps(self, first_step: int, total: int) -> Iterator[int]:
+        """The steps of a training loop. After SIGTERM the one under way ends, its state becomes a checkpoint,
+        and KeyboardInterrupt is raised; after the stage's last step the stage ends first."""
+        with finishing_steps() as request:
+            for step in range(first_step, total):
+                yield step
+                if request.came and step + 1 < total:
+                    latest = self.place.latest_checkpoint()
+                    if latest is None or latest.step <= step:  # else it was due after this step
+                        self.checkpoint_policy(step + 1)
+                    request.obey()
 
     def save_policy(self, num_done: int, every: int, total: int) -> None:
         """A checkpoint after every `every` steps, but for the last step: its weights are exported at once."""

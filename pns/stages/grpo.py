@@ -72,7 +72,7 @@ def train(
     # A stop condition has a memory, which an interruption has wiped.
     for step, values in enumerate(history):
         stop(step, values)
-    for step in range(first_step, settings.steps):
+    for step in ctx.steps(first_step, settings.steps):
         began = time.monotonic()
         if refresher is not None:
             if refresher.is_due(step):

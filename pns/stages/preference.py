@@ -89,7 +89,7 @@ def optimise(
     first_step = ctx.resume()
     parameters, warned = hyper_parameters(settings), ""
     history = ctx.track.begin("preference", settings.steps, first_step)
-    for step in range(first_step, settings.steps):
+    for step in ctx.steps(first_step, settings.steps):
         indices = draw(range(len(pairs)), settings.pairs_per_step, step, ctx.seed)
         kl = 0.0
         if mismatched:

@@ -14,6 +14,7 @@ from pns.records import leaves
 from pns.run.memory import PeakMemory
 from pns.run.page import NODES, RunPage, linked_places
 from pns.run.stage import Step
+from pns.run.stopping import current_request
 from pns.run.tracking import METRICS, Tracker
 from pns.stages.context import Context
 from pns.stages.monitor import ServiceMonitor
@@ -45,6 +46,8 @@ class Session:
             ctx = Context(self.config.seed, step.place, self.fleet, self.prompts, self.tracker, shared)
             step.stage.make(ctx, step.settings, *step.inputs)
             self.page.save()
+        if current_request().came:
+            current_request().obey()
 
 
 @contextmanager

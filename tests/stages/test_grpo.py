@@ -3,6 +3,8 @@ step skipped, repeated or sampled twice."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from pns.config import Advantage, GrpoConfig, RatioLevel
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl
 from pns.records import Rollout
+from pns.run.stopping import current_request, sigterm_interrupts
 from pns.stages import grpo
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import draw
@@ -323,6 +326,31 @@ def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted:
     assert read_jsonl(artefact.rollouts_file)[: len(before)] == before  # used again, not sampled again
     assert len(bench.fleet.rollout.take_asked()) == 20 - len(sampled)
     assert len(metrics_of(artefact)) == 5
+    assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 4])
+def test_after_sigterm_the_step_ends_and_is_kept(bench: Any, stopped: int) -> None:
+    """Checkpoints are due after steps 2 and 4; after step 5 the stage is done."""
+    half_right(bench)
+
+    def stop(step: int, metrics: Mapping[str, float | None]) -> bool:
+        if step == stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    with sigterm_interrupts():
+        if stopped == 4:
+            artefact = trained(bench, {}, stop=stop)
+            assert current_request().came
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                trained(bench, {}, stop=stop)
+    if stopped < 4:
+        artefact = trained(bench, {})
+        assert bench.fleet.policy.restored == [stopped + 1]
+    assert len(bench.fleet.policy.trained) == 5  # no update was made twice
+    assert len(bench.fleet.rollout.asked) == 20
     assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
 
 

@@ -497,6 +497,8 @@ def _serve_forks(control: socket.socket, parent: int) -> None:
     import logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ray's job stop sends it to every process of the driver, which still ends its step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_GIB << 30, _MEMORY_GIB << 30))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off

@@ -252,3 +252,18 @@ def _template_and_workers(others: set[psutil.Process]) -> tuple[psutil.Process, 
         time.sleep(0.02)
     template, *workers = sorted(processes, key=lambda process: process.ppid() != os.getpid())
     return template, sorted(workers, key=lambda process: process.nice())
+
+
+def test_the_processes_outlive_a_sigterm_that_the_run_obeys_later() -> None:
+    """Ray's job stop sends it to all of them."""
+    earlier = verifier_processes()
+    verifier = Verifier(processes=1, limit_seconds=60)
+    assert verify(verifier, [("57", box("57.0"), AnswerRule())])[0].verdict is CORRECT
+    own = verifier_processes() - earlier
+    assert own
+    for process in own:
+        process.terminate()
+    assert verify(verifier, [("58", box("58.0"), AnswerRule())])[0].verdict is CORRECT
+    assert own <= verifier_processes()
+    verifier.shutdown()
+    assert_gone(earlier)
