@@ -1,4 +1,4 @@
-"""`pns submit` and `pns job` against a real head with its dashboard and token authentication."""
+"""`pns submit` and `pns job` against a real head with its dashboard and token authentication, and two nodes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -45,6 +45,7 @@ SMALL = [
     "rl.problems_per_step=4",
     "rl.completions_per_problem=2",
 ]
+ZONES = ("sampling", "training")  # labels of two nodes beside the head
 LIMIT_SECONDS = 600  # of one command; seconds where nothing else runs
 
 
@@ -73,31 +74,43 @@ class Head:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        ports = ["--port=0", f"--dashboard-port={self.address.rpartition(':')[2]}"]
-        ports.append(f"--dashboard-agent-listen-port={free_port()}")
-        others = ["--num-cpus=16", "--include-dashboard=true", "--disable-usage-stats", "--block"]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *ports, *others]
-        with open(self.directory / "log", "w") as log:
-            head = subprocess.Popen(
-                [*command, f"--temp-dir={self.directory}"],
-                cwd=self.directory,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            try:
-                self.wait_until_it_answers(head)
-                yield
-            finally:
-                started = psutil.Process(head.pid).children(recursive=True)
-                head.terminate()
-                psutil.wait_procs(started, timeout=20)
-                for process in started:
-                    if process.is_running():
-                        process.kill()
-                head.kill()
-                head.wait()
+        port = free_port()
+        dashboard = f"--dashboard-port={self.address.rpartition(':')[2]}"
+        of_head = ["--head", f"--port={port}", dashboard, "--include-dashboard=true"]
+        with open(self.directory / "log", "w") as log, ExitStack() as stack:
+            head = stack.enter_context(self.node(log, *of_head, f"--temp-dir={self.directory}"))
+            self.wait_until_it_answers(head)
+            # One after the other: two raylets of one machine that start together may disturb each other.
+            for number, zone in enumerate(ZONES, start=2):
+                stack.enter_context(self.node(log, f"--address=127.0.0.1:{port}", f"--labels=zone={zone}"))
+                deadline = time.monotonic() + 120
+                while (self.directory / "log").read_text().count("Ray runtime started") < number:
+                    assert time.monotonic() < deadline, (self.directory / "log").read_text()
+                    time.sleep(0.2)
+            yield
+
+    @contextmanager
+    def node(self, log: IO[str], *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        own = [f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=16", "--disable-usage-stats"]
+        node = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *own, *options],
+            cwd=self.directory,
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            yield node
+        finally:
+            started = psutil.Process(node.pid).children(recursive=True)
+            node.terminate()
+            psutil.wait_procs(started, timeout=20)
+            for process in started:
+                if process.is_running():
+                    process.kill()
+            node.kill()
+            node.wait()
 
     def wait_until_it_answers(self, head: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -140,21 +153,31 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 def test_a_run_as_a_job_with_this_installation(head: Head) -> None:
-    code, out, err = head.pns(*head.recipe("first"), "--package", "--follow", "--env", "PNS_WORD=a b")
-    assert (code, err) == (0, "")
+    """Its roles on nodes of their own."""
+    placed = ["placement.rollout.labels={zone: sampling}", "placement.policy.labels={zone: training}"]
+    first = head.recipe("first", *placed)
+    code, out, err = head.pns(*first, "--package", "--follow", "--env", "PNS_WORD=a b")
+    assert (code, err) == (0, ""), out
     assert out.startswith(f"first-1: submitted; run {head.runs / 'first'}\n")
     assert f"{head.runs / 'first' / 'report.json'}" in out
     manifest = Place(head.runs / "first" / "rl").manifest()
     assert manifest
     assert "commit" not in manifest["versions"]  # of the package, which is no checkout
     # The same recipe again: there is nothing to do.
-    code, out, err = head.pns(*head.recipe("first"), "--follow")
+    code, out, err = head.pns(*first, "--follow")
     assert (code, err) == (0, "")
     assert out.startswith("first-2: ")
     assert "every stage is done" in out
-    code, out, err = head.pns(*head.recipe("first"), "--id", "first-1")
+    code, out, err = head.pns(*first, "--id", "first-1")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "first-1 already exists" in err
+
+
+def test_a_label_that_no_node_has_is_one_line(head: Head) -> None:
+    nowhere = head.recipe("nowhere", "placement.policy.labels={zone: moon}", "seed=3")
+    code, out, err = head.pns(*nowhere, "--follow")
+    assert (code, err) == (2, "pns: nowhere-1: failed, exit code 2\n")
+    assert "pns: placement.policy.labels: no node of the cluster has zone=moon" in out
 
 
 def test_a_job_that_fails_gives_its_exit_code(head: Head) -> None:
