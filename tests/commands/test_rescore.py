@@ -76,7 +76,7 @@ STEPS = [
 
 def kept_stage(runs: Path, name: str, made_from: dict[str, Any], done: bool = True) -> Step:
     place = Place(runs / "stages" / f"{name}-1")
-    step = Step(name, own_models, None, (), place, made_from)
+    step = Step(name, name, own_models, None, (), place, made_from)
     place.directory.mkdir(parents=True)
     if done:
         with place.making(made_from):
@@ -97,7 +97,7 @@ def make_run(runs: Path, made: Any = reverse_rl, **sizes: Any) -> Path:
         "inputs": [{"stage": models.place.directory.name, "digest": "d"}],
     }
     name = "reverse_rl" if made is reverse_rl else "synthesize"
-    step = Step(name, made, settings, (), Place(runs / "stages" / f"{name}-1"), made_from)
+    step = Step(name, name, made, settings, (), Place(runs / "stages" / f"{name}-1"), made_from)
     with step.place.making(made_from):
         rows = [row for rows in STEPS for row in rewarded(rows, 2, settings.rules)]
         write_jsonl(Generator(step.place.directory).rollouts_file, sizes.get("rows", rows))
