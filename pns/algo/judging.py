@@ -44,7 +44,10 @@ def rubric_score(scores: Scores) -> float:
 
 
 def expected_score(probabilities: Sequence[Sequence[float]]) -> float:
-    """The rubric's expectation in [0, 1] under the digits' probabilities (4, 4)."""
+    """The rubric's expectation in [0, 1] under the digits' probabilities (4, 4). Raises ValueError where the
+    judge told none: an expectation of nothing would be the worst grade."""
+    if len(probabilities) != len(DIMENSIONS):
+        raise ValueError(f"probabilities of {len(probabilities)} dimensions, not of {len(DIMENSIONS)}")
     expected = [sum(digit * p for digit, p in enumerate(row)) for row in probabilities]
     return sum(expected) / (MAX_SCORE * len(DIMENSIONS))
 

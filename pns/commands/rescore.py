@@ -50,7 +50,14 @@ class Stored:
 
     @property
     def own_reward_model(self) -> str:
-        """The reward model of the run that the stage used. Raises UserError where it is gone."""
+        """The reward model of the run that the stage used. Raises UserError where it is gone, or where the
+        stage used several: no one of them gave all values."""
+        if (self.place / "refreshed").is_dir():
+            raise UserError(
+                f"{self.place}: its reward model was refreshed on the way (refreshed/): values of one would "
+                "stand beside those of others; ask one for all, with reward.terms.NAME.model=DIR and "
+                "reward.terms.NAME.input=tokens"
+            )
         names = [name for name in self.record["contents"] if name.startswith("reward_model-")]
         models = [RewardModels(self.place.parent / name).main for name in names]
         if not models or not Path(models[0]).is_dir():

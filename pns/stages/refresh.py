@@ -58,14 +58,13 @@ class Refresher:
     def refresh(self, step: int) -> None:
         """Make the model of `step`, in the policy's processes, which hold it afterwards. Where the generator
         has written nothing that a right solution can stand beside, the model before is taken again."""
-        rollouts = self._generator.rollouts()
-        fresh = self._fresh_pairs(rollouts, step)
+        written, solved = self._generator.rollouts(), self._target.rollouts()
+        fresh = self._fresh_pairs(written, solved, step)
         first = [from_json(PreferencePair, row) for row in read_jsonl(self._rewards.pairs_file)]
         own_problems, _ = halves(first, self._ctx.seed)
         before = [pair for pair in first if pair.problem_id in own_problems]
         sampled = [from_json(Rollout, row) for row in read_jsonl(self._rewards.rollouts_file)]
-        everything = [*self._target.rollouts(), *sampled, *rollouts]
-        problems = {rollout.problem.id: rollout.problem for rollout in everything}
+        problems = {rollout.problem.id: rollout.problem for rollout in (*solved, *sampled, *written)}
         policy, seed = self._ctx.fleet.policy, stable_seed(self._ctx.seed, "refresh", step)
         policy.load(self.latest(step), "score", self._training.optimizer, self._num_steps, seed)
         objective = BradleyTerryObjective(self._training.centre)
@@ -79,9 +78,11 @@ class Refresher:
         policy.export(partial)
         os.replace(partial, self._path(step))
 
-    def _fresh_pairs(self, rollouts: Sequence[Rollout], step: int) -> list[PreferencePair]:
-        newest = [rollout for rollout in rollouts if step - self._every <= rollout.step < step]
-        right = by_verdict([*self._target.rollouts(), *newest], Verdict.CORRECT)
+    def _fresh_pairs(
+        self, written: Sequence[Rollout], solved: Sequence[Rollout], step: int
+    ) -> list[PreferencePair]:
+        newest = [rollout for rollout in written if step - self._every <= rollout.step < step]
+        right = by_verdict([*solved, *newest], Verdict.CORRECT)
         wrong = by_verdict(newest, Verdict.WRONG)
         return right_wrong_pairs([*right, *wrong], self._training.max_length_ratio)
 

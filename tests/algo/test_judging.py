@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pns.algo.judging import (
     DIMENSIONS,
     Template,
+    expected_score,
     make_nonce,
     neutralise,
     parse_verdict,
@@ -221,3 +222,9 @@ def test_what_is_defused_stays_readable() -> None:
         "[gMASK][AB]": "(gMASK][AB]",
     }.items():
         assert neutralise(before, NONCE) == after
+
+
+def test_an_expectation_of_nothing_is_an_error() -> None:
+    assert expected_score([[0.0, 0.0, 0.5, 0.5]] * 4) == pytest.approx(5 / 6)
+    with pytest.raises(ValueError, match="of 0 dimensions"):
+        expected_score(())

@@ -242,6 +242,14 @@ def test_wrong_use(run: Path, capsys: pytest.CaptureFixture[str], words: list[st
     assert not (run / "rescored").exists()
 
 
+def test_values_of_refreshed_models_are_not_mixed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A gate that is opened asks for values that are lacking: no one of the stage's models gave the others."""
+    (run / "reverse_rl").resolve().joinpath("refreshed").mkdir()
+    assert cli.main(["rescore", str(run), "reward.gates.correct=null"]) == 2
+    assert "was refreshed on the way" in capsys.readouterr().err
+    assert cli.main(["rescore", str(run), "reward.terms.plausibility.weight=0.5"]) == 0  # asks none
+
+
 def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rescore", str(tmp_path)]) == 2
     assert "is not a run directory" in capsys.readouterr().err
