@@ -17,7 +17,7 @@ from pns.commands.services import scale, show_status
 from pns.commands.submit import STOP_SECONDS, SubmitOptions, list_jobs, show_logs, stop_job, submit_recipe
 from pns.commands.tiny import make_tiny
 from pns.commands.verify import verify_file
-from pns.config import STAGES
+from pns.config import ALL_STAGES
 from pns.errors import UserError, did_you_mean
 from pns.planning.hardware import GPU_KINDS
 from pns.preflight import check_model
@@ -95,8 +95,8 @@ def add_over(parser: ArgumentParser) -> None:
 
 def stage_name(word: str) -> str:
     """The argument of --from and --until."""
-    if word not in STAGES:
-        near = did_you_mean(word, STAGES) or f"; the stages are {', '.join(STAGES)}"
+    if word not in ALL_STAGES:
+        near = did_you_mean(word, ALL_STAGES) or f"; the stages are {', '.join(ALL_STAGES)}"
         raise argparse.ArgumentTypeError(f"unknown stage {word!r}{near}")
     return word
 
@@ -110,7 +110,7 @@ def add_recipe(parser: ArgumentParser) -> None:
 def add_stage_range(parser: ArgumentParser) -> None:
     first_help = "make STAGE and what follows from it anew (old output is kept until pns gc)"
     parser.add_argument("--from", dest="first", type=stage_name, metavar="STAGE", help=first_help)
-    last_help = f"stop after STAGE, one of: {', '.join(STAGES)}"
+    last_help = f"stop after STAGE, one of: {', '.join(ALL_STAGES)}"
     parser.add_argument("--until", dest="last", type=stage_name, metavar="STAGE", help=last_help)
 
 

@@ -22,9 +22,13 @@ from pns.fields import (
     section,
     up_to,
 )
+from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.preference_losses import PREFERENCE_LOSSES
 
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
+# Of every method, in an order that fits each.
+ALL_STAGES = (*STAGES[:-1], "sample", "label_steps", "bcpg", "evaluate")
+OWN = "own"  # source of negatives of `bcpg`: the wrong completions among a round's own samples
 
 
 # Choices, by the word that a recipe says.
@@ -52,6 +56,14 @@ When = StrEnum("When", ["any", "wrong", "correct"])
 RewardInput = StrEnum("RewardInput", ["auto", "tokens", "chat"])
 Grading = StrEnum("Grading", ["likeliest", "expected"])
 MarginMask = StrEnum("MarginMask", ["completion", "first_wrong_step", "first_divergent_token"])
+Method = StrEnum("Method", ["pns", "bcpg"])
+BcpgStart = StrEnum("BcpgStart", ["backbone", "target"])
+SplitterKind = StrEnum("SplitterKind", ["sentences", "sat"])
+# When a step of a wrong completion counts as correct: where judge and process reward model both say so, where
+# either does, or by one of them alone.
+StepRule = StrEnum("StepRule", ["both", "either", "judge", "process_reward"])
+# What holds the policy near the one that sampled: (log pi/pi_ref)^2 of each token, or its KL (k3).
+Constraint = StrEnum("Constraint", ["squared_log_ratio", "kl"])
 BadPairs = StrEnum("BadPairs", ["error", "drop"])
 TrackingBackend = StrEnum("TrackingBackend", ["ray", "tensorboard", "wandb", "mlflow", "trackio"])
 
@@ -495,6 +507,85 @@ class PreferenceConfig:
 
 
 @dataclass
+class Segments:
+    """How a wrong completion becomes steps (arXiv 2505.14403)."""
+
+    splitter: SplitterKind = key(
+        SplitterKind.sentences, "ends of sentences and lines, or Segment any Text (arXiv 2406.16678)"
+    )
+    sat_model: str = path_or_name("", "directory of a Segment-any-Text model; read by splitter=sat")
+    min_tokens: int = key(30, "tokens of a step, at least: shorter ones are merged", at_least(1))
+    max_tokens: int = key(200, "tokens of a step, at most, where no formula is cut for it", at_least(1))
+
+
+@dataclass
+class StepJudge:
+    """The language model that grades every step of a completion in one answer."""
+
+    model: str = path_or_name("", "directory or Hub id; with an endpoint its name there")
+    endpoint: Endpoint = section(lambda: Endpoint(max_tokens=1024))
+    pool: ServicePool = section(ServicePool)
+
+
+@dataclass
+class ProcessReward:
+    """The process reward model: a probability that a step is correct, for each step."""
+
+    model: str = path_or_name("", "directory or Hub id")
+    threshold: float = key(0.5, "a step is correct at this probability or above", between(0, 1))
+    pool: ServicePool = section(ServicePool)
+
+
+@dataclass
+class BcpgArm:
+    """One objective on the same samples. A hyper-parameter that is left out takes the default in
+    `pns.offline_objectives`; one that the objective does not read is an error."""
+
+    objective: str = key("nsa", "a name in `pns.offline_objectives`")
+    negatives: list[str] = key(
+        [OWN], "where wrong completions come from: own (the round's samples), sources of `negatives`"
+    )
+    beta: float | None = key(
+        None, "of the behaviour constraint, or (rpo) scale of the implicit reward; null: 0.1", at_least(0)
+    )
+    constraint: Constraint = key(
+        Constraint.squared_log_ratio, "nsa, masked, bcpg: what keeps the policy near the one that sampled"
+    )
+    correct_step_weight: float | None = key(
+        None, "lambda, the advantage of correct steps of wrong completions. nsa; null: 0.1", at_least(0)
+    )
+    positive_weight: float | None = key(
+        None, "lambda of right completions beside -1 of wrong ones. w_reinforce; null: 0.1", at_least(0)
+    )
+    nll_weight: float | None = key(None, "times the right side's NLL per token. rpo; null: 1.0", at_least(0))
+
+
+@dataclass
+class Bcpg:
+    """Behaviour-constrained policy gradient with negative sample augmentation (BCPG-NSA, arXiv 2505.14403)
+    and its baselines: sample, label the steps of what is wrong, train offline; in rounds."""
+
+    start: BcpgStart = key(
+        BcpgStart.backbone, "initial weights: models.backbone, or the model that rl trained"
+    )
+    rounds: int = key(
+        1, "times of sampling, labelling and training, each on its share of problems", at_least(1)
+    )
+    samples_per_problem: int = key(8, "completions drawn for each problem", at_least(1))
+    temperature: float = key(1.0, "of sampling", above(0))
+    segments: Segments = section(Segments)
+    rule: StepRule = key(StepRule.both, "whose word makes a step correct")
+    step_judge: StepJudge = section(StepJudge)
+    process_reward: ProcessReward = section(ProcessReward)
+    arms: dict[str, BcpgArm] = key({"nsa": BcpgArm()}, "name -> objective; each trains a model of its own")
+    steps: int = key(60, "training steps of each round", at_least(1))
+    problems_per_step: int = key(24, "problems of one step, with all their completions", at_least(1))
+    max_skipped_updates: int = key(0, "updates without a finite gradient before the run ends", at_least(0))
+    checkpoint_every: int = key(20, "steps between checkpoints", at_least(1))
+    optimizer: Optimizer = section(Optimizer)
+
+
+@dataclass
 class Decoding:
     """How a suite is decoded. null: as the benchmark (`pns.data.benchmarks`) asks; others greedily, once."""
 
@@ -529,6 +620,9 @@ class Config:
 
     name: str = key("", "of the run; empty: the recipe's file name")
     runs: str = path_key("runs", "directory of runs; the run directory is RUNS/NAME")
+    method: Method = key(
+        Method.pns, "pns: preference optimisation on negatives; bcpg: policy gradients on their good steps"
+    )
     # NumPy's generators take 32 bits.
     seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
     data: Data = section(Data)
@@ -545,6 +639,7 @@ class Config:
     synthesize: Synthesize = section(Synthesize)
     pair: PairStage = section(PairStage)
     preference: PreferenceConfig = section(PreferenceConfig)
+    bcpg: Bcpg = section(Bcpg)
     evaluate: Evaluate = section(Evaluate)
     tracking: Tracking = section(Tracking)
 
@@ -552,8 +647,39 @@ class Config:
 def stages(config: Config, last: str | None = None) -> tuple[str, ...]:
     """The stages that `config` asks for, in order, up to `last`. Pairs given from outside need no negatives
     made: the backbone is trained on them."""
-    asked = ("preference", "evaluate") if external_pairs(config) else STAGES
+    asked: tuple[str, ...] = STAGES
+    if config.method is Method.bcpg:
+        asked = bcpg_stages(config)
+    elif external_pairs(config):
+        asked = ("preference", "evaluate")
     return asked[: asked.index(last) + 1] if last else asked
+
+
+def bcpg_stages(config: Config) -> tuple[str, ...]:
+    """Those of method bcpg: what samples and labels, and what makes the negatives that its arms ask for."""
+    others = other_negatives(config)
+    before = ("rl",) if others or config.bcpg.start is BcpgStart.target else ()
+    made = ("reward_model", "reverse_rl", "synthesize") if others else ()
+    labelled = ("label_steps",) if labels_steps(config) else ()
+    return (*before, *made, "sample", *labelled, "bcpg", "evaluate")
+
+
+def other_negatives(config: Config) -> tuple[str, ...]:
+    """The sources of negatives, beside the samples themselves, that some arm of `bcpg` names."""
+    named = dict.fromkeys(source for arm in config.bcpg.arms.values() for source in arm.negatives)
+    return tuple(source for source in named if source != OWN)
+
+
+def labels_steps(config: Config) -> bool:
+    """Whether some arm of `bcpg` reads labels of steps."""
+    return any(OFFLINE_OBJECTIVES[arm.objective].reads_steps for arm in config.bcpg.arms.values())
+
+
+def step_services(config: Config) -> tuple[str, ...]:
+    """The services that label steps, where any does: "step_judge", "process_reward"."""
+    if config.bcpg.rule in (StepRule.judge, StepRule.process_reward):
+        return ("step_judge" if config.bcpg.rule is StepRule.judge else "process_reward",)
+    return ("step_judge", "process_reward")
 
 
 def external_pairs(config: Config) -> bool:
@@ -565,6 +691,40 @@ def hyper_parameters(settings: PreferenceConfig) -> dict[str, float]:
     """What the chosen loss reads: what is set, and its own defaults for the rest."""
     defaults = PREFERENCE_LOSSES[settings.loss].defaults
     values = {name: getattr(settings, name) for name in defaults}
+    return {name: defaults[name] if value is None else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A model that scores; `key` names its section. `url`: of the endpoint where it is asked, else its pool
+    has processes here."""
+
+    key: str
+    model: str  # empty: the run's own reward model
+    judges: bool  # a language model that writes a verdict, and not a head on one
+    pool: ServicePool
+    url: str = ""
+
+
+def services(config: Config) -> dict[str, Service]:
+    """Role -> service: the reward terms by their names, and what labels steps."""
+    own = config.bcpg
+    found = {
+        name: Service(
+            f"reward.terms.{name}", term.model, term.kind is TermKind.judge, term.pool, term.endpoint.url
+        )
+        for name, term in config.reward.terms.items()
+    }
+    judge, process_reward = own.step_judge, own.process_reward
+    found["step_judge"] = Service("bcpg.step_judge", judge.model, True, judge.pool, judge.endpoint.url)
+    found["process_reward"] = Service("bcpg.process_reward", process_reward.model, False, process_reward.pool)
+    return found
+
+
+def arm_parameters(arm: BcpgArm) -> dict[str, float]:
+    """What the arm's objective reads: what is set, and its own defaults for the rest."""
+    defaults = OFFLINE_OBJECTIVES[arm.objective].defaults
+    values = {name: getattr(arm, name) for name in defaults}
     return {name: defaults[name] if value is None else value for name, value in values.items()}
 
 

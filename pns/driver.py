@@ -1,51 +1,27 @@
-"""The method, and how a run of it is made.
+"""How a run is made.
 
-`method` reads like the paper's section: stages called with values. It is called with a `Plan`, which notes
-the steps; then those whose output is not there are made.
+A method of `pns.methods` is called with a `Plan`, which notes the steps; then those whose output is not there
+are made.
 """
 
 from pathlib import Path
 
 from pns.algo.reward import reads_tokens
-from pns.config import Config, Data, DataSource, TermKind, external_pairs
+from pns.config import Config, Data, TermKind, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import PROMPT_KEYS, Prompts, apply_family, check_vocabulary, load_tokenizer
 from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json
+from pns.methods import METHODS
 from pns.records import to_json
 from pns.run.page import RunPage
 from pns.run.place import STORE
 from pns.run.report import write_report
 from pns.run.stage import Contents, ModelFiles, Plan, Step
 from pns.stages.context import Problems, Suites, World
-from pns.stages.evaluate import evaluate
 from pns.stages.negatives import SOURCES
-from pns.stages.pair import pair
-from pns.stages.preference import preference
-from pns.stages.reward_model import reward_model
-from pns.stages.rl import rl
 from pns.stages.session import session
-
-
-def method(run: Plan, config: Config, world: World) -> None:
-    """RL of the backbone, reward models from its solutions, negatives, and preference optimisation on pairs
-    of the two (arXiv 2602.03516); with pairs from outside, preference optimisation of the backbone alone."""
-    backbone = world.backbone
-    if external_pairs(config):
-        # Not on the tiny world: its problems are all of a few templates, so every one would overlap.
-        decontaminated = config.data.decontaminate and config.data.source is DataSource.jsonl
-        benchmarks = world.suites.benchmarks() if decontaminated else None
-        result = run(preference, backbone, None, world.preference, benchmarks)
-        run(evaluate, {"backbone": backbone, "result": result}, world.suites)
-        return
-    target = run(rl, backbone, world.train)
-    initial = ModelFiles(config.models.reward_model) if config.models.reward_model else target
-    rewards = run(reward_model, target, initial, world.reward)
-    rejected = SOURCES[config.negatives](run, config, world, target, rewards)
-    pairs = run(pair, target, rejected, rewards, world.preference, backbone)
-    result = run(preference, target, pairs, world.preference, None)
-    run(evaluate, {"backbone": backbone, "target": target, "result": result}, world.suites)
 
 
 def run(config: Config, first: str | None = None, last: str | None = None) -> Path:
@@ -64,7 +40,7 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
         if first:
             attempts[first] = attempts.get(first, 0) + 1
         plan = Plan(Path(config.runs) / STORE, config, prompts_digest(prompts), attempts)
-        method(plan, config, world)
+        METHODS[config.method](plan, config, world)
         steps = plan.until(check_step(plan, last, "--until"))
         check_step(plan, first, "--from")
         make_steps(config, page, steps, prompts, attempts, problem_sets)
@@ -106,7 +82,7 @@ def roles_used(config: Config) -> dict[str, tuple[str, ...]]:
     suites = Suites({}, {}, {}, Data())
     world = World(ModelFiles(config.models.backbone), nothing, nothing, nothing, suites)
     plan = Plan(Path(config.runs) / STORE, config, "", contents=Contents(None))
-    method(plan, config, world)
+    METHODS[config.method](plan, config, world)
     return {step.name: step.roles for step in plan.steps}
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from pns.config import Config, GeneratorStart
+from pns.config import Config, GeneratorStart, services, step_services
 from pns.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -26,6 +26,10 @@ def check_models(config: Config, stages: Collection[str]) -> None:
                 named[f"reward.terms.{name}.model"] = term.model
         if config.reverse_rl.start is GeneratorStart.path:
             named["models.generator"] = config.models.generator
+    if "label_steps" in stages:
+        for name in step_services(config):
+            if not services(config)[name].url:
+                named[f"bcpg.{name}.model"] = services(config)[name].model
     for key, value in named.items():
         check_model(key, value)
 

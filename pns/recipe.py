@@ -18,23 +18,31 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pns.config import (
+    BcpgArm,
     Config,
     Data,
     DataSource,
     GeneratorStart,
     Grading,
+    Method,
     Normalisation,
     Pool,
     RatioLevel,
     RewardTerm,
     ServicePool,
+    SplitterKind,
     TermKind,
     When,
+    arm_parameters,
     external_pairs,
     hyper_parameters,
+    labels_steps,
+    services,
+    step_services,
 )
 from pns.errors import UserError, did_you_mean
 from pns.fields import Key, check_ranges, walk_keys
+from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.preference_losses import PREFERENCE_LOSSES
 
 # Of data files; a model is a directory, and the dots of Hub ids (Qwen2.5-0.5B) are no suffixes.
@@ -42,7 +50,7 @@ FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
 GATES = ("malformed", "correct", "box_only_flip")  # in the order of `pns.algo.reward`
 _OF_WRONG = (TermKind.verdict, TermKind.diversity)  # 0 of every right completion
 # Parts of a run that have a name beside those of reward terms, in metrics and among the services.
-RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format")
+RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format", "step_judge", "process_reward")
 
 Settings = TypeVar("Settings")
 Check = Callable[[Config], Iterator[str]]  # what is wrong, in the order in which it is to be mended
@@ -68,6 +76,9 @@ def load(
     # From here on every number that the loss reads is there, for stages and digests alike.
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
+    for arm in config.bcpg.arms.values():
+        for name, value in arm_parameters(arm).items():
+            setattr(arm, name, value)
     return config
 
 
@@ -173,6 +184,8 @@ def check_config(config: Config, samples: bool) -> None:
     `samples` its pairs. Raises UserError for the first fault."""
     check_ranges(config)
     checks: list[Check] = [loss_faults, key_faults, sampling_faults, pool_faults, pair_faults]
+    if config.method is Method.bcpg:
+        checks += [arm_faults, label_faults]
     # Terms by their names first: what comes after them looks a term up.
     checks += [term_faults, reward_faults, term_name_faults] if samples else []
     raise_first(fault for check in checks for fault in check(config))
@@ -196,6 +209,51 @@ def loss_faults(config: Config) -> Iterator[str]:
             readers = [loss for loss, entry in PREFERENCE_LOSSES.items() if name in entry.defaults]
             fault = f"{value} is not read by preference.loss={settings.loss} (it reads {', '.join(reads)})"
             yield f"preference.{name}: {fault}: remove it, or choose {' or '.join(readers)}"
+
+
+def arm_faults(config: Config) -> Iterator[str]:
+    """Each arm of bcpg has an objective of the table and sets what that reads."""
+    if not config.bcpg.arms:
+        yield "bcpg.arms is empty: name at least one, e.g. bcpg.arms.nsa.objective=nsa"
+    for name, arm in config.bcpg.arms.items():
+        key = f"bcpg.arms.{name}"
+        if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in ("backbone", "target"):
+            yield f"{key}: {name!r} must be a plain word (a-z, 0-9, _), and not backbone or target"
+        if arm.objective not in OFFLINE_OBJECTIVES:
+            there = ", ".join(OFFLINE_OBJECTIVES)
+            hint = f"{did_you_mean(arm.objective, OFFLINE_OBJECTIVES)}; there are {there}"
+            yield f"{key}.objective: {arm.objective!r} is not the name of an objective{hint}"
+        entry = OFFLINE_OBJECTIVES[arm.objective]
+        unread = {
+            own for other in OFFLINE_OBJECTIVES.values() for own in other.defaults
+        } - entry.defaults.keys()
+        for unset in sorted(unread):
+            if (value := getattr(arm, unset)) is not None:
+                reads = ", ".join(entry.defaults) or "none"
+                fault = f"{value} is not read by objective={arm.objective} (it reads {reads})"
+                yield f"{key}.{unset}: {fault}: remove it"
+        if arm.constraint is not BcpgArm().constraint and not entry.constrained:
+            yield f"{key}.constraint is not read by objective={arm.objective}: remove it"
+        if len(set(arm.negatives)) < len(arm.negatives) or not arm.negatives:
+            yield f"{key}.negatives: [{', '.join(arm.negatives)}] must name sources, each once, e.g. [own]"
+
+
+def label_faults(config: Config) -> Iterator[str]:
+    """What labels steps is there."""
+    own = config.bcpg
+    if own.segments.min_tokens > own.segments.max_tokens:
+        fault = f"{own.segments.min_tokens} is more than max_tokens, {own.segments.max_tokens}"
+        yield f"bcpg.segments.min_tokens: {fault}: lower it"
+    if own.segments.splitter is SplitterKind.sat and not own.segments.sat_model:
+        yield "bcpg.segments.sat_model is empty: name the directory of a Segment-any-Text model"
+    if not labels_steps(config):
+        return
+    models = {"step_judge": own.step_judge.model, "process_reward": own.process_reward.model}
+    for service in step_services(config):
+        if not models[service]:
+            other = next(name for name in models if name != service)
+            way_out = f"name a model, or ask the other alone with bcpg.rule={other.removeprefix('step_')}"
+            yield f"bcpg.{service}.model is empty: {way_out}"
 
 
 def key_faults(config: Config) -> Iterator[str]:
@@ -253,8 +311,8 @@ def pool_faults(config: Config) -> Iterator[str]:
     if rollout_gpus > 1 and not float(rollout_gpus).is_integer():
         fault = "must be whole where it is above 1: only one GPU can be shared"
         yield f"placement.rollout.gpus: {rollout_gpus} {fault}"
-    services = {f"reward.terms.{name}.pool": term.pool for name, term in config.reward.terms.items()}
-    for key, service in services.items():
+    service_pools = {f"{service.key}.pool": service.pool for service in services(config).values()}
+    for key, service in service_pools.items():
         if service.gpus > 1:
             fault = "must be at most 1, as reward models and judges are not split over GPUs"
             yield f"{key}.gpus: {service.gpus} {fault}: add replicas, or take a smaller model"
@@ -263,7 +321,7 @@ def pool_faults(config: Config) -> Iterator[str]:
         "placement.rollout": config.placement.rollout,
         "placement.policy": config.placement.policy,
     }
-    for key, pool in (pools | services).items():
+    for key, pool in (pools | service_pools).items():
         yield from node_faults(key, pool)
 
 

@@ -99,6 +99,35 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class LabelledStep:
+    """One step of a wrong completion: text[start:end], token_ids[first_token:end_token].
+
+    `judge` and `process_reward` (a probability) are what the services say of it, None where they were not
+    asked or failed; `correct` is the consensus; `exact` is the checker's word where there is one.
+    """
+
+    start: int
+    end: int
+    first_token: int
+    end_token: int
+    judge: bool | None = None
+    process_reward: float | None = None
+    correct: bool = False
+    exact: bool | None = None
+
+
+@dataclass(frozen=True)
+class LabelledCompletion:
+    """A wrong completion in steps, which tile it. `missing` maps each service that failed to its cause: then
+    no step is labelled."""
+
+    completion_id: str
+    problem_id: str
+    steps: tuple[LabelledStep, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PreferencePair:
     """chosen and rejected completions (texts without the end token) of one problem. `margin_end` is the
     number of leading characters of `rejected` that take part in the margin (None = all of it); `score_chosen`
@@ -180,6 +209,8 @@ def from_json(cls: type, value: dict[str, Any]) -> Any:
     for key, item in value.items():
         if (cls, key) in _NESTED:
             item = from_json(_NESTED[cls, key], item)
+        elif (cls, key) in _LISTED:
+            item = tuple(from_json(_LISTED[cls, key], own) for own in item)
         elif key == "verdict":
             item = Verdict(item)
         elif isinstance(item, list):  # JSON has no tuples, and frozen records hold no lists
@@ -195,3 +226,5 @@ _NESTED: dict[tuple[type, str], type] = {
     (Problem, "rule"): AnswerRule,
     (Answered, "problem"): Problem,
 }
+
+_LISTED: dict[tuple[type, str], type] = {(LabelledCompletion, "steps"): LabelledStep}

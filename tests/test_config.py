@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -33,7 +34,7 @@ SCHEMAS: dict[str, Any] = {"config": Config(), "suite": Decoding(), "tiny make":
 def test_every_key_has_a_meaning_and_every_number_a_range(settings: Any) -> None:
     for key in walk_keys(settings):
         assert len(key.meaning) > 3, key.name
-        is_number = any(word in str(key.field.type) for word in ("int", "float"))
+        is_number = bool(re.search(r"\b(int|float)\b", str(key.field.type)))
         assert (key.allowed is not None) == is_number, key.name
         assert all(number is None or number in key.allowed for number in key.numbers.values()), key.name
         if key.name.endswith("_seconds"):

@@ -1,8 +1,8 @@
 """From the configuration to what its roles ask of a cluster: pure arithmetic, no Ray.
 
-A role is "rollout", "policy", "verifier" or the name of a reward term; only roles that are used count. On CPU
-no role takes a GPU; the verifier's processes, and the threads that ask an endpoint, belong to the driver and
-take nothing that Ray counts.
+A role is "rollout", "policy", "verifier" or a service (`pns.config.services`); only roles that are used
+count. On CPU no role takes a GPU; the verifier's processes, and the threads that ask an endpoint, belong to
+the driver and take nothing that Ray counts.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from pns.config import Config, Device, EngineKind, Pool, ServicePool
+from pns.config import Config, Device, EngineKind, Pool, ServicePool, services
 from pns.errors import UserError
 from workers.packing import Bundles, Misfit, Node, first_misfit, has_labels
 from workers.runtime import process_environment
@@ -33,7 +33,7 @@ def used_roles(config: Config, roles: Collection[str]) -> tuple[str, ...]:
     # A role is looked up by name alone: a term of the same name would start in the place of the role.
     if taken := [name for name in terms if name in FIXED_ROLES]:
         raise UserError(f"reward.terms.{taken[0]}: {taken[0]} is a role already; choose another name")
-    known = (*FIXED_ROLES, *terms)
+    known = (*FIXED_ROLES, *services(config))
     if unknown := [role for role in roles if role not in known]:
         raise UserError(f"reward.terms has no term {unknown[0]!r}; there are: {', '.join(terms) or 'none'}")
     return tuple(role for role in known if role in roles)
@@ -45,9 +45,9 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
         "rollout": ("placement.rollout", config.placement.rollout),
         "policy": ("placement.policy", config.placement.policy),
     }
-    for name, term in config.reward.terms.items():
-        if not term.endpoint.url:
-            pools[name] = (f"reward.terms.{name}.pool", term.pool)
+    for name, service in services(config).items():
+        if not service.url:
+            pools[name] = (f"{service.key}.pool", service.pool)
     asked = []
     for role in used_roles(config, roles):
         if role not in pools:  # processes or threads of the driver

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pns.config import Config
+from pns.config import Config, services
 from pns.errors import UserError
 
 _VERSIONS_OF = ("ray", "torch", "transformers")
@@ -45,9 +45,7 @@ def local_models(config: Config, roles: Collection[str]) -> list[str]:
     named = (
         [models.backbone, models.generator, models.reward_model] if {"rollout", "policy"} & {*roles} else []
     )
-    named += [
-        term.model for name, term in config.reward.terms.items() if name in roles and not term.endpoint.url
-    ]
+    named += [own.model for name, own in services(config).items() if name in roles and not own.url]
     return [model for model in dict.fromkeys(named) if model and Path(model).is_dir()]
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pns.config import STAGES, Config, stages
+from pns.config import ALL_STAGES, Config, stages
 from pns.errors import UserError
 from pns.files import files_below, remove
 from pns.preflight import check_models
@@ -27,7 +27,7 @@ def run_recipe(
 
 def check_stages(config: Config, first: str | None, last: str | None) -> None:
     """Raises UserError for --from and --until that do not fit the run."""
-    if first and last and STAGES.index(first) > STAGES.index(last):
+    if first and last and ALL_STAGES.index(first) > ALL_STAGES.index(last):
         raise UserError(f"--from {first} comes after --until {last}: exchange them")
     for option, stage in (("--from", first), ("--until", last)):
         if stage and stage not in stages(config):

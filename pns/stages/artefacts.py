@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pns.files import read_json, read_jsonl
-from pns.records import Answered, Rollout, from_json
+from pns.records import Answered, LabelledCompletion, Rollout, from_json
 from pns.run.stage import Artefact, ModelFiles, OutputFile
 
 
@@ -80,6 +80,31 @@ class Pairs(Artefact):
 
 class PreferenceTrained(TrainedModel):
     """The preference-trained backbone, and what its pairs were."""
+
+    data_file = OutputFile("data.json")
+
+
+class Samples(Artefact):
+    """Completions of one policy with their verdicts and its log-probabilities of their tokens."""
+
+    rollouts_file = OutputFile("rollouts.jsonl")
+
+    def rollouts(self) -> list[Rollout]:
+        return [from_json(Rollout, row) for row in read_jsonl(self.rollouts_file)]
+
+
+class StepLabels(Artefact):
+    """The steps of wrong completions with their labels, and how well those who label agree."""
+
+    labels_file = OutputFile("labels.jsonl")
+    quality_file = OutputFile("quality.json")
+
+    def labels(self) -> list[LabelledCompletion]:
+        return [from_json(LabelledCompletion, row) for row in read_jsonl(self.labels_file)]
+
+
+class BcpgTrained(TrainedModel):
+    """An offline-trained model, and what its samples were."""
 
     data_file = OutputFile("data.json")
 

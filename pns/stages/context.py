@@ -86,6 +86,10 @@ class Problems:
         # With a checker a stage makes more of the same problems.
         return sha256_of_json([to_json(list(self.problems)), self.checker is not None])
 
+    def shares(self, num: int) -> "list[Problems]":
+        """`num` parts of about the same size, every num-th problem in each."""
+        return [Problems(self.problems[first::num], self.checker) for first in range(num)]
+
     @property
     def by_id(self) -> dict[str, Problem]:
         return {problem.id: problem for problem in self.problems}

@@ -7,7 +7,7 @@ from pns.config import Optimizer, Schedule
 from pns.errors import UserError
 from pns.fields import at_least, between, check_ranges, key, path_or_name, section, up_to
 
-TinyTask = StrEnum("TinyTask", ["solve", "judge"])
+TinyTask = StrEnum("TinyTask", ["solve", "judge", "step_judge", "process_reward"])
 Architecture = StrEnum("Architecture", ["qwen2", "llama", "qwen3"])
 
 
