@@ -7,7 +7,7 @@ are made.
 from pathlib import Path
 
 from pns.algo.reward import reads_tokens
-from pns.config import Config, Data, TermKind, external_pairs
+from pns.config import OWN, Config, Data, TermKind, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import PROMPT_KEYS, Prompts, apply_family, check_vocabulary, load_tokenizer
@@ -89,6 +89,8 @@ def roles_used(config: Config) -> dict[str, tuple[str, ...]]:
 def check_source(config: Config) -> None:
     """Raises UserError for an unknown source of negatives."""
     named = [("negatives", config.negatives), *(("mixture.sources", own) for own in config.mixture.sources)]
+    for name, arm in config.bcpg.arms.items():
+        named += [(f"bcpg.arms.{name}.negatives", source) for source in arm.negatives if source != OWN]
     for key, source in named:
         if source not in SOURCES:
             hint = did_you_mean(source, SOURCES) or f"; there are {', '.join(SOURCES)}"

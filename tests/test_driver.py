@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +23,8 @@ from pns.config import (
     GeneratorStart,
     PromptFamily,
     ReasoningBlock,
-    RewardConfig,
     Tracking,
+    services,
     stages,
 )
 from pns.data.benchmarks import BENCHMARKS, ProblemSet, content_hash
@@ -33,12 +32,13 @@ from pns.data.problems import load_problem_sets
 from pns.data.prompts import Prompts
 from pns.errors import UserError
 from pns.fields import Key, walk_keys
+from pns.methods import METHODS
 from pns.recipe import load
 from pns.run.page import RunPage, linked_places
 from pns.run.stage import Artefact, Plan, Step, stage
 from pns.run.tracking import Tracker
 from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
-from pns.stages.context import Context, Problems, World
+from pns.stages.context import Context, World
 from pns.stages.negatives import SOURCES
 from pns.stages.session import Session, changed_keys
 from workers.fleet import Fleet
@@ -95,7 +95,7 @@ def plan_of(tmp_path: Path, worlds: dict[str, tuple[World, Prompts]]) -> MakePla
             worlds[key] = driver.make_world(config, load_problem_sets(config)), prompts
         world, prompts = worlds[key]
         plan = Plan(tmp_path / "stages", config, driver.prompts_digest(prompts), attempts)
-        driver.method(plan, config, world)
+        METHODS[config.method](plan, config, world)
         return {step.name: step for step in plan.steps}
 
     return make
@@ -103,6 +103,14 @@ def plan_of(tmp_path: Path, worlds: dict[str, tuple[World, Prompts]]) -> MakePla
 
 def tiny(*overrides: str) -> Config:
     return load(RECIPE, [*SMALL, *overrides])
+
+
+def bcpg(*overrides: str) -> Config:
+    """With an arm of each kind of objective."""
+    arms = {"nsa": "nsa", "own": "w_reinforce", "pairs": "rpo", "right": "rft"}
+    named = [f"bcpg.arms.{name}.objective={objective}" for name, objective in arms.items()]
+    models = [f"bcpg.{name}.model={LLAMA}" for name in ("step_judge", "process_reward")]
+    return tiny("method=bcpg", *named, *models, *overrides)
 
 
 def moved(before: Steps, now: Steps) -> set[str]:
@@ -124,6 +132,38 @@ def test_the_steps_in_order(plan_of: MakePlan, tmp_path: Path) -> None:
     assert tuple(plan_of(tiny("negatives=rs"))) == tuple(name for name in STAGES if name != "reverse_rl")
     outside = tiny(f"preference.data.path={write_pairs(tmp_path / 'pairs.jsonl')}")
     assert tuple(plan_of(outside)) == stages(outside) == ("preference", "evaluate")
+
+
+def test_arms_of_bcpg_share_samples_and_go_their_own_ways_after_a_round(plan_of: MakePlan) -> None:
+    config = bcpg("bcpg.rounds=2")
+    assert stages(config) == ("sample", "label_steps", "bcpg", "evaluate")
+    steps = plan_of(config)
+    labelled = [name for name in steps if name.startswith("label_steps")]
+    assert labelled == ["label_steps_nsa_1", "label_steps_nsa_2"]  # no other arm reads labels
+    first = {steps[f"sample_{arm}_1"].place.directory for arm in config.bcpg.arms}
+    second = {steps[f"sample_{arm}_2"].place.directory for arm in config.bcpg.arms}
+    assert (len(first), len(second)) == (1, 4)
+    assert moved(steps, plan_of(bcpg("bcpg.rounds=2", "bcpg.arms.nsa.correct_step_weight=0.5"))) == {
+        "bcpg_nsa_1",
+        "sample_nsa_2",
+        "label_steps_nsa_2",
+        "bcpg_nsa_2",
+        "evaluate",
+    }
+
+
+def test_negatives_of_other_sources_are_made_for_the_arms_that_take_them(plan_of: MakePlan) -> None:
+    config = bcpg("bcpg.arms.nsa.negatives=[own,pns]")
+    steps = plan_of(config)
+    assert stages(config)[:4] == ("rl", "reward_model", "reverse_rl", "synthesize")
+    assert list(steps)[:4] == ["rl", "reward_model", "reverse_rl_pns", "synthesize_pns"]
+    assert moved(plan_of(bcpg()), steps) == {*list(steps)[:4], "label_steps_nsa_1", "bcpg_nsa_1", "evaluate"}
+    assert driver.roles_used(config) == {name: step.roles for name, step in steps.items()}
+
+
+def test_a_start_from_the_target_asks_for_rl(plan_of: MakePlan) -> None:
+    config = bcpg("bcpg.start=target")
+    assert next(iter(plan_of(config))) == "rl" == stages(config)[0]
 
 
 def test_the_same_configuration_has_the_same_places(plan_of: MakePlan) -> None:
@@ -171,14 +211,14 @@ def test_from_leaves_what_does_not_depend_on_the_stage(plan_of: MakePlan, tmp_pa
     assert moved(plan_of(outside), plan_of(outside, {"rl": 1})) == set()
 
 
-TERMS = tuple(RewardConfig().terms)
+SERVICES = tuple(service.key for service in services(Config()).values())
 # Keys that decide no result, by the reason. Of groups the beginning.
 WITHOUT_EFFECT = {
     "where output goes and what it is called": ("name", "runs"),
-    "where roles run": ("placement.", *(f"reward.terms.{name}.pool." for name in TERMS)),
+    "where roles run": ("placement.", *(f"{service}.pool." for service in SERVICES)),
     "how an endpoint is asked": tuple(
-        f"reward.terms.{name}.endpoint.{key}"
-        for name in TERMS
+        f"{service}.endpoint.{key}"
+        for service in SERVICES
         for key in ("key_variable", "concurrency", "retries", "price_in", "price_out")
     ),
     "a sample depends on its seed, not on its neighbours": (
@@ -243,6 +283,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         tiny(*in_files, *sampled, "negatives=mixed"),
         tiny(*in_files, *sampled, "data.source=jsonl"),
         tiny(*in_files, "data.source=jsonl", f"preference.data.path={pairs}"),
+        bcpg(*in_files, "bcpg.arms.own.negatives=[own,mixed]"),
     ]
     values: dict[str, Any] = {
         "data.source": DataSource.jsonl,
@@ -259,6 +300,8 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "negatives": "rs",
         "preference.data.path": pairs,
         "preference.loss": "sigmoid",
+        **{f"bcpg.arms.{name}.objective": "bcpg" for name in ("nsa", "own", "pairs", "right")},
+        **{f"bcpg.arms.{name}.negatives": ["mixed"] for name in ("nsa", "own", "pairs", "right")},
         **{f"data.jsonl.{part}": other for part in parts},
     }
     effective: set[str] = set()
@@ -328,6 +371,8 @@ def test_wrong_names_are_said_with_the_near_one(plan_of: MakePlan) -> None:
         UserError, match=r"mixture\.sources: 'rss' is no source of negatives; did you mean rs"
     ):
         driver.check_source(tiny("negatives=mixed", "mixture.sources=[pns,rss]"))
+    with pytest.raises(UserError, match=r"bcpg\.arms\.nsa\.negatives: 'rss' is no source .*did you mean rs"):
+        driver.check_source(bcpg("bcpg.arms.nsa.negatives=[own,rss]"))
 
 
 def test_from_and_until_name_a_stage_in_every_part_of_a_mixture(plan_of: MakePlan, tmp_path: Path) -> None:
@@ -370,35 +415,6 @@ class Text(Artefact):
     @property
     def file(self) -> Path:
         return self.directory / "text.txt"
-
-
-@dataclass(frozen=True)
-class OfflineSettings:
-    steps: int
-
-
-@stage(TrainedModel, lambda config: OfflineSettings(config.preference.steps), lambda settings: ("policy",))
-def offline_rl(
-    ctx: Context, settings: OfflineSettings, start: TrainedModel, problems: Problems
-) -> TrainedModel:
-    raise AssertionError("a plan makes nothing")
-
-
-def test_a_stage_from_outside_stands_where_preference_does(tmp_path: Path, plan_of: MakePlan) -> None:
-    """A second method: offline RL instead of pairs and preference optimisation."""
-    config = tiny()
-    shared = plan_of(config)
-    prompts = driver.load_prompts(config)
-    world = driver.make_world(config, load_problem_sets(config))
-    plan = Plan(tmp_path / "stages", config, driver.prompts_digest(prompts))
-    target = plan(driver.rl, world.backbone, world.train)
-    result = plan(offline_rl, target, world.preference)
-    plan(driver.evaluate, {"backbone": world.backbone, "target": target, "result": result}, world.suites)
-    own = {step.name: step for step in plan.steps}
-    assert tuple(own) == ("rl", "offline_rl", "evaluate")
-    assert place_of(own, "rl") == place_of(shared, "rl")
-    assert place_of(own, "evaluate") != place_of(shared, "evaluate")
-    assert own["offline_rl"].roles == ("policy",)
 
 
 def test_a_source_of_negatives_from_outside_is_one_entry(
