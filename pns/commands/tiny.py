@@ -20,6 +20,8 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     check_settings(settings)
     if settings.task is TinyTask.judge:
         check_model("samples_from", settings.samples_from)
+    elif settings.starts_from:
+        check_model("starts_from", settings.starts_from)
     out = out.absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists: remove it, or name another directory")

@@ -32,6 +32,16 @@ class WarmStart:
     samples_from: str = path_or_name(
         "", "judge: the model that training starts from and whose samples are graded beside made-up errors"
     )
+    starts_from: str = path_or_name("", "solve: the model whose training goes on; empty: an untrained one")
+    misconceptions: dict[str, float] = key(
+        {},
+        "solve: relation (fewer, times, half) -> share of its steps that demonstrations add instead",
+        between(0, 1),
+    )
+    slips: float = key(0.0, "solve: share of steps that demonstrations miscalculate", between(0, 1))
+    misreadings: float = key(
+        0.0, "solve: share of steps in which they take another person's number", between(0, 1)
+    )
     optimizer: Optimizer = section(
         lambda: Optimizer(
             learning_rate=2e-3, warmup_steps=50, schedule=Schedule.cosine, weight_decay=0.01, beta2=0.98
@@ -48,5 +58,7 @@ def check_settings(settings: WarmStart) -> None:
         raise UserError(f"hidden_size: {fault}")
     if heads % settings.key_value_heads:
         raise UserError(f"heads: {heads} must be a multiple of key_value_heads, {settings.key_value_heads}")
+    if unknown := settings.misconceptions.keys() - {"fewer", "times", "half"}:
+        raise UserError(f"misconceptions.{min(unknown)}: the relations are fewer, times and half")
     if settings.task is TinyTask.judge and not settings.samples_from:
         raise UserError("samples_from is empty: name the model that the judge starts from")

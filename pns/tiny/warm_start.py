@@ -56,9 +56,9 @@ def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
     """Train the model, from the last checkpoint where there is one; a judge is measured at the end."""
     made, policy = WarmStarted(ctx.directory), ctx.fleet.policy
     judges = settings.task is TinyTask.judge
-    initial = settings.samples_from if judges else made.untrained
+    initial = settings.samples_from if judges else settings.starts_from or made.untrained
     sampled = sampled_solutions(ctx, settings, made, "train") if judges else []
-    if not judges:
+    if not judges and not settings.starts_from:
         save_untrained(settings, ctx.seed, initial)
     policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.seed)
     first_step = ctx.resume()
@@ -79,7 +79,8 @@ def make_batch(ctx: Context, settings: WarmStart, sampled: list[Candidate], step
     `sampled` ones among them."""
     problems = fresh_problems(ctx, settings, step)
     if settings.task is TinyTask.solve:
-        solutions = [ctx.prompts.encode_completion(str(problem.solution)) for problem in problems]
+        texts = demonstrations(ctx, settings, problems, step)
+        solutions = [ctx.prompts.encode_completion(text) for text in texts]
         return Batch([ctx.prompts.encode(problem) for problem in problems], solutions)
     own = draw(sampled, settings.batch_size, step, ctx.seed) if step >= settings.curriculum_steps else []
     rng = random.Random(stable_seed(ctx.seed, "judge", step))
@@ -90,6 +91,15 @@ def make_batch(ctx: Context, settings: WarmStart, sampled: list[Candidate], step
         verdict = "".join(map(str, world.rubric(problem, text)))
         verdicts.append(encode(verdict, add_special_tokens=False))
     return Batch(asked, verdicts)
+
+
+def demonstrations(ctx: Context, settings: WarmStart, problems: list[Problem], step: int) -> list[str]:
+    """A solution of each problem, right ones or of mixed quality."""
+    shares = settings.misconceptions, settings.slips, settings.misreadings
+    if not any(shares):
+        return [str(problem.solution) for problem in problems]
+    rng = random.Random(stable_seed(ctx.seed, "demonstrations", step))
+    return [world.mixed_solution(problem, rng, *shares) for problem in problems]
 
 
 def fresh_problems(ctx: Context, settings: WarmStart, step: int) -> list[Problem]:

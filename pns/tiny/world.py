@@ -28,6 +28,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 from random import Random
+from types import MappingProxyType
 
 from pns.errors import UserError
 from pns.records import Problem
@@ -385,6 +386,35 @@ def random_solution(problem: Problem, rng: Random) -> str:
     return _right(parse_problem(problem.prompt), rng)
 
 
+# Kinds of mistakes of `mixed_solution`, beside misconceptions of a relation.
+SLIP, MISREADING = "arithmetic", "entity"
+_ADDS = "addition"  # the two numbers of a step, whatever its relation
+
+
+def mixed_solution(
+    problem: Problem, rng: Random, misconceptions: Mapping[str, float], slips: float, misreadings: float
+) -> str:
+    """A solution by one who often errs and carries on: in a share of the steps of each relation in
+    `misconceptions` they add instead, in `slips` of the others they miscalculate, in `misreadings` they take
+    another person's number. Right where 20 draws give no solution with numbers of 0..99."""
+    world = parse_problem(problem.prompt)
+    for _ in range(20):
+        mistakes = {}
+        for name in sorted(world.needed()):
+            kinds = {
+                _ADDS: misconceptions.get(world.facts[name].relation, 0),
+                SLIP: slips,
+                MISREADING: misreadings,
+            }
+            drawn = [kind for kind, share in kinds.items() if rng.random() < share]
+            if drawn and not world.is_base(name):
+                mistakes[name] = drawn[0]
+        steps = _derive(world, rng, mistakes)
+        if steps is not None:
+            return _render(steps, steps[-1][2], rng)
+    return _right(world, rng)
+
+
 def _right(world: WordProblem, rng: Random) -> str:
     steps = _derive(world, rng)
     assert steps is not None, "a fair problem has an integer value for every quantity"
@@ -399,9 +429,12 @@ def _render(steps: _Derivation, box: int | str, rng: Random) -> str:
     return f"<think>{sentences}</think>\\boxed{{{box}}}"
 
 
-def _derive(world: WordProblem, rng: Random, wrong: str | None = None, kind: str = "") -> _Derivation | None:
-    """Steps (name, expression, result) in a random valid order, with an error of `kind` in the step of
-    `wrong`, carried on by the steps after it; None where a carried value is not an integer of 0..99."""
+def _derive(
+    world: WordProblem, rng: Random, mistakes: Mapping[str, str] = MappingProxyType({})
+) -> _Derivation | None:
+    """Steps (name, expression, result) in a random valid order, with an error of a kind in the steps of the
+    names in `mistakes`, carried on by the steps after it; None where a carried value is not an integer of
+    0..99."""
     stated: dict[str, int] = {}
     steps: _Derivation = []
     pending = sorted(name for name in world.needed() if not world.is_base(name))
@@ -414,10 +447,11 @@ def _derive(world: WordProblem, rng: Random, wrong: str | None = None, kind: str
         # Without repeated sums: long ones are no use to a model that cannot carry a total.
         forms = [text for text in world.facts[name].expressions(value) if text.count("+") < 2]
         expression = rng.choice(forms)
-        if name == wrong and kind != "arithmetic":
+        kind = mistakes.get(name)
+        if kind and kind != SLIP:
             expression = _wrong_expression(world, value, name, expression, kind, rng)
         result = expression_value(expression)
-        if name == wrong and kind == "arithmetic" and result is not None:
+        if kind == SLIP and result is not None:
             result += rng.choice((-10, -2, -1, 1, 2, 10))
         if result is None or result.denominator != 1 or not 0 <= result <= MAX_VALUE:
             return None
@@ -430,6 +464,8 @@ def _wrong_expression(
     world: WordProblem, value: Mapping[str, int], name: str, expression: str, kind: str, rng: Random
 ) -> str:
     left, operator, right = re.split(r"([+\-*/])", expression)
+    if kind == _ADDS:
+        return f"{left}+{right}"
     if kind == "operator":
         return f"{left}{rng.choice([other for other in '+-*/' if other != operator])}{right}"
     if kind == "entity":
@@ -663,7 +699,7 @@ def _corrupt_once(world: WordProblem, rng: Random, kind: str) -> str | None:
     derived = sorted(name for name in world.facts if not world.is_base(name))
     in_step = kind in ("arithmetic", "operator", "operand", "entity")
     wrong = rng.choice([name for name in derived if name in needed]) if in_step else None
-    steps = _derive(world, rng, wrong, kind)
+    steps = _derive(world, rng, {wrong: kind} if wrong else {})
     if steps is None:
         return None
     value = world.values()

@@ -25,6 +25,7 @@ SMALL = ["steps=2", "hidden_size=8", "layers=1", "feed_forward_size=8", "batch_s
         (["heads=3"], "hidden_size: 128 must be an even multiple of heads, 3"),
         (["steps=0"], "steps: 0 must be 1 or more"),
         (["stepz=3"], "stepz: unknown key"),
+        (["misconceptions.plus=0.5"], "misconceptions.plus: the relations are fewer, times and half"),
         (["task=judge"], "samples_from is empty"),
         (["task=judge", "samples_from=./nowhere"], "samples_from: .*nowhere is neither a directory"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -28,6 +29,7 @@ from pns.tiny.world import (
     SUITES,
     check,
     corrupt,
+    mixed_solution,
     parse_problem,
     problems,
     random_solution,
@@ -312,6 +314,23 @@ def test_bad_arguments_are_named() -> None:
         check(Problem("x", "Bob has half of Cal. How many has Bob? ", "2"), "")
     with pytest.raises(UserError, match="circular"):
         check(Problem("x", "Bob has half of Cal. Cal has 2 times Bob. How many has Bob? ", "2"), "")
+
+
+def test_mixed_solutions_have_the_misconceptions_that_are_asked_for() -> None:
+    drawn = problems("train", None, 400, seed=5)
+    rng = Random(0)
+    kinds = Counter[str]()
+    num_steps = 0
+    for problem in drawn:
+        relations = {fact.relation for fact in parse_problem(problem.prompt).facts.values()}
+        found = check(problem, mixed_solution(problem, rng, {"times": 1.0}, 0, 0))
+        assert found.correct or "times" in relations
+        assert set(found.kinds) <= {"operator"}
+        found = check(problem, mixed_solution(problem, rng, {}, 0.2, 0.1))
+        kinds.update(kind for step in found.steps for kind in step.kinds)
+        num_steps += len(found.steps)
+    assert 0.14 < kinds["arithmetic"] / num_steps < 0.22
+    assert 0.04 < kinds["entity"] / num_steps < 0.12
 
 
 @pytest.mark.parametrize("kind", ERROR_KINDS)
