@@ -18,9 +18,9 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     interruption left in OUT.run goes on. Raises UserError before anything starts where an input is wrong."""
     settings = merge_layers(WarmStart, [override_layer(list(words))], "pns tiny make")
     check_settings(settings)
-    if settings.task is TinyTask.judge:
+    if settings.task is not TinyTask.solve:
         check_model("samples_from", settings.samples_from)
-    elif settings.starts_from:
+    if settings.starts_from:
         check_model("starts_from", settings.starts_from)
     out = out.absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
