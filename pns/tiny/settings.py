@@ -68,4 +68,4 @@ def check_settings(settings: WarmStart) -> None:
     if unknown := settings.misconceptions.keys() - {"fewer", "times", "half"}:
         raise UserError(f"misconceptions.{min(unknown)}: the relations are fewer, times and half")
     if settings.task is not TinyTask.solve and not settings.samples_from:
-        raise UserError(f"samples_from is empty: name the model whose samples the {settings.task} learns from")
+        raise UserError(f"samples_from is empty: name the model whose samples {settings.task} learns from")

@@ -25,9 +25,9 @@ def solution_steps(text: str) -> tuple[str, ...]:
 
 
 def step_labels(problem: Problem, steps: Sequence[str]) -> tuple[bool, ...]:
-    """Of each step whether it is correct, by the checker: it ends where one of the checker's steps does, which
-    has no error of its own and carries none on; the last, where it is the box, if that has no error and the
-    answer is right."""
+    """Of each step whether it is correct, by the checker: it ends where one of the checker's steps does,
+    which has no error of its own and carries none on; the last, where it is the box, if that has no error and
+    the answer is right."""
     text = "".join(steps)
     found = world.check(problem, text)
     right_ends = {step.end for step in found.steps if not step.kinds and not step.carried}
@@ -73,9 +73,9 @@ def step_row(
 
 
 def step_agreement(verdicts: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> dict[str, float]:
-    """Of (judge's, checker's) labels of completions, over all their steps: the share of right steps, accuracy,
-    the mean of the accuracies on right and on wrong steps, precision and recall of "correct", and Cohen's
-    kappa; and the share of completions with all steps labelled alike. NaN where there is nothing to divide."""
+    """Of (judge's, checker's) labels of completions, over all their steps: the share of right steps,
+    accuracy, the mean of the accuracies on right and on wrong steps, precision and recall of "correct", and
+    Cohen's kappa; and the share of completions with all steps labelled alike. NaN for 0/0."""
     judge = np.array([label for own, _ in verdicts for label in own], dtype=bool)
     checker = np.array([label for _, exact in verdicts for label in exact], dtype=bool)
     both, neither = float(np.sum(judge & checker)), float(np.sum(~judge & ~checker))
