@@ -1,27 +1,30 @@
 """What the tiny world's step judge learns from and is measured by: the checker's labels of every step."""
 
 import random
-import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from pns.algo.judging import Template
+from pns.algo.segments import sentences
 from pns.algo.step_judging import VERDICTS, render_tiny, step_nonce, verdict_parts
 from pns.records import Problem
 from pns.tiny import world
 
 # Of the training rows: samples of a model, made-up solutions by one who often errs, solutions with one
 # made-up error; the rest are right ones.
-SAMPLED_SHARE, MIXED_SHARE, CORRUPTED_SHARE = 0.3, 0.3, 0.25
+SAMPLED_SHARE, MIXED_SHARE, CORRUPTED_SHARE = 0.4, 0.25, 0.2
 MISCONCEPTIONS, SLIPS, MISREADINGS = {"times": 0.4, "fewer": 0.4, "half": 0.2, "plus": 0.1}, 0.15, 0.1
 
 Candidate = tuple[Problem, str]  # a problem and the text of a solution
 
 
 def solution_steps(text: str) -> tuple[str, ...]:
-    """The text's sentences and, behind them, its box: joined they are the text."""
-    return tuple(re.findall(r".+?(?:[.?] |\Z)", text, re.DOTALL))
+    """The text's sentences and, behind them, its box, as `pns.algo.segments` cuts them: joined they are the
+    text."""
+    boundaries = [0, *sentences(text), len(text)]
+    return tuple(text[start:end] for start, end in pairwise(boundaries))
 
 
 def step_labels(problem: Problem, steps: Sequence[str]) -> tuple[bool, ...]:
