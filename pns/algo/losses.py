@@ -358,15 +358,15 @@ def bcpg_loss(
 
     With d = log pi - log pi_ref, `L = sum_t m_t [ -A log pi + beta c(d) ] / num_tokens`, where c(d) is
     d^2 / 2 (`squared_log_ratio`) or e^d - d - 1 (`kl`). The gradient is `-sum_t m_t [ A - beta c'(d) ] grad
-    log pi / num_tokens`. Under squared_log_ratio a token in isolation has its optimum at log pi = log pi_ref +
-    A / beta: finite for every A, where plain policy gradient on a negative has none. At pi = pi_ref both c and
+    log pi / num_tokens`. Under squared_log_ratio a token in isolation has its optimum at log pi = log pi_ref
+    + A / beta: finite for every A, where plain policy gradient on a negative has none. At pi = pi_ref c and
     c' are 0.
 
     kl is k3 (http://joschu.net/blog/kl-approx.html) for samples of pi_ref: its mean is KL(pi_ref || pi), not
     the KL(pi || pi_ref) of `grpo_loss`, whose formula has that mean on samples of pi alone. Near pi_ref it is
     squared_log_ratio. Its optimum d = log(1 + A / beta) exists for A > -beta alone: below that nothing ends
-    the fall of a token, as KL(pi_ref || pi) grows with -log pi like the objective itself. e^d counts up to 10,
-    and from there on linearly in d.
+    the fall of a token, as KL(pi_ref || pi) grows with -log pi like the objective itself. e^d counts up to
+    10, and from there on linearly in d.
 
     `mask_T` is 1 for tokens that count, `num_tokens` its sum over the whole batch. Returns the loss (a
     scalar) and `policy_loss`, `constraint` (the mean of c) and what `_by_sign` gives.
@@ -420,8 +420,8 @@ def _truncated_ratio(log_ratio_T: Tensor, max_ratio: float) -> Tensor:
 def _by_sign(
     log_probs_T: Tensor, ref_log_probs_T: Tensor, advantages_T: Tensor, mask_T: Tensor, num_tokens: int
 ) -> dict[str, Tensor]:
-    """`advantage_positive` and `advantage_negative`, the shares of tokens with such an advantage; `log_ratio`,
-    the mean over all tokens; and, with names that begin with _, parts of means over the tokens of one sign,
+    """`advantage_positive` and `advantage_negative`, shares of tokens with such an advantage; `log_ratio`,
+    its mean over all tokens; and, with names that begin with _, parts of means over the tokens of one sign,
     which have to be divided by its share: a quotient cannot be added up over micro-batches."""
     log_ratio_T = (log_probs_T - ref_log_probs_T).detach()
     positive_T, negative_T = ((sign * advantages_T > 0).to(mask_T.dtype) for sign in (1, -1))

@@ -27,6 +27,11 @@ class OfflineSample:
     mean_reward: float
 
     @property
+    def id(self) -> str:
+        """`completion_id` of its labels."""
+        return labelled_as(self.source, self.rollout.completion)
+
+    @property
     def num_tokens(self) -> int:
         return len(self.rollout.completion.token_ids)
 

@@ -209,9 +209,15 @@ class WeightedReinforceObjective:
         )
 
 
-TokenObjective = BcpgObjective | WeightedReinforceObjective | SftObjective
-PairObjective = PreferenceObjective | BradleyTerryObjective
-Objective = GrpoObjective | GspoObjective | PairObjective | TokenObjective
+Objective = (
+    GrpoObjective
+    | GspoObjective
+    | PreferenceObjective
+    | BradleyTerryObjective
+    | SftObjective
+    | BcpgObjective
+    | WeightedReinforceObjective
+)
 
 
 def _side_sums(values_T: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
