@@ -10,19 +10,22 @@ import pytest
 import torch
 
 from pns.algo.losses import LossAndMetrics, PairTerms
-from pns.config import PreferenceConfig, hyper_parameters
+from pns.config import Constraint, PreferenceConfig, hyper_parameters
 from pns.errors import UserError
 from pns.preference_losses import PREFERENCE_LOSSES, PreferenceLossEntry
 from pns.recipe import load
 from workers.training.batching import Batch
 from workers.training.objectives import (
+    BcpgObjective,
     BradleyTerryObjective,
     GrpoObjective,
     PreferenceObjective,
     SftObjective,
+    WeightedReinforceObjective,
     estimate_kl,
     mismatched_rows,
     with_length_bias,
+    with_means_by_sign,
 )
 
 # Two pairs: completions of 2, 1, 3 and 1 tokens.
@@ -115,6 +118,41 @@ def test_parts_of_a_batch_add_up_and_padding_weighs_nothing() -> None:
             sums[name] += value.item()
     assert total == pytest.approx(whole.item())
     assert sums == pytest.approx({name: value.item() for name, value in metrics.items()})
+
+
+OFFLINE = [
+    BcpgObjective(0.3, Constraint.squared_log_ratio),
+    BcpgObjective(0.3, Constraint.kl),
+    WeightedReinforceObjective(),
+]
+TOKEN_DATA = DATA | {
+    "token_advantages": torch.tensor([0.5, 0.5, -0.5, 0.1, 0.1, -0.5, 0.0]),
+    "mask": torch.ones(7),
+    "num_tokens": 7.0,
+}
+
+
+@pytest.mark.parametrize("objective", OFFLINE, ids=str)
+def test_parts_of_an_offline_batch_add_up_and_padding_weighs_nothing(objective: Any) -> None:
+    whole, metrics = objective.compute({"log_probs": LOG_PROBS}, TOKEN_DATA)
+    total, sums = 0.0, dict.fromkeys(metrics, 0.0)
+    for tokens in (slice(0, 3), slice(3, 7)):
+        names = ("ref_log_probs", "token_advantages", "mask")
+        part = TOKEN_DATA | {name: torch.cat([TOKEN_DATA[name][tokens], torch.zeros(1)]) for name in names}
+        log_probs = torch.cat([LOG_PROBS[tokens], torch.tensor([-7.0])])
+        loss, of_part = objective.compute({"log_probs": log_probs}, part)
+        total += loss.item()
+        for name, value in of_part.items():
+            sums[name] += value.item()
+    assert total == pytest.approx(whole.item())
+    assert sums == pytest.approx({name: value.item() for name, value in metrics.items()})
+    means = with_length_bias(with_means_by_sign(sums))
+    # Log-ratios 0.5, 0, -1, 0.5, 0.5, 0 and -2; -log pi of positive tokens 1, 2, 0.5 and 0.5.
+    assert means["log_ratio"] == pytest.approx(-1.5 / 7)
+    assert means["positive_log_ratio"] == pytest.approx(1.5 / 4)
+    assert means["positive_nll"] == pytest.approx(4 / 4)
+    assert means["negative_log_ratio"] == pytest.approx(-1 / 2)
+    assert not any(name.startswith("_") for name in means)
 
 
 def test_the_other_objectives_by_hand() -> None:
