@@ -25,6 +25,7 @@ ROOMS = (
     "pns/commands/",
     "pns/planning/",
     "pns/driver.py",
+    "pns/tiny/process_reward.py",
     "pns/tiny/warm_start.py",
     "pns/stages/",
     "pns/run/",
