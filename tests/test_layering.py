@@ -88,6 +88,7 @@ OWNERS = {
         "workers/check_gpu.py",
         "workers/cluster.py",
         "workers/rewards/judge.py",
+        "workers/rewards/process_reward.py",
         "workers/rewards/reward_head.py",
         "workers/rewards/reward_model.py",
         "workers/rollout/engine.py",
