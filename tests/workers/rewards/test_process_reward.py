@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pns.config import ServicePool
 from pns.data.prompts import BOXED
 from pns.errors import UserError
-from tests.workers.rewards.test_reward_model import HIDDEN, QWEN, body_config, chat_tokenizer, drawn
+from small_models import HIDDEN, QWEN, body_config, chat_tokenizer, drawn
 from workers.rewards.process_reward import ProcessReward, ProcessRewardPool, Solution
 from workers.rewards.service import Outcome
 from workers.runtime import Runtime
