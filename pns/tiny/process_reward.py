@@ -65,10 +65,12 @@ def step_batch(ctx: Context, candidates: Sequence[Candidate]) -> Batch:
     for problem, text in candidates:
         prompt, prefix = ctx.prompts.encode(problem), []
         for sentence, is_right in labelled_steps(problem, text):
-            prefix += ctx.prompts.tokenizer.encode(sentence, add_special_tokens=False)
-            prompts.append(prompt)
-            prefixes.append(tuple(prefix))
-            labels.append(float(is_right))
+            token_ids = ctx.prompts.tokenizer.encode(sentence, add_special_tokens=False)
+            prefix += token_ids
+            if token_ids:  # of half a word the tokenizer reads nothing
+                prompts.append(prompt)
+                prefixes.append(tuple(prefix))
+                labels.append(float(is_right))
     return Batch(prompts, prefixes, row_values={"label": labels})
 
 
