@@ -22,7 +22,11 @@ from workers.training.batching import Batch
 from workers.training.objectives import SftObjective
 
 # The most solution steps of a problem until that share of `curriculum_steps`.
-CURRICULUM = {TinyTask.solve: ((0.4, 2), (1.0, 3)), TinyTask.judge: ((0.2, 1), (0.5, 2), (1.0, 3))}
+CURRICULUM = {
+    TinyTask.solve: ((0.4, 2), (1.0, 3)),
+    TinyTask.judge: ((0.2, 1), (0.5, 2), (1.0, 3)),
+    TinyTask.process_reward: ((0.2, 1), (0.5, 2), (1.0, 3)),
+}
 # Problems whose sampled solutions the judge is trained ("train") and measured ("reward") on.
 NUM_GRADED = {"train": 3000, "reward": 500}
 CORRUPTED_SHARE, SAMPLED_SHARE = 0.35, 0.35  # of the judge's training rows; the rest are right solutions
