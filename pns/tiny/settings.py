@@ -18,7 +18,8 @@ class WarmStart:
     seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
     task: TinyTask = key(
         TinyTask.solve,
-        "solve: solutions of problems; judge: the checker's rubric; process_reward: its word on each step",
+        "solve: solutions of problems; judge: the checker's rubric; step_judge, process_reward: its word on "
+        "each step",
     )
     architecture: Architecture = key(Architecture.qwen2, "model family of a backbone")
     steps: int = key(1700, "training steps", at_least(1))
@@ -34,13 +35,11 @@ class WarmStart:
     checkpoint_every: int = key(500, "steps between checkpoints", at_least(1))
     samples_from: str = path_or_name(
         "",
-        "judge, process_reward: the model whose samples are graded beside made-up errors; the judge starts "
-        "from it, too",
+        "judges and process_reward: the model whose samples are graded beside made-up errors, and that "
+        "training starts from without starts_from",
     )
     starts_from: str = path_or_name(
-        "",
-        "solve, process_reward: the model whose training goes on; empty: an untrained one (solve), that of "
-        "samples_from (process_reward)",
+        "", "the model whose training goes on; empty: an untrained one (solve), or samples_from"
     )
     misconceptions: dict[str, float] = key(
         {},
@@ -69,7 +68,5 @@ def check_settings(settings: WarmStart) -> None:
         raise UserError(f"heads: {heads} must be a multiple of key_value_heads, {settings.key_value_heads}")
     if unknown := settings.misconceptions.keys() - {"fewer", "times", "half"}:
         raise UserError(f"misconceptions.{min(unknown)}: the relations are fewer, times and half")
-    if settings.task is TinyTask.process_reward and not settings.samples_from:
-        raise UserError("samples_from is empty: name the model whose solutions are graded")
-    if settings.task is TinyTask.judge and not settings.samples_from:
-        raise UserError("samples_from is empty: name the model that the judge starts from")
+    if settings.task is not TinyTask.solve and not settings.samples_from:
+        raise UserError(f"samples_from is empty: name the model whose samples {settings.task} learns from")
