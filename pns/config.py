@@ -28,6 +28,7 @@ from pns.preference_losses import PREFERENCE_LOSSES
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
 # Of every method, in an order that fits each.
 ALL_STAGES = (*STAGES[:-1], "sample", "label_steps", "bcpg", "evaluate")
+STEP_SERVICES = ("step_judge", "process_reward")  # what labels steps
 OWN = "own"  # source of negatives of `bcpg`: the wrong completions among a round's own samples
 
 
@@ -676,10 +677,10 @@ def labels_steps(config: Config) -> bool:
 
 
 def step_services(config: Config) -> tuple[str, ...]:
-    """The services that label steps, where any does: "step_judge", "process_reward"."""
+    """Those of STEP_SERVICES that `bcpg.rule` reads."""
     if config.bcpg.rule in (StepRule.judge, StepRule.process_reward):
         return ("step_judge" if config.bcpg.rule is StepRule.judge else "process_reward",)
-    return ("step_judge", "process_reward")
+    return STEP_SERVICES
 
 
 def external_pairs(config: Config) -> bool:

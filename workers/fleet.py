@@ -11,13 +11,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pns.algo.reward import reads_tokens
-from pns.config import Config, TermKind
+from pns.config import STEP_SERVICES, Config, Service, services
 from workers.placement import bundles, used_roles
 from workers.runtime import Runtime
 from workers.training.reservation import release, reserve
 
 if TYPE_CHECKING:
-    from workers.rewards.endpoint import EndpointJudge
     from workers.rewards.service import ScoringPool
     from workers.rewards.verifier import Verifier
     from workers.rollout.pool import RolloutPool
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Fleet:
-    """Roles by name: "rollout", "policy", "verifier", and the names in `reward.terms`."""
+    """Roles by name: "rollout", "policy", "verifier", and the services of `pns.config.services`."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
@@ -59,13 +58,12 @@ class Fleet:
         return self._started("verifier")
 
     def scorer(self, name: str) -> ScoringPool[Any, Any]:
-        """The pool of the reward term `name`, with its `model` loaded unless that is empty."""
+        """The pool of the service `name`, with its `model` loaded unless that is empty."""
         return self._started(name)
 
     def services(self) -> dict[str, ScoringPool[Any, Any] | None]:
-        """The pools of reward terms that `start` has named so far; None: it is not up yet. Waits for
-        nothing."""
-        begun = {name: self._roles[name] for name in self.config.reward.terms if name in self._roles}
+        """The pools of services that `start` has named so far; None: it is not up yet. Waits for nothing."""
+        begun = {name: self._roles[name] for name in services(self.config) if name in self._roles}
         up = {name for name, future in begun.items() if future.done() and not future.exception()}
         return {name: future.result() if name in up else None for name, future in begun.items()}
 
@@ -116,25 +114,40 @@ class Fleet:
             from workers.rewards.verifier import Verifier
 
             return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)
-        term = self.config.reward.terms[role]
-        deadline = term.pool.deadline_seconds or self.config.reward.deadline_seconds
-        pool: ScoringPool[Any, Any] | EndpointJudge
-        if term.kind is TermKind.reward_model:
-            from workers.rewards.reward_model import RewardModelPool
-
-            chat = not reads_tokens(term)
-            pool = RewardModelPool(role, term.pool, self.runtime, deadline, reads_chat=chat)
-        elif term.endpoint.url:
-            from workers.rewards.endpoint import EndpointJudge
-
-            pool = EndpointJudge(role, term.endpoint, self.config.seed, deadline)
-        else:
-            from workers.rewards.judge import JudgePool
-
-            pool = JudgePool(role, term.pool, self.runtime, self.config.seed, deadline)
+        service = services(self.config)[role]
+        pool = self._build_service(role, service)
         with ExitStack() as stack:
             stack.callback(pool.shutdown)  # where the model cannot be loaded
-            if term.model:
-                pool.load(term.model)
+            if service.model:
+                pool.load(service.model)
             stack.pop_all()
         return pool
+
+    def _build_service(self, role: str, service: Service) -> Any:
+        """A scorer without a model. Imported where it is used, as above."""
+        deadline = service.pool.deadline_seconds or self.config.reward.deadline_seconds
+        seed, labels_steps = self.config.seed, role in STEP_SERVICES
+        if service.url:
+            from workers.rewards.endpoint import EndpointJudge, EndpointStepJudge
+
+            endpoint = self.config.bcpg.step_judge.endpoint
+            if labels_steps:
+                return EndpointStepJudge(role, endpoint, seed, deadline)
+            return EndpointJudge(role, self.config.reward.terms[role].endpoint, seed, deadline)
+        placed = role, service.pool, self.runtime
+        if labels_steps and service.judges:
+            from workers.rewards.step_judge import StepJudgePool
+
+            return StepJudgePool(*placed, seed, deadline)
+        if labels_steps:
+            from workers.rewards.process_reward import ProcessRewardPool
+
+            return ProcessRewardPool(*placed, deadline)
+        if service.judges:
+            from workers.rewards.judge import JudgePool
+
+            return JudgePool(*placed, seed, deadline)
+        from workers.rewards.reward_model import RewardModelPool
+
+        reads_chat = not reads_tokens(self.config.reward.terms[role])
+        return RewardModelPool(*placed, deadline, reads_chat=reads_chat)

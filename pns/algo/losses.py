@@ -18,8 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pns.config import Constraint
+
 # Of k3, whose exponential would let a single token that is far off decide the whole step.
 _MAX_K3 = 10.0
+# The same of `bcpg_loss`: of the ratio pi / pi_ref, so that a token that is far off is still drawn back.
+_MAX_RATIO = 10.0
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 
@@ -338,3 +342,110 @@ def length_normalised_nll(log_probs_T: Tensor, lengths_B: Tensor) -> Tensor:
 def sft_loss(log_probs_T: Tensor, mask_T: Tensor, num_tokens: int) -> Tensor:
     """Negative log-likelihood of the tokens in `mask_T`, `-sum_t m_t log pi_t / num_tokens`, as a scalar."""
     return -(log_probs_T * mask_T).sum() / num_tokens
+
+
+def bcpg_loss(
+    log_probs_T: Tensor,
+    ref_log_probs_T: Tensor,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    beta: float,
+    constraint: Constraint,
+    num_tokens: int,
+) -> LossAndMetrics:
+    """Behaviour-constrained policy gradient on samples of pi_ref: a reconstruction of the objective of
+    BCPG-NSA (arXiv 2505.14403), whose advantages `pns.algo.offline.token_advantages` gives.
+
+    With d = log pi - log pi_ref, `L = sum_t m_t [ -A log pi + beta c(d) ] / num_tokens`, where c(d) is
+    d^2 / 2 (`squared_log_ratio`) or e^d - d - 1 (`kl`). The gradient is `-sum_t m_t [ A - beta c'(d) ] grad
+    log pi / num_tokens`. Under squared_log_ratio a token in isolation has its optimum at log pi = log pi_ref
+    + A / beta: finite for every A, where plain policy gradient on a negative has none. At pi = pi_ref c and
+    c' are 0.
+
+    kl is k3 (http://joschu.net/blog/kl-approx.html) for samples of pi_ref: its mean is KL(pi_ref || pi), not
+    the KL(pi || pi_ref) of `grpo_loss`, whose formula has that mean on samples of pi alone. Near pi_ref it is
+    squared_log_ratio. Its optimum d = log(1 + A / beta) exists for A > -beta alone: below that nothing ends
+    the fall of a token, as KL(pi_ref || pi) grows with -log pi like the objective itself. e^d counts up to
+    10, and from there on linearly in d.
+
+    `mask_T` is 1 for tokens that count, `num_tokens` its sum over the whole batch. Returns the loss (a
+    scalar) and `policy_loss`, `constraint` (the mean of c) and what `_by_sign` gives.
+    """
+    log_ratio_T = log_probs_T - ref_log_probs_T
+    if constraint is Constraint.squared_log_ratio:
+        constraint_T = log_ratio_T**2 / 2
+    else:
+        constraint_T = _truncated_ratio(log_ratio_T, _MAX_RATIO) - log_ratio_T - 1
+    policy_loss = -(advantages_T * log_probs_T * mask_T).sum() / num_tokens
+    mean_constraint = (constraint_T * mask_T).sum() / num_tokens
+    metrics = {"policy_loss": policy_loss.detach(), "constraint": mean_constraint.detach()}
+    metrics |= _by_sign(log_probs_T, ref_log_probs_T, advantages_T, mask_T, num_tokens)
+    return policy_loss + beta * mean_constraint, metrics
+
+
+def weighted_reinforce_loss(
+    log_probs_T: Tensor,
+    ref_log_probs_T: Tensor,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    max_ratio: float,
+    num_tokens: int,
+) -> LossAndMetrics:
+    """REINFORCE with signed weights (W-REINFORCE: lambda PSR + NSR, arXiv 2506.01347) on samples of pi_ref.
+
+    The paper samples from the policy that it updates. Here old samples stand for those of pi by the ratio rho
+    = pi / pi_ref of each token: the gradient is `-sum_t m_t A min(rho, max_ratio) grad log pi / num_tokens`,
+    of `L = -sum_t m_t A f(rho) / num_tokens` with f(rho) = rho up to `max_ratio` and max_ratio (1 + log rho -
+    log max_ratio) beyond. For A < 0 L is bounded from below, as rho and its gradient go to 0 with pi: it has
+    no constraint. The ratio is a token's, as in arXiv 1707.06347: what stands before it is as it was sampled.
+
+    Arguments as `bcpg_loss`; `max_ratio` >= 1. Returns the loss (a scalar) and `policy_loss`, `truncated`
+    (share of tokens with rho above `max_ratio`) and what `_by_sign` gives.
+    """
+    log_ratio_T = log_probs_T - ref_log_probs_T
+    loss = -(advantages_T * _truncated_ratio(log_ratio_T, max_ratio) * mask_T).sum() / num_tokens
+    truncated_T = (log_ratio_T > math.log(max_ratio)).to(mask_T.dtype)
+    metrics = {"policy_loss": loss.detach(), "truncated": (truncated_T * mask_T).sum() / num_tokens}
+    metrics |= _by_sign(log_probs_T, ref_log_probs_T, advantages_T, mask_T, num_tokens)
+    return loss, metrics
+
+
+def _truncated_ratio(log_ratio_T: Tensor, max_ratio: float) -> Tensor:
+    """The function of the log-ratio whose derivative is min(ratio, max_ratio): the ratio up to `max_ratio`,
+    beyond it linear in the log-ratio."""
+    log_max = math.log(max_ratio)
+    return torch.exp(log_ratio_T.clamp(max=log_max)) + max_ratio * functional.relu(log_ratio_T - log_max)
+
+
+def _by_sign(
+    log_probs_T: Tensor, ref_log_probs_T: Tensor, advantages_T: Tensor, mask_T: Tensor, num_tokens: int
+) -> dict[str, Tensor]:
+    """`advantage_positive` and `advantage_negative`, shares of tokens with such an advantage; `log_ratio`,
+    its mean over all tokens; and, with names that begin with _, parts of means over the tokens of one sign,
+    which have to be divided by its share: a quotient cannot be added up over micro-batches."""
+    log_ratio_T = (log_probs_T - ref_log_probs_T).detach()
+    positive_T, negative_T = ((sign * advantages_T > 0).to(mask_T.dtype) for sign in (1, -1))
+
+    def mean(values_T: Tensor) -> Tensor:
+        return (values_T * mask_T).sum() / num_tokens
+
+    return {
+        "log_ratio": mean(log_ratio_T),
+        "advantage_positive": mean(positive_T),
+        "advantage_negative": mean(negative_T),
+        "_positive_log_ratio": mean(log_ratio_T * positive_T),
+        "_negative_log_ratio": mean(log_ratio_T * negative_T),
+        "_positive_nll": mean(-log_probs_T.detach() * positive_T),
+    }
+
+
+def step_label_loss(scores_B: Tensor, labels_B: Tensor) -> LossAndMetrics:
+    """Binary cross-entropy of a process reward model, one per row, which ends with the step that is graded.
+
+    `L = -l log sigmoid(s) - (1 - l) log sigmoid(-s)` for the score s at the step's end and its label l, 1 for
+    correct, 0 for wrong: arXiv 2305.20050 (section 2.6). The metrics are `accuracy` (of s > 0 as the label)
+    and `correct_share` (l).
+    """
+    loss_B = functional.binary_cross_entropy_with_logits(scores_B, labels_B, reduction="none")
+    right_B = (scores_B > 0) == (labels_B > 0.5)
+    return loss_B, {"accuracy": right_B.to(scores_B.dtype), "correct_share": labels_B}

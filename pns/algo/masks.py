@@ -1,7 +1,7 @@
 """The accounting of masked completions: what failed, for how many of those that asked for it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pns.errors import UserError
 from pns.records import Reward
@@ -34,12 +34,26 @@ def check_failures(rewards: Sequence[Reward], max_fraction: float, where: str) -
     whose completions are mostly right. A single failure stops nothing, however few were asked.
     """
     asked: Counter[str] = Counter()
-    causes: dict[str, Counter[str]] = {}
     for reward in rewards:
         asked[ROLLOUT] += 1
         asked[VERDICT] += reward.format_ok
         asked.update({*reward.terms, *reward.missing} - {ROLLOUT, VERDICT})
-        for name, cause in reward.missing.items():
+    _check_causes([reward.missing for reward in rewards], asked, max_fraction, where)
+
+
+def check_missing(missing: Sequence[Mapping[str, str]], max_fraction: float, where: str) -> None:
+    """As `check_failures`, of services that all of the completions were asked for: `missing` has, of each
+    completion, service -> cause of those that failed."""
+    names = {name for own in missing for name in own}
+    _check_causes(missing, {name: len(missing) for name in names}, max_fraction, where)
+
+
+def _check_causes(
+    missing: Sequence[Mapping[str, str]], asked: Mapping[str, int], max_fraction: float, where: str
+) -> None:
+    causes: dict[str, Counter[str]] = {}
+    for own in missing:
+        for name, cause in own.items():
             causes.setdefault(name, Counter())[cause] += 1
     for name, counts in causes.items():
         num_failed = counts.total()

@@ -5,7 +5,7 @@ tokens. What follows the reasoning block, from `</think>` on, is the last step: 
 """
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -105,15 +105,16 @@ def segment(
     for position in _boundaries(text, split(text), parts):
         edge = edges.nearest(position, must=position in at_tags)
         if edge is not None:
-            (ends_of_regions if position in at_tags else ends_of_pieces).append(edge)
+            ends = ends_of_regions if position in at_tags else ends_of_pieces
+            ends += [edge] if edge not in (*ends[-1:], 0, edges.last) else []
     has_answer = _CLOSING in text
-    regions = list(pairwise([0, *sorted({*ends_of_regions} - {0, edges.last}), edges.last]))
+    regions = list(pairwise([0, *ends_of_regions, edges.last]))
     steps: list[tuple[int, int]] = []
     for index, (first, last) in enumerate(regions):
         if has_answer and index == len(regions) - 1:
             steps.append((first, last))
             continue
-        inner = sorted({edge for edge in ends_of_pieces if first < edge < last})
+        inner = ends_of_pieces[bisect_right(ends_of_pieces, first) : bisect_left(ends_of_pieces, last)]
         pieces = [
             piece for long in pairwise([first, *inner, last]) for piece in pairwise(edges.cut_long(*long))
         ]
@@ -180,11 +181,13 @@ def _is_abbreviation(before: str, following: str) -> bool:
 
 
 def _is_initial(before: str, next_word: re.Match[str] | None) -> bool:
-    """Whether a capital letter before a full stop is that of a name: after a word with a capital or another
-    initial, and before one that begins no sentence ("John F. Kennedy", not "Point A. Then")."""
+    """Whether a capital letter before a full stop is that of a name: before another initial, or after a word
+    with a capital and before one that begins no sentence ("John F. Kennedy", not "Point A. Then")."""
     found = _LAST_TWO_WORDS.search(before)
     if found is None or next_word is None or not next_word[0][0].isupper():
         return False
+    if len(next_word[0]) == 1 and next_word.string.startswith(".", next_word.end()):
+        return True  # another initial
     return (found[1] or "A")[0].isupper() and next_word[0].lower() not in _OPENERS
 
 
@@ -193,16 +196,21 @@ def _boundaries(text: str, proposed: Iterable[int], parts: Sequence[Whole]) -> l
     has content, and what follows the last `</think>` stays whole."""
     at_tags = {tag.start() for tag in TAG.finditer(text)}
     answer = text.rfind(_CLOSING)
+    last = answer if answer >= 0 else len(text) - 1
     kept = []
-    start = 0
+    content = _content_after(text, 0)
     for position in sorted({*proposed, *at_tags}):
-        if not 0 < position < len(text) or (0 <= answer < position) or cuts(position, parts):
-            continue
-        content = _NO_CONTENT.match(text, start)
-        if content is not None and content.end() < position:
+        if content < position <= last and not cuts(position, parts):
             kept.append(position)
-            start = position
+            content = _content_after(text, position)
     return kept
+
+
+def _content_after(text: str, position: int) -> int:
+    """The first character from `position` on that is neither white space nor of a reasoning tag."""
+    match = _NO_CONTENT.match(text, position)
+    assert match is not None, "it matches nothing, too"
+    return match.end()
 
 
 class _Edges:
@@ -365,10 +373,10 @@ def _ends_in_windows(
                     start, place = token, ends[-1] - len(again)
                     settled = [known for known in settled if known > token]
                     break
-    if len(ends) < len(token_ids) or (ends[-1] if ends else 0) != len(text):
+    if len(ends) < len(token_ids) or len(token_ids) not in (0, *settled[-1:]) or [0, *ends][-1] != len(text):
+        place = [0, *ends][-1]
         raise ValueError(
-            f"the token ids do not decode to the text: they differ at character {ends[-1] if ends else 0} of "
-            f"{len(text)}"
+            f"the token ids do not decode to the text: they differ at character {place} of {len(text)}"
         )
     return ends
 

@@ -1,7 +1,7 @@
 """Preference optimisation on the pairs, with the loss of `preference.loss`, over verl's FSDP worker."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +10,12 @@ from pns.algo.pairs import margin_masks
 from pns.config import Config, Layout, MarginMask, PreferenceConfig, hyper_parameters
 from pns.data.decontamination import Overlaps
 from pns.data.preference import TokenPair, load_pairs
-from pns.errors import UserError
 from pns.files import write_json
 from pns.preference_losses import PREFERENCE_LOSSES
-from pns.run.reference_cache import reference_log_probs
 from pns.run.stage import stage
 from pns.stages.artefacts import AnyModel, Pairs, PreferenceTrained
 from pns.stages.context import Context, Problems, draw
-from workers.checkpoints import local_directory
+from pns.stages.fixed_rows import kept_reference, select_rows, stop_after_skipped
 from workers.training.batching import Batch
 from workers.training.objectives import PreferenceObjective, estimate_kl, mismatched_rows
 
@@ -96,13 +94,15 @@ def optimise(
             own_mismatched = select_pairs(mismatched, indices)
             kl = estimate_kl(policy.log_probs(own_mismatched), own_mismatched)
         objective = PreferenceObjective(settings.loss, parameters, kl)
-        metrics = policy.train_step(select_pairs(rows, indices), objective)
+        batch = select_pairs(rows, indices)
+        metrics = policy.train_step(batch, objective)
         if mismatched:
             metrics["kto_kl"] = kl
         ctx.track.log(step, metrics)
         history.append(metrics)
         if metrics["update_skipped"] or not math.isfinite(metrics["loss"]):
-            stop_after_skipped(ctx, settings, step, history, [pairs[i] for i in indices])
+            places = [pairs[index].where for index in indices for _ in range(2)]
+            stop_after_skipped(ctx, "preference", settings.max_skipped_updates, step, history, batch, places)
         if not warned and (warned := chosen_falls(history)):
             ctx.track.note(f"preference: {warned}; preference.loss=rpo keeps them up")
         ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
@@ -125,53 +125,7 @@ def pair_batch(pairs: Sequence[TokenPair], margin: MarginMask) -> Batch:
 
 def select_pairs(rows: Batch, indices: Sequence[int]) -> Batch:
     """Both rows of the pairs `indices`."""
-    taken = [row for index in indices for row in (2 * index, 2 * index + 1)]
-
-    def of_taken(values: Sequence[object]) -> list:
-        return [values[row] for row in taken]
-
-    return Batch(
-        of_taken(rows.prompt_ids),
-        of_taken(rows.completion_ids),
-        {name: of_taken(values) for name, values in rows.token_values.items()},
-        {name: of_taken(values) for name, values in rows.row_values.items()},
-    )
-
-
-def kept_reference(ctx: Context, model: str, rows: Batch) -> Sequence[np.ndarray]:
-    """Log-probabilities of every completion token under `model`, which the policy holds untrained: from the
-    cache that all runs share, or computed and kept there."""
-    return reference_log_probs(ctx.fleet.policy, ctx.shared / "reference_cache", local_directory(model), rows)
-
-
-def stop_after_skipped(
-    ctx: Context,
-    settings: PreferenceConfig,
-    step: int,
-    history: Sequence[Mapping[str, float | None]],
-    pairs: Sequence[TokenPair],
-) -> None:
-    """Raises UserError, naming pairs of `step`, once more than `preference.max_skipped_updates` updates were
-    skipped because the loss or its gradient was not finite. The weights are as they were before the step."""
-    num_skipped = sum(bool(metrics.get("update_skipped")) for metrics in history)
-    ctx.place.count(updates_skipped=num_skipped)
-    if num_skipped <= settings.max_skipped_updates:
-        return
-    places = list(not_finite(ctx, settings, pairs)) or [pair.where for pair in pairs]
-    others = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    raise UserError(
-        f"preference: the loss or its gradient is not finite at step {step} ({places[0]}{others}): lower "
-        "preference.optimizer.learning_rate, or allow preference.max_skipped_updates"
-    )
-
-
-def not_finite(ctx: Context, settings: PreferenceConfig, pairs: Sequence[TokenPair]) -> Iterator[str]:
-    """Where the pairs are from that have a log-probability that is not finite."""
-    log_probs = ctx.fleet.policy.log_probs(pair_batch(pairs, settings.margin))
-    for index, pair in enumerate(pairs):
-        both_sides = np.concatenate(log_probs[2 * index : 2 * index + 2])
-        if not np.isfinite(both_sides).all():
-            yield pair.where
+    return select_rows(rows, [row for index in indices for row in (2 * index, 2 * index + 1)])
 
 
 def chosen_falls(history: Sequence[Mapping[str, float | None]]) -> str:

@@ -13,12 +13,13 @@ Architecture = StrEnum("Architecture", ["qwen2", "llama", "qwen3"])
 
 @dataclass
 class WarmStart:
-    """Supervised training of a tiny backbone, or of the judge, on the tiny world."""
+    """Supervised training of a tiny backbone, or of a model that grades, on the tiny world."""
 
     seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
     task: TinyTask = key(
         TinyTask.solve,
-        "solve: solutions of problems; judge: the checker's rubric; step_judge: its label of every step",
+        "solve: solutions of problems; judge: the checker's rubric; step_judge, process_reward: its word on "
+        "each step",
     )
     architecture: Architecture = key(Architecture.qwen2, "model family of a backbone")
     steps: int = key(1700, "training steps", at_least(1))
@@ -34,11 +35,11 @@ class WarmStart:
     checkpoint_every: int = key(500, "steps between checkpoints", at_least(1))
     samples_from: str = path_or_name(
         "",
-        "judges: the model whose samples are graded beside made-up errors, and that training starts from "
-        "without starts_from",
+        "judges and process_reward: the model whose samples are graded beside made-up errors, and that "
+        "training starts from without starts_from",
     )
     starts_from: str = path_or_name(
-        "", "solve, step_judge: the model whose training goes on; empty: an untrained one, or samples_from"
+        "", "the model whose training goes on; empty: an untrained one (solve), or samples_from"
     )
     misconceptions: dict[str, float] = key(
         {},

@@ -491,6 +491,10 @@ class SolutionStep:
     kinds: tuple[str, ...] = ()
     carried: bool = False
 
+    @property
+    def right(self) -> bool:
+        return not self.kinds and not self.carried
+
 
 @dataclass(frozen=True)
 class Check:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from pns.algo.losses import (
+    LossAndMetrics,
     PairTerms,
+    bcpg_loss,
     bradley_terry_loss,
     dpo_loss,
     grpo_loss,
@@ -19,8 +21,9 @@ from pns.algo.losses import (
     offset_dpo_loss,
     row_sums,
     sft_loss,
+    weighted_reinforce_loss,
 )
-from pns.config import PreferenceConfig, hyper_parameters
+from pns.config import Constraint, PreferenceConfig, hyper_parameters
 from pns.preference_losses import PREFERENCE_LOSSES
 
 
@@ -483,3 +486,125 @@ def test_sft_is_the_mean_over_the_counted_tokens() -> None:
     assert loss.item() == 1.0
     assert log_probs.grad is not None
     assert log_probs.grad.tolist() == [-0.25, 0.0, -0.25]
+
+
+REF = [-1.0, -2.0, -0.5]
+
+
+def offline(
+    log_ratios: list[float],
+    advantages: list[float],
+    form: Constraint | None = Constraint.squared_log_ratio,
+    mask: tuple[float, ...] = (1.0, 1.0, 1.0),
+    **options: float,
+) -> tuple[float, list[float], dict[str, torch.Tensor]]:
+    """Loss, its gradient and metrics of three tokens, `log_ratios` away from the reference, over 4 tokens of
+    the whole batch; W-REINFORCE where there is no `form` of a constraint."""
+    ref = torch.tensor(REF, dtype=torch.float64)
+    log_probs = (ref + torch.tensor(log_ratios, dtype=torch.float64)).requires_grad_()
+    given = log_probs, ref, torch.tensor(advantages, dtype=torch.float64), torch.tensor(mask)
+    found: LossAndMetrics
+    if form is None:
+        found = weighted_reinforce_loss(*given, max_ratio=options["max_ratio"], num_tokens=4)
+    else:
+        found = bcpg_loss(*given, beta=options["beta"], constraint=form, num_tokens=4)
+    loss, metrics = found
+    loss.backward()
+    assert log_probs.grad is not None
+    assert not any(value.requires_grad for value in metrics.values())
+    return loss.item(), log_probs.grad.tolist(), metrics
+
+
+def test_bcpg_by_hand() -> None:
+    """A token of a right completion, a correct step of a wrong one, and a wrong step; then one that does not
+    count."""
+    ratios, advantages = [0.5, -1.0, -2.0], [0.75, 0.1, -0.25]
+    loss, gradient, metrics = offline(ratios, advantages, beta=0.2)
+    policy = -(0.75 * -0.5 + 0.1 * -3.0 - 0.25 * -2.5)
+    constraint = (0.25 + 1.0 + 4.0) / 2
+    assert loss == pytest.approx((policy + 0.2 * constraint) / 4)
+    assert gradient == pytest.approx([-(0.75 - 0.1) / 4, -(0.1 + 0.2) / 4, -(-0.25 + 0.4) / 4])
+    found = {name: value.item() for name, value in metrics.items()}
+    assert found == pytest.approx(
+        {
+            "policy_loss": policy / 4,
+            "constraint": constraint / 4,
+            "log_ratio": -2.5 / 4,
+            "advantage_positive": 0.5,
+            "advantage_negative": 0.25,
+            "_positive_log_ratio": -0.5 / 4,
+            "_negative_log_ratio": -2.0 / 4,
+            "_positive_nll": 3.5 / 4,
+        }
+    )
+    loss, gradient, _ = offline(ratios, advantages, beta=0.2, mask=(1.0, 0.0, 1.0))
+    assert loss == pytest.approx((policy + 0.3 * -1.0 + 0.2 * 2.125) / 4)
+    assert gradient[1] == 0
+
+
+def test_bcpg_with_the_kl_by_hand() -> None:
+    """Beyond a ratio of 10 the constraint is linear in the log-ratio."""
+    ratios, advantages = [0.5, -1.0, math.log(20)], [0.75, -0.25, 0.0]
+    loss, gradient, metrics = offline(ratios, advantages, Constraint.kl, beta=0.2)
+    k3 = [math.exp(0.5) - 1.5, math.exp(-1.0), 10 * (1 + math.log(2)) - math.log(20) - 1]
+    assert metrics["constraint"].item() == pytest.approx(sum(k3) / 4)
+    assert loss == pytest.approx((0.75 * 0.5 - 0.25 * 3.0 + 0.2 * sum(k3)) / 4)
+    slopes = [math.exp(0.5) - 1, math.exp(-1.0) - 1, 9.0]
+    expected = [-(a - 0.2 * slope) / 4 for a, slope in zip(advantages, slopes, strict=True)]
+    assert gradient == pytest.approx(expected)
+
+
+def test_the_kl_is_that_of_the_reference_from_the_policy() -> None:
+    """Over all tokens of a context, weighed as the reference samples them, k3 has the mean KL(ref || pi)."""
+    ref, policy = torch.tensor([0.5, 0.3, 0.2]).double().log(), torch.tensor([0.2, 0.3, 0.5]).double().log()
+    zero = torch.zeros(3).double()
+    _, metrics = bcpg_loss(policy, ref, zero, ref.exp(), beta=1.0, constraint=Constraint.kl, num_tokens=1)
+    assert metrics["constraint"].item() == pytest.approx((ref.exp() * (ref - policy)).sum().item())
+
+
+@pytest.mark.parametrize("form", Constraint)
+def test_at_the_reference_the_constraint_and_its_gradient_are_zero(form: Constraint) -> None:
+    _, gradient, metrics = offline([0.0] * 3, [0.0] * 3, form, beta=3.0)
+    assert (metrics["constraint"].item(), gradient) == (0.0, [0.0] * 3)
+    # With the advantages there is the gradient of the policy alone, whatever beta.
+    assert offline([0.0] * 3, [0.75, 0.1, -0.25], form, beta=3.0)[1] == [-0.1875, -0.025, 0.0625]
+
+
+def test_tokens_rest_where_the_derivation_says() -> None:
+    """At A / beta, and with the KL at log(1 + A / beta), which a token with A < -beta has not: it falls on."""
+    advantages = [0.5, -0.5, 0.1]
+    _, gradient, _ = offline([value / 0.2 for value in advantages], advantages, beta=0.2)
+    assert gradient == pytest.approx([0.0] * 3)
+    resting = [math.log(1 + value / 0.8) for value in advantages]
+    assert offline(resting, advantages, Constraint.kl, beta=0.8)[1] == pytest.approx([0.0] * 3)
+    assert offline([0.0, -50.0, 0.0], advantages, Constraint.kl, beta=0.2)[1][1] == pytest.approx(0.3 / 4)
+
+
+def test_without_negatives_there_is_the_gradient_of_the_positives_alone() -> None:
+    """For a fixed mean reward; from the samples alone it is 1, and the constraint is left."""
+    ratios = [0.5, -1.0, -2.0]
+    _, both, _ = offline(ratios, [0.75, 0.75, -0.25], beta=0.2)
+    _, positives, _ = offline(ratios, [0.75, 0.75, -0.25], beta=0.2, mask=(1.0, 1.0, 0.0))
+    assert positives == [*both[:2], 0.0]
+    at_reference = offline([0.0] * 3, [0.75, 0.75, -0.25], beta=0.2, mask=(1.0, 1.0, 0.0))[1]
+    assert at_reference == [-0.75 / 4, -0.75 / 4, 0.0]  # 3/4 of that of supervised learning
+    _, only_right, _ = offline(ratios, [0.0] * 3, beta=0.2)
+    assert only_right == pytest.approx([0.2 * ratio / 4 for ratio in ratios])
+
+
+def test_weighted_reinforce_by_hand() -> None:
+    """A right token that became likelier, a wrong one that became less likely, one far beyond the bound."""
+    ratios, advantages = [math.log(1.5), math.log(0.5), math.log(6)], [0.1, -1.0, -1.0]
+    loss, gradient, metrics = offline(ratios, advantages, None, max_ratio=2.0)
+    assert loss == pytest.approx((-0.15 + 0.5 + 2 * (1 + math.log(3))) / 4)
+    assert gradient == pytest.approx([-0.1 * 1.5 / 4, 0.5 / 4, 2.0 / 4])
+    assert metrics["truncated"].item() == 0.25
+    assert metrics["_negative_log_ratio"].item() == pytest.approx(math.log(3) / 4)
+
+
+def test_weighted_reinforce_leaves_a_negative_that_has_gone_and_bcpg_draws_it_back() -> None:
+    gone = [0.0, -60.0, 0.0]
+    loss, gradient, _ = offline(gone, [0.0, -1.0, 0.0], None, max_ratio=2.0)
+    assert 0 <= loss < 1e-20
+    assert 0 <= gradient[1] < 1e-20
+    assert offline(gone, [0.0, -1.0, 0.0], beta=0.1)[1][1] < 0  # its probability is to rise

@@ -330,7 +330,7 @@ def test_mixed_solutions_have_the_misconceptions_that_are_asked_for() -> None:
         kinds.update(kind for step in found.steps for kind in step.kinds)
         num_steps += len(found.steps)
     assert 0.14 < kinds["arithmetic"] / num_steps < 0.22
-    assert 0.04 < kinds["entity"] / num_steps < 0.12
+    assert 0.02 < kinds["entity"] / num_steps < 0.12
 
 
 @pytest.mark.parametrize("kind", ERROR_KINDS)

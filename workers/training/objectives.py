@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pns.algo import losses
 from pns.algo.losses import LossAndMetrics
+from pns.config import Constraint
 from pns.errors import UserError
 from pns.preference_losses import PREFERENCE_LOSSES
 from workers.training.batching import Batch
@@ -164,7 +165,77 @@ class SftObjective:
         return losses.sft_loss(outputs["log_probs"], data["mask"], data["num_tokens"]), {}
 
 
-Objective = GrpoObjective | GspoObjective | PreferenceObjective | BradleyTerryObjective | SftObjective
+@dataclass(frozen=True)
+class BcpgObjective:
+    """`pns.algo.losses.bcpg_loss`; the mean is over the tokens in `mask`."""
+
+    beta: float
+    constraint: Constraint
+    temperature = 1.0
+    group_size = 1
+    head: ClassVar[Head] = "language_model"
+    needs = ("ref_log_probs", "token_advantages")
+
+    def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
+        return losses.bcpg_loss(
+            log_probs_T=outputs["log_probs"],
+            ref_log_probs_T=data["ref_log_probs"],
+            advantages_T=data["token_advantages"],
+            mask_T=data["mask"],
+            beta=self.beta,
+            constraint=self.constraint,
+            num_tokens=data["num_tokens"],
+        )
+
+
+@dataclass(frozen=True)
+class WeightedReinforceObjective:
+    """`pns.algo.losses.weighted_reinforce_loss`; the mean is over the tokens in `mask`."""
+
+    max_ratio: float = 2.0  # of pi / pi_ref
+    temperature = 1.0
+    group_size = 1
+    head: ClassVar[Head] = "language_model"
+    needs = ("ref_log_probs", "token_advantages")
+
+    def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
+        return losses.weighted_reinforce_loss(
+            log_probs_T=outputs["log_probs"],
+            ref_log_probs_T=data["ref_log_probs"],
+            advantages_T=data["token_advantages"],
+            mask_T=data["mask"],
+            max_ratio=self.max_ratio,
+            num_tokens=data["num_tokens"],
+        )
+
+
+@dataclass(frozen=True)
+class StepLabelObjective:
+    """`pns.algo.losses.step_label_loss` of rows that end with a step, `label` 1 (correct) or 0; the mean is
+    over rows."""
+
+    temperature = 1.0
+    group_size = 1
+    head: ClassVar[Head] = "score"
+    needs = ("label",)
+
+    def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
+        loss_B, metrics_B = losses.step_label_loss(outputs["scores"], data["label"])
+        weight_B = data["weight"] / data["num_groups"]  # 0 for rows of padding
+        sums = {name: (values * weight_B).sum() for name, values in metrics_B.items()}
+        return (loss_B * weight_B).sum(), sums
+
+
+Objective = (
+    GrpoObjective
+    | GspoObjective
+    | PreferenceObjective
+    | BradleyTerryObjective
+    | SftObjective
+    | BcpgObjective
+    | WeightedReinforceObjective
+    | StepLabelObjective
+)
 
 
 def _side_sums(values_T: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,6 +270,17 @@ def with_length_bias(metrics: Mapping[str, float]) -> dict[str, float]:
         covariance = metrics["_margin_longer"] - margin * longer
         kept["length_bias"] = covariance / spread**0.5 if spread > 1e-12 else 0.0  # below: rounding
     return kept
+
+
+def with_means_by_sign(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a whole batch, those of an objective on `token_advantages` with `positive_log_ratio`,
+    `positive_nll` and `negative_log_ratio`: means over the tokens with such an advantage, where there are
+    any."""
+    means = dict(metrics)
+    for sign, names in (("positive", ("log_ratio", "nll")), ("negative", ("log_ratio",))):
+        if share := metrics.get(f"advantage_{sign}"):
+            means |= {f"{sign}_{name}": metrics[f"_{sign}_{name}"] / share for name in names}
+    return means
 
 
 def mismatched_rows(rows: Batch) -> Batch:

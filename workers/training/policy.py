@@ -22,7 +22,7 @@ from pns.errors import UserError
 from workers.checkpoints import local_directory
 from workers.runtime import VERL_CPU, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
-from workers.training.objectives import Head, Objective, with_length_bias
+from workers.training.objectives import Head, Objective, with_length_bias, with_means_by_sign
 from workers.training.rank import ModelSpec, actor_class
 from workers.training.reservation import release, reserve
 
@@ -169,7 +169,8 @@ class Policy:
             raise ValueError("no token of the batch is in the mask: there is nothing to train on")
         began = time.monotonic()
         references = self._group.train(parts, [objective] * self._ranks, [constants] * self._ranks)
-        metrics = with_length_bias(self._wait_for_step(references, "a training step")[0])
+        of_batch = self._wait_for_step(references, "a training step")[0]
+        metrics = with_length_bias(with_means_by_sign(of_batch))
         num_tokens = sum(part.num_tokens for part in all_parts)
         metrics["tokens_per_second"] = num_tokens / (time.monotonic() - began)
         padded = any(part.width for part in all_parts)

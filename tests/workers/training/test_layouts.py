@@ -7,11 +7,13 @@ import copy
 import json
 import math
 import runpy
+from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,11 +21,12 @@ from torch.nn.attention import varlen
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from pns.algo import losses
-from pns.config import Layout
+from pns.config import Constraint, Layout
 from workers.training import attention, log_probs
 from workers.training.attention import NAME, Segments, packed_attention, segments_of
 from workers.training.batching import Batch, Family, MicroBatch, micro_batch
 from workers.training.log_probs import LogProbHead
+from workers.training.objectives import BcpgObjective, Objective, WeightedReinforceObjective
 
 VOCABULARY = 40
 SIZES: dict[str, Any] = {
@@ -131,6 +134,34 @@ def test_every_layout_has_the_losses_and_gradients_of_transformers(
     assert max(gradient.abs().max() for gradient in gradients.values()) > 0.01
     for key, weight in own.named_parameters():
         torch.testing.assert_close(weight.grad, gradients[key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [*(BcpgObjective(0.3, form) for form in Constraint), WeightedReinforceObjective()],
+    ids=["squared", "kl", "w_reinforce"],
+)
+def test_offline_objectives_have_one_loss_and_gradient_in_every_layout(objective: Objective) -> None:
+    """Values of tokens stand beside their own tokens, wherever the layout holds these."""
+    plain, found = model("Qwen2", tied=True), []
+    rng = np.random.default_rng(0)
+    advantages = [rng.uniform(-1, 1, len(ids)) for ids in BATCH.completion_ids]
+    reference = [rng.uniform(-6, -1, len(ids)) for ids in BATCH.completion_ids]
+    masks = [np.arange(len(ids)) != 1 for ids in BATCH.completion_ids]
+    values: Any = {"token_advantages": advantages, "ref_log_probs": reference, "mask": masks}
+    batch = replace(BATCH, token_values=values)
+    for layout in Layout:
+        own = copy.deepcopy(plain)
+        own.set_attn_implementation("sdpa" if layout is Layout.padded else NAME)
+        own.set_output_embeddings(LogProbHead(own.get_output_embeddings()))
+        part = micro_batch(batch, families(layout), layout)
+        data = {name: torch.from_numpy(own_values) for name, own_values in part.token_values.items()}
+        loss, _ = objective.compute({"log_probs": forward(own, part)}, data | {"num_tokens": 30.0})
+        loss.backward()
+        found.append((loss.detach(), [weight.grad for weight in own.parameters()]))
+    assert found[0][1][0].abs().max() > 0.01
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], atol=1e-5, rtol=1e-5)
 
 
 def test_layouts_hold_no_more_than_they_say() -> None:

@@ -10,19 +10,23 @@ import pytest
 import torch
 
 from pns.algo.losses import LossAndMetrics, PairTerms
-from pns.config import PreferenceConfig, hyper_parameters
+from pns.config import Constraint, PreferenceConfig, hyper_parameters
 from pns.errors import UserError
 from pns.preference_losses import PREFERENCE_LOSSES, PreferenceLossEntry
 from pns.recipe import load
 from workers.training.batching import Batch
 from workers.training.objectives import (
+    BcpgObjective,
     BradleyTerryObjective,
     GrpoObjective,
     PreferenceObjective,
     SftObjective,
+    StepLabelObjective,
+    WeightedReinforceObjective,
     estimate_kl,
     mismatched_rows,
     with_length_bias,
+    with_means_by_sign,
 )
 
 # Two pairs: completions of 2, 1, 3 and 1 tokens.
@@ -117,6 +121,41 @@ def test_parts_of_a_batch_add_up_and_padding_weighs_nothing() -> None:
     assert sums == pytest.approx({name: value.item() for name, value in metrics.items()})
 
 
+OFFLINE = [
+    BcpgObjective(0.3, Constraint.squared_log_ratio),
+    BcpgObjective(0.3, Constraint.kl),
+    WeightedReinforceObjective(),
+]
+TOKEN_DATA = DATA | {
+    "token_advantages": torch.tensor([0.5, 0.5, -0.5, 0.1, 0.1, -0.5, 0.0]),
+    "mask": torch.ones(7),
+    "num_tokens": 7.0,
+}
+
+
+@pytest.mark.parametrize("objective", OFFLINE, ids=str)
+def test_parts_of_an_offline_batch_add_up_and_padding_weighs_nothing(objective: Any) -> None:
+    whole, metrics = objective.compute({"log_probs": LOG_PROBS}, TOKEN_DATA)
+    total, sums = 0.0, dict.fromkeys(metrics, 0.0)
+    for tokens in (slice(0, 3), slice(3, 7)):
+        names = ("ref_log_probs", "token_advantages", "mask")
+        part = TOKEN_DATA | {name: torch.cat([TOKEN_DATA[name][tokens], torch.zeros(1)]) for name in names}
+        log_probs = torch.cat([LOG_PROBS[tokens], torch.tensor([-7.0])])
+        loss, of_part = objective.compute({"log_probs": log_probs}, part)
+        total += loss.item()
+        for name, value in of_part.items():
+            sums[name] += value.item()
+    assert total == pytest.approx(whole.item())
+    assert sums == pytest.approx({name: value.item() for name, value in metrics.items()})
+    means = with_length_bias(with_means_by_sign(sums))
+    # Log-ratios 0.5, 0, -1, 0.5, 0.5, 0 and -2; -log pi of positive tokens 1, 2, 0.5 and 0.5.
+    assert means["log_ratio"] == pytest.approx(-1.5 / 7)
+    assert means["positive_log_ratio"] == pytest.approx(1.5 / 4)
+    assert means["positive_nll"] == pytest.approx(4 / 4)
+    assert means["negative_log_ratio"] == pytest.approx(-1 / 2)
+    assert not any(name.startswith("_") for name in means)
+
+
 def test_the_other_objectives_by_hand() -> None:
     data = {"mask": torch.tensor([1.0, 0, 1, 1, 1, 1, 1]), "num_tokens": 6.0, **DATA}
     assert SftObjective().compute({"log_probs": LOG_PROBS}, data)[0].item() == pytest.approx(10 / 6)
@@ -146,3 +185,22 @@ def test_kto_estimates_the_divergence_on_the_next_pairs_completions() -> None:
     assert estimate_kl([row - 9 for row in own], mismatched) == 0.0
     with pytest.raises(UserError, match="one pair is not enough"):
         mismatched_rows(Batch([[1], [1]], [[2], [3]]))
+
+
+def test_labels_of_steps_by_hand() -> None:
+    scores = torch.tensor([2.0, -1.0, 0.5, 3.0], requires_grad=True)
+    data = {
+        "label": torch.tensor([1.0, 1.0, 0.0, 0.0]),
+        "weight": torch.tensor([1.0, 1, 1, 0]),
+        "num_groups": 3,
+    }
+    loss, metrics = StepLabelObjective().compute({"scores": scores}, data)
+    expected = math.log1p(math.exp(-2)) + math.log1p(math.exp(1)) + math.log1p(math.exp(0.5))
+    assert loss.item() == pytest.approx(expected / 3)
+    assert metrics["accuracy"].item() == pytest.approx(1 / 3)
+    assert metrics["correct_share"].item() == pytest.approx(2 / 3)
+    loss.backward()
+    assert scores.grad is not None
+    # (sigmoid(s) - label) / rows; nothing for the row of padding.
+    gradient = [-1 / (1 + math.exp(2)) / 3, -1 / (1 + math.exp(-1)) / 3, 1 / (1 + math.exp(-0.5)) / 3, 0.0]
+    assert scores.grad.tolist() == pytest.approx(gradient)
