@@ -1,8 +1,8 @@
 """The step judge as a service: of each step of a completion whether it is correct, all in one verdict.
 
-A prompt is read once, and a step costs a forward pass of the few tokens of its number. Prompt and verdict must
-fit the model's context: beyond the text, a step takes about fifteen tokens for the line before it and four in
-the verdict, so that 300 steps of 30 tokens need about 15,000.
+A prompt is read once, and a step costs a forward pass of the few tokens of its number. Prompt and verdict
+must fit the model's context: beyond the text, a step takes about fifteen tokens for the line before it and
+four in the verdict, so that 300 steps of 30 tokens need about 15,000.
 
 The tiny world's judge, too small to check a step at a glance, first writes a solution of its own, once a
 problem, and compares the steps with it.
