@@ -1,5 +1,6 @@
 r"""Small models for tests of whole runs: a byte-pair tokenizer, and the few seconds of supervised training that
-teach a model of random weights *how* a completion may look, and nothing about problems."""
+teach a model of random weights *how* a completion may look, and nothing about problems. And parts of reward
+models, drawn at random."""
 
 from __future__ import annotations
 
@@ -8,8 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 VOCABULARY = 1500  # at most: 32 problems give fewer merges
 ANSWERS = ("3", "4", "5", r"\frac{1}{2}")
@@ -82,3 +93,47 @@ def teach(
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+HIDDEN = 32  # width of the reward models
+QWEN = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Bytes as tokens; like Llama's, it puts a first token before plain text."""
+    alphabet = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    backend.add_special_tokens(special)
+    backend.add_tokens(["[tool]"])
+    first = [("<s>", len(alphabet))]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=first)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", chat_template=template
+    )
+
+
+def body_config(kind: type = Qwen2Config, **settings: Any) -> Any:
+    shape = {
+        "vocab_size": 272,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    return kind(**(shape | settings))
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator) / 4

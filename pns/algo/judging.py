@@ -105,7 +105,7 @@ def render_text(
 
 def render_tiny(problem: str, candidate: str, nonce: str) -> str:
     """The prompt of the tiny world's judge, up to the verdict's first digit, with its special tokens."""
-    return f"<bos>{problem}<judge>{nonce}{_without_markers(candidate)}{nonce}<verdict>"
+    return f"<bos>{problem}<judge>{nonce}{without_markers(candidate)}{nonce}<verdict>"
 
 
 def neutralise(text: str, nonce: str) -> str:
@@ -175,7 +175,7 @@ def _without_colon(role: re.Match[str]) -> str:
     return role[0] if name.lower() in _HEADINGS and "#" not in before else f"{before}{name} - "
 
 
-def _without_markers(candidate: str) -> str:
+def without_markers(candidate: str) -> str:
     # Where a marker goes, the halves of another may meet: they are looked at as what is kept grows.
     kept: list[str] = []
     for character in candidate:

@@ -437,3 +437,15 @@ def _by_sign(
         "_negative_log_ratio": mean(log_ratio_T * negative_T),
         "_positive_nll": mean(-log_probs_T.detach() * positive_T),
     }
+
+
+def step_label_loss(scores_B: Tensor, labels_B: Tensor) -> LossAndMetrics:
+    """Binary cross-entropy of a process reward model, one per row, which ends with the step that is graded.
+
+    `L = -l log sigmoid(s) - (1 - l) log sigmoid(-s)` for the score s at the step's end and its label l, 1 for
+    correct, 0 for wrong: arXiv 2305.20050 (section 2.6). The metrics are `accuracy` (of s > 0 as the label)
+    and `correct_share` (l).
+    """
+    loss_B = functional.binary_cross_entropy_with_logits(scores_B, labels_B, reduction="none")
+    right_B = (scores_B > 0) == (labels_B > 0.5)
+    return loss_B, {"accuracy": right_B.to(scores_B.dtype), "correct_share": labels_B}

@@ -18,9 +18,9 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     interruption left in OUT.run goes on. Raises UserError before anything starts where an input is wrong."""
     settings = merge_layers(WarmStart, [override_layer(list(words))], "pns tiny make")
     check_settings(settings)
-    if settings.task is TinyTask.judge:
+    if settings.task is not TinyTask.solve:
         check_model("samples_from", settings.samples_from)
-    elif settings.starts_from:
+    if settings.starts_from:
         check_model("starts_from", settings.starts_from)
     out = out.absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -31,6 +31,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     from pns.run.place import STORE
     from pns.run.stage import Plan
     from pns.stages.session import session
+    from pns.tiny.process_reward import process_reward_stage
     from pns.tiny.tokenizer import build_tokenizer
     from pns.tiny.warm_start import warm_start_stage
 
@@ -39,7 +40,8 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     prompts = Prompts(build_tokenizer() if solves else load_tokenizer(settings.samples_from), config.data)
     with RunPage.open(Path(config.runs) / config.name) as page:
         plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
-        made = plan(warm_start_stage(settings))
+        grades_steps = settings.task is TinyTask.process_reward
+        made = plan(process_reward_stage(settings) if grades_steps else warm_start_stage(settings))
         (step,) = plan.steps
         if not step.is_done():
             with session(config, page, [step], prompts, page.attempts) as making:

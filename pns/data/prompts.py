@@ -177,6 +177,21 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -
     return tuple(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
 
 
+def render_open_turn(tokenizer: Any, messages: Sequence[Mapping[str, str]], begun: str) -> str:
+    """The turns ("role" and "content", no content holding an added token) and the opening of an assistant's
+    turn that begins with `begun`, as `apply_chat_template` gives them. A reasoning block that the template
+    opens is left out where `begun` opens it."""
+    turns = [
+        {"role": message["role"], "content": break_added_tokens(tokenizer, message["content"])}
+        for message in messages
+    ]
+    text: str = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
+    )
+    before, opening, after = text.rpartition(THINK_TAGS[0])
+    return before if opening and begun.startswith(opening + after) else text
+
+
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:
     """The most tokens, prompt and completion together, that the model of a directory or Hub id takes."""
     from transformers import AutoConfig

@@ -76,8 +76,8 @@ def label_steps(
     others: Mapping[str, Negatives],
     problems: Problems,
 ) -> StepLabels:
-    """Labels of every wrong completion of `samples` (where the settings take those) and of `others` (source ->
-    negatives). Raises UserError where there is none, and where a service fails for too many."""
+    """Labels of every wrong completion of `samples` (where the settings take those) and of `others` (source
+    -> negatives). Raises UserError where there is none, and where a service fails for too many."""
     artefact = StepLabels(ctx.directory)
     negatives = {source: of_source.negatives() for source, of_source in others.items()}
     found = offline_samples(samples.rollouts(), negatives, settings.own_negatives)

@@ -13,10 +13,14 @@ Architecture = StrEnum("Architecture", ["qwen2", "llama", "qwen3"])
 
 @dataclass
 class WarmStart:
-    """Supervised training of a tiny backbone, or of the judge, on the tiny world."""
+    """Supervised training of a tiny backbone, or of a model that grades, on the tiny world."""
 
     seed: int = key(0, "of everything that is drawn", between(0, 2**32 - 1))
-    task: TinyTask = key(TinyTask.solve, "solve: solutions of problems; judge: the checker's rubric")
+    task: TinyTask = key(
+        TinyTask.solve,
+        "solve: solutions of problems; judge: the checker's rubric; step_judge, process_reward: its word on "
+        "each step",
+    )
     architecture: Architecture = key(Architecture.qwen2, "model family of a backbone")
     steps: int = key(1700, "training steps", at_least(1))
     hidden_size: int = key(128, "width of the residual stream", at_least(1))
@@ -30,9 +34,13 @@ class WarmStart:
     curriculum_steps: int = key(500, "steps on short problems alone, before all come; 0: none", at_least(0))
     checkpoint_every: int = key(500, "steps between checkpoints", at_least(1))
     samples_from: str = path_or_name(
-        "", "judge: the model that training starts from and whose samples are graded beside made-up errors"
+        "",
+        "judges and process_reward: the model whose samples are graded beside made-up errors, and that "
+        "training starts from without starts_from",
     )
-    starts_from: str = path_or_name("", "solve: the model whose training goes on; empty: an untrained one")
+    starts_from: str = path_or_name(
+        "", "the model whose training goes on; empty: an untrained one (solve), or samples_from"
+    )
     misconceptions: dict[str, float] = key(
         {},
         "solve: relation (fewer, times, half) -> share of its steps that demonstrations add instead",
@@ -60,5 +68,5 @@ def check_settings(settings: WarmStart) -> None:
         raise UserError(f"heads: {heads} must be a multiple of key_value_heads, {settings.key_value_heads}")
     if unknown := settings.misconceptions.keys() - {"fewer", "times", "half"}:
         raise UserError(f"misconceptions.{min(unknown)}: the relations are fewer, times and half")
-    if settings.task is TinyTask.judge and not settings.samples_from:
-        raise UserError("samples_from is empty: name the model that the judge starts from")
+    if settings.task is not TinyTask.solve and not settings.samples_from:
+        raise UserError(f"samples_from is empty: name the model whose samples {settings.task} learns from")

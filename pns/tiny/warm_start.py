@@ -1,8 +1,9 @@
-"""Supervised training on the tiny world (`pns tiny make`): a backbone that solves problems, or the judge that
-grades solutions by the checker's rubric."""
+"""Supervised training on the tiny world (`pns tiny make`): a backbone that solves problems, the judge that
+grades solutions by the checker's rubric, or the one that labels their steps."""
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,30 @@ from pns.stages.context import Context, draw
 from pns.stages.stream import stable_seed
 from pns.tiny import world
 from pns.tiny.settings import TinyTask, WarmStart
+from pns.tiny.step_judge import solution_steps, step_agreement, step_candidates, step_labels, step_row
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rollout.engine import Request, Sampling
 from workers.training.batching import Batch
 from workers.training.objectives import SftObjective
 
 # The most solution steps of a problem until that share of `curriculum_steps`.
-CURRICULUM = {TinyTask.solve: ((0.4, 2), (1.0, 3)), TinyTask.judge: ((0.2, 1), (0.5, 2), (1.0, 3))}
+CURRICULUM = {
+    TinyTask.solve: ((0.4, 2), (1.0, 3)),
+    TinyTask.judge: ((0.2, 1), (0.5, 2), (1.0, 3)),
+    TinyTask.process_reward: ((0.2, 1), (0.5, 2), (1.0, 3)),
+    TinyTask.step_judge: ((0.3, 1), (0.6, 2), (1.0, 3)),
+}
 # Problems whose sampled solutions the judge is trained ("train") and measured ("reward") on.
 NUM_GRADED = {"train": 3000, "reward": 500}
 CORRUPTED_SHARE, SAMPLED_SHARE = 0.35, 0.35  # of the judge's training rows; the rest are right solutions
 MAX_NEW_TOKENS = 96  # of a sampled solution
 # The reward term of the default configuration whose service grades: what is measured is what a run will use.
 GRADER = "coherence"
+ROLES = {
+    TinyTask.solve: ("policy",),
+    TinyTask.judge: ("rollout", "policy", GRADER),
+    TinyTask.step_judge: ("rollout", "policy"),
+}
 
 Candidate = tuple[Problem, str]  # a problem and the text of a solution
 
@@ -48,17 +60,17 @@ class WarmStarted(TrainedModel):
 
 def warm_start_stage(settings: WarmStart) -> Stage[WarmStarted]:
     """The stage with these settings, which are no part of a run's configuration."""
-    roles = ("rollout", "policy", GRADER) if settings.task is TinyTask.judge else ("policy",)
+    roles = ROLES[settings.task]
     return Stage("warm_start", warm_start, WarmStarted, lambda config: settings, lambda settings: roles)
 
 
 def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
     """Train the model, from the last checkpoint where there is one; a judge is measured at the end."""
     made, policy = WarmStarted(ctx.directory), ctx.fleet.policy
-    judges = settings.task is TinyTask.judge
-    initial = settings.samples_from if judges else settings.starts_from or made.untrained
-    sampled = sampled_solutions(ctx, settings, made, "train") if judges else []
-    if not judges and not settings.starts_from:
+    solves = settings.task is TinyTask.solve
+    initial = settings.starts_from or (made.untrained if solves else settings.samples_from)
+    sampled = [] if solves else sampled_solutions(ctx, settings, made, "train")
+    if initial == made.untrained:
         save_untrained(settings, ctx.seed, initial)
     policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.seed)
     first_step = ctx.resume()
@@ -69,8 +81,9 @@ def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
         ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
     policy.export(made.model)
-    if judges:
-        write_json(made.quality_file, judge_quality(ctx, settings, made))
+    if not solves:
+        measure = judge_quality if settings.task is TinyTask.judge else step_judge_quality
+        write_json(made.quality_file, measure(ctx, settings, made))
     return made
 
 
@@ -83,7 +96,13 @@ def make_batch(ctx: Context, settings: WarmStart, sampled: list[Candidate], step
         solutions = [ctx.prompts.encode_completion(text) for text in texts]
         return Batch([ctx.prompts.encode(problem) for problem in problems], solutions)
     own = draw(sampled, settings.batch_size, step, ctx.seed) if step >= settings.curriculum_steps else []
-    rng = random.Random(stable_seed(ctx.seed, "judge", step))
+    rng = random.Random(stable_seed(ctx.seed, settings.task.value, step))
+    if settings.task is TinyTask.step_judge:
+        encode_text = partial(ctx.prompts.tokenizer.encode, add_special_tokens=False)
+        candidates = step_candidates(problems, own, rng)
+        rows = [step_row(problem, text, ctx.seed, encode_text) for problem, text in candidates]
+        prompts, labels, masks = map(list, zip(*rows, strict=True))
+        return Batch(prompts, labels, {"mask": masks})
     asked, verdicts, encode = [], [], ctx.prompts.tokenizer.encode
     for problem, text in mixed_candidates(problems, own, rng):
         nonce = make_nonce(ctx.seed, problem.prompt, text, Template.TINY)
@@ -136,6 +155,27 @@ def judge_quality(ctx: Context, settings: WarmStart, made: WarmStarted) -> dict[
     rubrics = [world.rubric(problem, text) for problem, text in candidates]
     pairs = zip(outcomes, rubrics, strict=True)
     return agreement([(outcome.value.scores, rubric) for outcome, rubric in pairs if outcome.value])
+
+
+def step_judge_quality(ctx: Context, settings: WarmStart, made: WarmStarted) -> dict[str, float]:
+    """`step_agreement` of the trained step judge with the checker on fresh candidates as it was trained on,
+    and, named "sampled_wrong_...", on the sampled ones with a wrong answer alone."""
+    from workers.rewards.step_judge import StepJudge
+    from workers.runtime import Runtime
+
+    sampled = sampled_solutions(ctx, settings, made, "reward")
+    judge = StepJudge(made.model, Runtime(), ctx.seed)
+
+    def measured(candidates: list[Candidate]) -> dict[str, float]:
+        items = [(problem.prompt, solution_steps(text)) for problem, text in candidates]
+        exact = [step_labels(problem, solution_steps(text)) for problem, text in candidates]
+        outcomes = zip(judge.score(items), exact, strict=True)
+        return step_agreement([(outcome.value, labels) for outcome, labels in outcomes if outcome.value])
+
+    fresh = [problem for problem, _ in sampled]
+    wrong = [(problem, text) for problem, text in sampled if not world.check(problem, text).answer_correct]
+    mixed = measured(step_candidates(fresh, sampled, random.Random(ctx.seed)))
+    return mixed | {f"sampled_wrong_{name}": value for name, value in measured(wrong).items()}
 
 
 def agreement(verdicts: Sequence[tuple[Scores, Scores]]) -> dict[str, float]:

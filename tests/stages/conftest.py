@@ -156,8 +156,11 @@ class FakeScorer:
         self.asked += items
         return [self._begin(item) for item in items]
 
+    def collect(self, handle: list[Future[Outcome[Any]]]) -> list[Outcome[Any]]:
+        return [future.result() for future in handle]
+
     def score(self, items: Sequence[Any]) -> list[Outcome[Any]]:
-        return [future.result() for future in self.submit(items)]
+        return self.collect(self.submit(items))
 
     def _begin(self, item: Any) -> Future[Outcome[Any]]:
         if self.fails:

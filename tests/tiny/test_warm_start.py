@@ -40,7 +40,10 @@ SOLVER = str(Path(__file__).parents[2] / "recipes" / "tiny" / "qwen2")
 SOLVE = WarmStart(steps=6, checkpoint_every=2)
 JUDGE = WarmStart(task=TinyTask.judge, samples_from=SOLVER, steps=4, curriculum_steps=2, batch_size=8)
 JUDGE.optimizer.learning_rate = 1.5e-3
-# Of the two above with seed 0, as the code that made the shipped models computed them (the judge's before it
+STEP_JUDGE = WarmStart(
+    task=TinyTask.step_judge, samples_from=SOLVER, steps=2, curriculum_steps=1, batch_size=8
+)
+# Of the first two above with seed 0, as the code that made the shipped models computed them (the judge's before it
 # reads samples).
 SOLVE_LOSSES = [4.190253, 4.085424, 4.030389, 3.885339, 3.721512, 3.633964]
 JUDGE_LOSSES = [9.203466, 7.717806]
@@ -74,6 +77,7 @@ def texts(batch: Batch) -> list[tuple[str, str]]:
     [
         (TinyTask.solve, {0: 2, 39: 2, 40: 3, 99: 3, 100: 4}),
         (TinyTask.judge, {0: 1, 19: 1, 20: 2, 49: 2, 50: 3, 99: 3, 100: 4}),
+        (TinyTask.step_judge, {0: 1, 29: 1, 30: 2, 59: 2, 60: 3, 99: 3, 100: 4}),
     ],
 )
 def test_short_problems_come_first(task: TinyTask, longest_by_step: dict[int, int]) -> None:
@@ -202,3 +206,13 @@ def test_a_judge_is_made_from_the_samples_of_a_model_and_measured(
     assert quality["candidates"] == 12
     assert 0 <= quality["same_verdict"] <= 1
     assert all(value is None or math.isfinite(value) for value in quality.values())
+
+
+def test_a_step_judge_is_made_and_measured(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_start, "NUM_GRADED", {"train": 16, "reward": 12})
+    made = make("step_judge", STEP_JUDGE)
+    assert len(losses(made)) == 2
+    quality = read_json(made.quality_file)
+    assert quality["completions"] <= 12
+    assert quality["steps"] > quality["completions"]
+    assert quality["sampled_wrong_completions"] < 12

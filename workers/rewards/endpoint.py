@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible server: threads of the driver ask it, a candidate a request.
+"""A judge behind an OpenAI-compatible server: threads of the driver ask it, an item a request.
 
 The interface is that of a `ScoringPool`. The server's tokenizer is not known here, so nothing but
 `pns.algo.judging.neutralise` stands between a candidate and the server's control tokens, and a reply is free
@@ -12,23 +12,26 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import openai
 
 from pns.algo.judging import Judgement, Template, make_nonce, parse_verdict, render_text
+from pns.algo.step_judging import StepsAsked, parse_steps, render_steps, step_nonce
 from pns.config import Endpoint
 from pns.errors import UserError
 from workers.rewards.service import Outcome, PoolFailedError, ServiceHandle, ServiceStats, describe_error
 
+Messages = list[dict[str, str]]
 Candidate = tuple[str, str]  # problem text, solution text
-_Task = tuple[Candidate, Future[Outcome[Judgement]], float]  # the last: monotonic seconds of its submission
+_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
 
 _SAY_SECONDS = 30.0  # of waiting without progress, before it is said what for
-_PROBE = ("What is 1+1?", "1+1=2, so the answer is 2.")  # what a model is asked when it is loaded
 # Failures in a row that end the run, for each thread, as all of them fail in the time of one; and their
 # weights: what is refused is refused again, and what hangs takes long; a server that limits a rate is alive.
 _MAX_FAILURES = 5
@@ -36,15 +39,60 @@ _WEIGHTS = {"refused": 5, "timeout": 5, "rate_limit": 0}
 _REASONING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
-class EndpointJudge:
-    """The judge that `load` names, at `endpoint.url`; `name` stands in messages.
+@dataclass(frozen=True)
+class _Task(Generic[_Item, _Value]):
+    item: _Item
+    future: Future[Outcome[_Value]]
+    submitted: float  # monotonic seconds
+
+
+@dataclass(frozen=True)
+class Question(Generic[_Item, _Value]):
+    """What is asked of an item, given the run's seed, and how the reply to it, without reasoning, is read
+    (None: it is no verdict); `probe` is the item that a model is asked of when it is loaded."""
+
+    ask: Callable[[_Item, int], tuple[Messages, Callable[[str], _Value | None]]]
+    probe: _Item
+
+
+def _ask_rubric(item: Candidate, seed: int) -> tuple[Messages, Callable[[str], Judgement | None]]:
+    nonce = make_nonce(seed, *item, Template.TEXT)
+
+    def read(reply: str) -> Judgement | None:
+        scores = parse_verdict(reply, Template.TEXT, nonce)
+        return Judgement(scores) if scores else None
+
+    return render_text(*item, nonce), read
+
+
+def _ask_steps(item: StepsAsked, seed: int) -> tuple[Messages, Callable[[str], tuple[bool, ...] | None]]:
+    problem, steps = item
+    nonce = step_nonce(seed, problem, steps, Template.TEXT)
+    return render_steps(problem, steps, nonce), lambda reply: parse_steps(reply, nonce, len(steps))
+
+
+RUBRIC = Question(_ask_rubric, ("What is 1+1?", "1+1=2, so the answer is 2."))
+STEPS: Question[StepsAsked, tuple[bool, ...]] = Question(
+    _ask_steps, ("What is 1+1?", ("1+1=2. ", "The answer is 2."))
+)
+
+
+class EndpointGrader(Generic[_Item, _Value]):
+    """The model that `load` names, at `endpoint.url`, is asked `question`; `name` stands in messages.
 
     A request without an answer within `deadline_seconds`, or with an error of the server, is repeated
     `endpoint.retries` times; the pauses between grow, or are those that the server asks for.
     """
 
-    def __init__(self, name: str, endpoint: Endpoint, seed: int, deadline_seconds: float) -> None:
-        self._name, self._endpoint, self._seed = name, endpoint, seed
+    def __init__(
+        self,
+        name: str,
+        endpoint: Endpoint,
+        seed: int,
+        deadline_seconds: float,
+        question: Question[_Item, _Value],
+    ) -> None:
+        self._name, self._endpoint, self._seed, self._question = name, endpoint, seed, question
         key = os.environ.get(endpoint.key_variable, "")
         # Not what the library reads from variables of its own: those may be meant for another server.
         not_sent = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
@@ -56,7 +104,7 @@ class EndpointJudge:
             max_retries=endpoint.retries,
         )
         self._model = ""
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task[_Item, _Value] | None] = queue.SimpleQueue()
         # Everything below is under the lock.
         self._lock = threading.Lock()
         self._failed: Exception | None = None
@@ -72,7 +120,7 @@ class EndpointJudge:
 
     def load(self, model: str) -> None:
         """Name the model, once it has answered one request. Raises UserError where it cannot be used."""
-        outcome, message = self._ask(model, *_PROBE)
+        outcome, message = self._ask(model, self._question.probe)
         if message:
             raise UserError(f"{self._name}: {self._endpoint.url} does not serve {model}: {message}")
         if outcome.cause:
@@ -84,21 +132,21 @@ class EndpointJudge:
         """There is nothing to resize. Raises UserError."""
         raise UserError(f"{self._name}: an endpoint has no replicas: set endpoint.concurrency")
 
-    def submit(self, items: Sequence[Candidate]) -> list[Future[Outcome[Judgement]]]:
-        """Begin grading, without waiting: the future outcome of every (problem text, solution text)."""
+    def submit(self, items: Sequence[_Item]) -> list[Future[Outcome[_Value]]]:
+        """Begin grading, without waiting: the future outcome of every item."""
         if not self._model:
             raise RuntimeError(f"{self._name}: submit before load")
         now = time.monotonic()
-        tasks: list[_Task] = [(item, Future(), now) for item in items]
+        tasks: list[_Task[_Item, _Value]] = [_Task(item, Future(), now) for item in items]
         with self._lock:
             if self._failed:
                 raise self._failed
             self._num_submitted += len(tasks)
             for task in tasks:
                 self._tasks.put(task)
-        return [future for _, future, _ in tasks]
+        return [task.future for task in tasks]
 
-    def collect(self, handle: ServiceHandle) -> list[Outcome[Judgement]]:
+    def collect(self, handle: ServiceHandle) -> list[Outcome[_Value]]:
         """Outcomes of one `submit`, in order. Missing: "unparsable", "rate_limit", "server_error", "timeout",
         "connection", "refused", "bad_request" (such as too long for the model), "bad_reply" (no chat
         completion). Says every 30 s what it waits for. Raises PoolFailedError."""
@@ -111,7 +159,7 @@ class EndpointJudge:
             )
         return [future.result() for future in handle]
 
-    def score(self, items: Sequence[Candidate]) -> list[Outcome[Judgement]]:
+    def score(self, items: Sequence[_Item]) -> list[Outcome[_Value]]:
         """Submit and collect."""
         return self.collect(self.submit(items))
 
@@ -149,24 +197,23 @@ class EndpointJudge:
 
     def _work(self) -> None:
         while task := self._tasks.get():
-            (problem, solution), future, submitted = task
             with self._lock:
                 failed = self._failed
                 self._num_begun += not failed
             if not failed:
-                outcome, message = self._ask(self._model, problem, solution)
+                outcome, message = self._ask(self._model, task.item)
                 with self._lock:
-                    self._settle(outcome, message, submitted)
+                    self._settle(outcome, message, task.submitted)
                     failed = self._failed
             if failed:
-                future.set_exception(failed)
+                task.future.set_exception(failed)
             else:
-                future.set_result(outcome)
+                task.future.set_result(outcome)
 
-    def _ask(self, model: str, problem: str, solution: str) -> tuple[Outcome[Judgement], str]:
-        """What became of one candidate; and where the request failed, with what."""
-        nonce = make_nonce(self._seed, problem, solution, Template.TEXT)
-        messages: Any = render_text(problem, solution, nonce)
+    def _ask(self, model: str, item: _Item) -> tuple[Outcome[_Value], str]:
+        """What became of one item; and where the request failed, with what."""
+        messages: Any
+        messages, read = self._question.ask(item, self._seed)
         try:
             completion = self._client.chat.completions.create(
                 model=model,
@@ -183,10 +230,10 @@ class EndpointJudge:
             cost = (usage.prompt_tokens * price_in + usage.completion_tokens * price_out) / 1e6
             with self._lock:
                 self._cost += cost
-        scores = parse_verdict(_REASONING.sub("", reply, count=1), Template.TEXT, nonce)
-        return (Outcome(Judgement(scores)) if scores else Outcome(None, "unparsable")), ""
+        value = read(_REASONING.sub("", reply, count=1))
+        return Outcome(value, None if value else "unparsable"), ""
 
-    def _settle(self, outcome: Outcome[Judgement], message: str, submitted: float) -> None:
+    def _settle(self, outcome: Outcome[_Value], message: str, submitted: float) -> None:
         now = time.monotonic()
         self._num_scored += 1
         self._latencies.append((now, now - submitted))
@@ -203,6 +250,21 @@ class EndpointJudge:
                 f"({message}): look at the server, its key and its limits, then start the run again: it goes "
                 "on from here"
             )
+
+
+class EndpointJudge(EndpointGrader[Candidate, Judgement]):
+    """Asked for the rubric of (problem text, solution text)."""
+
+    def __init__(self, name: str, endpoint: Endpoint, seed: int, deadline_seconds: float) -> None:
+        super().__init__(name, endpoint, seed, deadline_seconds, RUBRIC)
+
+
+class EndpointStepJudge(EndpointGrader[StepsAsked, tuple[bool, ...]]):
+    """Asked of (problem text, steps) whether each step is correct. A verdict takes about five tokens a step:
+    `Endpoint.max_tokens` of 1024 are enough for 200 steps, and a verdict that is cut off is unparsable."""
+
+    def __init__(self, name: str, endpoint: Endpoint, seed: int, deadline_seconds: float) -> None:
+        super().__init__(name, endpoint, seed, deadline_seconds, STEPS)
 
 
 def _cause(error: Exception) -> str:

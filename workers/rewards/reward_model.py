@@ -8,12 +8,12 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from pns.config import RewardConfig, ServicePool
 from pns.data.prompts import encode_conversation, find_tokenizer
 from pns.errors import UserError
-from workers.rewards.reward_head import load_head, several_outputs
+from workers.rewards.reward_head import load_body, load_head, several_outputs, trusts_code
 from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
 
@@ -59,27 +59,11 @@ class RewardModel:
         if architecture.endswith("ForSequenceClassification") and not is_score:
             fault = f"is of {architecture}, which does not read the last token"
             raise UserError(f"reward model {self._path} {fault}: name a causal model")
-        # What comes with a model is run only where transformers has nothing of its own.
-        self._trust = runtime.trust_remote_code and stored.get("model_type") not in CONFIG_MAPPING
-        body, report = AutoModel.from_pretrained(
-            self._path,
-            config=AutoConfig.from_pretrained(self._path, trust_remote_code=self._trust),
-            dtype=torch.float32 if self._device == "cpu" else torch.bfloat16,
-            trust_remote_code=self._trust,
-            output_loading_info=True,
-        )
-        missing = sorted(report["missing_keys"])
-        if missing:  # drawn at random instead
-            fault = f"lacks {len(missing)} weights ({missing[0]}, ...)"
-            raise UserError(f"reward model {self._path} {fault}: name a complete checkpoint")
-        unused = sorted(name for name in report["unexpected_keys"] - head_names if "lm_head." not in name)
-        if unused:
-            fault = f"has {len(unused)} weights that its architecture does not use ({unused[0]}, ...)"
-            raise UserError(f"reward model {self._path} {fault}: name a causal model with one head")
-        self._body = body.base_model.to(self._device).eval()
+        self._trust = trusts_code(self._path, runtime)
+        self._body = load_body(self._path, runtime, head_names)
         # bfloat16 would round scores to three digits: too coarse for the differences within a group.
         self._head = head.to(self._device)
-        config = body.config.get_text_config()
+        config = self._body.config.get_text_config()
         self._vocabulary, self._max_length = config.vocab_size, config.max_position_embeddings
         self._pad_token_id = config.pad_token_id
 

@@ -24,7 +24,8 @@ class Batch:
     is reference-free), if given `margin_mask` (1 for tokens that take part in the margin), and for some
     losses `score_gap` (a row value) for preferences; `ref_log_probs` and `token_advantages` for the offline
     policy gradients; and for all of these but preferences, and for SFT, if given, `mask` (0 for tokens
-    without loss). For preferences and reward models rows come in pairs: chosen, rejected, chosen, ...
+    without loss); `label` (a row value, 1 or 0) for process reward models. For preferences and reward
+    models rows come in pairs: chosen, rejected, chosen, ...
     """
 
     prompt_ids: Sequence[Sequence[int]]

@@ -209,6 +209,23 @@ class WeightedReinforceObjective:
         )
 
 
+@dataclass(frozen=True)
+class StepLabelObjective:
+    """`pns.algo.losses.step_label_loss` of rows that end with a step, `label` 1 (correct) or 0; the mean is
+    over rows."""
+
+    temperature = 1.0
+    group_size = 1
+    head: ClassVar[Head] = "score"
+    needs = ("label",)
+
+    def compute(self, outputs: Mapping[str, Tensor], data: Mapping[str, Any]) -> LossAndMetrics:
+        loss_B, metrics_B = losses.step_label_loss(outputs["scores"], data["label"])
+        weight_B = data["weight"] / data["num_groups"]  # 0 for rows of padding
+        sums = {name: (values * weight_B).sum() for name, values in metrics_B.items()}
+        return (loss_B * weight_B).sum(), sums
+
+
 Objective = (
     GrpoObjective
     | GspoObjective
@@ -217,6 +234,7 @@ Objective = (
     | SftObjective
     | BcpgObjective
     | WeightedReinforceObjective
+    | StepLabelObjective
 )
 
 

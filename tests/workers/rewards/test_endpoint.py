@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from pns.algo.judging import Judgement, Template, make_nonce, render_text
+from pns.algo.step_judging import render_steps, step_nonce
 from pns.config import Endpoint
 from pns.errors import UserError
-from workers.rewards.endpoint import EndpointJudge
+from workers.rewards.endpoint import EndpointJudge, EndpointStepJudge
 from workers.rewards.service import Outcome, PoolFailedError
 
 ITEMS = [
@@ -328,3 +329,27 @@ def test_a_model_that_chats_is_warned_of(
 def test_an_endpoint_has_no_replicas(make_judge: Callable[..., EndpointJudge]) -> None:
     with pytest.raises(UserError, match=r"coherence: an endpoint has no replicas: set endpoint\.concurrency"):
         make_judge().resize(2)
+
+
+def test_steps_are_labelled_behind_a_server(server: Server) -> None:
+    """The form's places are filled in; a verdict on too few steps is none."""
+    items = [(f"How many? {n}", tuple(f"step {k}. " for k in range(n))) for n in range(1, 5)]
+    server.reply = lambda prompt: re.sub(
+        r"(\d)=N", lambda n: f"{n[1]}={'wc'[int(n[1]) % 2]}", prompt.splitlines()[-1]
+    )
+    judge = EndpointStepJudge(
+        "step_judge", Endpoint(url=server.url, key_variable="JUDGE_KEY", concurrency=2), 0, 60.0
+    )
+    try:
+        judge.load("grader")
+        assert judge.score(items) == [Outcome((True, False, True, False)[:n]) for n in range(1, 5)]
+        problem, steps = items[-1]
+        messages = render_steps(problem, steps, step_nonce(0, problem, steps, Template.TEXT))
+        assert messages in [body["messages"] for body in server.bodies]
+        server.reply = lambda prompt: prompt.splitlines()[-1].replace(" 4=N", "").replace("N", "c")
+        assert judge.score(items) == [
+            *(Outcome((True,) * n) for n in range(1, 4)),
+            Outcome(None, "unparsable"),
+        ]
+    finally:
+        judge.shutdown()

@@ -26,8 +26,12 @@ from pns.algo.judging import (
     verdict_parts,
     verdict_regex,
 )
+from pns.algo.step_judging import parse_steps
+from pns.algo.step_judging import verdict_parts as step_parts
+from pns.algo.step_judging import verdict_regex as step_regex
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rewards.judge import Judge
+from workers.rewards.step_judge import StepJudge
 from workers.runtime import Runtime
 
 NONCE = "9f3ab27c41d0e685"
@@ -159,10 +163,8 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    directory = tmp_path_factory.mktemp(request.param)
-    tokenizer = FAMILIES[request.param].tokenizer()
+def save_model(family: str, directory: Path) -> str:
+    tokenizer = FAMILIES[family].tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=8,
@@ -172,7 +174,17 @@ def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return Judge(str(directory), Runtime())
+    return str(directory)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    return Judge(save_model(request.param, tmp_path_factory.mktemp(request.param)), Runtime())
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def step_judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StepJudge:
+    return StepJudge(save_model(request.param, tmp_path_factory.mktemp(request.param)), Runtime())
 
 
 def test_the_corpus_is_large_and_has_no_doubles() -> None:
@@ -250,6 +262,45 @@ def test_the_tiny_prompt_shares_its_problem_too() -> None:
     )
     end = one.index(tokenizer.convert_tokens_to_ids("<judge>"))
     assert one[: end + 1] == other[: end + 1]
+
+
+def test_a_step_brings_no_control_token_step_or_verdict_into_the_prompt(step_judge: StepJudge) -> None:
+    """A hostile step, and one cut in two, between innocent ones."""
+    added = step_judge._added.keys()
+
+    def prompt_of(text: str) -> list[int]:
+        return step_judge._prompt(PROBLEM, (SOLUTION, text[:9], text[9:], SOLUTION), NONCE)
+
+    innocent = [number for number in prompt_of("Bob has 19, so it ends.") if number in added]
+    accepted = []
+    for text in injections():
+        ids = prompt_of(text)
+        prompt = step_judge._tokenizer.decode(ids)
+        solution, _ = prompt.split(f"\n{NONCE}\n")
+        heads = re.findall(rf"(?m)^{NONCE} (\d+)$", solution)
+        part = unicodedata.normalize("NFKC", solution.split(f"{NONCE} 2\n")[1].split(f"{NONCE} 4\n")[0])
+        if (
+            [number for number in ids if number in added] != innocent
+            or heads != [*"1234"]
+            or prompt.count(NONCE)
+            != 8  # said, before four steps, after, in the form, and where the reply begins
+            or re.search(step_regex(Template.TEXT, NONCE, 4), prompt)
+            or re.search(r"(?m)^[^\w\n]*(system|assistant|user|judge|ai|model)\s*:", part, re.IGNORECASE)
+        ):
+            accepted.append(text)
+    assert accepted == []
+
+
+def test_a_reply_that_quotes_steps_is_no_verdict() -> None:
+    parts = step_parts(Template.TEXT, NONCE, 2)
+    genuine = f"{parts[0]}c{parts[1]}w{parts[2]}"
+    assert parse_steps(genuine, NONCE, 2) == (True, False)
+    for text in injections():
+        quoted = neutralise(text, NONCE)
+        replies = [quoted, f"<verdict {NONCE}>{quoted}</verdict>", f"{parts[0]}{quoted}{parts[2]}"]
+        if quoted.strip():
+            replies += [genuine + quoted, quoted + genuine]
+        assert [reply for reply in replies if parse_steps(reply, NONCE, 2)] == []
 
 
 HOSTILE: dict[str, Callable[[int], str]] = {

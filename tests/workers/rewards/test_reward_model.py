@@ -10,24 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2Model,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Model
 
 from pns.config import ServicePool
 from pns.errors import UserError
+from small_models import HIDDEN, QWEN, body_config, chat_tokenizer, drawn
 from workers.rewards.reward_model import RewardModel, RewardModelPool, TokensOrConversation
 from workers.rewards.service import Outcome
 from workers.runtime import Runtime
 
 CPU = Runtime(start_timeout_seconds=1800)
-HIDDEN = 32
 
 # As Llama 3's begins and ends.
 LLAMA = (
@@ -35,10 +27,6 @@ LLAMA = (
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
-)
-QWEN = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONVERSATIONS = [
     ({"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "It is \\boxed{2}."}),
@@ -48,38 +36,6 @@ CONVERSATIONS = [
         {"role": "assistant", "content": "3*4 = 3+3+3+3 = 12, so \\boxed{12}."},
     ),
 ]
-
-
-def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """Bytes as tokens; like Llama's, it puts a first token before plain text."""
-    alphabet = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    backend.add_special_tokens(special)
-    backend.add_tokens(["[tool]"])
-    first = [("<s>", len(alphabet))]
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=first)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", chat_template=template
-    )
-
-
-def body_config(kind: type = Qwen2Config, **settings: Any) -> Any:
-    shape = {
-        "vocab_size": 272,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 64,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(0)
-    return kind(**(shape | settings))
 
 
 def save_skywork(directory: Path, template: str | None = LLAMA, **settings: Any) -> str:
@@ -98,11 +54,6 @@ def save_language_model(directory: Path, head: dict[str, torch.Tensor], shard_si
     model.save_pretrained(directory, state_dict=state, max_shard_size=shard_size)
     chat_tokenizer(QWEN).save_pretrained(directory)
     return str(directory)
-
-
-def drawn(*shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator) / 4
 
 
 def change_config(path: str, **settings: Any) -> None:

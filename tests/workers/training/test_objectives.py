@@ -21,6 +21,7 @@ from workers.training.objectives import (
     GrpoObjective,
     PreferenceObjective,
     SftObjective,
+    StepLabelObjective,
     WeightedReinforceObjective,
     estimate_kl,
     mismatched_rows,
@@ -184,3 +185,22 @@ def test_kto_estimates_the_divergence_on_the_next_pairs_completions() -> None:
     assert estimate_kl([row - 9 for row in own], mismatched) == 0.0
     with pytest.raises(UserError, match="one pair is not enough"):
         mismatched_rows(Batch([[1], [1]], [[2], [3]]))
+
+
+def test_labels_of_steps_by_hand() -> None:
+    scores = torch.tensor([2.0, -1.0, 0.5, 3.0], requires_grad=True)
+    data = {
+        "label": torch.tensor([1.0, 1.0, 0.0, 0.0]),
+        "weight": torch.tensor([1.0, 1, 1, 0]),
+        "num_groups": 3,
+    }
+    loss, metrics = StepLabelObjective().compute({"scores": scores}, data)
+    expected = math.log1p(math.exp(-2)) + math.log1p(math.exp(1)) + math.log1p(math.exp(0.5))
+    assert loss.item() == pytest.approx(expected / 3)
+    assert metrics["accuracy"].item() == pytest.approx(1 / 3)
+    assert metrics["correct_share"].item() == pytest.approx(2 / 3)
+    loss.backward()
+    assert scores.grad is not None
+    # (sigmoid(s) - label) / rows; nothing for the row of padding.
+    gradient = [-1 / (1 + math.exp(2)) / 3, -1 / (1 + math.exp(-1)) / 3, 1 / (1 + math.exp(-0.5)) / 3, 0.0]
+    assert scores.grad.tolist() == pytest.approx(gradient)

@@ -1,0 +1,100 @@
+"""What the tiny world's step judge learns from and is measured by: the checker's labels of every step."""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pns.algo.judging import Template
+from pns.algo.step_judging import VERDICTS, render_tiny, step_nonce, verdict_parts
+from pns.records import Problem
+from pns.tiny import world
+
+# Of the training rows: samples of a model, made-up solutions by one who often errs, solutions with one
+# made-up error; the rest are right ones.
+SAMPLED_SHARE, MIXED_SHARE, CORRUPTED_SHARE = 0.3, 0.3, 0.25
+MISCONCEPTIONS, SLIPS, MISREADINGS = {"times": 0.4, "fewer": 0.4, "half": 0.2, "plus": 0.1}, 0.15, 0.1
+
+Candidate = tuple[Problem, str]  # a problem and the text of a solution
+
+
+def solution_steps(text: str) -> tuple[str, ...]:
+    """The text's sentences and, behind them, its box: joined they are the text."""
+    return tuple(re.findall(r".+?(?:[.?] |\Z)", text, re.DOTALL))
+
+
+def step_labels(problem: Problem, steps: Sequence[str]) -> tuple[bool, ...]:
+    """Of each step whether it is correct, by the checker: it ends where one of the checker's steps does,
+    which has no error of its own and carries none on; the last, where it is the box, if that has no error and
+    the answer is right."""
+    text = "".join(steps)
+    found = world.check(problem, text)
+    right_ends = {step.end for step in found.steps if not step.kinds and not step.carried}
+    errors_of_box = len(found.kinds) - sum(len(step.kinds) for step in found.steps)
+    if found.answer_correct and found.format_ok and not errors_of_box:
+        right_ends.add(len(text))
+    ends = np.cumsum([len(step) for step in steps]).tolist()
+    return tuple(end in right_ends for end in ends)
+
+
+def step_candidates(fresh: list[Problem], sampled: list[Candidate], rng: random.Random) -> list[Candidate]:
+    """One for each of the `fresh` problems, or, where there are any, one that was `sampled` (of a problem of
+    its own)."""
+    candidates = []
+    for index, problem in enumerate(fresh):
+        kind = rng.random()
+        if kind < SAMPLED_SHARE and sampled:
+            candidates.append(sampled[index])
+        elif kind < SAMPLED_SHARE + MIXED_SHARE:
+            text = world.mixed_solution(problem, rng, MISCONCEPTIONS, SLIPS, MISREADINGS)
+            candidates.append((problem, text))
+        elif kind < SAMPLED_SHARE + MIXED_SHARE + CORRUPTED_SHARE:
+            candidates.append((problem, world.corrupt(problem, rng, rng.choice(world.ERROR_KINDS))))
+        else:
+            candidates.append((problem, world.random_solution(problem, rng)))
+    return [(problem, text) for problem, text in candidates if text]
+
+
+def step_row(
+    problem: Problem, text: str, seed: int, encode: Callable[[str], list[int]]
+) -> tuple[list[int], list[int], list[float]]:
+    """Token ids of the prompt and of the verdict, and 1 for each of the verdict's tokens that is a grade."""
+    steps = solution_steps(text)
+    nonce = step_nonce(seed, problem.prompt, steps, Template.TINY)
+    parts = verdict_parts(Template.TINY, nonce, len(steps))
+    verdict: list[int] = []
+    mask: list[float] = []
+    for part, correct in zip(parts, step_labels(problem, steps), strict=False):
+        own = encode(part) if part else []
+        verdict += own + encode(VERDICTS[Template.TINY][correct])
+        mask += [0.0] * len(own) + [1.0]
+    return encode(render_tiny(problem.prompt, steps, nonce)), verdict, mask
+
+
+def step_agreement(verdicts: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> dict[str, float]:
+    """Of (judge's, checker's) labels of completions, over all their steps: the share of right steps,
+    accuracy, the mean of the accuracies on right and on wrong steps, precision and recall of "correct", and
+    Cohen's kappa; and the share of completions with all steps labelled alike. NaN for 0/0."""
+    judge = np.array([label for own, _ in verdicts for label in own], dtype=bool)
+    checker = np.array([label for _, exact in verdicts for label in exact], dtype=bool)
+    both, neither = float(np.sum(judge & checker)), float(np.sum(~judge & ~checker))
+    num, said, right = float(len(checker)), float(np.sum(judge)), float(np.sum(checker))
+    accuracy = _share(both + neither, num)
+    by_chance = _share(said * right + (num - said) * (num - right), num * num)
+    recall, specificity = _share(both, right), _share(neither, num - right)
+    return {
+        "completions": float(len(verdicts)),
+        "steps": num,
+        "right_steps": _share(right, num),
+        "accuracy": accuracy,
+        "balanced_accuracy": (recall + specificity) / 2,
+        "precision": _share(both, said),
+        "recall": recall,
+        "kappa": _share(accuracy - by_chance, 1 - by_chance),
+        "same_completions": _share(sum(tuple(own) == tuple(exact) for own, exact in verdicts), len(verdicts)),
+    }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")

@@ -1,0 +1,162 @@
+"""A language model that fills in the grades of a verdict: what the judges have in common.
+
+One prefill reads the prompt; then for each grade the likeliest of its tokens is taken, and the verdict's
+fixed text is fed in between, on the cached keys and values. Temperature 0; no reply can leave the grammar.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pns.algo.judging import Template
+from pns.errors import UserError
+from workers.rewards.service import FORWARD_TOKENS, micro_batches
+from workers.runtime import Runtime
+
+CHARACTERS_PER_TOKEN = 3  # a guess that sizes requests before they are tokenized
+_DECIMALS = 6  # of a probability, as it is kept
+_PASSES = 8  # over a text, to take out what a tokenizer makes its own tokens of
+
+Probabilities = tuple[tuple[float, ...], ...]
+Reply = tuple[list[int], Probabilities]
+
+
+class VerdictModel:
+    """A language model that grades. A tokenizer with the token `<judge>` is the tiny world's; any other model
+    is prompted through its chat template. float32 on CPU, bfloat16 on a GPU.
+
+    `role` stands in messages; `grades` are the texts of a grade for each template. Raises UserError where the
+    model cannot be loaded, has no chat template or does not write every grade as a single token.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        model_path: str,
+        runtime: Runtime,
+        seed: int,
+        forward_tokens: int,
+        grades: Mapping[Template, Sequence[str]],
+    ) -> None:
+        self._device, self._seed = runtime.device, seed
+        self._forward_tokens = forward_tokens or FORWARD_TOKENS[runtime.device]
+        dtype = torch.float32 if runtime.device == "cpu" else torch.bfloat16
+        trust = {"trust_remote_code": runtime.trust_remote_code}
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, **trust)
+            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **trust)
+        except OSError as error:
+            raise UserError(f"{role} {model_path}: {str(error).splitlines()[0]}") from error
+        self._model = model.to(self._device).eval()
+        self._template = Template.TINY if "<judge>" in self._tokenizer.get_vocab() else Template.TEXT
+        if self._template is Template.TEXT and not self._tokenizer.chat_template:
+            raise UserError(f"{role} {model_path} has no chat template: name an instruction-tuned model")
+        grade_ids = [self._encode(grade) for grade in grades[self._template]]
+        if any(len(ids) != 1 for ids in grade_ids):
+            said = f"each of {', '.join(grades[self._template])} as one token"
+            raise UserError(f"{role} {model_path} does not write {said}: name another model")
+        self._grades_V = torch.tensor([ids[0] for ids in grade_ids], device=self._device)
+        # The tokenizer reads every token that was added to it anywhere in a text, special or not, and some
+        # end a turn. Those of white space do not, and a single letter cannot be broken up.
+        self._added = {
+            number: token
+            for token, number in self._tokenizer.get_added_vocab().items()
+            if len(token) > 1 and not token.isspace()
+        }
+        self._has_system_turn = self._template is Template.TEXT and self._knows_system_turns()
+
+    def _batches(self, lengths: Mapping[int, int]) -> list[list[int]]:
+        """Rows, given with their lengths, as they go through the model together."""
+        # The last bits of a probability depend on what shares its forward pass, and that on timing. On a CPU,
+        # where runs are the same to the bit, a row is alone.
+        alone = [[row] for row in lengths]
+        return alone if self._device == "cpu" else micro_batches(lengths, self._forward_tokens)
+
+    def _encode_chat(self, messages: list[dict[str, str]], reply_begins: str) -> list[int]:
+        """Token ids of the messages and of the reply's first words."""
+        if not self._has_system_turn:
+            messages = [{"role": "user", "content": "\n\n".join(turn["content"] for turn in messages)}]
+        return self._encode(self._chat(messages) + reply_begins)
+
+    def _chat(self, messages: list[dict[str, str]]) -> str:
+        # Without thinking: the verdict is fed to the model, it has no room to think in.
+        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        return self._tokenizer.apply_chat_template(messages, **options)
+
+    def _knows_system_turns(self) -> bool:
+        try:
+            self._chat([{"role": "system", "content": "-"}, {"role": "user", "content": "-"}])
+        except jinja2.TemplateError:  # as Gemma's raises
+            return False
+        return True
+
+    def _without_added(self, text: str) -> str:
+        """`text` in which the tokenizer finds none of its added tokens: they are broken up by a space, and
+        left out where it sees them in another spelling, as a normalizer makes it do."""
+        for _ in range(_PASSES):
+            ids = self._encode(text)
+            found = self._added.keys() & set(ids)
+            if not found:
+                return text
+            broken = text
+            for token in sorted(self._added[number] for number in found):
+                broken = broken.replace(token, token[:1] + " " + token[1:])
+            if broken == text:
+                broken = self._tokenizer.decode([number for number in ids if number not in found])
+            text = broken
+        return "[...]"
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    @torch.inference_mode()
+    def _fill_in(self, prompts: list[list[int]], between: Sequence[list[int]]) -> list[Reply | None]:
+        """Of each prompt the reply's ids, len(between) + 1 grades with the fixed text between them, and the
+        probabilities of the possible grades at each place; None where a logit was not finite."""
+        num_rows = len(prompts)
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        ones = [torch.ones_like(row) for row in rows]
+        # Padding is on the left, so that every row continues at the same column.
+        ids_BT = pad_sequence(rows, batch_first=True, padding_side="left").to(self._device)
+        mask_BT = pad_sequence(ones, batch_first=True, padding_side="left").to(self._device)
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        finite_B = torch.ones(num_rows, dtype=torch.bool, device=self._device)
+        cache: Any = None
+        reply: list[torch.Tensor] = []
+        probabilities: list[torch.Tensor] = []
+        for fixed in [*between, []]:
+            output = self._model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            logits_BV = output.logits[:, -1, self._grades_V].float()
+            finite_B &= logits_BV.isfinite().all(-1)
+            probabilities.append(logits_BV.double().softmax(-1))
+            ids_BT = self._grades_V[logits_BV.argmax(-1)][:, None]
+            if fixed:
+                fixed_BT = torch.tensor(fixed, device=self._device).expand(num_rows, -1)
+                ids_BT = torch.cat([ids_BT, fixed_BT], 1)
+            reply.append(ids_BT)
+            added = ids_BT.shape[1]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(num_rows, added)], 1)
+            positions_BT = positions_BT[:, -1:] + torch.arange(1, added + 1, device=self._device)
+            # Of a row whose verdict is complete, while the others go on.
+            positions_BT = positions_BT.clamp(max=self._model.config.max_position_embeddings - 1)
+        rounded_B = [
+            tuple(tuple(round(p, _DECIMALS) for p in place) for place in row)
+            for row in torch.stack(probabilities, 1).tolist()
+        ]
+        ids_B = torch.cat(reply, 1).tolist()
+        return [
+            (ids, rounded) if finite else None
+            for ids, rounded, finite in zip(ids_B, rounded_B, finite_B.tolist(), strict=True)
+        ]
