@@ -107,8 +107,8 @@ def _llama3(hidden: int, layers: int, heads: int, head_size: int, intermediate: 
     return Shape(128256, hidden, layers, heads, 8, head_size, intermediate, tied, max_positions=131072)
 
 
-# From the config.json of each on the Hub. Instruct, Base, Math and Coder versions have their base's shape (Math
-# ones fewer positions).
+# From the config.json of each on the Hub. Instruct, Base, Coder and Math versions have their base's shape
+# (Math ones fewer positions).
 SHAPES: dict[str, Shape] = {
     "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864, True, 151936),
     "Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960, True, 151936),

@@ -146,13 +146,16 @@ def test_steps_are_labelled_by_two_services(bcpg: list[str], capsys: pytest.Capt
     ("overrides", "fault"),
     [
         (["bcpg.step_judge.model=Qwen/Qwen2.5-72B"], "bcpg.step_judge.endpoint.url"),
-        (["bcpg.step_judge.model=Qwen/Qwen2.5-32B"], "set bcpg.step_judge.pool.batch_tokens=8192"),
+        (
+            ["bcpg.step_judge.model=Qwen/Qwen2.5-32B", "bcpg.step_judge.pool.batch_tokens=65536"],
+            "set bcpg.step_judge.pool.batch_tokens=16384",
+        ),
         (
             ["bcpg.process_reward.pool.batch_tokens=500000"],
             "set bcpg.process_reward.pool.batch_tokens=250000",
         ),
         (["bcpg.process_reward.pool.gpus=0.5", "bcpg.step_judge.pool.replicas=1"], ""),
-        (["rollout.max_new_tokens=8192", "bcpg.process_reward.model=Qwen/Qwen2.5-14B"], ""),
+        (["bcpg.rule=judge", "bcpg.process_reward.model=''"], ""),
     ],
 )
 def test_services_of_steps_that_do_not_fit(
