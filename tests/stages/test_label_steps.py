@@ -12,6 +12,7 @@ from pns.config import Segments, SplitterKind, StepJudge, StepRule
 from pns.errors import UserError
 from pns.files import read_json, write_jsonl
 from pns.records import LabelledCompletion
+from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Negatives, Samples, StepLabels
 from pns.stages.context import Problems
 from pns.stages.label_steps import LabelSettings, label_steps
@@ -34,7 +35,7 @@ def sampled(bench: Any, write: Any, num_problems: int = 2) -> tuple[Samples, Pro
     problems = problems_of_chains(num_problems)
     bench.fleet.rollout.write = lambda problem, number, model: write(problem, number)
     with bench.making("sample") as ctx:
-        made = sample.make(ctx, SampleSettings(2, 1.0, 60, 0.2), Samples(ctx.directory / "model"), problems)
+        made = sample.make(ctx, SampleSettings(2, 1.0, 60, 0.2), ModelFiles("policy"), problems)
     return made, problems
 
 
@@ -61,7 +62,7 @@ def test_each_step_has_both_labels_their_consensus_and_the_checkers_word(bench: 
     rows = labels.labels()
     assert [row.completion_id for row in rows] == ["p0#1", "p1#3"]
     texts = [WRONG[step.start : step.end] for step in rows[0].steps]
-    assert texts == ["<think>Cal has 12+7=19. ", "Eve has 19*2=38. </think>", "\\boxed{38}"]
+    assert texts == ["<think>Cal has 12+7=19. ", "Eve has 19*2=38. ", "</think>\\boxed{38}"]
     assert "".join(texts) == WRONG
     assert [(step.judge, step.process_reward, step.correct, step.exact) for step in rows[0].steps] == [
         (True, 0.9, True, True),
@@ -100,7 +101,7 @@ def test_a_carried_error_is_wrong_and_what_is_not_built_on_it_is_right(bench: An
     right = "<think>Cal has 12+7=19. Gus has 2*3=6. Eve has 19+6=25. </think>\\boxed{25}"
     bench.fleet.rollout.write = lambda problem, number, model: wrong if number else right
     with bench.making("sample") as ctx:
-        samples = sample.make(ctx, SampleSettings(2, 1.0, 60, 0.2), Samples(ctx.directory / "m"), problems)
+        samples = sample.make(ctx, SampleSettings(2, 1.0, 60, 0.2), ModelFiles("policy"), problems)
     say(bench, lambda steps: (True,) * len(steps), lambda steps: (1.0,) * len(steps))
     [row] = labelled(bench, BOTH, (samples, problems)).labels()
     assert [step.exact for step in row.steps] == [False, True, False, False]
@@ -114,11 +115,11 @@ def test_segments_are_the_checkers_steps_and_a_box() -> None:
         text = world.corrupt(
             problem, rng, rng.choice(("arithmetic", "operator", "operand", "entity", "query"))
         )
-        checked = world.check(problem, text).steps
-        offsets = [(number, number + 1) for number in range(len(text))]
-        found = segment(text, offsets, 1, 200, sentences)
-        ends = [step.end for step in checked[:-1]] + [text.index("\\boxed"), len(text)]
-        assert [own.end for own in found] == ends
+        checked = world.check(problem, text)
+        if checked.format_ok:
+            offsets = [(number, number + 1) for number in range(len(text))]
+            found = segment(text, offsets, 1, 200, sentences)
+            assert [own.end for own in found] == [*(step.end for step in checked.steps), len(text)]
 
 
 def test_one_service_alone_is_asked_alone(bench: Any) -> None:

@@ -22,6 +22,7 @@ from pns.errors import UserError
 from workers.runtime import Runtime
 from workers.training.batching import Batch, Family, micro_batch, plan
 from workers.training.objectives import (
+    BcpgObjective,
     BradleyTerryObjective,
     GrpoObjective,
     GspoObjective,
@@ -327,6 +328,22 @@ def test_fewer_rows_than_ranks(two_ranks: Policy, checkpoints: dict[str, str]) -
     assert two_ranks.train_step(batch, SftObjective())["loss"] == pytest.approx(
         -expected[0].mean().item(), abs=1e-5
     )
+
+
+def test_token_advantages_count_alike_on_one_and_two_ranks(
+    one_rank: Policy, two_ranks: Policy, checkpoints: dict[str, str]
+) -> None:
+    found, batch, noise = [], rows(7), np.random.default_rng(1)
+    reference = [noise.uniform(-6, -1, len(ids)) for ids in batch.completion_ids]
+    advantages = [noise.uniform(-1, 1, len(ids)) for ids in batch.completion_ids]
+    given = replace(batch, token_values={"ref_log_probs": reference, "token_advantages": advantages})
+    objective = BcpgObjective(0.1, config.Constraint.squared_log_ratio)
+    for policy in (one_rank, two_ranks):
+        policy.load(checkpoints["qwen2"], "language_model", OPTIMIZER, total_steps=5, seed=0)
+        steps = [policy.train_step(given, objective) for _ in range(2)]
+        names = ("loss", "grad_norm", "constraint", "positive_log_ratio", "negative_log_ratio")
+        found.append([step[name] for step in steps for name in names])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
