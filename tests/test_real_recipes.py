@@ -208,7 +208,9 @@ def make_tokenizer(family: Family, rows: list[dict[str, str]]) -> PreTrainedToke
     options = {"eos_token": family.ends[0], "chat_template": family.template}
     if family.prompt is PromptFamily.qwen:
         return build_tokenizer(texts, family.special, tags, pad_token="<|endoftext|>", **options)
-    # As Llama's and DeepSeek's: no padding token, and a plain text gets the first token from the tokenizer.
+    # A plain text gets the first token from the tokenizer. Llama's has no padding token, DeepSeek's is the end.
+    if family.prompt is PromptFamily.deepseek:
+        options["pad_token"] = family.ends[0]
     bos = family.special[0]
     tokenizer = build_tokenizer(texts, family.special, tags, bos_token=bos, **options)
     first = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
