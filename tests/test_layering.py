@@ -25,6 +25,7 @@ ROOMS = (
     "pns/commands/",
     "pns/planning/",
     "pns/driver.py",
+    "pns/methods.py",
     "pns/tiny/process_reward.py",
     "pns/tiny/warm_start.py",
     "pns/stages/",
@@ -53,6 +54,7 @@ ROOMS = (
     "pns/config.py",
     "pns/fields.py",
     "pns/preference_losses.py",
+    "pns/offline_objectives.py",
     "pns/records.py",
     "pns/errors.py",
 )
