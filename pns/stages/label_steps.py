@@ -229,7 +229,7 @@ def quality(labels: Sequence[LabelledCompletion], threshold: float) -> dict[str,
         / max(1, len(labelled)),
         "missing": missing,
     }
-    annotators = {
+    annotators: dict[str, Sequence[bool | None]] = {
         "judge": [step.judge for step in steps],
         "process_reward": [at_least(step.process_reward, threshold) for step in steps],
         "consensus": [step.correct for step in steps],
