@@ -191,6 +191,12 @@ class PolicyConfig:
         "torch.compile norms and feed-forward parts; slow first steps, needs a C++ compiler (cpu) or Triton",
     )
     lora: Lora = section(Lora)
+    fsdp_size: int = key(
+        0,
+        "ranks of one node that hold a copy of the model together; gradients alone go between copies (hybrid "
+        "sharding); 0: all ranks, on whatever nodes, hold one copy",
+        at_least(0),
+    )
     layout: Layout = key(
         Layout.shared,
         "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and what "

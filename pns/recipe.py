@@ -249,6 +249,10 @@ def pool_faults(config: Config) -> Iterator[str]:
     if gpus > 1:
         way_out = "add ranks with placement.policy.replicas"
         yield f"placement.policy.gpus: {gpus} must be at most 1, a rank's one GPU: {way_out}"
+    shard_group, ranks = config.policy.fsdp_size, config.placement.policy.replicas
+    if shard_group and ranks % shard_group:
+        way_out = f"set it to a divisor of {ranks}, or to 0 for one copy of the model"
+        yield f"policy.fsdp_size: {shard_group} does not divide placement.policy.replicas, {ranks}: {way_out}"
     rollout_gpus = config.placement.rollout.gpus
     if rollout_gpus > 1 and not float(rollout_gpus).is_integer():
         fault = "must be whole where it is above 1: only one GPU can be shared"

@@ -157,6 +157,7 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("reward.terms.coherence.pool.resources={slot: 1.5}", ("resources.slot: 1.5", "whole")),
         ("reward.terms.coherence.pool.labels={zone: ''}", ("coherence.pool.labels: 'zone'", "value")),
         ("placement.policy.gpus=2", ("placement.policy.gpus: 2.0", "replicas")),
+        ("policy.fsdp_size=2", ("policy.fsdp_size: 2 does not divide", "replicas, 1", "set it to")),
     ],
 )
 def test_wrong_configuration_is_one_line(recipe: Path, override: str, words: tuple[str, ...]) -> None:

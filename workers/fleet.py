@@ -33,7 +33,7 @@ class Fleet:
         self._threads = ThreadPoolExecutor(thread_name_prefix="fleet")
         self._roles: dict[str, Future[Any]] = {}
         self._policy: Policy | None = None  # beside the others, as no thread may start it
-        self._ranks: Any = None  # the placement group of the policy
+        self._ranks: list[Any] = []  # the placement groups of the policy
 
     def start(self, roles: Collection[str]) -> None:
         """Begin starting the named roles without waiting for them; the policy's place is taken now, before
@@ -81,8 +81,9 @@ class Fleet:
         return self._policy
 
     def _reserve_ranks(self) -> None:
-        if self._ranks is None:
-            self._ranks = reserve(self.config.placement.policy, self.runtime)
+        if not self._ranks:
+            fsdp_size = self.config.policy.fsdp_size
+            self._ranks = reserve(self.config.placement.policy, self.runtime, fsdp_size)
 
     def shutdown(self) -> None:
         """Stop every role that was started, also where one failed to start or fails to stop."""
@@ -90,7 +91,7 @@ class Fleet:
             stack.callback(self._threads.shutdown)
             if self._policy is not None:
                 stack.callback(self._policy.shutdown)
-            elif self._ranks is not None:
+            elif self._ranks:
                 stack.callback(release, self._ranks)
             for future in self._roles.values():
                 # One that has not begun never starts; one that is starting is waited for.

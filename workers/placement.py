@@ -12,7 +12,7 @@ from typing import Any
 
 from pns.config import Config, Device, EngineKind, Pool, ServicePool
 from pns.errors import UserError
-from workers.packing import Bundles, Misfit, Node, first_misfit, has_labels
+from workers.packing import Bundles, Misfit, Node, first_misfit, has_labels, needed_together
 from workers.runtime import process_environment
 
 FIXED_ROLES = ("rollout", "policy", "verifier")
@@ -57,7 +57,9 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
         cpus = max(1.0, pool.cpus) if role == "policy" else pool.cpus  # verl's own task takes one
         amounts = {"GPU": gpus, "CPU": cpus} | pool.resources
         grown = pool.max_replicas if isinstance(pool, ServicePool) else 0
-        asked.append(Bundles(role, key, pool.replicas, amounts, pool.labels, grown or pool.replicas))
+        most = grown or pool.replicas
+        together = max(1, config.policy.fsdp_size) if role == "policy" else 1
+        asked.append(Bundles(role, key, pool.replicas, amounts, pool.labels, most, together))
     return asked
 
 
@@ -110,17 +112,23 @@ def _room_faults(asked: list[Bundles], needed: dict[str, float], nodes: Sequence
 
 def _describe(misfit: Misfit) -> str:
     b = misfit.bundles
-    short = next(unit for unit, left in misfit.left.items() if left < b.amounts[unit])
-    knob = "replicas" if misfit.index else _key_of(short)
+    needed = needed_together(b)
+    short = next(unit for unit, left in misfit.left.items() if left < needed[unit])
+    lowered = f"{b.key}.{'replicas' if misfit.index else _key_of(short)}"
+    processes = f"{b.role} process {misfit.index + 1} of {b.replicas}"
+    if b.together > 1:
+        group, groups = misfit.index // b.together + 1, b.replicas // b.together
+        processes = f"{b.role} group {group} of {groups}, {b.together} ranks (policy.fsdp_size),"
+        lowered = "policy.fsdp_size" if group == 1 else lowered
     where = f"one node with {_said(b)}" if b.labels else "one node"
     # A plan may not know how many there are of something.
     units = [unit for unit, left in misfit.left.items() if math.isfinite(left)]
     needs, left = (
-        " and ".join(f"{amounts[unit]:g} {unit}" for unit in units) for amounts in (b.amounts, misfit.left)
+        " and ".join(f"{amounts[unit]:g} {unit}" for unit in units) for amounts in (needed, misfit.left)
     )
     return (
-        f"placement: {b.role} process {misfit.index + 1} of {b.replicas} needs {needs} on {where}, and the "
-        f"best node, {misfit.node}, has {left} left: lower {b.key}.{knob} or add a node"
+        f"placement: {processes} needs {needs} on {where}, and the best node, {misfit.node}, has {left} "
+        f"left: lower {lowered} or add a node"
     )
 
 

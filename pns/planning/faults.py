@@ -167,6 +167,8 @@ def policy_way_out(plan: Plan, gpu_gb: float, assumed: Assumptions) -> str:
     for fewer in halves:
         if fits(micro_batch_tokens=fewer, checkpointing=True):
             return f"set policy.max_tokens_per_micro_batch={fewer}"
+    if plan.config.policy.fsdp_size and fits(fsdp_size=0, checkpointing=True):
+        return "set policy.fsdp_size=0"
     ranks = next(iter(plan.training.values())).ranks
     trained = [own for own in plan.training.values() if not own.score_head]
     fits_adapted = all(total(memory.policy_memory(_adapted(own), assumed)) <= gpu_gb for own in trained)

@@ -149,7 +149,7 @@ def make_plan(
         plan.notes.append(f"{name}: its shape is not known here ({way_out}): what depends on it is left out")
     add_memory(plan, vllm_gpu_gb(plan, assumed), assumed)
     processes = [
-        Process(b.role, rank, b.amounts["GPU"], b.amounts["CPU"], plan.peak(b.role))
+        Process(b.role, rank, b.amounts["GPU"], b.amounts["CPU"], plan.peak(b.role), b.together)
         for b in placed
         for rank in range(b.replicas)
     ]
@@ -412,12 +412,13 @@ def policy_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, 
     on_nodes = homes(plan.nodes, "policy")
     speeds = [node.type.network_gb_s for node in plan.nodes if node.name in on_nodes]
     network = min(speeds) if len(on_nodes) > 1 else None
+    gathering = None if policy.fsdp_size else network  # a copy of the model lies on one machine
     parts = {}
     if updates.forwards:
         flops = updates.forwards * speed.forward_flops(shape, held, in_head, context)
         batches = updates.forwards * num_micro_batches
         parts["other log-probs"] = speed.update_seconds(
-            shape, flops, b.replicas, batches, 1, gpu, network, assumed
+            shape, flops, b.replicas, batches, 1, gpu, gathering, assumed
         )
     if updates.updates:
         lora = policy.lora.rank > 0 and not updates.score_head
@@ -425,8 +426,12 @@ def policy_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, 
         passes = 2 + policy.gradient_checkpointing
         batches = updates.updates * num_micro_batches
         parts["update"] = speed.update_seconds(
-            shape, updates.updates * own, b.replicas, batches, passes, gpu, network, assumed
+            shape, updates.updates * own, b.replicas, batches, passes, gpu, gathering, assumed
         )
+        if policy.fsdp_size and network is not None:
+            copies = b.replicas // policy.fsdp_size
+            exchange = speed.exchange_seconds(shape, policy.fsdp_size, copies, network)
+            parts["update"] += updates.updates * exchange
     rollout = plan.bundle("rollout")
     if phase.syncs and rollout is not None:
         apart = homes(plan.nodes, "rollout") - homes(plan.nodes, "policy")

@@ -114,6 +114,13 @@ def update_seconds(
     return max(computing, moved / (network_gb_s * GB))
 
 
+def exchange_seconds(shape: Shape, fsdp_size: int, copies: int, network_gb_s: float) -> float:
+    """Of one update, where `fsdp_size` ranks of a machine hold a copy of the model: a ring adds the copies'
+    float32 gradients, each rank's share of them over its own part of the network."""
+    moved = 2 * (copies - 1) / copies * FLOAT32 * shape.parameters / fsdp_size
+    return moved / (network_gb_s * GB)
+
+
 def sync_seconds(shape: Shape, tensor_parallel: int, crosses_nodes: bool, assumed: Assumptions) -> float:
     """Float32 weights through the object store: copied from the GPU, pickled, written, brought to other
     machines, read by every replica at once, and cast."""

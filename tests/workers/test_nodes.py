@@ -109,9 +109,16 @@ def test_every_role_goes_where_its_labels_and_resources_are(connected: None) -> 
     where = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
     assert zone_of(ray.get(where)) == "b"
     rollout.shutdown()
-    ranks = reserve(Pool(2, labels={"zone": "in(b)"}, resources={"slot": 1}), CPU)
+    [ranks] = reserve(Pool(2, labels={"zone": "in(b)"}, resources={"slot": 1}), CPU)
     assert {zone_of(node) for node in placement_group_table(ranks)["bundles_to_node_id"].values()} == {"b"}
-    release(ranks)
+    release([ranks])
+    groups = reserve(Pool(4, cpus=2), CPU, fsdp_size=2)  # each on one of the nodes, which have four CPUs
+    placed = [set(placement_group_table(group)["bundles_to_node_id"].values()) for group in groups]
+    assert [len(on_nodes) for on_nodes in placed] == [1, 1]
+    assert {zone_of(node) for on_nodes in placed for node in on_nodes} == {"a", "b"}
+    release(groups)
+    with pytest.raises(UserError, match=r"3 on one node \(policy\.fsdp_size\), and 1 s were"):
+        reserve(Pool(3, cpus=2), Runtime(start_timeout_seconds=1), fsdp_size=3)
     with pytest.raises(UserError, match=r"placement\.policy needs 1 x .* on nodes with zone=c, and 1 s were"):
         reserve(Pool(1, labels={"zone": "c"}), Runtime(start_timeout_seconds=1))
 

@@ -19,12 +19,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
+from pns.files import read_json, write_json
 from workers.checkpoints import local_directory
 from workers.runtime import VERL_CPU, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias
 from workers.training.rank import ModelSpec, actor_class
 from workers.training.reservation import release, reserve
+
+_SHARDS_FILE = "shards.json"  # of a checkpoint: how many ranks hold a copy of the model together
 
 
 class Policy:
@@ -35,10 +38,10 @@ class Policy:
     """
 
     def __init__(
-        self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime, bundles: Any = None
+        self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime, groups: Sequence[Any] = ()
     ) -> None:
-        """Start one process per rank, in the `bundles` that `reserve` gave, else in those that it gives now;
-        no model yet. UserError when there is no place for them in time."""
+        """Start one process per rank, in the placement `groups` that `reserve` gave, else in those that it
+        gives now; no model yet. UserError when there is no place for them in time."""
         cuda = runtime.device == "cuda"
         if cuda and not 0 < pool.gpus <= 1:
             raise UserError(
@@ -51,7 +54,7 @@ class Policy:
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._version = 0
-        self._bundles = bundles or reserve(pool, runtime)
+        self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
         self._group = self._spawn(pool, process_environment("policy", runtime.device, pool.cpus), cuda)
 
     def _spawn(self, pool: config.Pool, environment: dict[str, str], cuda: bool) -> Any:
@@ -63,9 +66,10 @@ class Policy:
         from verl.single_controller.ray.base import get_master_addr_port
 
         share = pool.gpus if cuda else 1.0
-        resources = RayResourcePool([pool.replicas], use_gpu=cuda, max_colocate_count=1 / share)
-        resources.pgs = [self._bundles]
-        first = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=0)
+        sizes = [group.bundle_count for group in self._groups]
+        resources = RayResourcePool(sizes, use_gpu=cuda, max_colocate_count=1 / share)
+        resources.pgs = list(self._groups)
+        first = PlacementGroupSchedulingStrategy(self._groups[0], placement_group_bundle_index=0)
         address = get_master_addr_port.options(scheduling_strategy=first, num_cpus=0).remote()
         [(host, port)] = self._wait_to_start([address], "the address of the first policy process")
         rank_class = RayClassWithInitArgs(ray.remote(actor_class()))
@@ -195,10 +199,11 @@ class Policy:
         self._loaded()
         saving = self._group.save(str(Path(directory).absolute()))
         self._wait_for_step(saving, f"the policy's checkpoint in {directory}")
+        write_json(Path(directory) / _SHARDS_FILE, self._shards())
 
     def restore(self, directory: str | Path) -> None:
         """Go back to a checkpoint of `save`, after `load` of the same model: the next step is the same to the
-        bit. Raises UserError when it was written with another number of ranks."""
+        bit. Raises UserError when it was written with another number of ranks, or sharded over another."""
         self._loaded()
         directory = Path(directory).absolute()
         if not (directory / f"model_world_size_{self._ranks}_rank_0.pt").is_file():
@@ -207,6 +212,13 @@ class Policy:
             raise UserError(
                 f"checkpoint {directory} does not fit placement.policy.replicas = {self._ranks}: "
                 f"it holds {way_out or 'no policy checkpoint'}"
+            )
+        if (written_with := read_json(directory / _SHARDS_FILE)) != self._shards():
+            way_out = (
+                f"it holds shards over {written_with} ranks; set policy.fsdp_size as it was written with"
+            )
+            raise UserError(
+                f"checkpoint {directory} does not fit policy.fsdp_size = {self._shards()}: {way_out}"
             )
         restoring = self._group.restore(str(directory))
         self._wait_for_step(restoring, f"the policy to restore {directory}")
@@ -224,7 +236,7 @@ class Policy:
         """End the processes and give their resources back."""
         for worker in self._group.workers:
             ray.kill(worker)
-        release(self._bundles)
+        release(self._groups)
 
     def _loaded(self, head: Head | None = None) -> ModelSpec:
         """The loaded model. Raises ValueError where it has another head."""
@@ -235,6 +247,10 @@ class Policy:
                 f"this needs a {head} head, and {self._model.path} was loaded with a {self._model.head} head"
             )
         return self._model
+
+    def _shards(self) -> int:
+        """The ranks that hold a copy of the loaded model together."""
+        return self._loaded().settings.fsdp_size or self._ranks
 
     def _infer(
         self, batch: Batch, by_reference: bool = False, temperature: float = 1.0

@@ -94,6 +94,7 @@ def _engine_config(spec: ModelSpec) -> Any:
     compute = {"bfloat16": "bf16", "float32": "fp32"}[spec.compute_dtype]
     return FSDPEngineConfig(
         strategy="fsdp2",
+        fsdp_size=spec.settings.fsdp_size or -1,
         model_dtype="fp32",  # the master weights
         mixed_precision={"param_dtype": compute, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         reshard_after_forward=spec.runtime.device == "cuda",  # to save memory; on a CPU it only costs
