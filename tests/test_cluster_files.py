@@ -59,11 +59,12 @@ def test_a_placement_fills_the_gpus_that_its_name_says(placement: Path, recipe: 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda path: path.stem)
 def test_a_placement_changes_no_result(placement: Path) -> None:
-    """Only where roles run, and how much memory an engine takes."""
+    """Only where roles run, how much memory an engine takes, and how many ranks hold a copy of the policy."""
     recipe = RECIPES[0]
     plain, placed = load(recipe), load(recipe, over=[placement])
     placed.placement = plain.placement
     placed.rollout.memory_fraction = plain.rollout.memory_fraction
+    placed.policy.fsdp_size = plain.policy.fsdp_size
     for name, term in placed.reward.terms.items():
         term.pool = plain.reward.terms[name].pool
     assert placed == plain
