@@ -143,6 +143,11 @@ class Placement:
     )
     rollout: Pool = section(Pool)
     policy: Pool = section(Pool)
+    colocate: list[str] = key(
+        [],
+        "[rollout,policy]: both have the same GPUs and use them in turns (each replica the GPUs of as many "
+        "ranks; memory moves to the host, or is dropped); []: each role has its own",
+    )
     verifier_processes: int = key(2, "processes that check answers", at_least(1))
     start_timeout_seconds: float = key(
         600.0, "seconds for actors to come up; after them the run stops and says what it waits for", above(0)

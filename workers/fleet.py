@@ -5,16 +5,19 @@ Each starts in the background when `start` names it; using a role waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pns.algo.reward import reads_tokens
 from pns.config import Config, TermKind
-from workers.placement import bundles, used_roles
+from workers.packing import counted
+from workers.phases import Phases
+from workers.placement import bundles, ranks_on_a_node, ranks_per_replica, shared_pool, used_roles
+from workers.reservation import Slot, release, reserve, slots
 from workers.runtime import Runtime
-from workers.training.reservation import release, reserve
 
 if TYPE_CHECKING:
     from workers.rewards.endpoint import EndpointJudge
@@ -34,16 +37,19 @@ class Fleet:
         self._roles: dict[str, Future[Any]] = {}
         self._policy: Policy | None = None  # beside the others, as no thread may start it
         self._ranks: list[Any] = []  # the placement groups of the policy
+        self._shares = bool(config.placement.colocate)  # the policy's GPUs with rollout
+        self._slots: list[Slot] = []  # of rollout, in the groups
+        self._phases = Phases()
 
     def start(self, roles: Collection[str]) -> None:
         """Begin starting the named roles without waiting for them; the policy's place is taken now, before
         the others could scatter over its nodes, and it starts when it is first used. Raises UserError for a
         role that there is not, and where the policy has no place."""
         used = used_roles(self.config, roles)
-        if "policy" in used:
+        if "policy" in used or (self._shares and "rollout" in used):
             self._reserve_ranks()
         # On GPUs a role waits for those that need more GPUs together: its processes could take one of each.
-        gpus = {b.role: b.amounts["GPU"] for b in bundles(self.config, used, self.runtime.device)}
+        gpus = {b.role: b.amounts["GPU"] for b in counted(bundles(self.config, used, self.runtime.device))}
         for role in sorted(used, key=lambda role: -gpus.get(role, 0.0)):
             if role != "policy" and role not in self._roles:
                 share = gpus.get(role, 0.0)
@@ -77,13 +83,22 @@ class Fleet:
 
             self._reserve_ranks()
             pool = self.config.placement.policy
-            self._policy = Policy(pool, self.config.policy, self.runtime, self._ranks)
+            turn = self._turn_of("policy")
+            policy = Policy(pool, self.config.policy, self.runtime, self._ranks, turn)
+            self._phases.add("policy", policy.leave, policy.come)
+            self._policy = policy
         return self._policy
 
     def _reserve_ranks(self) -> None:
-        if not self._ranks:
-            fsdp_size = self.config.policy.fsdp_size
-            self._ranks = reserve(self.config.placement.policy, self.runtime, fsdp_size)
+        if self._ranks:
+            return
+        pool = shared_pool(self.config) if self._shares else self.config.placement.policy
+        self._ranks = reserve(pool, self.runtime, ranks_on_a_node(self.config))
+        if self._shares:
+            self._slots = slots(self._ranks, ranks_per_replica(self.config), self.runtime)
+
+    def _turn_of(self, role: str) -> Callable[[], AbstractContextManager[None]]:
+        return partial(self._phases.turn, role) if self._shares else nullcontext
 
     def shutdown(self) -> None:
         """Stop every role that was started, also where one failed to start or fails to stop."""
@@ -112,30 +127,34 @@ class Fleet:
         if role == "rollout":
             from workers.rollout.pool import RolloutPool
 
-            return RolloutPool(self.config.placement.rollout, self.config.rollout, self.runtime)
+            pool, settings = self.config.placement.rollout, self.config.rollout
+            turn = self._turn_of("rollout")
+            rollout = RolloutPool(pool, settings, self.runtime, self._slots, turn)
+            self._phases.add("rollout", rollout.sleep, rollout.wake_up)
+            return rollout
         if role == "verifier":
             from workers.rewards.verifier import Verifier
 
             return Verifier(self.config.placement.verifier_processes, self.config.reward.verify_seconds)
         term = self.config.reward.terms[role]
         deadline = term.pool.deadline_seconds or self.config.reward.deadline_seconds
-        pool: ScoringPool[Any, Any] | EndpointJudge
+        scorer: ScoringPool[Any, Any] | EndpointJudge
         if term.kind is TermKind.reward_model:
             from workers.rewards.reward_model import RewardModelPool
 
             chat = not reads_tokens(term)
-            pool = RewardModelPool(role, term.pool, self.runtime, deadline, reads_chat=chat)
+            scorer = RewardModelPool(role, term.pool, self.runtime, deadline, reads_chat=chat)
         elif term.endpoint.url:
             from workers.rewards.endpoint import EndpointJudge
 
-            pool = EndpointJudge(role, term.endpoint, self.config.seed, deadline)
+            scorer = EndpointJudge(role, term.endpoint, self.config.seed, deadline)
         else:
             from workers.rewards.judge import JudgePool
 
-            pool = JudgePool(role, term.pool, self.runtime, self.config.seed, deadline)
+            scorer = JudgePool(role, term.pool, self.runtime, self.config.seed, deadline)
         with ExitStack() as stack:
-            stack.callback(pool.shutdown)  # where the model cannot be loaded
+            stack.callback(scorer.shutdown)  # where the model cannot be loaded
             if term.model:
-                pool.load(term.model)
+                scorer.load(term.model)
             stack.pop_all()
-        return pool
+        return scorer

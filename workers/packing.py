@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Bundles:
     """`replicas` processes of a role, each with `amounts` of "GPU", "CPU" and custom resources, on nodes with
     `labels`; `key` is its pool in the configuration, `most` what the pool may grow to. Every `together` of
-    them lie on one node."""
+    them lie on one node; those `inside` another role take nothing that is not that role's."""
 
     role: str
     key: str
@@ -22,6 +22,7 @@ class Bundles:
     labels: dict[str, str]
     most: int
     together: int = 1
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Misfit:
     index: int
     node: str
     left: dict[str, float]
+
+
+def counted(asked: Iterable[Bundles]) -> list[Bundles]:
+    """Those that take something of a node."""
+    return [bundles for bundles in asked if not bundles.inside]
 
 
 def creation_order(asked: Iterable[Bundles]) -> list[Bundles]:

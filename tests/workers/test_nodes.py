@@ -33,10 +33,10 @@ from pns.errors import UserError
 from workers.cluster import Cluster
 from workers.fleet import Fleet
 from workers.probe import View, _faults_of, _versions
+from workers.reservation import release, reserve
 from workers.rewards.service import Outcome, ScoringPool
 from workers.rollout.pool import RolloutPool
 from workers.runtime import Runtime
-from workers.training.reservation import release, reserve
 
 CPU = Runtime(start_timeout_seconds=600)
 
@@ -112,13 +112,13 @@ def test_every_role_goes_where_its_labels_and_resources_are(connected: None) -> 
     [ranks] = reserve(Pool(2, labels={"zone": "in(b)"}, resources={"slot": 1}), CPU)
     assert {zone_of(node) for node in placement_group_table(ranks)["bundles_to_node_id"].values()} == {"b"}
     release([ranks])
-    groups = reserve(Pool(4, cpus=2), CPU, fsdp_size=2)  # each on one of the nodes, which have four CPUs
+    groups = reserve(Pool(4, cpus=2), CPU, on_a_node=2)  # each on one of the nodes, which have four CPUs
     placed = [set(placement_group_table(group)["bundles_to_node_id"].values()) for group in groups]
     assert [len(on_nodes) for on_nodes in placed] == [1, 1]
     assert {zone_of(node) for on_nodes in placed for node in on_nodes} == {"a", "b"}
     release(groups)
-    with pytest.raises(UserError, match=r"3 on one node \(policy\.fsdp_size\), and 1 s were"):
-        reserve(Pool(3, cpus=2), Runtime(start_timeout_seconds=1), fsdp_size=3)
+    with pytest.raises(UserError, match="each 3 on one node, and 1 s were"):
+        reserve(Pool(3, cpus=2), Runtime(start_timeout_seconds=1), on_a_node=3)
     with pytest.raises(UserError, match=r"placement\.policy needs 1 x .* on nodes with zone=c, and 1 s were"):
         reserve(Pool(1, labels={"zone": "c"}), Runtime(start_timeout_seconds=1))
 

@@ -301,7 +301,7 @@ def test_a_copy_of_the_model_lies_on_one_node() -> None:
     with pytest.raises(NoRoomError) as error:
         check_placement(asked, ["policy"], nodes, "cuda")
     assert str(error.value) == (
-        "placement: policy group 3 of 3, 4 ranks (policy.fsdp_size), needs 4 GPU and 4 CPU on one node, and the "
+        "placement: policy group 3 of 3, 4 ranks together, needs 4 GPU and 4 CPU on one node, and the "
         "best node, n0, has 2 GPU and 60 CPU left: lower placement.policy.replicas or add a node"
     )
     asked.policy.fsdp_size = 12

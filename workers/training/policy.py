@@ -7,11 +7,13 @@ mean over the whole batch does not depend on how. Nothing of verl is imported be
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -21,13 +23,29 @@ from pns import config
 from pns.errors import UserError
 from pns.files import read_json, write_json
 from workers.checkpoints import local_directory
+from workers.reservation import release, reserve
 from workers.runtime import VERL_CPU, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias
 from workers.training.rank import ModelSpec, actor_class
-from workers.training.reservation import release, reserve
 
 _SHARDS_FILE = "shards.json"  # of a checkpoint: how many ranks hold a copy of the model together
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def _in_turn(
+    method: Callable[Concatenate["Policy", _Arguments], _Result],
+) -> Callable[Concatenate["Policy", _Arguments], _Result]:
+    """The call of a `Policy` that uses its GPUs."""
+
+    @wraps(method)
+    def call(policy: "Policy", *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with policy.turn():
+            return method(policy, *args, **kwargs)
+
+    return call
 
 
 class Policy:
@@ -38,10 +56,16 @@ class Policy:
     """
 
     def __init__(
-        self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime, groups: Sequence[Any] = ()
+        self,
+        pool: config.Pool,
+        settings: config.PolicyConfig,
+        runtime: Runtime,
+        groups: Sequence[Any] = (),
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Start one process per rank, in the placement `groups` that `reserve` gave, else in those that it
-        gives now; no model yet. UserError when there is no place for them in time."""
+        gives now; no model yet. Every call that uses the GPUs begins with `turn`, and between turns the
+        models are elsewhere (`leave`, `come`). UserError when there is no place for them in time."""
         cuda = runtime.device == "cuda"
         if cuda and not 0 < pool.gpus <= 1:
             raise UserError(
@@ -51,6 +75,7 @@ class Policy:
         self.settings = settings  # may be exchanged before a `load`
         self._runtime = runtime
         self._ranks = pool.replicas
+        self.turn = turn
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._version = 0
@@ -83,6 +108,7 @@ class Policy:
             master_port=port,
         )
 
+    @_in_turn
     def load(
         self, model_path: str, head: Head, optimizer: config.Optimizer | None, total_steps: int, seed: int
     ) -> None:
@@ -109,6 +135,7 @@ class Policy:
         """Natural-log probabilities (T,) float32 of each row's completion tokens."""
         return self._log_probs(batch, False, temperature)
 
+    @_in_turn
     def load_reference(self, model_path: str) -> None:
         """Build a frozen language model beside the loaded one, for `reference_log_probs`; the next `load`
         drops it. None is built where the loaded one is the same under a LoRA adapter, which can be off."""
@@ -147,6 +174,7 @@ class Policy:
         """Let a step go by without an update: the schedule of the learning rate counts steps."""
         self._wait_for_step(self._group.pass_step(), "a step without an update")
 
+    @_in_turn
     def train_step(self, batch: Batch, objective: Objective, end_of_step: bool = True) -> dict[str, float]:
         """One optimizer step on the whole batch. The learning rate moves on with the last one of a training
         step (`end_of_step`).
@@ -187,6 +215,7 @@ class Policy:
         dropped = ("perf/", "mfu") if self._runtime.device == "cpu" else ("perf/",)
         return {name: value for name, value in metrics.items() if not name.startswith(dropped)}
 
+    @_in_turn
     def weights(self) -> tuple[int, ray.ObjectRef]:
         """`(version, reference)`: float32 CPU tensors by their checkpoint names (a tied head left out), in
         rank 0's object store. The version rises with every change of the weights."""
@@ -194,6 +223,7 @@ class Policy:
         [reference], *_ = self._wait_for_step(self._group.weights(), "the weights of the policy")
         return self._version, reference
 
+    @_in_turn
     def save(self, directory: str | Path) -> None:
         """Write model, optimizer, schedule and random state, a file of each per rank; whole on return."""
         self._loaded()
@@ -201,6 +231,7 @@ class Policy:
         self._wait_for_step(saving, f"the policy's checkpoint in {directory}")
         write_json(Path(directory) / _SHARDS_FILE, self._shards())
 
+    @_in_turn
     def restore(self, directory: str | Path) -> None:
         """Go back to a checkpoint of `save`, after `load` of the same model: the next step is the same to the
         bit. Raises UserError when it was written with another number of ranks, or sharded over another."""
@@ -224,6 +255,7 @@ class Policy:
         self._wait_for_step(restoring, f"the policy to restore {directory}")
         self._version += 1
 
+    @_in_turn
     def export(self, directory: str | Path) -> None:
         """Write a checkpoint that `AutoModelForCausalLM`, or for a score head
         `AutoModelForSequenceClassification`, loads as it is: safetensors (bfloat16 where the model computes
@@ -231,6 +263,14 @@ class Policy:
         self._loaded()
         exporting = self._group.export(str(Path(directory).absolute()))
         self._wait_for_step(exporting, f"the export to {directory}")
+
+    def leave(self) -> None:
+        """Move weights and optimizer to the host, that others may have the GPUs; drop the last gradients."""
+        self._wait_for_step(self._group.leave(), "the policy to leave its GPUs")
+
+    def come(self) -> None:
+        """Move them back."""
+        self._wait_for_step(self._group.come(), "the policy to come back to its GPUs")
 
     def shutdown(self) -> None:
         """End the processes and give their resources back."""
@@ -252,6 +292,7 @@ class Policy:
         """The ranks that hold a copy of the loaded model together."""
         return self._loaded().settings.fsdp_size or self._ranks
 
+    @_in_turn
     def _infer(
         self, batch: Batch, by_reference: bool = False, temperature: float = 1.0
     ) -> list[tuple[MicroBatch, np.ndarray]]:
