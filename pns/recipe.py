@@ -285,8 +285,9 @@ def colocation_faults(config: Config) -> Iterator[str]:
         fault = f"rollout has {rollout.gpus:g} GPUs a replica and policy {policy.gpus:g} a rank"
         yield f"{key}: {fault}; set placement.policy.gpus=1 and placement.rollout.gpus to 1 or more, whole"
     if rollout.replicas * rollout.gpus != policy.replicas * policy.gpus:
-        of_rollout, ranks = f"{rollout.replicas} x {rollout.gpus:g} GPUs", f"{policy.replicas} ranks"
-        yield f"{key}: rollout has {of_rollout}, policy {ranks}: set placement.policy.replicas={rollout.replicas * rollout.gpus:g}"
+        both = f"rollout has {rollout.replicas} x {rollout.gpus:g} GPUs and policy {policy.replicas} ranks"
+        way_out = f"set placement.policy.replicas={rollout.replicas * rollout.gpus:g}"
+        yield f"{key}: {both}, which have to be as many: {way_out}"
     if rollout.labels != policy.labels or rollout.resources:
         way_out = "give placement.rollout the labels of placement.policy, and the resources to policy alone"
         yield f"{key}: the two roles lie on the same nodes: {way_out}"

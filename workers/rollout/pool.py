@@ -308,7 +308,7 @@ class RolloutPool:
 
 def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime, slot: Slot | None) -> Any:
     """A rollout actor. Ray must not restart or repeat anything by itself: a fresh process has no weights
-    until the pool gives it some. In a slot it takes nothing that Ray counts but CPUs, and is told its GPUs."""
+    until the pool gives it some. In a slot it takes nothing that Ray counts but CPUs; its GPUs it is told."""
     vllm = engine.engine is EngineKind.vllm
     environment = process_environment("rollout", runtime.device, pool.cpus, vllm)
     tensor_parallel = max(1, int(pool.gpus))
