@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -307,6 +308,28 @@ def test_a_copy_of_the_model_lies_on_one_node() -> None:
     asked.policy.fsdp_size = 12
     with pytest.raises(NoRoomError, match=r"needs 12 GPU .*, n0, has 6 GPU .*: lower policy\.fsdp_size or"):
         check_placement(asked, ["policy"], nodes, "cuda")
+
+
+def test_shared_gpus_count_once() -> None:
+    placement = Placement(rollout=Pool(2, gpus=2, cpus=4), policy=Pool(4, cpus=3))
+    apart, shared = Config(placement=placement), Config(placement=replace(placement))
+    shared.placement.colocate = ["rollout", "policy"]
+    roles = ["rollout", "policy", "verifier"]
+    assert totals(apart, roles, "cuda") == {"GPU": 8, "CPU": 2 * 4 + 4 * 3}
+    # Its part of a replica in each rank's bundle, also where one of the two is not used.
+    for used in (roles, ["rollout"], ["policy"]):
+        assert totals(shared, used, "cuda") == {"GPU": 4, "CPU": 4 * (3 + 4 / 2)}
+    assert totals(shared, ["verifier"], "cuda") == {"GPU": 0, "CPU": 0}
+    # The GPUs of a replica lie on one node.
+    check_placement(shared, roles, [Node(f"n{index}", {"GPU": 3, "CPU": 10}) for index in range(2)], "cuda")
+    scattered = [
+        Node("n0", {"GPU": 3, "CPU": 10}),
+        *(Node(f"n{index}", {"GPU": 1, "CPU": 10}) for index in (1, 2)),
+    ]
+    with pytest.raises(NoRoomError, match=r"policy group 2 of 2, 2 ranks together, needs 2 GPU and 10 CPU"):
+        check_placement(shared, roles, scattered, "cuda")
+    local = local_resources(shared, roles, "cpu")
+    check_placement(shared, roles, [Node("n0", {"CPU": local["num_cpus"]})], "cpu")
 
 
 def test_auto_is_no_word_for_cpu_on_a_joined_cluster() -> None:

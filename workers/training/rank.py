@@ -157,8 +157,8 @@ class Rank:
         for model in self._models():
             model.engine.optimizer_zero_grad()
             model.to("cpu")
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.synchronize()  # verl copies without waiting
             torch.cuda.empty_cache()
 
