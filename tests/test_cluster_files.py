@@ -17,7 +17,7 @@ import yaml
 from pns.commands.recipes import find_recipe
 from pns.config import Config, TermKind
 from pns.recipe import load
-from workers.packing import Node
+from workers.packing import Node, counted
 from workers.placement import bundles, check_placement
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_a_placement_fills_the_gpus_that_its_name_says(placement: Path, recipe: 
     """With every recipe that keeps the three terms of the schema."""
     num_nodes, num_gpus = map(int, placement.stem.split("x"))
     config = load(recipe, over=[placement])
-    asked = bundles(config, roles(config), "cuda")
+    asked = counted(bundles(config, roles(config), "cuda"))
     assert sum(b.replicas * b.amounts.get("GPU", 0.0) for b in asked) == num_nodes * num_gpus
     policy = config.placement.policy.replicas
     assert policy % num_gpus == 0 or policy < num_gpus  # whole nodes, or one

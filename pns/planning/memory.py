@@ -185,6 +185,11 @@ def layer_activation_bytes(shape: Shape, dtype_bytes: int) -> int:
     return norms + dtype_bytes * (attention + feed_forward)
 
 
+def away_on_the_host(of: Training) -> Parts:
+    """Of a rank whose GPU another role has: gradients are dropped."""
+    return {"models that are away": total(training_state(of))}
+
+
 # Rollout
 
 
@@ -219,6 +224,11 @@ def vllm_memory(
         "context": assumed.context_gb,
     }
     return parts, cache
+
+
+def asleep(is_vllm: bool, assumed: Assumptions) -> Parts:
+    """What an engine keeps of a GPU that another role has; the policy keeps its context."""
+    return {"context": assumed.context_gb} | ({"CUDA graphs": assumed.graphs_gb} if is_vllm else {})
 
 
 def sampler_gb(shape: Shape, max_batch: int) -> float:

@@ -103,6 +103,20 @@ def place(processes: Sequence[Process], nodes: Sequence[Node]) -> list[Process]:
     return unplaced
 
 
+def lay_inside(nodes: Sequence[Node], role: str, ranks_each: int) -> None:
+    """Processes of a role that have the GPUs of `ranks_each` ranks of the policy each, which are placed; the
+    memory of both is counted as the ranks'."""
+    laid: dict[int, Process] = {}
+    for node in nodes:
+        for gpu in node.gpus:
+            for rank in [own.rank for own in gpu.residents if own.role == "policy"]:
+                replica = rank // ranks_each
+                if replica not in laid:
+                    laid[replica] = Process(role, replica, ranks_each, 0.0, 0.0)
+                    node.processes.append(laid[replica])
+                gpu.residents.append(laid[replica])
+
+
 def _difficulty(process: Process) -> tuple[float, bool, float]:
     return max(1.0, process.gpus), process.role == "policy", process.gpus
 
