@@ -84,6 +84,7 @@ OWNERS = {
     },
     "torch": {
         "pns/algo/losses.py",
+        "pns/tiny/process_reward.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
         "workers/cluster.py",
@@ -104,6 +105,7 @@ OWNERS = {
     },
     "transformers": {
         "pns/data/prompts.py",
+        "pns/tiny/process_reward.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",

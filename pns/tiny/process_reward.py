@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pns.algo.metrics import auroc
+from pns.errors import UserError
 from pns.files import write_json
 from pns.records import Problem
 from pns.run.stage import Stage
@@ -35,8 +36,8 @@ def process_reward(ctx: Context, settings: WarmStart) -> WarmStarted:
     """Train the model, from the last checkpoint where there is one, and measure it."""
     made, policy = WarmStarted(ctx.directory), ctx.fleet.policy
     sampled = sampled_solutions(ctx, settings, made, "train")
-    initial = settings.starts_from or settings.samples_from
-    policy.load(initial, "score", settings.optimizer, settings.steps, ctx.seed)
+    save_deepened(settings.starts_from or settings.samples_from, settings.layers, ctx.seed, made.untrained)
+    policy.load(made.untrained, "score", settings.optimizer, settings.steps, ctx.seed)
     first_step = ctx.resume()
     ctx.track.begin("warm_start", settings.steps, first_step)
     for step in range(first_step, settings.steps):
@@ -129,3 +130,25 @@ def step_quality(probabilities_B: ArrayLike, labels_B: ArrayLike) -> dict[str, f
 
 def _share(values_B: NDArray[np.bool_]) -> float:
     return float(np.mean(values_B)) if len(values_B) else float("nan")
+
+
+def save_deepened(model: str, layers: int, seed: int, directory: str) -> None:
+    """The model with further blocks on top, `layers` in all, that change nothing as they are: what the model
+    expects of the next token is known in its last block only, and a grader has to compare it with what came.
+    Raises UserError where it has more blocks."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shallow = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    num_known = shallow.config.num_hidden_layers
+    if layers < num_known:
+        raise UserError(f"layers: {layers}; {model} has {num_known}: give as many or more")
+    shape = shallow.config.to_dict() | {"num_hidden_layers": layers, "layer_types": None}
+    torch.manual_seed(seed)
+    deep = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+    deep.load_state_dict(shallow.state_dict(), strict=False)
+    for block in deep.base_model.layers[num_known:]:
+        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(block.mlp.down_proj.weight)
+    deep.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(model).save_pretrained(directory)

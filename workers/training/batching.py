@@ -23,7 +23,8 @@ class Batch:
     `old_log_probs`, `ref_log_probs` and `advantages` (a row value) for GRPO; `ref_log_probs` (unless the loss
     is reference-free), if given `margin_mask` (1 for tokens that take part in the margin), and for some
     losses `score_gap` (a row value) for preferences; and for GRPO and SFT, if given, `mask` (0 for tokens
-    without loss); `label` (a row value, 1 or 0) for process reward models. For preferences and reward models rows come in pairs: chosen, rejected, chosen, ...
+    without loss); `label` (a row value, 1 or 0) for process reward models. For preferences and reward models
+    rows come in pairs: chosen, rejected, chosen, ...
     """
 
     prompt_ids: Sequence[Sequence[int]]
