@@ -89,6 +89,7 @@ OWNERS = {
     },
     "torch": {
         "pns/algo/losses.py",
+        "pns/tiny/process_reward.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
         "workers/cluster.py",
@@ -109,6 +110,7 @@ OWNERS = {
     },
     "transformers": {
         "pns/data/prompts.py",
+        "pns/tiny/process_reward.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
