@@ -21,9 +21,9 @@ def sat_splitter(model_path: str, threshold: float = 0.25) -> Splitter:
     `tokenizer.json` and `tokenizer_config.json` of its tokenizer, XLM-RoBERTa's. It runs on the CPU.
 
     A boundary is where the model gives more than `threshold` (0.25 is the library's for the models sat-*-sm;
-    it takes 0.025 for the others), and at every line end, as in the library. `pns.algo.segments.segment` keeps
-    boundaries off formulas, as it does for any splitter. Raises UserError where the directory is no such
-    model or the library is missing."""
+    it takes 0.025 for the others), and at every line end, as in the library.
+    `pns.algo.segments.segment` keeps boundaries off formulas, as it does for any splitter. Raises UserError
+    where the directory is no such model or the library is missing."""
     directory = Path(model_path)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
