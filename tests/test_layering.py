@@ -75,6 +75,7 @@ OWNERS = {
     },
     "vllm": {"workers/rollout/engine_vllm.py"},
     "openai": {"workers/rewards/endpoint.py"},
+    "wtpsplit": {"pns/data/sat.py"},
     "ray": {
         "workers/cluster.py",
         "workers/jobs.py",
@@ -111,6 +112,7 @@ OWNERS = {
     "transformers": {
         "pns/data/prompts.py",
         "pns/tiny/process_reward.py",
+        "pns/data/sat.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
