@@ -40,7 +40,7 @@ def report_runs(directories: Sequence[Path], against: Sequence[str] = (), file: 
     for directory in directories:
         check_page(directory)
     if len(directories) > 1 or against or file is not None:
-        from pns.run.compare import compare_runs
+        from pns.commands.compare import compare_runs
 
         compare_runs(directories, against, file)
         return

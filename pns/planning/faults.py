@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pns.config import STEP_SERVICES, EngineKind, services
+from pns.config import STEP_SERVICES, EngineKind, Method, services
 from pns.errors import UserError
 from pns.planning import memory
 from pns.planning.assumptions import Assumptions
@@ -243,6 +243,12 @@ def remarks(plan: Plan) -> list[str]:
     ranks = next(iter(plan.training.values())).ranks if plan.training else 0
     if ranks:
         said.append(f"a resume needs the same number of policy ranks ({ranks})")
+    if plan.config.method is Method.bcpg:
+        assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
+        share = f"{assumed.wrong_share:.0%} of the samples are taken to be wrong (wrong_share)"
+        said.append(
+            f"{share}; what arms have in common in the first round stands with the first that needs it"
+        )
     kinds = {gpu.kind.name for node in plan.nodes for gpu in node.gpus}
     if len(kinds) > 1:
         said.append("Ray does not look at GPU memory: with several kinds of GPU it may choose the smaller")
