@@ -124,6 +124,10 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
             first = made_as.setdefault(values["place"], stage)
             table.add_row(stage, f"{values['seconds']:.0f}" if first == stage else f"as {first}")
         made.append(table)
+    for table in made:
+        table.columns[0].no_wrap = True
+        for column in table.columns:
+            column.overflow = "fold"  # on a narrow terminal nothing is cut off
     return made
 
 
@@ -145,17 +149,19 @@ def suites_table(suites: Mapping[str, Any]) -> Table:
 
 
 def differences_table(suites: Mapping[str, Any]) -> Table:
-    """Of each arm from the backbone and the target, where they were evaluated too; the verdict is that on the
-    mean over the suites."""
-    title = "Difference in % [95 % paired bootstrap over problems]"
-    table = Table("arm", "from", *suites, "p", "", title=title)
-    table.caption = "p and verdict: of the mean, not corrected for the number of arms"
-    means = suites["mean"]
-    for arm in [model for model in means if model not in BASES]:
-        for base in [model for model in means if model in BASES]:
-            cells = [difference_interval(scores[arm]["against"][base]) for scores in suites.values()]
-            of_mean = means[arm]["against"][base]
-            table.add_row(arm, base, *cells, f"{of_mean['p_value']:.4f}", of_mean["verdict"])
+    """Of each arm on each suite from the backbone, and from the target where that was evaluated too."""
+    models = list(suites["mean"])
+    bases = [model for model in models if model in BASES]
+    heads = [head for base in bases for head in (f"from {base}", "p")]
+    table = Table("arm", "suite", *heads, title="Difference in % [95 %: paired bootstrap over problems]")
+    table.caption = "p: permutation test, not corrected for the number of arms and suites"
+    for arm in [model for model in models if model not in BASES]:
+        for suite, scores in suites.items():
+            row = [arm if suite == next(iter(suites)) else "", suite]
+            for base in bases:
+                difference = scores[arm]["against"][base]
+                row += [difference_interval(difference), f"{difference['p_value']:.4f}"]
+            table.add_row(*row, end_section=suite == "mean")
     return table
 
 
@@ -174,7 +180,7 @@ def step_labels_table(labels: Mapping[str, Any], stages: Mapping[str, Any]) -> T
     for name, own in labels.items():
         first = made_as.setdefault(stages[f"label_steps_{name}"]["place"], name)
         if first != name:
-            table.add_row(name, f"as {first}")
+            table.add_row(f"{name} as {first}")
             continue
         correct = _figure(own["correct_share"])
         if "exact_share" in own:

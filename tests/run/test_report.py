@@ -203,13 +203,14 @@ def test_report_of_arms_and_rounds(run: Path) -> None:
     qualities = ["0.95 / 0.8", "- / 0.8", "0.95 / 0.8"]
     assert in_table["masked_2"] == ["80", "0.5 (0.55)", "0.6", *qualities, "step_judge 3"]
     assert in_table["nsa_10"] == ["80", "0.5", "-", "- / -", "- / -", "- / -", "-"]
-    assert in_table["nsa_2"][0] == "as masked_2"
+    assert in_table["nsa_2 as masked_2"] == [""] * 7
     assert in_table["label_steps_nsa_2"] == ["as label_steps_masked_2"]  # its time counts once
     assert in_table["nsa_1"] == ["30", "100", "120", "3", "5000", "0", "4000", "0.002"]
     assert in_table["rft_1"] == ["30", "100", "120", "3", "-", "-", "-", "0.002"]
-    from_target = "+10.0 [+5.0, +15.0]"
-    assert ["nsa", "target", from_target, from_target, "0.0100", "better"] in rows
-    assert not any(cells[:2] == ["nsa", "rft"] for cells in rows)  # that is in report.json
+    assert ["arm", "suite", "from backbone", "p", "from target", "p"] in rows
+    differences = ["+20.0 [+15.0, +25.0]", "0.0100", "+10.0 [+5.0, +15.0]", "0.0100"]
+    assert ["nsa", "tiny", *differences] in rows
+    assert ["", "mean", *differences] in rows
     assert {"bcpg_nsa_1.png", "bcpg_rft_1.png"} <= {path.name for path in (run / "plots").iterdir()}
 
 
