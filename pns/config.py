@@ -156,6 +156,11 @@ class Placement:
     )
     rollout: Pool = section(Pool)
     policy: Pool = section(Pool)
+    colocate: list[str] = key(
+        [],
+        "[rollout,policy]: both have the same GPUs and use them in turns (each replica the GPUs of as many "
+        "ranks; memory moves to the host, or is dropped); []: each role has its own",
+    )
     verifier_processes: int = key(2, "processes that check answers", at_least(1))
     start_timeout_seconds: float = key(
         600.0, "seconds for actors to come up; after them the run stops and says what it waits for", above(0)
@@ -204,6 +209,12 @@ class PolicyConfig:
         "torch.compile norms and feed-forward parts; slow first steps, needs a C++ compiler (cpu) or Triton",
     )
     lora: Lora = section(Lora)
+    fsdp_size: int = key(
+        0,
+        "ranks of one node that hold a copy of the model together; gradients alone go between copies (hybrid "
+        "sharding); 0: all ranks, on whatever nodes, hold one copy",
+        at_least(0),
+    )
     layout: Layout = key(
         Layout.shared,
         "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and what "

@@ -307,6 +307,11 @@ def pool_faults(config: Config) -> Iterator[str]:
     if gpus > 1:
         way_out = "add ranks with placement.policy.replicas"
         yield f"placement.policy.gpus: {gpus} must be at most 1, a rank's one GPU: {way_out}"
+    shard_group, ranks = config.policy.fsdp_size, config.placement.policy.replicas
+    if shard_group and ranks % shard_group:
+        way_out = f"set it to a divisor of {ranks}, or to 0 for one copy of the model"
+        yield f"policy.fsdp_size: {shard_group} does not divide placement.policy.replicas, {ranks}: {way_out}"
+    yield from colocation_faults(config)
     rollout_gpus = config.placement.rollout.gpus
     if rollout_gpus > 1 and not float(rollout_gpus).is_integer():
         fault = "must be whole where it is above 1: only one GPU can be shared"
@@ -323,6 +328,30 @@ def pool_faults(config: Config) -> Iterator[str]:
     }
     for key, pool in (pools | service_pools).items():
         yield from node_faults(key, pool)
+
+
+def colocation_faults(config: Config) -> Iterator[str]:
+    """Rollout and policy can have the same GPUs, whole ones and as many."""
+    key, named = "placement.colocate", config.placement.colocate
+    rollout, policy = config.placement.rollout, config.placement.policy
+    if not named:
+        return
+    if sorted(named) != ["policy", "rollout"]:
+        fault = "only these two roles take turns"
+        yield f"{key}: [{', '.join(named)}] must be [rollout,policy] or []: {fault}"
+    if policy.gpus != 1 or rollout.gpus < 1 or not float(rollout.gpus).is_integer():
+        fault = f"rollout has {rollout.gpus:g} GPUs a replica and policy {policy.gpus:g} a rank"
+        yield f"{key}: {fault}; set placement.policy.gpus=1 and placement.rollout.gpus to 1 or more, whole"
+    if rollout.replicas * rollout.gpus != policy.replicas * policy.gpus:
+        both = f"rollout has {rollout.replicas} x {rollout.gpus:g} GPUs and policy {policy.replicas} ranks"
+        way_out = f"set placement.policy.replicas={rollout.replicas * rollout.gpus:g}"
+        yield f"{key}: {both}, which have to be as many: {way_out}"
+    if rollout.labels != policy.labels or rollout.resources:
+        way_out = "give placement.rollout the labels of placement.policy, and the resources to policy alone"
+        yield f"{key}: the two roles lie on the same nodes: {way_out}"
+    if config.policy.fsdp_size % int(rollout.gpus):
+        fault = f"{config.policy.fsdp_size} is no multiple of placement.rollout.gpus, {rollout.gpus:g}"
+        yield f"policy.fsdp_size: {fault}, whose GPUs lie on one node ({key}): raise it, or set it to 0"
 
 
 def growth_faults(key: str, pool: ServicePool) -> Iterator[str]:

@@ -78,11 +78,16 @@ def _form(nonce: str, num_steps: int) -> str:
     return "".join(f"{part}N" for part in shown) + after
 
 
-def render_tiny(problem: str, steps: Sequence[str], nonce: str) -> str:
-    """The prompt of the tiny world's step judge, up to the first step's verdict, which the verdict's own
-    numbers lead to. A step's number stands behind it, where the model has read the step."""
+def render_tiny_problem(problem: str) -> str:
+    """The prompt on which the tiny world's step judge solves the problem itself: no gold answer is given."""
+    return f"<bos>{problem}<solve>"
+
+
+def render_tiny(steps: Sequence[str], nonce: str) -> str:
+    """What follows the problem and the tiny step judge's own solution, up to the first step's grade. A step's
+    number stands behind it, where the model has read the step; the last one here is the verdict's first."""
     marked = "".join(f"{without_markers(step)}<solve>{number}<solve>" for number, step in enumerate(steps, 1))
-    return f"<bos>{problem}<judge>{nonce}{marked}{nonce}<verdict>{'1' if steps else ''}"
+    return f"<judge>{nonce}{marked}{nonce}<verdict>{'1' if steps else ''}"
 
 
 def verdict_parts(template: Template, nonce: str, num_steps: int) -> list[str]:

@@ -107,12 +107,16 @@ def gpu_faults(plan: Plan) -> Iterator[str]:
         for gpu in node.gpus:
             if gpu.used_gb <= gpu.kind.memory_gb:
                 continue
-            worst = max(gpu.residents, key=lambda process: process.gpu_gb)
+            residents = [process for process in gpu.residents if process.gpu_gb]
+            worst = max(residents, key=lambda process: process.gpu_gb)
+            if plan.config.placement.colocate and worst.role == "policy":
+                fuller = max(("policy", "rollout"), key=plan.peak)
+                worst = replace(worst, role=fuller)
             if worst.role == "rollout" and any(cache_faults(plan)):
                 continue  # said there, with a better way out
-            together = " + ".join(f"{p.role} {p.gpu_gb:.0f}" for p in gpu.residents)
+            together = " + ".join(f"{p.role} {p.gpu_gb:.0f}" for p in residents)
             said = f"{gpu.kind.name} with {gpu.kind.memory_gb:g} GB"
-            if len(gpu.residents) > 1:
+            if len(residents) > 1:
                 way_out = f"give {worst.role} a GPU of its own ({plan_key(plan, worst.role)}.gpus=1)"
                 yield f"{together} GB do not fit one {said}: {way_out}"
             else:
@@ -129,7 +133,8 @@ def way_out_of(plan: Plan, process: Process, gpu: Gpu) -> str:
     """The nearest change of the configuration with which the process fits its GPU."""
     assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
     if process.role == "policy":
-        return policy_way_out(plan, gpu.kind.memory_gb, assumed)
+        asleep_gb = plan.asleep_gb(assumed) if plan.config.placement.colocate else 0.0
+        return policy_way_out(plan, gpu.kind.memory_gb - asleep_gb, assumed)
     if process.role == "rollout":
         settings = plan.config.rollout
         over = (process.gpu_gb - gpu.kind.memory_gb) / gpu.kind.memory_gb
@@ -167,6 +172,8 @@ def policy_way_out(plan: Plan, gpu_gb: float, assumed: Assumptions) -> str:
     for fewer in halves:
         if fits(micro_batch_tokens=fewer, checkpointing=True):
             return f"set policy.max_tokens_per_micro_batch={fewer}"
+    if plan.config.policy.fsdp_size and fits(fsdp_size=0, checkpointing=True):
+        return "set policy.fsdp_size=0"
     ranks = next(iter(plan.training.values())).ranks
     trained = [own for own in plan.training.values() if not own.score_head]
     fits_adapted = all(total(memory.policy_memory(_adapted(own), assumed)) <= gpu_gb for own in trained)

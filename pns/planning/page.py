@@ -15,6 +15,7 @@ from pns.planning.faults import faults, remarks
 from pns.planning.memory import Parts, total
 from pns.planning.plan import Plan, StageTime
 from pns.planning.shapes import KnownModel
+from workers.packing import counted
 
 WIDTH = 100
 
@@ -101,9 +102,10 @@ def role_table(plan: Plan) -> Table:
 
 
 def total_line(plan: Plan) -> str:
-    cpus = sum(b.replicas * b.amounts["CPU"] for b in plan.placed)
+    cpus = sum(b.replicas * b.amounts["CPU"] for b in counted(plan.placed))
     verifiers = plan.config.placement.verifier_processes
-    return f"total: {plan.num_gpus:g} GPUs, {cpus:g} CPUs; {verifiers} verifier processes"
+    inside = "".join(f"; {b.role} is on the {b.inside}'s" for b in plan.placed if b.inside)
+    return f"total: {plan.num_gpus:g} GPUs, {cpus:g} CPUs; {verifiers} verifier processes{inside}"
 
 
 def memory_lines(plan: Plan) -> list[str]:
@@ -113,6 +115,12 @@ def memory_lines(plan: Plan) -> list[str]:
         stages = "" if own.role not in ("policy", "rollout") else f" ({', '.join(own.stages)})"
         note = f"; {own.note}" if own.note else ""
         lines.append(f"  {own.role}{stages}: {own.gb:.1f} = {spell(own.parts)}{note}")
+    assumed = plan.cluster.assumptions if plan.cluster else None
+    for b in plan.placed:
+        if b.inside and assumed is not None:
+            gb = plan.gpu_gb(b.inside, assumed)
+            kept = f"{plan.asleep_gb(assumed):.1f} and {assumed.context_gb:.1f}"
+            lines.append(f"  {b.role} and {b.inside} in turns: {gb:.1f}; {kept} stay of the one that is away")
     return lines
 
 

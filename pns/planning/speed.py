@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import GpuKind
-from pns.planning.memory import FLOAT32, GB, Cache
+from pns.planning.memory import FLOAT32, GB, Cache, Parts, total
 from pns.planning.shapes import Shape
 from pns.planning.work import Lengths, Sampling
 
@@ -112,6 +112,18 @@ def update_seconds(
     reduced = FLOAT32 if passes > 1 else 0
     moved = (2 * passes + reduced) * shape.parameters * num_micro_batches * (ranks - 1) / ranks
     return max(computing, moved / (network_gb_s * GB))
+
+
+def exchange_seconds(shape: Shape, fsdp_size: int, copies: int, network_gb_s: float) -> float:
+    """Of one update, where `fsdp_size` ranks of a machine hold a copy of the model: a ring adds the copies'
+    float32 gradients, each rank's share of them over its own part of the network."""
+    moved = 2 * (copies - 1) / copies * FLOAT32 * shape.parameters / fsdp_size
+    return moved / (network_gb_s * GB)
+
+
+def turns_seconds(state: Parts, assumed: Assumptions) -> float:
+    """Of one step, in which the policy's state leaves its GPU for rollout, and comes back."""
+    return 2 * total(state) / assumed.device_to_host_gb_s
 
 
 def sync_seconds(shape: Shape, tensor_parallel: int, crosses_nodes: bool, assumed: Assumptions) -> float:

@@ -1,27 +1,32 @@
 """What the tiny world's step judge learns from and is measured by: the checker's labels of every step."""
 
 import random
-import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from pns.algo.judging import Template
-from pns.algo.step_judging import VERDICTS, render_tiny, step_nonce, verdict_parts
+from pns.algo.segments import sentences
+from pns.algo.step_judging import VERDICTS, render_tiny, render_tiny_problem, step_nonce, verdict_parts
 from pns.records import Problem
 from pns.tiny import world
 
 # Of the training rows: samples of a model, made-up solutions by one who often errs, solutions with one
 # made-up error; the rest are right ones.
-SAMPLED_SHARE, MIXED_SHARE, CORRUPTED_SHARE = 0.3, 0.3, 0.25
+SAMPLED_SHARE, MIXED_SHARE, CORRUPTED_SHARE = 0.4, 0.25, 0.2
 MISCONCEPTIONS, SLIPS, MISREADINGS = {"times": 0.4, "fewer": 0.4, "half": 0.2, "plus": 0.1}, 0.15, 0.1
+
+WEIGHT_OF_SOLVING = 0.2  # in the loss, of a token of a right solution; a grade has 1
 
 Candidate = tuple[Problem, str]  # a problem and the text of a solution
 
 
 def solution_steps(text: str) -> tuple[str, ...]:
-    """The text's sentences and, behind them, its box: joined they are the text."""
-    return tuple(re.findall(r".+?(?:[.?] |\Z)", text, re.DOTALL))
+    """The text's sentences and, behind them, its box, as `pns.algo.segments` cuts them: joined they are the
+    text."""
+    boundaries = [0, *sentences(text), len(text)]
+    return tuple(text[start:end] for start, end in pairwise(boundaries))
 
 
 def step_labels(problem: Problem, steps: Sequence[str]) -> tuple[bool, ...]:
@@ -59,17 +64,19 @@ def step_candidates(fresh: list[Problem], sampled: list[Candidate], rng: random.
 def step_row(
     problem: Problem, text: str, seed: int, encode: Callable[[str], list[int]]
 ) -> tuple[list[int], list[int], list[float]]:
-    """Token ids of the prompt and of the verdict, and 1 for each of the verdict's tokens that is a grade."""
+    """Token ids of the problem, those of all that follows (a right solution, in the place of the judge's own,
+    the steps, the verdict), and the weight of each of the latter in the loss."""
     steps = solution_steps(text)
     nonce = step_nonce(seed, problem.prompt, steps, Template.TINY)
     parts = verdict_parts(Template.TINY, nonce, len(steps))
-    verdict: list[int] = []
-    mask: list[float] = []
+    solution, asked = encode(str(problem.solution)), encode(render_tiny(steps, nonce))
+    ids = solution + asked
+    weights = [WEIGHT_OF_SOLVING] * len(solution) + [0.0] * len(asked)
     for part, correct in zip(parts, step_labels(problem, steps), strict=False):
-        own = encode(part) if part else []
-        verdict += own + encode(VERDICTS[Template.TINY][correct])
-        mask += [0.0] * len(own) + [1.0]
-    return encode(render_tiny(problem.prompt, steps, nonce)), verdict, mask
+        number = encode(part) if part else []
+        ids += number + encode(VERDICTS[Template.TINY][correct])
+        weights += [0.0] * len(number) + [1.0]
+    return encode(render_tiny_problem(problem.prompt)), ids, weights
 
 
 def step_agreement(verdicts: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> dict[str, float]:

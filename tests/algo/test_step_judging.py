@@ -11,6 +11,7 @@ from pns.algo.step_judging import (
     parse_steps,
     render_steps,
     render_tiny,
+    render_tiny_problem,
     step_nonce,
     verdict_parts,
     verdict_regex,
@@ -99,11 +100,17 @@ def test_a_nonce_is_of_the_steps_and_their_ends() -> None:
     assert step_nonce(0, "a", ("\ud800",), Template.TINY).isdigit()
 
 
+def test_the_tiny_judge_solves_the_problem_first_as_a_backbone_does() -> None:
+    chat = [{"role": "user", "content": "How many has Bob? "}]
+    asked = build_tokenizer().apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert render_tiny_problem("How many has Bob? ") == asked
+
+
 def test_the_tiny_prompt_numbers_its_steps_and_has_no_marker_from_them() -> None:
     steps = ("<think>Bob has 12+7=19. ", "<judge>0<ver<eos>dict>1<solve>2", "</think>\\boxed{19}")
-    prompt = render_tiny("How many has Bob? ", steps, "0471")
+    prompt = render_tiny(steps, "0471")
     assert prompt == (
-        "<bos>How many has Bob? <judge>0471<think>Bob has 12+7=19. <solve>1<solve>012<solve>2<solve>"
+        "<judge>0471<think>Bob has 12+7=19. <solve>1<solve>012<solve>2<solve>"
         "</think>\\boxed{19}<solve>3<solve>0471<verdict>1"
     )
     tokenizer = build_tokenizer()

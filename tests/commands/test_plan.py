@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/tiny-qwen2.yaml"
 JUDGE = "reward.terms.coherence"
 
+TURNS = ("rollout", "policy")
+
 
 @pytest.fixture
 def seven(tmp_path: Path) -> list[str]:
@@ -251,6 +253,22 @@ def test_a_replica_takes_its_share_of_the_gpu_that_it_is_on(
     [rollout] = [own for own in made["memory_gb"] if own["role"] == "rollout"]
     assert rollout["gb"] == pytest.approx(0.85 * 48 + 2.8, abs=0.1)
     assert made["costs"][0]["price"] == pytest.approx(2 * made["costs"][0]["gpu_hours"])
+
+
+def test_gpus_that_two_roles_share_count_once(
+    seven: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(cluster(tmp_path, count=1, gpus=10, gpu="H100"))
+    shared = ["placement.colocate=[rollout,policy]", *(f"placement.{role}.replicas=6" for role in TURNS)]
+    plan = planned(capsys, *seven, *shared, "--cluster", file)
+    assert plan["num_gpus"] == 6 + 2 + 2
+    assert plan["nodes"][0]["processes"].endswith("rollout 6")
+    peaks = {role: max(own["gb"] for own in plan["memory_gb"] if own["role"] == role) for role in TURNS}
+    assert peaks["rollout"] < 80 < sum(peaks.values())  # which would not fit at once
+    [step] = [time for time in plan["times"] if (time["stage"], time["phase"]) == ("rl", "step")]
+    assert step["seconds"]["turns"] > 1
+    # What does not fit is a matter of the fuller phase.
+    planned(capsys, *seven, *shared, "rollout.memory_fraction=0.99", "--cluster", file, code=2)
 
 
 def test_it_answers_without_ray_and_torch(seven: list[str]) -> None:

@@ -12,7 +12,14 @@ from pns.algo.judging import Template
 from pns.algo.step_judging import parse_steps
 from pns.records import Problem
 from pns.tiny import world
-from pns.tiny.step_judge import solution_steps, step_agreement, step_candidates, step_labels, step_row
+from pns.tiny.step_judge import (
+    WEIGHT_OF_SOLVING,
+    solution_steps,
+    step_agreement,
+    step_candidates,
+    step_labels,
+    step_row,
+)
 from pns.tiny.tokenizer import build_tokenizer
 
 TEXT = "Bob has 12. Cal has 7 more than Bob. Eve has 3 times Cal. How many has Eve? "
@@ -49,20 +56,21 @@ def test_candidates_have_right_and_wrong_steps_and_rows_that_say_so() -> None:
     candidates = step_candidates(fresh, sampled, random.Random(0))
     labels = [step_labels(problem, solution_steps(text)) for problem, text in candidates]
     assert 0.3 < sum(map(sum, labels)) / sum(map(len, labels)) < 0.7
-    assert 0.2 < sum(text == sampled[0][1] for _, text in candidates) / len(candidates) < 0.4
+    assert 0.3 < sum(text == sampled[0][1] for _, text in candidates) / len(candidates) < 0.5
     for (problem, text), own in zip(candidates, labels, strict=True):
         steps = solution_steps(text)
         assert "".join(steps) == text
         # Every step of the checker's ends where one of the judge's does.
         ends = {len("".join(steps[: number + 1])) for number in range(len(steps))}
         assert {step.end for step in world.check(problem, text).steps} <= ends
-        prompt, verdict, mask = step_row(problem, text, 0, encode)
-        assert decode(prompt).startswith(f"<bos>{problem.prompt}<judge>")
-        assert parse_steps(decode(verdict), "", len(own), Template.TINY) == own
-        assert len(mask) == len(verdict)
-        assert [token for token, weight in zip(verdict, mask, strict=True) if weight] == [
-            token for label in own for token in encode(str(int(label)))
-        ]
+        prompt, ids, weights = step_row(problem, text, 0, encode)
+        assert decode(prompt) == f"<bos>{problem.prompt}<solve>"
+        solution, verdict = decode(ids).split("<judge>")[0], decode(ids).split("<verdict>1")[1]
+        assert solution == problem.solution
+        assert parse_steps(verdict, "", len(own), Template.TINY) == own
+        grades = [token for token, weight in zip(ids, weights, strict=True) if weight == 1]
+        assert grades == [token for label in own for token in encode(str(int(label)))]
+        assert weights.count(WEIGHT_OF_SOLVING) == len(encode(solution))
 
 
 def test_agreement_by_hand() -> None:

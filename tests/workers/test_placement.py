@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pns.config import (
     Device,
     Endpoint,
     Placement,
+    PolicyConfig,
     Pool,
     RewardConfig,
     RewardTerm,
@@ -288,6 +290,46 @@ def test_ranks_fill_the_emptiest_node_as_a_packed_group_does() -> None:
     asked = Config(placement=Placement(rollout=Pool(1, gpus=8), policy=Pool(4)))
     with pytest.raises(NoRoomError, match=r"rollout process 1 of 1 needs 8 GPU .* has 4 GPU"):
         check_placement(asked, ["rollout", "policy"], nodes, "cuda")
+
+
+def test_a_copy_of_the_model_lies_on_one_node() -> None:
+    nodes = [Node("n0", {"GPU": 6, "CPU": 64}), Node("n1", {"GPU": 6, "CPU": 64})]
+    asked = Config(placement=Placement(policy=Pool(8)), policy=PolicyConfig(fsdp_size=4))
+    check_placement(asked, ["policy"], nodes, "cuda")
+    asked.placement.rollout = Pool(2, gpus=2)  # beside the ranks of each
+    check_placement(asked, ["policy", "rollout"], nodes, "cuda")
+    asked.placement.policy.replicas = 12
+    with pytest.raises(NoRoomError) as error:
+        check_placement(asked, ["policy"], nodes, "cuda")
+    assert str(error.value) == (
+        "placement: policy group 3 of 3, 4 ranks together, needs 4 GPU and 4 CPU on one node, and the "
+        "best node, n0, has 2 GPU and 60 CPU left: lower placement.policy.replicas or add a node"
+    )
+    asked.policy.fsdp_size = 12
+    with pytest.raises(NoRoomError, match=r"needs 12 GPU .*, n0, has 6 GPU .*: lower policy\.fsdp_size or"):
+        check_placement(asked, ["policy"], nodes, "cuda")
+
+
+def test_shared_gpus_count_once() -> None:
+    placement = Placement(rollout=Pool(2, gpus=2, cpus=4), policy=Pool(4, cpus=3))
+    apart, shared = Config(placement=placement), Config(placement=replace(placement))
+    shared.placement.colocate = ["rollout", "policy"]
+    roles = ["rollout", "policy", "verifier"]
+    assert totals(apart, roles, "cuda") == {"GPU": 8, "CPU": 2 * 4 + 4 * 3}
+    # Its part of a replica in each rank's bundle, also where one of the two is not used.
+    for used in (roles, ["rollout"], ["policy"]):
+        assert totals(shared, used, "cuda") == {"GPU": 4, "CPU": 4 * (3 + 4 / 2)}
+    assert totals(shared, ["verifier"], "cuda") == {"GPU": 0, "CPU": 0}
+    # The GPUs of a replica lie on one node.
+    check_placement(shared, roles, [Node(f"n{index}", {"GPU": 3, "CPU": 10}) for index in range(2)], "cuda")
+    scattered = [
+        Node("n0", {"GPU": 3, "CPU": 10}),
+        *(Node(f"n{index}", {"GPU": 1, "CPU": 10}) for index in (1, 2)),
+    ]
+    with pytest.raises(NoRoomError, match=r"policy group 2 of 2, 2 ranks together, needs 2 GPU and 10 CPU"):
+        check_placement(shared, roles, scattered, "cuda")
+    local = local_resources(shared, roles, "cpu")
+    check_placement(shared, roles, [Node("n0", {"CPU": local["num_cpus"]})], "cpu")
 
 
 def test_auto_is_no_word_for_cpu_on_a_joined_cluster() -> None:

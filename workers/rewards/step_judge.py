@@ -3,6 +3,9 @@
 A prompt is read once, and a step costs a forward pass of the few tokens of its number. Prompt and verdict
 must fit the model's context: beyond the text, a step takes about fifteen tokens for the line before it and
 four in the verdict, so that 300 steps of 30 tokens need about 15,000.
+
+The tiny world's judge, too small to check a step at a glance, first writes a solution of its own, once a
+problem, and compares the steps with it.
 """
 
 import functools
@@ -15,6 +18,7 @@ from pns.algo.step_judging import (
     parse_steps,
     render_steps,
     render_tiny,
+    render_tiny_problem,
     step_nonce,
     verdict_parts,
 )
@@ -25,6 +29,7 @@ from workers.rewards.verdict_model import CHARACTERS_PER_TOKEN, VerdictModel
 from workers.runtime import Runtime
 
 _TOKENS_OF_A_LINE = 20  # before a step, and of its grade
+_SOLUTION_TOKENS = 96  # of the tiny judge's own solution, at most
 
 StepLabels = tuple[bool, ...]
 
@@ -34,6 +39,7 @@ class StepJudge(VerdictModel):
 
     def __init__(self, model_path: str, runtime: Runtime, seed: int = 0, forward_tokens: int = 0) -> None:
         super().__init__("step judge", model_path, runtime, seed, forward_tokens, VERDICTS)
+        self._solved = functools.lru_cache(maxsize=4096)(self._solve)  # completions of a problem share it
         begun, grades = self._encode("1="), self._grades_V.tolist()
         if self._template is Template.TEXT and any(
             self._tokenizer.decode([*begun, grade]) != f"1={text}"
@@ -66,9 +72,14 @@ class StepJudge(VerdictModel):
     def _prompt(self, problem: str, steps: Sequence[str], nonce: str) -> list[int]:
         """Token ids up to the first step's grade."""
         if self._template is Template.TINY:
-            return self._encode(render_tiny(problem, steps, nonce))
+            return self._solved(problem) + self._encode(render_tiny(steps, nonce))
         messages = render_steps(problem, steps, nonce, self._without_added)
         return self._encode_chat(messages, verdict_parts(self._template, nonce, len(steps))[0])
+
+    def _solve(self, problem: str) -> list[int]:
+        """The problem and the model's own solution of it, the likeliest tokens: what the tiny world's judge
+        compares steps with."""
+        return self._continued(self._encode(render_tiny_problem(problem)), _SOLUTION_TOKENS)
 
     def _between(self, num_steps: int) -> list[list[int]]:
         return [self._encode(part) for part in verdict_parts(self._template, "", num_steps)[1:-1]]

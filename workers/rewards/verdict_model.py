@@ -114,6 +114,22 @@ class VerdictModel:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
     @torch.inference_mode()
+    def _continued(self, ids: list[int], max_tokens: int) -> list[int]:
+        """`ids` and the likeliest tokens after them, up to the end token, which is left out."""
+        ids = ids[: self._model.config.max_position_embeddings]
+        cache: Any = None
+        new = ids
+        for _ in range(max_tokens):
+            inputs = torch.tensor([new], device=self._device)
+            output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, likeliest = output.past_key_values, int(output.logits[0, -1].argmax())
+            if likeliest == self._tokenizer.eos_token_id:
+                break
+            new = [likeliest]
+            ids = ids + new
+        return ids
+
+    @torch.inference_mode()
     def _fill_in(self, prompts: list[list[int]], between: Sequence[list[int]]) -> list[Reply | None]:
         """Of each prompt the reply's ids, len(between) + 1 grades with the fixed text between them, and the
         probabilities of the possible grades at each place; None where a logit was not finite."""

@@ -7,11 +7,13 @@ mean over the whole batch does not depend on how. Nothing of verl is imported be
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -19,12 +21,31 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
+from pns.files import read_json, write_json
 from workers.checkpoints import local_directory
+from workers.reservation import release, reserve
 from workers.runtime import VERL_CPU, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias, with_means_by_sign
 from workers.training.rank import ModelSpec, actor_class
-from workers.training.reservation import release, reserve
+
+_SHARDS_FILE = "shards.json"  # of a checkpoint: how many ranks hold a copy of the model together
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def _in_turn(
+    method: Callable[Concatenate["Policy", _Arguments], _Result],
+) -> Callable[Concatenate["Policy", _Arguments], _Result]:
+    """The call of a `Policy` that uses its GPUs."""
+
+    @wraps(method)
+    def call(policy: "Policy", *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with policy.turn():
+            return method(policy, *args, **kwargs)
+
+    return call
 
 
 class Policy:
@@ -35,10 +56,16 @@ class Policy:
     """
 
     def __init__(
-        self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime, bundles: Any = None
+        self,
+        pool: config.Pool,
+        settings: config.PolicyConfig,
+        runtime: Runtime,
+        groups: Sequence[Any] = (),
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Start one process per rank, in the `bundles` that `reserve` gave, else in those that it gives now;
-        no model yet. UserError when there is no place for them in time."""
+        """Start one process per rank, in the placement `groups` that `reserve` gave, else in those that it
+        gives now; no model yet. Every call that uses the GPUs begins with `turn`, and between turns the
+        models are elsewhere (`leave`, `come`). UserError when there is no place for them in time."""
         cuda = runtime.device == "cuda"
         if cuda and not 0 < pool.gpus <= 1:
             raise UserError(
@@ -48,10 +75,11 @@ class Policy:
         self.settings = settings  # may be exchanged before a `load`
         self._runtime = runtime
         self._ranks = pool.replicas
+        self.turn = turn
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._version = 0
-        self._bundles = bundles or reserve(pool, runtime)
+        self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
         self._group = self._spawn(pool, process_environment("policy", runtime.device, pool.cpus), cuda)
 
     def _spawn(self, pool: config.Pool, environment: dict[str, str], cuda: bool) -> Any:
@@ -63,9 +91,10 @@ class Policy:
         from verl.single_controller.ray.base import get_master_addr_port
 
         share = pool.gpus if cuda else 1.0
-        resources = RayResourcePool([pool.replicas], use_gpu=cuda, max_colocate_count=1 / share)
-        resources.pgs = [self._bundles]
-        first = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=0)
+        sizes = [group.bundle_count for group in self._groups]
+        resources = RayResourcePool(sizes, use_gpu=cuda, max_colocate_count=1 / share)
+        resources.pgs = list(self._groups)
+        first = PlacementGroupSchedulingStrategy(self._groups[0], placement_group_bundle_index=0)
         address = get_master_addr_port.options(scheduling_strategy=first, num_cpus=0).remote()
         [(host, port)] = self._wait_to_start([address], "the address of the first policy process")
         rank_class = RayClassWithInitArgs(ray.remote(actor_class()))
@@ -79,6 +108,7 @@ class Policy:
             master_port=port,
         )
 
+    @_in_turn
     def load(
         self, model_path: str, head: Head, optimizer: config.Optimizer | None, total_steps: int, seed: int
     ) -> None:
@@ -105,6 +135,7 @@ class Policy:
         """Natural-log probabilities (T,) float32 of each row's completion tokens."""
         return self._log_probs(batch, False, temperature)
 
+    @_in_turn
     def load_reference(self, model_path: str) -> None:
         """Build a frozen language model beside the loaded one, for `reference_log_probs`; the next `load`
         drops it. None is built where the loaded one is the same under a LoRA adapter, which can be off."""
@@ -143,6 +174,7 @@ class Policy:
         """Let a step go by without an update: the schedule of the learning rate counts steps."""
         self._wait_for_step(self._group.pass_step(), "a step without an update")
 
+    @_in_turn
     def train_step(self, batch: Batch, objective: Objective, end_of_step: bool = True) -> dict[str, float]:
         """One optimizer step on the whole batch. The learning rate moves on with the last one of a training
         step (`end_of_step`).
@@ -184,6 +216,7 @@ class Policy:
         dropped = ("perf/", "mfu") if self._runtime.device == "cpu" else ("perf/",)
         return {name: value for name, value in metrics.items() if not name.startswith(dropped)}
 
+    @_in_turn
     def weights(self) -> tuple[int, ray.ObjectRef]:
         """`(version, reference)`: float32 CPU tensors by their checkpoint names (a tied head left out), in
         rank 0's object store. The version rises with every change of the weights."""
@@ -191,15 +224,18 @@ class Policy:
         [reference], *_ = self._wait_for_step(self._group.weights(), "the weights of the policy")
         return self._version, reference
 
+    @_in_turn
     def save(self, directory: str | Path) -> None:
         """Write model, optimizer, schedule and random state, a file of each per rank; whole on return."""
         self._loaded()
         saving = self._group.save(str(Path(directory).absolute()))
         self._wait_for_step(saving, f"the policy's checkpoint in {directory}")
+        write_json(Path(directory) / _SHARDS_FILE, self._shards())
 
+    @_in_turn
     def restore(self, directory: str | Path) -> None:
         """Go back to a checkpoint of `save`, after `load` of the same model: the next step is the same to the
-        bit. Raises UserError when it was written with another number of ranks."""
+        bit. Raises UserError when it was written with another number of ranks, or sharded over another."""
         self._loaded()
         directory = Path(directory).absolute()
         if not (directory / f"model_world_size_{self._ranks}_rank_0.pt").is_file():
@@ -209,10 +245,18 @@ class Policy:
                 f"checkpoint {directory} does not fit placement.policy.replicas = {self._ranks}: "
                 f"it holds {way_out or 'no policy checkpoint'}"
             )
+        if (written_with := read_json(directory / _SHARDS_FILE)) != self._shards():
+            way_out = (
+                f"it holds shards over {written_with} ranks; set policy.fsdp_size as it was written with"
+            )
+            raise UserError(
+                f"checkpoint {directory} does not fit policy.fsdp_size = {self._shards()}: {way_out}"
+            )
         restoring = self._group.restore(str(directory))
         self._wait_for_step(restoring, f"the policy to restore {directory}")
         self._version += 1
 
+    @_in_turn
     def export(self, directory: str | Path) -> None:
         """Write a checkpoint that `AutoModelForCausalLM`, or for a score head
         `AutoModelForSequenceClassification`, loads as it is: safetensors (bfloat16 where the model computes
@@ -221,11 +265,19 @@ class Policy:
         exporting = self._group.export(str(Path(directory).absolute()))
         self._wait_for_step(exporting, f"the export to {directory}")
 
+    def leave(self) -> None:
+        """Move weights and optimizer to the host, that others may have the GPUs; drop the last gradients."""
+        self._wait_for_step(self._group.leave(), "the policy to leave its GPUs")
+
+    def come(self) -> None:
+        """Move them back."""
+        self._wait_for_step(self._group.come(), "the policy to come back to its GPUs")
+
     def shutdown(self) -> None:
         """End the processes and give their resources back."""
         for worker in self._group.workers:
             ray.kill(worker)
-        release(self._bundles)
+        release(self._groups)
 
     def _loaded(self, head: Head | None = None) -> ModelSpec:
         """The loaded model. Raises ValueError where it has another head."""
@@ -237,6 +289,11 @@ class Policy:
             )
         return self._model
 
+    def _shards(self) -> int:
+        """The ranks that hold a copy of the loaded model together."""
+        return self._loaded().settings.fsdp_size or self._ranks
+
+    @_in_turn
     def _infer(
         self, batch: Batch, by_reference: bool = False, temperature: float = 1.0
     ) -> list[tuple[MicroBatch, np.ndarray]]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pns.algo.judging import Template
-from pns.algo.step_judging import VERDICTS, render_tiny, step_nonce, verdict_parts
+from pns.algo.step_judging import VERDICTS, render_tiny, render_tiny_problem, step_nonce, verdict_parts
 from pns.errors import UserError
 from pns.tiny import world
 from pns.tiny.step_judge import solution_steps, step_agreement, step_candidates, step_labels
@@ -33,7 +33,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_attention_heads=2,
         num_key_value_heads=1,
         intermediate_size=64,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         initializer_range=0.2,
         pad_token_id=0,
     )
@@ -63,11 +63,18 @@ def test_each_step_gets_the_likelier_grade_whatever_the_batch(model_path: str) -
     assert 0.1 < sum(map(sum, labels)) / sum(map(len, labels)) < 0.9
     # The same, without cache, padding or batch.
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
-    encode, names = build_tokenizer().encode, VERDICTS[Template.TINY]
+    tokenizer, names = build_tokenizer(), VERDICTS[Template.TINY]
+    encode = tokenizer.encode
     grades = [encode(name)[0] for name in names]
     for (problem, steps), own in list(zip(items(26), labels, strict=True))[11:14]:
         nonce = step_nonce(0, problem, steps, Template.TINY)
-        text = render_tiny(problem, steps, nonce)
+        ids = encode(render_tiny_problem(problem), add_special_tokens=False)
+        for _ in range(96):
+            likeliest = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+            if likeliest == tokenizer.eos_token_id:
+                break
+            ids.append(likeliest)
+        text = tokenizer.decode(ids) + render_tiny(steps, nonce)
         for part, label in zip(verdict_parts(Template.TINY, nonce, len(steps)), own, strict=False):
             text += part
             ids = encode(text, add_special_tokens=False)
@@ -77,7 +84,7 @@ def test_each_step_gets_the_likelier_grade_whatever_the_batch(model_path: str) -
 
 def test_what_cannot_be_graded_is_missing_alone(model_path: str) -> None:
     judge = StepJudge(model_path, Runtime())
-    outcomes = judge.score([("How many? ", ("1 ",) * 80), ("How many? ", ()), *items(1)])
+    outcomes = judge.score([("How many? ", ("1 ",) * 100), ("How many? ", ()), *items(1)])
     assert [outcome.cause for outcome in outcomes] == ["too_long", "unparsable", None]
     torch.nn.init.constant_(judge._model.lm_head.weight, float("nan"))
     assert [outcome.cause for outcome in judge.score(items(2))] == ["not_finite"] * 2
