@@ -37,6 +37,7 @@ from pns.config import (
     external_pairs,
     hyper_parameters,
     labels_steps,
+    other_negatives,
     services,
     step_services,
 )
@@ -70,8 +71,9 @@ def load(
     Raises UserError with key, value and the way out.
     """
     config = read(path, overrides, over)
-    samples = training and not external_pairs(config)
-    check_config(config, samples)
+    is_bcpg = config.method is Method.bcpg
+    samples = training and (is_bcpg or not external_pairs(config))
+    check_config(config, rewards=samples and (not is_bcpg or bool(other_negatives(config))))
     raise_first(data_faults(config.data, samples))
     # From here on every number that the loss reads is there, for stages and digests alike.
     for name, value in hyper_parameters(config.preference).items():
@@ -179,15 +181,15 @@ def suggest_key(name: str, settings: Any) -> str:
     return did_you_mean(name, (keys | sections) - {""})
 
 
-def check_config(config: Config, samples: bool) -> None:
-    """Every number against its range, then what keys say of each other; of the reward only where the run
-    `samples` its pairs. Raises UserError for the first fault."""
+def check_config(config: Config, rewards: bool) -> None:
+    """Every number against its range, then what keys say of each other; of the composite reward only where
+    the run has it (`rewards`). Raises UserError for the first fault."""
     check_ranges(config)
     checks: list[Check] = [loss_faults, key_faults, sampling_faults, pool_faults, pair_faults]
     if config.method is Method.bcpg:
         checks += [arm_faults, label_faults]
     # Terms by their names first: what comes after them looks a term up.
-    checks += [term_faults, reward_faults, term_name_faults] if samples else []
+    checks += [term_faults, reward_faults, term_name_faults] if rewards else []
     raise_first(fault for check in checks for fault in check(config))
 
 

@@ -182,7 +182,7 @@ def parts_of(time: StageTime) -> str:
 def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
     """(stage, hours or None, what bounds it)."""
     costs = []
-    for stage in plan.stages:
+    for stage in (name for name, own in plan.stages.items() if own.phases):
         seconds = plan.seconds(stage)
         costs.append((stage, None if seconds is None else seconds / 3600, plan.bound(stage)))
     return costs
@@ -193,17 +193,18 @@ def cost_lines(plan: Plan, price: float) -> list[str]:
     if plan.cluster is None:
         return ["times are told for GPUs alone"]
     lines, hours = [], 0.0
+    width = max(14, *(len(stage) + 1 for stage in plan.stages))
     for stage, own, bound in stage_costs(plan):
         if own is None:
-            lines.append(f"  {stage:<14}not known")
+            lines.append(f"  {stage:<{width}}not known")
             continue
         hours += own
         money = f"{own * plan.num_gpus * price:9.0f}" if price else ""
         lines.append(
-            f"  {stage:<14}{own:8.2f} h{own * plan.num_gpus:10.1f} GPU-hours{money}   bound by {bound}"
+            f"  {stage:<{width}}{own:8.2f} h{own * plan.num_gpus:10.1f} GPU-hours{money}   bound by {bound}"
         )
     money = f"{hours * plan.num_gpus * price:9.0f}" if price else ""
-    lines.append(f"  {'total':<14}{hours:8.2f} h{hours * plan.num_gpus:10.1f} GPU-hours{money}")
+    lines.append(f"  {'total':<{width}}{hours:8.2f} h{hours * plan.num_gpus:10.1f} GPU-hours{money}")
     return lines
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pns.config import Config, EngineKind, TermKind
+from pns.config import STEP_SERVICES, Config, DataSource, EngineKind, services
 from pns.planning import memory, speed, work
 from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import ClusterFile, GpuKind
@@ -138,9 +138,9 @@ def make_plan(
     """The plan of a checked configuration on `cluster` (None: on this machine's CPU)."""
     assumed = cluster.assumptions if cluster else Assumptions()
     device = "cuda" if cluster else "cpu"
-    stages = work.work_of(config)
+    stages = work.work_of(config, assumed)
     used = list(dict.fromkeys(role for own in stages.values() for role in own.roles))
-    at_endpoints = {name for name, term in config.reward.terms.items() if term.endpoint.url}
+    at_endpoints = {name for name, service in services(config).items() if service.url}
     placed = bundles(config, used, device)
     names = work.model_names(config)
     plan = Plan(
@@ -215,13 +215,31 @@ def add_memory(plan: Plan, gpu_gb: float, assumed: Assumptions) -> None:
     for b in plan.placed:
         if b.role in ("rollout", "policy"):
             continue
-        term, found = plan.config.reward.terms[b.role], plan.models[b.role]
-        if found is not None:
-            judges = term.kind is TermKind.judge
-            parts = memory.scorer_memory(found.shape, judges, term.pool.batch_tokens, plan.device, assumed)
+        if (found := plan.models[b.role]) is not None:
+            judges = services(plan.config)[b.role].judges
+            tokens = forward_tokens(plan, b.role, assumed)
+            parts = memory.scorer_memory(found.shape, judges, tokens, plan.device, assumed)
             for stage, own in plan.stages.items():
                 if b.role in own.roles:
                     add(plan, b.role, stage, parts)
+
+
+def forward_tokens(plan: Plan, role: str, assumed: Assumptions) -> int:
+    """Tokens of a service's forward pass, at most. A completion whose steps are labelled is read whole."""
+    tokens = services(plan.config)[role].pool.batch_tokens or memory.FORWARD_TOKENS[plan.device]
+    return max(tokens, longest_labelled(plan, role, assumed)) if role in STEP_SERVICES else tokens
+
+
+def longest_labelled(plan: Plan, role: str, assumed: Assumptions) -> int:
+    """Tokens that `role`, one of STEP_SERVICES, reads of the longest prompt and completion."""
+    own = plan.lengths
+    text = own.max_prompt + own.max_completion
+    num_steps = math.ceil(work.steps_of(plan.config, own.max_completion, assumed))
+    if role == "process_reward":
+        return text + num_steps  # separators
+    beside = assumed.step_line_tokens + assumed.step_grade_tokens
+    is_tiny = plan.config.data.source is DataSource.tiny  # its judge reads no instructions
+    return text + (0 if is_tiny else assumed.step_judge_prompt_tokens) + num_steps * beside
 
 
 def add(plan: Plan, role: str, stage: str, parts: Parts, note: str = "") -> None:
@@ -402,13 +420,16 @@ def sampling_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str
 def term_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
     parts = {}
     for name, completions in phase.scored.items():
-        b, found, term = plan.bundle(name), plan.models.get(name), plan.config.reward.terms[name]
-        gpu = plan.gpu_of(name)
+        b, found, gpu = plan.bundle(name), plan.models.get(name), plan.gpu_of(name)
         if b is not None and found is not None and gpu is not None:
-            judges = term.kind is TermKind.judge
-            parts[name] = speed.scoring_seconds(
-                found.shape, judges, completions, plan.lengths, b.replicas, gpu, assumed
-            )
+            judges, shape = services(plan.config)[name].judges, found.shape
+            told = completions, plan.lengths, b.replicas, gpu, assumed
+            parts[name] = speed.scoring_seconds(shape, judges, *told)
+            if judges and name in STEP_SERVICES:
+                num_steps = work.steps_of(plan.config, plan.lengths.completion, assumed)
+                parts[name] += speed.grading_seconds(
+                    shape, num_steps, forward_tokens(plan, name, assumed), *told
+                )
     return parts
 
 

@@ -94,6 +94,27 @@ def scoring_seconds(
     return flops / (replicas * share * gpu.tflops * TERA)
 
 
+def grading_seconds(
+    shape: Shape,
+    num_steps: float,
+    forward_tokens: int,
+    completions: int,
+    lengths: Lengths,
+    replicas: int,
+    gpu: GpuKind,
+    assumed: Assumptions,
+) -> float:
+    """What a step judge does beyond `scoring_seconds`: it reads a line before each step, and for each step's
+    grade its weights once a batch, of as many completions as `forward_tokens` hold."""
+    flops = completions * num_steps * assumed.step_line_tokens * forward_flops(shape, 1, 0, 0)
+    beside = num_steps * (assumed.step_line_tokens + assumed.step_grade_tokens)
+    row = lengths.prompt + lengths.completion + assumed.step_judge_prompt_tokens + beside
+    passes = completions / max(1, int(forward_tokens / row)) * num_steps
+    read = passes * 2 * shape.parameters / (assumed.decode_bandwidth * gpu.bandwidth_gb_s * GB)
+    host = passes * assumed.host_step_seconds
+    return (flops / (assumed.judge_flops * gpu.tflops * TERA) + read + host) / replicas
+
+
 def update_seconds(
     shape: Shape,
     flops: float,

@@ -39,6 +39,25 @@ def seven(tmp_path: Path) -> list[str]:
     return [str(recipe)]
 
 
+@pytest.fixture
+def bcpg(tmp_path: Path) -> list[str]:
+    """BCPG-NSA of 7B on 16 GPUs: 8 policy, 4 rollout, 2 step judge, 2 process reward."""
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"problem": "1 + 1", "answer": "2"}\n' * 1000)
+    model = "Qwen/Qwen2.5-7B-Instruct"
+    settings = {
+        "method": "bcpg",
+        "models": f"{{backbone: {model}}}",
+        "data": f"{{source: jsonl, prompt: auto, benchmarks: [gsm8k], jsonl: {{train: {train}}}}}",
+        "placement": "{device: cuda, rollout: {replicas: 4}, policy: {replicas: 8}}",
+        "bcpg": f"{{step_judge: {{model: {model}, pool: {{replicas: 2}}}}, "
+        "process_reward: {model: Qwen/Qwen2.5-Math-PRM-7B, pool: {replicas: 2}}}",
+    }
+    recipe = tmp_path / "bcpg.yaml"
+    recipe.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    return [str(recipe)]
+
+
 def cluster(tmp_path: Path, **node: Any) -> Path:
     file = tmp_path / "cluster.yaml"
     file.write_text(json.dumps({"nodes": {"box": {"count": 2, "gpus": 8, "gpu": "H100", **node}}}))
@@ -102,6 +121,64 @@ def test_seven_billion_parameters_on_sixteen_gpus(
     hours = 100 * step["once"] / 3600
     assert made["costs"][0]["gpu_hours"] == pytest.approx(16 * hours)
     assert made["costs"][0]["price"] == pytest.approx(16 * hours * 2.5)
+
+
+def test_steps_are_labelled_by_two_services(bcpg: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    made = planned(capsys, *bcpg, "--completion-tokens", "700")
+    assert made["faults"] == []
+    services = ["step_judge", "process_reward"]
+    assert made["stages"]["label_steps_nsa_1"] == services
+    assert [role["role"] for role in made["roles"]] == ["rollout", "policy", *services]
+    peaks = {own["role"]: own["gb"] for own in made["memory_gb"]}
+    # 7.6 and 7.1 G weights of 2 bytes, the activations of 16,384 tokens, a context; the judge's cache.
+    assert peaks["step_judge"] == pytest.approx(15.2 + 2.7 + 1 + 0.9, rel=0.02)
+    assert peaks["process_reward"] == pytest.approx(14.1 + 2.7 + 1, rel=0.02)
+    [labels] = [time for time in made["times"] if time["phase"] == "labels"]
+    assert labels["scored"] == 2 * 4000
+    # Of each replica 2,000 wrong completions, 850 tokens of 6.8 G weights x 2 operations at 0.4 of the peak.
+    assert labels["seconds"]["process_reward"] == pytest.approx(2000 * 850 * 14.1e9 / (0.4 * 989e12), rel=0.1)
+    # The judge reads 330 of instructions more, and 14 lines of 15 tokens, at 0.3; and its weights once for
+    # each of the 14 steps of ten completions.
+    reading = 2000 * (850 + 330 + 14 * 15) * 14.1e9 / (0.3 * 989e12)
+    writing = 200 * 14 * (15.2 / (0.8 * 3350) + 0.001)
+    assert labels["seconds"]["step_judge"] == pytest.approx(reading + writing, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["bcpg.step_judge.model=Qwen/Qwen2.5-72B"], "bcpg.step_judge.endpoint.url"),
+        (
+            ["bcpg.step_judge.model=Qwen/Qwen2.5-32B", "bcpg.step_judge.pool.batch_tokens=65536"],
+            "set bcpg.step_judge.pool.batch_tokens=16384",
+        ),
+        (
+            ["bcpg.process_reward.pool.batch_tokens=500000"],
+            "set bcpg.process_reward.pool.batch_tokens=250000",
+        ),
+        (["bcpg.process_reward.pool.gpus=0.5", "bcpg.step_judge.pool.replicas=1"], ""),
+        (["bcpg.rule=judge", "bcpg.process_reward.model=''"], ""),
+    ],
+)
+def test_services_of_steps_that_do_not_fit(
+    bcpg: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], fault: str
+) -> None:
+    file = str(cluster(tmp_path))
+    made = planned(capsys, *bcpg, *overrides, "--cluster", file, code=2 if fault else 0)
+    assert bool(made["faults"]) == bool(fault)
+    assert fault in "\n".join(made["faults"])
+
+
+def test_a_process_reward_model_reads_so_many_tokens(
+    bcpg: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen2.5-Math's models have 4,096 positions."""
+    file, words = str(cluster(tmp_path)), ["rollout.max_new_tokens=8192"]
+    [fault] = planned(capsys, *bcpg, *words, "--cluster", file, code=2)["faults"]
+    assert "process_reward: a prompt and completion of the longest are 9380 tokens" in fault
+    assert "4096 positions" in fault
+    assert fault.endswith("(bcpg.rule=judge)")
+    assert planned(capsys, *bcpg, *words, "bcpg.rule=judge", "--cluster", file)["faults"] == []
 
 
 def test_a_page_is_a_hundred_columns_wide(seven: list[str], capsys: pytest.CaptureFixture[str]) -> None:
