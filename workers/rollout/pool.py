@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
 from workers.rollout.engine import Engine, Request, Sample, Sampling
-from workers.runtime import Runtime, process_environment
+from workers.runtime import Limit, Runtime, process_environment
 
 __all__ = ["Request", "RolloutActor", "RolloutPool", "Sample", "Sampling"]
 
@@ -97,7 +97,8 @@ class RolloutActor:
 class RolloutPool:
     """`pool.replicas` rollout actors. The constructor returns when all are up (they start in parallel).
 
-    A wait of `runtime.start_timeout_seconds` without progress ends with a TimeoutError that says for what.
+    A wait longer than the runtime's limit for it (of starting, loading, taking weights, or a completion) ends
+    with a TimeoutError that says for what, with the limit's key.
     """
 
     def __init__(self, pool: Pool, engine: RolloutEngine, runtime: Runtime) -> None:
@@ -107,7 +108,7 @@ class RolloutPool:
                 f"placement.rollout.gpus: {pool.gpus}; use at most 1, or a whole number with "
                 "rollout.engine=vllm (tensor parallel)"
             )
-        self._timeout = runtime.start_timeout_seconds
+        self._runtime = runtime
         self._start: Callable[[], Any] = lambda: _start_actor(pool, engine, runtime)
         self._model_path: str | None = None
         # Object reference of the tensors, and their version; None while the model's own are in use.
@@ -115,19 +116,22 @@ class RolloutPool:
         self._actors = [self._start() for _ in range(pool.replicas)]
         with ExitStack() as stack:
             stack.callback(self.shutdown)  # where one does not come up
-            self._wait([actor.ready.remote() for actor in self._actors], "to start")
+            starting = [actor.ready.remote() for actor in self._actors]
+            self._wait(starting, "to start", runtime.start_limit)
             stack.pop_all()
 
     def load(self, model_path: str) -> None:
         """Every replica takes the model, as version 0. Raises UserError if it is no usable checkpoint."""
         self._model_path, self._weights = model_path, None
-        self._on_all(lambda actor, _: actor.load.remote(model_path), f"to load {model_path}")
+        purpose = f"to load {model_path}"
+        self._on_all(lambda actor, _: actor.load.remote(model_path), purpose, self._runtime.load_limit)
 
     def update_weights(self, ref: list[Any], version: int) -> None:
         """Every replica takes the weights of `ref` = [object reference of dict name -> tensor]."""
         weights = self._weights = (ref[0], version)
         purpose = f"to take weights version {version}"
-        self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose)
+        limit = self._runtime.sync_limit
+        self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose, limit)
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         """Yield lists of finished samples of all replicas until every request has exactly one. Ids must
@@ -138,21 +142,22 @@ class RolloutPool:
         longest = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
         shares = _split(requests, longest, len(self._actors))
         restarts = [0] * len(shares)
+        limit = self._runtime.step_limit
         running = {}  # an actor's stream of samples -> replica
         for replica, share in enumerate(shares):
             if share:
                 running[self._actors[replica].generate.remote(share, sampling)] = replica
         while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=self._timeout)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=limit.seconds)
             if not ready:
                 raise TimeoutError(
                     f"rollout: no completion from replicas {sorted(running.values())} for "
-                    f"{self._timeout:.0f} s ({len(open_requests)} of {len(requests)} requests open; "
-                    "placement.start_timeout_seconds)"
+                    f"{limit.seconds:g} s ({len(open_requests)} of {len(requests)} requests open): if they "
+                    f"only need longer, raise {limit.key}"
                 )
             replica = running[ready[0]]
             try:
-                samples = cast(list[Sample], _get(next(ready[0]), self._timeout))
+                samples = cast(list[Sample], _get(next(ready[0]), limit.seconds))
             except StopIteration:
                 del running[ready[0]]
                 continue
@@ -186,14 +191,15 @@ class RolloutPool:
             completions = [completion for _, completion in shares[replica]]
             return actor.log_probs.remote(prompts, completions)
 
-        return list(itertools.chain.from_iterable(self._on_all(ask, "to compute log-probabilities")))
+        answers = self._on_all(ask, "to compute log-probabilities", self._runtime.step_limit)
+        return list(itertools.chain.from_iterable(answers))
 
     def shutdown(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
-    def _on_all(self, call: Callable[[Any, int], Any], purpose: str) -> list[Any]:
+    def _on_all(self, call: Callable[[Any, int], Any], purpose: str, limit: Limit) -> list[Any]:
         """The results of `call(actor, replica)` on every replica at once, asked again of those that die."""
         refs = [call(actor, replica) for replica, actor in enumerate(self._actors)]
         results: list[Any] = []
@@ -201,7 +207,7 @@ class RolloutPool:
         while len(results) < len(refs):
             replica = len(results)
             try:
-                results += self._wait([refs[replica]], purpose)
+                results += self._wait([refs[replica]], purpose, limit)
                 restarts = 0
             except RayActorError as error:
                 restarts += 1
@@ -216,23 +222,24 @@ class RolloutPool:
             ) from error
         ray.kill(self._actors[replica])  # it may only be out of reach
         actor = self._actors[replica] = self._start()
-        self._wait([actor.ready.remote()], f"to start again (replica {replica})")
+        purpose = f"to start again (replica {replica})"
+        self._wait([actor.ready.remote()], purpose, self._runtime.start_limit)
         if self._model_path is not None:
             purpose = f"to load {self._model_path} (replica {replica})"
-            self._wait([actor.load.remote(self._model_path)], purpose)
+            self._wait([actor.load.remote(self._model_path)], purpose, self._runtime.load_limit)
         if self._weights is not None:
             purpose = f"to take weights version {self._weights[1]} (replica {replica})"
-            self._wait([actor.update_weights.remote(*self._weights)], purpose)
+            self._wait([actor.update_weights.remote(*self._weights)], purpose, self._runtime.sync_limit)
 
-    def _wait(self, refs: list[Any], purpose: str) -> list[Any]:
-        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=self._timeout)
+    def _wait(self, refs: list[Any], purpose: str, limit: Limit) -> list[Any]:
+        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=limit.seconds)
         if waiting:
             raise TimeoutError(
-                f"rollout: {len(waiting)} of {len(refs)} replicas took longer than {self._timeout:.0f} s "
+                f"rollout: {len(waiting)} of {len(refs)} replicas took longer than {limit.seconds:g} s "
                 f"{purpose}: see the actors' logs, check that the cluster has room for placement.rollout, or "
-                "raise placement.start_timeout_seconds"
+                f"raise {limit.key}"
             )
-        return [_get(ref, self._timeout) for ref in refs]
+        return [_get(ref, limit.seconds) for ref in refs]
 
 
 def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:

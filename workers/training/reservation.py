@@ -20,14 +20,16 @@ def reserve(pool: Pool, runtime: Runtime) -> Any:
     selectors = [pool.labels] * pool.replicas if pool.labels else None
     bundles = placement_group([bundle] * pool.replicas, strategy="PACK", bundle_label_selector=selectors)
     # verl would wait for ever, and without a word.
-    if not bundles.wait(runtime.start_timeout_seconds):
+    limit = runtime.start_limit
+    if not bundles.wait(limit.seconds):
         remove_placement_group(bundles)
         labels = ", ".join(f"{label}={value}" for label, value in pool.labels.items())
         where = f" on nodes with {labels}" if labels else ""
         free = {name: amount for name, amount in ray.available_resources().items() if name in bundle}
         needs = f"placement.policy needs {pool.replicas} x {bundle}{where}"
-        waited = f"{runtime.start_timeout_seconds:g} s were not enough to get them; free now: {free}"
-        raise UserError(f"{needs}, and {waited}: lower placement.policy or add a node")
+        waited = f"{limit.seconds:g} s were not enough to get them; free now: {free}"
+        way_out = f"lower placement.policy, add a node, or raise {limit.key}"
+        raise UserError(f"{needs}, and {waited}: {way_out}")
     return bundles
 
 
