@@ -3,9 +3,12 @@
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from pns.config import Config
+
+LOGS = "logs"  # below a run's directory: what its actors print
 
 
 class Limit(NamedTuple):
@@ -25,6 +28,7 @@ class Runtime:
     load_timeout_seconds: float = 1800.0  # for a model to be read
     sync_timeout_seconds: float = 1200.0  # for weights to be gathered, or taken
     step_timeout_seconds: float = 3600.0  # for one training step, checkpoint or export, or one completion
+    logs: str = ""  # directory for what actors print; "": only Ray keeps it
 
     @property
     def start_limit(self) -> Limit:
@@ -43,8 +47,8 @@ class Runtime:
         return Limit(self.step_timeout_seconds, "placement.step_timeout_seconds")
 
 
-def runtime_of(config: Config, device: str) -> Runtime:
-    """Of a run's workers on `device`, "cpu" or "cuda"."""
+def runtime_of(config: Config, device: str, directory: Path) -> Runtime:
+    """Of the workers on `device`, "cpu" or "cuda", of a run with this directory."""
     placement = config.placement
     return Runtime(
         device,
@@ -53,6 +57,7 @@ def runtime_of(config: Config, device: str) -> Runtime:
         placement.load_timeout_seconds,
         placement.sync_timeout_seconds,
         placement.step_timeout_seconds,
+        str(directory.absolute() / LOGS),
     )
 
 

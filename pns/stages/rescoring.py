@@ -34,12 +34,14 @@ class Scorer(Protocol):
 
 
 @contextmanager
-def services(config: Config, names: Collection[str], own_reward_model: str) -> Iterator[Fleet]:
-    """The services of the terms `names` alone, with their models. Raises UserError where they cannot be
-    placed."""
+def services(
+    config: Config, names: Collection[str], own_reward_model: str, directory: Path
+) -> Iterator[Fleet]:
+    """The services of the terms `names` alone, with their models, for the run in `directory`. Raises
+    UserError where they cannot be placed."""
     with ExitStack() as stack:
         device = stack.enter_context(Cluster(config, names))
-        fleet = Fleet(config, runtime_of(config, device))
+        fleet = Fleet(config, runtime_of(config, device, directory))
         stack.callback(fleet.shutdown)  # before `start`, which may fail half-way
         fleet.start(names)
         for name in names:

@@ -64,7 +64,7 @@ def session(
         if os.environ.get("RAY_ADDRESS"):  # this process sees its own node alone
             nodes = stack.enter_context(NodeMemory())
             stack.callback(lambda: write_json(page.path / NODES, nodes.peaks()))
-        fleet = Fleet(config, runtime_of(config, device))
+        fleet = Fleet(config, runtime_of(config, device, page.path))
         stack.callback(fleet.shutdown)  # before `start`, which may fail half-way
         files = [directory / METRICS for directory in linked_places(page.path).values()]
         # Backends want one count of rows that never falls, over all stages and starts.

@@ -14,6 +14,7 @@ Between `min_replicas` and `max_replicas` a pool follows its queue (`workers.rew
 for a replica that is added so: where it cannot be placed it is given up.
 """
 
+import itertools
 import queue
 import sys
 import threading
@@ -30,6 +31,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import RewardConfig, ServicePool
 from pns.errors import UserError
+from workers.actor_logs import actor_log, print_to
 from workers.rewards.scaling import Autoscaler, ScaleRule
 from workers.runtime import Limit, Runtime, process_environment
 
@@ -95,7 +97,8 @@ def micro_batches(lengths: Mapping[int, int], max_tokens: int) -> list[list[int]
 class ScoringActor:
     """One replica: a model, loaded when it is asked for."""
 
-    def __init__(self, build: Callable[[str], ServedModel[Any, Any]]) -> None:
+    def __init__(self, build: Callable[[str], ServedModel[Any, Any]], log_file: str = "") -> None:
+        print_to(log_file)
         self._build = build
         self._model: ServedModel[Any, Any] | None = None
         self._version: ModelVersion | None = None
@@ -149,11 +152,12 @@ class _Entry:
 
 @dataclass(eq=False)
 class _Replica:
-    """`began`: when it began to start, to load, to be idle, or to work on its first request, in monotonic
-    seconds;
-    `restarted`: in the place of one that failed; `grown`: as items queued up."""
+    """`number` counts all that were started; `index` is the least that no other has; `began`: when it began
+    to start, to load, to be idle, or to work on its first request, in monotonic seconds; `restarted`: in the
+    place of one that failed; `grown`: as items queued up."""
 
     number: int
+    index: int
     actor: Any
     began: float
     restarted: bool = False
@@ -398,7 +402,10 @@ class ScoringPool(Generic[_Item, _Value]):
             runtime_env={"env_vars": environment},
         )
         self._num_started += 1
-        replica = _Replica(self._num_started, remote.remote(self._build), time.monotonic())
+        taken = {replica.index for replica in self._replicas}
+        index = next(number for number in itertools.count() if number not in taken)
+        actor = remote.remote(self._build, self._log_of(index))
+        replica = _Replica(self._num_started, index, actor, time.monotonic())
         self._replicas.append(replica)
         self._await(replica, replica.actor.load.remote(None))
         return replica
@@ -409,7 +416,7 @@ class ScoringPool(Generic[_Item, _Value]):
 
     def _started(self, replica: _Replica, future: Future[None]) -> None:
         if error := future.exception():
-            fault = f"could not start ({_cause(error)})"
+            fault = f"could not start ({_cause(error)}){self._printed(replica, error)}"
             if replica.restarted:
                 self._replace(replica, fault, 1)
             else:
@@ -475,7 +482,7 @@ class ScoringPool(Generic[_Item, _Value]):
         if isinstance(error, RayActorError):
             for entry in replica.requests[0]:  # the one it was computing; the next is innocent
                 entry.deaths += 1
-            self._replace(replica, f"died ({_cause(error)})", 1)
+            self._replace(replica, f"died ({_cause(error)}){self._printed(replica, error)}", 1)
             return
         replica.requests.remove(request)
         seconds = time.monotonic() - replica.began
@@ -636,6 +643,14 @@ class ScoringPool(Generic[_Item, _Value]):
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
                 raise
+
+    def _log_of(self, index: int) -> str:
+        return actor_log(self._runtime.logs, self._name, index)
+
+    def _printed(self, replica: _Replica, error: BaseException) -> str:
+        """Where to look for what an exception does not tell: that a process died."""
+        file = self._log_of(replica.index)
+        return f" (what it printed: {file})" if file and isinstance(error, RayActorError) else ""
 
     def _limit(self, replica: _Replica) -> Limit:
         """Of what it does before it is ready."""

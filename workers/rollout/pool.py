@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
+from workers.actor_logs import actor_log, print_to
 from workers.rollout.engine import Engine, Request, Sample, Sampling
 from workers.runtime import Limit, Runtime, process_environment
 
@@ -34,7 +35,10 @@ _T = TypeVar("_T")
 class RolloutActor:
     """An engine behind calls that an actor can take. Every call is idempotent."""
 
-    def __init__(self, engine: RolloutEngine, tensor_parallel: int, runtime: Runtime) -> None:
+    def __init__(
+        self, engine: RolloutEngine, tensor_parallel: int, runtime: Runtime, replica: int = 0
+    ) -> None:
+        print_to(actor_log(runtime.logs, "rollout", replica))
         self.engine: Engine
         if engine.engine is EngineKind.vllm:
             from workers.rollout.engine_vllm import VllmEngine
@@ -109,11 +113,11 @@ class RolloutPool:
                 "rollout.engine=vllm (tensor parallel)"
             )
         self._runtime = runtime
-        self._start: Callable[[], Any] = lambda: _start_actor(pool, engine, runtime)
+        self._start: Callable[[int], Any] = lambda replica: _start_actor(pool, engine, runtime, replica)
         self._model_path: str | None = None
         # Object reference of the tensors, and their version; None while the model's own are in use.
         self._weights: tuple[Any, int] | None = None
-        self._actors = [self._start() for _ in range(pool.replicas)]
+        self._actors = [self._start(replica) for replica in range(pool.replicas)]
         with ExitStack() as stack:
             stack.callback(self.shutdown)  # where one does not come up
             starting = [actor.ready.remote() for actor in self._actors]
@@ -217,11 +221,12 @@ class RolloutPool:
 
     def _restart(self, replica: int, times: int, error: RayActorError) -> None:
         if times > MAX_RESTARTS:
-            raise RuntimeError(
-                f"rollout replica {replica} died {times} times in one call; the last time: {error}"
-            ) from error
+            file = actor_log(self._runtime.logs, "rollout", replica)
+            printed = f" (what it printed: {file})" if file else ""
+            fault = f"rollout replica {replica} died {times} times in one call{printed}"
+            raise RuntimeError(f"{fault}; the last time: {error}") from error
         ray.kill(self._actors[replica])  # it may only be out of reach
-        actor = self._actors[replica] = self._start()
+        actor = self._actors[replica] = self._start(replica)
         purpose = f"to start again (replica {replica})"
         self._wait([actor.ready.remote()], purpose, self._runtime.start_limit)
         if self._model_path is not None:
@@ -234,15 +239,16 @@ class RolloutPool:
     def _wait(self, refs: list[Any], purpose: str, limit: Limit) -> list[Any]:
         _, waiting = ray.wait(refs, num_returns=len(refs), timeout=limit.seconds)
         if waiting:
+            logs = self._runtime.logs or "the actors' logs"
             raise TimeoutError(
                 f"rollout: {len(waiting)} of {len(refs)} replicas took longer than {limit.seconds:g} s "
-                f"{purpose}: see the actors' logs, check that the cluster has room for placement.rollout, or "
-                f"raise {limit.key}"
+                f"{purpose}: see {logs}, check that the cluster has room for placement.rollout, or raise "
+                f"{limit.key}"
             )
         return [_get(ref, limit.seconds) for ref in refs]
 
 
-def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
+def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime, replica: int) -> Any:
     """A rollout actor. Ray must not restart or repeat anything by itself: a fresh process has no weights
     until the pool gives it some."""
     vllm = engine.engine is EngineKind.vllm
@@ -256,7 +262,7 @@ def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
         max_task_retries=0,
         runtime_env={"env_vars": environment},
     )
-    return actor.remote(engine, max(1, int(pool.gpus)), runtime)
+    return actor.remote(engine, max(1, int(pool.gpus)), runtime, replica)
 
 
 def _get(ref: Any, timeout: float) -> Any:

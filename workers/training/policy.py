@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
+from workers.actor_logs import actor_log
 from workers.checkpoints import local_directory
 from workers.runtime import VERL_CPU, Limit, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
@@ -55,7 +57,7 @@ class Policy:
         self._bundles = bundles or reserve(pool, runtime)
         self._group = self._spawn(pool, process_environment("policy", runtime.device, pool.cpus), cuda)
         up = [worker.__ray_ready__.remote() for worker in self._group.workers]
-        wait_for_all(up, runtime.start_limit, "the policy's processes to start")
+        self._wait(up, runtime.start_limit, "the policy's processes to start")
 
     def _spawn(self, pool: config.Pool, environment: dict[str, str], cuda: bool) -> Any:
         if not cuda:
@@ -71,8 +73,8 @@ class Policy:
         first = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=0)
         address = get_master_addr_port.options(scheduling_strategy=first, num_cpus=0).remote()
         awaited = "the address of the first policy process"
-        [(host, port)] = wait_for_all([address], self._runtime.start_limit, awaited)
-        rank_class = RayClassWithInitArgs(ray.remote(actor_class()))
+        [(host, port)] = self._wait([address], self._runtime.start_limit, awaited)
+        rank_class = RayClassWithInitArgs(ray.remote(actor_class()), self._runtime.logs)
         rank_class.update_options({"num_cpus": max(1.0, pool.cpus)})
         return RayWorkerGroup(
             resources,
@@ -97,7 +99,7 @@ class Policy:
         self._model = None  # where loading fails, neither model is there
         loading = self._group.load(spec)
         awaited = f"the policy's processes to load {path}"
-        self._vocab_size = wait_for_all(loading, self._runtime.load_limit, awaited)[0]
+        self._vocab_size = self._wait(loading, self._runtime.load_limit, awaited)[0]
         self._model = spec
         self._version += 1
 
@@ -119,7 +121,7 @@ class Policy:
             return
         loading = self._group.load_reference(replace(loaded, path=path, optimizer=None))
         awaited = f"the policy's processes to load the reference {path}"
-        wait_for_all(loading, self._runtime.load_limit, awaited)
+        self._wait(loading, self._runtime.load_limit, awaited)
 
     def reference_log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
         """`log_probs` under the model of `load_reference`."""
@@ -194,7 +196,7 @@ class Policy:
         rank 0's object store. The version rises with every change of the weights."""
         self._loaded()
         gathering = self._group.weights()
-        [reference], *_ = wait_for_all(gathering, self._runtime.sync_limit, "the weights of the policy")
+        [reference], *_ = self._wait(gathering, self._runtime.sync_limit, "the weights of the policy")
         return self._version, reference
 
     def save(self, directory: str | Path) -> None:
@@ -262,7 +264,15 @@ class Policy:
         return [[micro_batch(batch, families, layout) for families in of_rank] for of_rank in planned]
 
     def _wait_for_step(self, references: Sequence[Any], awaited: str) -> list[Any]:
-        return wait_for_all(references, self._runtime.step_limit, awaited)
+        return self._wait(references, self._runtime.step_limit, awaited)
+
+    def _wait(self, references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
+        try:
+            return wait_for_all(references, limit, awaited)
+        except RayActorError as error:
+            logs = self._runtime.logs
+            printed = f" (what they printed: {actor_log(logs, 'policy', 0)} and so on)" if logs else ""
+            raise RuntimeError(f"waiting for {awaited}, a policy process died{printed}: {error}") from error
 
 
 def wait_for_all(references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
