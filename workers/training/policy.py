@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
-from workers.actor_logs import actor_log
 from workers.checkpoints import local_directory
 from workers.runtime import VERL_CPU, Limit, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
@@ -269,10 +268,10 @@ class Policy:
     def _wait(self, references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
         try:
             return wait_for_all(references, limit, awaited)
-        except RayActorError as error:
-            logs = self._runtime.logs
-            printed = f" (what they printed: {actor_log(logs, 'policy', 0)} and so on)" if logs else ""
-            raise RuntimeError(f"waiting for {awaited}, a policy process died{printed}: {error}") from error
+        except RayError as error:  # of a process that died, or of one that lost another
+            if self._runtime.logs:
+                error.add_note(f"what the policy's processes printed: {self._runtime.logs}/policy-*.log")
+            raise
 
 
 def wait_for_all(references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
