@@ -16,6 +16,7 @@ from pns.planning.memory import Parts, total
 from pns.planning.plan import Plan, StageTime
 from pns.planning.shapes import KnownModel
 from workers.packing import counted
+from workers.placement import environments
 
 WIDTH = 100
 
@@ -41,6 +42,9 @@ def print_plan(plan: Plan, title: str, price: float, with_assumptions: bool) -> 
         host = plan.host["this machine"]
         say(wrapped(f"host memory: {total(host):.1f} GB of {plan.machine_gb:.1f} = {spell(host)}"))
     say(wrapped(f"disk (runs): {total(plan.disk):.1f} GB = {spell(plan.disk)}"))
+    say("environment variables of each process:")
+    for line in environment_lines(plan):
+        say(wrapped(line))
     say("stages, tokens and seconds for one time (sampling and scoring go on at once):")
     console.print(time_table(plan))
     for line in cost_lines(plan, price):
@@ -217,6 +221,19 @@ def assumption_table(assumed: Assumptions) -> Table:
     return table
 
 
+def environment_of(plan: Plan) -> dict[str, dict[str, str]]:
+    return environments(plan.config, [b.role for b in plan.placed], plan.device)
+
+
+def environment_lines(plan: Plan) -> list[str]:
+    """A line for roles with the same."""
+    roles_of: dict[str, list[str]] = {}
+    for role, variables in environment_of(plan).items():
+        said = " ".join(f"{name}={value}" for name, value in variables.items())
+        roles_of.setdefault(said, []).append(role)
+    return [f"  {', '.join(roles)}: {said or 'those of the node'}" for said, roles in roles_of.items()]
+
+
 def as_json(plan: Plan, price: float) -> dict[str, Any]:
     """All figures, in GB, seconds and GPU hours."""
     hours = stage_costs(plan) if plan.cluster else []
@@ -226,6 +243,7 @@ def as_json(plan: Plan, price: float) -> dict[str, Any]:
         "lengths": asdict(plan.lengths),
         "stages": {stage: list(own.roles) for stage, own in plan.stages.items()},
         "roles": [asdict(b) for b in plan.placed],
+        "environment": environment_of(plan),
         "num_gpus": plan.num_gpus,
         "memory_gb": [{**asdict(own), "gb": own.gb} for own in plan.memory],
         "nodes": [

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pns.algo.judging import Template
+from pns.algo.judging import Template, without_markers
 from pns.algo.segments import sentences
 from pns.algo.step_judging import VERDICTS, render_tiny, render_tiny_problem, step_nonce, verdict_parts
 from pns.records import Problem
@@ -15,9 +15,9 @@ from pns.tiny import world
 # Of the training rows: samples of a model, made-up solutions by one who often errs, solutions with one
 # made-up error; the rest are right ones.
 SAMPLED_SHARE, MIXED_SHARE, CORRUPTED_SHARE = 0.4, 0.25, 0.2
-MISCONCEPTIONS, SLIPS, MISREADINGS = {"times": 0.4, "fewer": 0.4, "half": 0.2, "plus": 0.1}, 0.15, 0.1
+MISCONCEPTIONS, SLIPS, MISREADINGS = {"times": 0.25, "fewer": 0.25}, 0.25, 0.25
 
-WEIGHT_OF_SOLVING = 0.2  # in the loss, of a token of a right solution; a grade has 1
+WEIGHT_OF_SOLVING = 0.2  # in the loss, of a token of a right solution or a right step; a grade has 1
 
 Candidate = tuple[Problem, str]  # a problem and the text of a solution
 
@@ -72,7 +72,14 @@ def step_row(
     solution, asked = encode(str(problem.solution)), encode(render_tiny(steps, nonce))
     ids = solution + asked
     weights = [WEIGHT_OF_SOLVING] * len(solution) + [0.0] * len(asked)
-    for part, correct in zip(parts, step_labels(problem, steps), strict=False):
+    labels = step_labels(problem, steps)
+    # To foresee right steps from the solution is on the way to telling wrong ones.
+    end = len(solution) + len(encode(f"<judge>{nonce}"))
+    for number, (step, correct) in enumerate(zip(steps, labels, strict=True), 1):
+        start, end = end, end + len(encode(without_markers(step)))
+        weights[start:end] = [WEIGHT_OF_SOLVING * correct] * (end - start)
+        end += len(encode(f"<solve>{number}<solve>"))
+    for part, correct in zip(parts, labels, strict=False):
         number = encode(part) if part else []
         ids += number + encode(VERDICTS[Template.TINY][correct])
         weights += [0.0] * len(number) + [1.0]

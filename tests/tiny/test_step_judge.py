@@ -70,7 +70,9 @@ def test_candidates_have_right_and_wrong_steps_and_rows_that_say_so() -> None:
         assert parse_steps(verdict, "", len(own), Template.TINY) == own
         grades = [token for token, weight in zip(ids, weights, strict=True) if weight == 1]
         assert grades == [token for label in own for token in encode(str(int(label)))]
-        assert weights.count(WEIGHT_OF_SOLVING) == len(encode(solution))
+        learned = [token for token, weight in zip(ids, weights, strict=True) if weight == WEIGHT_OF_SOLVING]
+        right_steps = "".join(step for step, label in zip(steps, own, strict=True) if label)
+        assert decode(learned) == solution + right_steps
 
 
 def test_agreement_by_hand() -> None:
