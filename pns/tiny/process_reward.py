@@ -180,9 +180,9 @@ def save_deepened(model: str, layers: int, seed: int, directory: str) -> None:
     num_known = shallow.config.num_hidden_layers
     if layers < num_known:
         raise UserError(f"layers: {layers}; {model} has {num_known}: give as many or more")
-    shape = shallow.config.to_dict() | {"num_hidden_layers": layers, "layer_types": None}
+    shape = AutoConfig.from_pretrained(model, num_hidden_layers=layers, layer_types=None)
     torch.manual_seed(seed)
-    deep = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+    deep = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     deep.load_state_dict(shallow.state_dict(), strict=False)
     for block in deep.base_model.layers[num_known:]:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
