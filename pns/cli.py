@@ -12,7 +12,7 @@ from pns.commands.config import print_config
 from pns.commands.plan import PlanOptions, plan_recipe
 from pns.commands.recipes import find_recipe, print_recipes
 from pns.commands.rescore import RESCORED_STAGES, rescore_run
-from pns.commands.run import collect_garbage, list_runs, report_run, run_recipe
+from pns.commands.run import collect_garbage, list_runs, report_runs, run_recipe
 from pns.commands.services import scale, show_status
 from pns.commands.submit import STOP_SECONDS, SubmitOptions, list_jobs, show_logs, stop_job, submit_recipe
 from pns.commands.tiny import make_tiny
@@ -191,9 +191,17 @@ def handle_plan(options: Namespace) -> int:
 
 
 def add_run_commands(commands: Commands) -> None:
-    report_help = "print a run's tables again; rebuild report.json and the plots"
-    report = add_command(commands, "report", report_help, lambda options: report_run(options.directory))
-    report.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
+    report_help = "print a run's tables again and rebuild its report; or compare models over several runs"
+
+    def handle_report(options: Namespace) -> None:
+        report_runs(options.directories, options.against, options.json)
+
+    report = add_command(commands, "report", report_help, handle_report)
+    directories_help = "a run, e.g. runs/tiny-qwen2, or several of one recipe with other seeds"
+    report.add_argument("directories", type=Path, nargs="+", metavar="RUN", help=directories_help)
+    against_help = "differences from this model too, beside those from the first; may be repeated"
+    report.add_argument("--against", action="append", default=[], metavar="MODEL", help=against_help)
+    report.add_argument("--json", type=Path, metavar="FILE", help="write the comparison there")
     status_help = "show what the services of a run do: replicas, queue, speed, failures"
     status = add_command(
         commands, "status", status_help, lambda options: show_status(options.directory, options.watch)

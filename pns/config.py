@@ -156,9 +156,25 @@ class Placement:
     )
     rollout: Pool = section(Pool)
     policy: Pool = section(Pool)
+    colocate: list[str] = key(
+        [],
+        "[rollout,policy]: both have the same GPUs and use them in turns (each replica the GPUs of as many "
+        "ranks; memory moves to the host, or is dropped); []: each role has its own",
+    )
     verifier_processes: int = key(2, "processes that check answers", at_least(1))
     start_timeout_seconds: float = key(
-        600.0, "seconds for actors to come up; after them the run stops and says what it waits for", above(0)
+        600.0,
+        "seconds for processes to come up; after them the run stops and says what it waits for",
+        above(0),
+    )
+    load_timeout_seconds: float = key(
+        1800.0, "seconds for a role to read a model: more where large ones lie on slow storage", above(0)
+    )
+    sync_timeout_seconds: float = key(
+        1200.0, "seconds to gather the policy's weights, and as many for rollout to take them", above(0)
+    )
+    step_timeout_seconds: float = key(
+        3600.0, "seconds for a training step, a checkpoint, or rollout's next completion", above(0)
     )
     wait_for_nodes_seconds: float = key(
         0.0,
@@ -204,6 +220,12 @@ class PolicyConfig:
         "torch.compile norms and feed-forward parts; slow first steps, needs a C++ compiler (cpu) or Triton",
     )
     lora: Lora = section(Lora)
+    fsdp_size: int = key(
+        0,
+        "ranks of one node that hold a copy of the model together; gradients alone go between copies (hybrid "
+        "sharding); 0: all ranks, on whatever nodes, hold one copy",
+        at_least(0),
+    )
     layout: Layout = key(
         Layout.shared,
         "rows of a micro-batch: padded to the longest; packed end to end; shared: packed, and what "

@@ -37,6 +37,7 @@ from pns.config import (
     external_pairs,
     hyper_parameters,
     labels_steps,
+    other_negatives,
     services,
     step_services,
 )
@@ -70,8 +71,9 @@ def load(
     Raises UserError with key, value and the way out.
     """
     config = read(path, overrides, over)
-    samples = training and not external_pairs(config)
-    check_config(config, samples)
+    is_bcpg = config.method is Method.bcpg
+    samples = training and (is_bcpg or not external_pairs(config))
+    check_config(config, rewards=samples and (not is_bcpg or bool(other_negatives(config))))
     raise_first(data_faults(config.data, samples))
     # From here on every number that the loss reads is there, for stages and digests alike.
     for name, value in hyper_parameters(config.preference).items():
@@ -179,15 +181,15 @@ def suggest_key(name: str, settings: Any) -> str:
     return did_you_mean(name, (keys | sections) - {""})
 
 
-def check_config(config: Config, samples: bool) -> None:
-    """Every number against its range, then what keys say of each other; of the reward only where the run
-    `samples` its pairs. Raises UserError for the first fault."""
+def check_config(config: Config, rewards: bool) -> None:
+    """Every number against its range, then what keys say of each other; of the composite reward only where
+    the run has it (`rewards`). Raises UserError for the first fault."""
     check_ranges(config)
     checks: list[Check] = [loss_faults, key_faults, sampling_faults, pool_faults, pair_faults]
     if config.method is Method.bcpg:
         checks += [arm_faults, label_faults]
     # Terms by their names first: what comes after them looks a term up.
-    checks += [term_faults, reward_faults, term_name_faults] if samples else []
+    checks += [term_faults, reward_faults, term_name_faults] if rewards else []
     raise_first(fault for check in checks for fault in check(config))
 
 
@@ -307,6 +309,11 @@ def pool_faults(config: Config) -> Iterator[str]:
     if gpus > 1:
         way_out = "add ranks with placement.policy.replicas"
         yield f"placement.policy.gpus: {gpus} must be at most 1, a rank's one GPU: {way_out}"
+    shard_group, ranks = config.policy.fsdp_size, config.placement.policy.replicas
+    if shard_group and ranks % shard_group:
+        way_out = f"set it to a divisor of {ranks}, or to 0 for one copy of the model"
+        yield f"policy.fsdp_size: {shard_group} does not divide placement.policy.replicas, {ranks}: {way_out}"
+    yield from colocation_faults(config)
     rollout_gpus = config.placement.rollout.gpus
     if rollout_gpus > 1 and not float(rollout_gpus).is_integer():
         fault = "must be whole where it is above 1: only one GPU can be shared"
@@ -323,6 +330,30 @@ def pool_faults(config: Config) -> Iterator[str]:
     }
     for key, pool in (pools | service_pools).items():
         yield from node_faults(key, pool)
+
+
+def colocation_faults(config: Config) -> Iterator[str]:
+    """Rollout and policy can have the same GPUs, whole ones and as many."""
+    key, named = "placement.colocate", config.placement.colocate
+    rollout, policy = config.placement.rollout, config.placement.policy
+    if not named:
+        return
+    if sorted(named) != ["policy", "rollout"]:
+        fault = "only these two roles take turns"
+        yield f"{key}: [{', '.join(named)}] must be [rollout,policy] or []: {fault}"
+    if policy.gpus != 1 or rollout.gpus < 1 or not float(rollout.gpus).is_integer():
+        fault = f"rollout has {rollout.gpus:g} GPUs a replica and policy {policy.gpus:g} a rank"
+        yield f"{key}: {fault}; set placement.policy.gpus=1 and placement.rollout.gpus to 1 or more, whole"
+    if rollout.replicas * rollout.gpus != policy.replicas * policy.gpus:
+        both = f"rollout has {rollout.replicas} x {rollout.gpus:g} GPUs and policy {policy.replicas} ranks"
+        way_out = f"set placement.policy.replicas={rollout.replicas * rollout.gpus:g}"
+        yield f"{key}: {both}, which have to be as many: {way_out}"
+    if rollout.labels != policy.labels or rollout.resources:
+        way_out = "give placement.rollout the labels of placement.policy, and the resources to policy alone"
+        yield f"{key}: the two roles lie on the same nodes: {way_out}"
+    if config.policy.fsdp_size % int(rollout.gpus):
+        fault = f"{config.policy.fsdp_size} is no multiple of placement.rollout.gpus, {rollout.gpus:g}"
+        yield f"policy.fsdp_size: {fault}, whose GPUs lie on one node ({key}): raise it, or set it to 0"
 
 
 def growth_faults(key: str, pool: ServicePool) -> Iterator[str]:
@@ -432,6 +463,8 @@ def reward_faults(config: Config) -> Iterator[str]:
 def term_name_faults(config: Config) -> Iterator[str]:
     """What a stage reads of a reward term, the term has."""
     computed = [name for name, term in config.reward.terms.items() if term.weight > 0]
+    # Of wrong completions a verdict is always the same.
+    varying = [name for name in computed if config.reward.terms[name].kind is not TermKind.verdict]
     scoring = [name for name, term in config.reward.terms.items() if term.kind is TermKind.reward_model]
     named = {}  # key that names a term -> (the name, the key whose 0 needs none), where it is read
     if config.reverse_rl.stop_patience > 0:
@@ -439,9 +472,9 @@ def term_name_faults(config: Config) -> Iterator[str]:
     if config.synthesize.min_quantile > 0:
         named["synthesize.quantile_term"] = config.synthesize.quantile_term, "synthesize.min_quantile"
     for key, (name, switch) in named.items():
-        if name not in computed:
-            fault = f"{name!r} must be a term of reward.terms with a weight greater than 0"
-            there = f"there are: {', '.join(computed) or 'none'}"
+        if name not in varying:
+            fault = f"{name!r} must be a term of reward.terms with a weight greater than 0, and no verdict"
+            there = f"there are: {', '.join(varying) or 'none'}"
             yield f"{key}: {fault} ({there}): name one, give it a weight, or set {switch}=0"
     own = [name for name in computed if name in scoring and not config.reward.terms[name].model]
     if config.reverse_rl.refresh_every and not own:

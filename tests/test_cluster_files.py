@@ -17,7 +17,7 @@ import yaml
 from pns.commands.recipes import find_recipe
 from pns.config import Config, TermKind
 from pns.recipe import load
-from workers.packing import Node
+from workers.packing import Node, counted
 from workers.placement import bundles, check_placement
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_a_placement_fills_the_gpus_that_its_name_says(placement: Path, recipe: 
     """With every recipe that keeps the three terms of the schema."""
     num_nodes, num_gpus = map(int, placement.stem.split("x"))
     config = load(recipe, over=[placement])
-    asked = bundles(config, roles(config), "cuda")
+    asked = counted(bundles(config, roles(config), "cuda"))
     assert sum(b.replicas * b.amounts.get("GPU", 0.0) for b in asked) == num_nodes * num_gpus
     policy = config.placement.policy.replicas
     assert policy % num_gpus == 0 or policy < num_gpus  # whole nodes, or one
@@ -59,11 +59,12 @@ def test_a_placement_fills_the_gpus_that_its_name_says(placement: Path, recipe: 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda path: path.stem)
 def test_a_placement_changes_no_result(placement: Path) -> None:
-    """Only where roles run, and how much memory an engine takes."""
+    """Only where roles run, how much memory an engine takes, and how many ranks hold a copy of the policy."""
     recipe = RECIPES[0]
     plain, placed = load(recipe), load(recipe, over=[placement])
     placed.placement = plain.placement
     placed.rollout.memory_fraction = plain.rollout.memory_fraction
+    placed.policy.fsdp_size = plain.policy.fsdp_size
     for name, term in placed.reward.terms.items():
         term.pool = plain.reward.terms[name].pool
     assert placed == plain

@@ -122,8 +122,9 @@ def test_every_stage_has_its_manifest(finished: Path) -> None:
 
 
 def test_a_run_that_was_killed_is_an_undisturbed_one_to_the_bit(finished: Path, tmp_path: Path) -> None:
-    """Weights, rollouts with all rewards, pairs, completions and scores; only times differ."""
-    run(tmp_path)
+    """Weights, rollouts with all rewards, pairs, completions and scores; only times differ. The one that was
+    not killed has rollout and policy in the same place."""
+    run(tmp_path, "placement.colocate=[rollout,policy]")
     for name in STAGES:
         manifests = [
             json.loads((page / name / "manifest.json").read_text()) for page in (finished, tmp_path / "small")

@@ -13,14 +13,17 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tokenizers import processors
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,7 +39,17 @@ from transformers import (
 from pns.config import Data, PromptFamily
 from pns.data.problems import read_problems
 from pns.data.prompts import Prompts, apply_family
-from small_models import ANSWERS, REASONINGS, build_tokenizer, teach
+from small_models import (
+    ANSWERS,
+    HIDDEN,
+    QWEN,
+    REASONINGS,
+    body_config,
+    build_tokenizer,
+    chat_tokenizer,
+    drawn,
+    teach,
+)
 
 ROOT = Path(__file__).parents[1]
 PROBLEMS = ROOT / "tests" / "cases" / "problems.jsonl"
@@ -69,7 +82,14 @@ LLAMA3_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 
-SHORT = [
+# As of DeepSeek's distillations: the prompt opens the reasoning block.
+DEEPSEEK_TEMPLATE = (
+    "{{- bos_token }}{%- for message in messages %}{%- if message.role == 'user' %}{{- '<\uff5cUser\uff5c>' + message.content }}"
+    "{%- else %}{{- '<\uff5cAssistant\uff5c>' + message.content.split('</think>')[-1] + eos_token }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<\uff5cAssistant\uff5c><think>\n' }}{%- endif %}"
+)
+
+SMALL = [
     "placement.device=cpu",
     "placement.rollout.replicas=1",
     "placement.policy.replicas=1",
@@ -77,17 +97,28 @@ SHORT = [
     "rollout.engine=transformers",
     f"rollout.max_new_tokens={MAX_NEW_TOKENS}",
     "policy.max_tokens_per_micro_batch=4096",
-    "reward.terms.plausibility.pool.replicas=1",
-    "reward.terms.coherence.pool.replicas=1",
     "data.benchmarks=[]",
     "data.decontaminate=false",  # its suite is its training set
+    f"evaluate={{max_new_tokens: {MAX_NEW_TOKENS}, generator_samples: 16}}",
+]
+SHORT = [
+    *SMALL,
+    "reward.terms.plausibility.pool.replicas=1",
+    "reward.terms.coherence.pool.replicas=1",
     "rl={steps: 2, problems_per_step: 8, completions_per_problem: 4}",
     "reward_model={steps: 2, pairs_per_step: 4}",
     "reverse_rl={steps: 2, problems_per_step: 8, completions_per_problem: 4}",
     "synthesize.samples_per_problem=3",
     "pair.samples_per_problem=4",
     "preference={steps: 2, pairs_per_step: 4}",
-    f"evaluate={{max_new_tokens: {MAX_NEW_TOKENS}, generator_samples: 16}}",
+]
+SHORT_BCPG = [
+    *SMALL,
+    "bcpg.step_judge.pool.replicas=1",
+    "bcpg.process_reward.pool.replicas=1",
+    "data.max_prompt_tokens=512",  # then the two recipes have the same samples, which are drawn once
+    "bcpg.segments.min_tokens=4",
+    "bcpg={steps: 2, problems_per_step: 8, samples_per_problem: 8}",
 ]
 
 
@@ -101,7 +132,7 @@ class Family:
     make: type[PreTrainedModel]
     config: type[Any]
     special: tuple[str, ...]
-    ends: tuple[str, str]
+    ends: tuple[str, ...]
     template: str
     block: tuple[str, str]  # what opens and what closes the reasoning
     own: dict[str, Any]  # of the architecture's configuration
@@ -155,13 +186,32 @@ FAMILIES = (
 )
 
 
+DEEPSEEK_SPECIAL = (
+    *(f"<\uff5c{name}\u2581of\u2581sentence\uff5c>" for name in ("begin", "end")),
+    *(f"<\uff5c{name}\uff5c>" for name in ("User", "Assistant")),
+)
+DEEPSEEK = Family(
+    "bcpg-r1-distill-1.5b",
+    PromptFamily.deepseek,
+    Qwen2ForCausalLM,
+    Qwen2Config,
+    DEEPSEEK_SPECIAL,
+    DEEPSEEK_SPECIAL[1:2],
+    DEEPSEEK_TEMPLATE,
+    ("", "\n</think>\n\n"),
+    {},
+)
+
+
 def make_tokenizer(family: Family, rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
     texts = [row[key] for row in rows for key in ("problem", "solution")]
-    tags = ("<think>", "</think>") if family.block[0] else ()
+    tags = ("<think>", "</think>") if "</think>" in family.block[1] else ()
     options = {"eos_token": family.ends[0], "chat_template": family.template}
     if family.prompt is PromptFamily.qwen:
         return build_tokenizer(texts, family.special, tags, pad_token="<|endoftext|>", **options)
-    # As Llama's: no padding token, and a plain text gets the first token from the tokenizer itself.
+    # A plain text gets the first token from the tokenizer. Llama's has no padding token, DeepSeek's is the end.
+    if family.prompt is PromptFamily.deepseek:
+        options["pad_token"] = family.ends[0]
     bos = family.special[0]
     tokenizer = build_tokenizer(texts, family.special, tags, bos_token=bos, **options)
     first = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
@@ -195,6 +245,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
+def save_service(directory: Path, head: dict[str, torch.Tensor], added: Sequence[str] = ()) -> None:
+    """A chat model of random weights that reads bytes, with the tensors of a head."""
+    model = AutoModelForCausalLM.from_config(body_config(max_position_embeddings=8192))
+    model.save_pretrained(directory, state_dict=model.state_dict() | head)
+    tokenizer = chat_tokenizer(QWEN)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+    tokenizer.save_pretrained(directory)
+
+
 def prepare(family: Family, directory: Path) -> list[str]:
     """Problems, a taught backbone and a reward model of random weights; the overrides that name them."""
     everything = sorted(read_rows(PROBLEMS), key=lambda row: len(row["problem"]))
@@ -222,24 +281,28 @@ def prepare(family: Family, directory: Path) -> list[str]:
         tokenizer.save_pretrained(directory / name)
     return [
         f"models.backbone={directory / 'backbone'}",
-        f"models.reward_model={directory / 'scorer'}",
-        f"reward.terms.coherence.model={directory / 'backbone'}",
         f"data.jsonl.train={problems}",
         f"data.jsonl.suites.own={problems}",
         f"runs={directory / 'runs'}",
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.recipe)
-def test_every_stage_of_a_real_recipe(tmp_path: Path, family: Family) -> None:
-    words = [*prepare(family, tmp_path), *SHORT]
-    command = [sys.executable, "-m", "pns.cli", "run", family.recipe, *words]
+def run_recipe(recipe: str, directory: Path, *words: str) -> Path:
+    """Run a shipped recipe in a process of its own; returns the run's directory."""
+    command = [sys.executable, "-m", "pns.cli", "run", recipe, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    run = tmp_path / "runs" / family.recipe
+    return directory / "runs" / recipe
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.recipe)
+def test_every_stage_of_a_real_recipe(tmp_path: Path, family: Family) -> None:
+    words = [*prepare(family, tmp_path), f"models.reward_model={tmp_path / 'scorer'}"]
+    words += [f"reward.terms.coherence.model={tmp_path / 'backbone'}"]
+    run = run_recipe(family.recipe, tmp_path, *words, *SHORT)
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["prompt"] == family.prompt
     assert set(json.loads((run / "report.json").read_text())["suites"]["own"]) >= {
         "backbone",
@@ -264,3 +327,39 @@ def test_every_stage_of_a_real_recipe(tmp_path: Path, family: Family) -> None:
     pairs = read_rows(run / "pair" / "preference.jsonl")
     roles = [message["role"] for message in pairs[0]["prompt"]]
     assert roles == (["user"] if family.prompt is PromptFamily.llama else ["system", "user"])
+
+
+def test_every_stage_of_the_bcpg_recipes(tmp_path: Path) -> None:
+    """The 1.5 B's with both services, all through; the 14 B's, on the same architecture, up to its labels."""
+    # Of Qwen2.5-Math-PRM's form: two outputs of one hidden layer, read at a separator.
+    head = {"score.0.weight": drawn(HIDDEN, HIDDEN), "score.0.bias": drawn(HIDDEN)}
+    head |= {"score.2.weight": drawn(2, HIDDEN), "score.2.bias": drawn(2)}
+    save_service(tmp_path / "process_reward", head, ["<extra_0>"])
+    save_service(tmp_path / "step_judge", {})
+    words = [*prepare(DEEPSEEK, tmp_path), *SHORT_BCPG]
+    words += [f"bcpg.{name}.model={tmp_path / name}" for name in ("step_judge", "process_reward")]
+    run = run_recipe(DEEPSEEK.recipe, tmp_path, *words)
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["prompt"] == DEEPSEEK.prompt
+    arms = ("rft", "bcpg", "nsa")
+    assert set(json.loads((run / "report.json").read_text())["suites"]["own"]) == {"backbone", *arms}
+    for arm in arms:
+        logged = [row["values"] for row in read_rows(run / f"bcpg_{arm}_1" / "metrics.jsonl")]
+        assert len(logged) == 2, arm
+        assert all(row["update_skipped"] == 0 for row in logged), arm
+        assert max(row["grad_norm"] or 0 for row in logged) > 0, arm
+        config = json.loads((run / f"bcpg_{arm}_1" / "model" / "config.json").read_text())
+        assert config["architectures"] == ["Qwen2ForCausalLM"]
+    samples = read_rows(run / "sample_nsa_1" / "rollouts.jsonl")
+    assert all(row["completion"]["text"].startswith("<think>") for row in samples)
+    labels = read_rows(run / "label_steps_nsa_1" / "labels.jsonl")
+    assert labels
+    assert not any(row["missing"] for row in labels)
+    steps = [step for row in labels for step in row["steps"]]
+    assert len(steps) > len(labels)  # of several steps each
+    assert {type(step["judge"]) for step in steps} == {bool}
+    assert all(0 <= step["process_reward"] <= 1 for step in steps)
+    longer = run_recipe("bcpg-r1-distill-14b", tmp_path, *words, "--until", "label_steps")
+    steps = [
+        step for row in read_rows(longer / "label_steps_nsa_1" / "labels.jsonl") for step in row["steps"]
+    ]
+    assert {(type(step["judge"]), step["process_reward"]) for step in steps} == {(bool, None)}

@@ -135,7 +135,7 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("reward.terms.policy.weight=1", ("reward.terms.policy", "rollout, policy, verifier")),
         ("reward.terms.Two-words.weight=1", ("reward.terms.Two-words", "plain word")),
         ("reverse_rl.stop_term=beauty", ("stop_term: 'beauty'", "plausibility", "stop_patience=0")),
-        ("reward.terms.plausibility.weight=0", ("stop_term: 'plausibility'", "there are: wrong, coherence")),
+        ("reward.terms.plausibility.weight=0", ("stop_term: 'plausibility'", "there are: coherence")),
         ("pair.scored_by=coherence", ("pair.scored_by: 'coherence'", "reward_model: plausibility")),
         (
             "reverse_rl={refresh_every: 5, stop_term: coherence}\nreward.terms.plausibility.weight=0",
@@ -157,6 +157,26 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("reward.terms.coherence.pool.resources={slot: 1.5}", ("resources.slot: 1.5", "whole")),
         ("reward.terms.coherence.pool.labels={zone: ''}", ("coherence.pool.labels: 'zone'", "value")),
         ("placement.policy.gpus=2", ("placement.policy.gpus: 2.0", "replicas")),
+        ("placement.colocate=[rollout]", ("placement.colocate: [rollout] must be", "[rollout,policy] or []")),
+        ("placement.colocate=[rollout,coherence]", ("[rollout, coherence] must be", "only these two roles")),
+        (
+            "placement={colocate: [rollout,policy], policy: {replicas: 4}, rollout: {replicas: 1, gpus: 2}}",
+            ("rollout has 1 x 2 GPUs and policy 4 ranks", "set placement.policy.replicas=2"),
+        ),
+        (
+            "placement={colocate: [rollout,policy], rollout: {gpus: 0.5}}",
+            ("rollout has 0.5 GPUs a replica", "placement.rollout.gpus to 1 or more, whole"),
+        ),
+        (
+            "placement={colocate: [rollout,policy], rollout: {labels: {zone: a}}}",
+            ("placement.colocate: the two roles lie on the same nodes", "labels of placement.policy"),
+        ),
+        (
+            "placement={colocate: [rollout,policy], policy: {replicas: 6}, rollout: {replicas: 3, gpus: 2}}"
+            "\npolicy.fsdp_size=3",
+            ("policy.fsdp_size: 3 is no multiple of placement.rollout.gpus, 2", "raise it"),
+        ),
+        ("policy.fsdp_size=2", ("policy.fsdp_size: 2 does not divide", "replicas, 1", "set it to")),
     ],
 )
 def test_wrong_configuration_is_one_line(recipe: Path, override: str, words: tuple[str, ...]) -> None:

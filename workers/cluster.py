@@ -14,7 +14,7 @@ from ray.autoscaler.sdk import request_resources
 
 from pns.config import Config
 from pns.errors import UserError
-from workers.packing import Node
+from workers.packing import Node, counted, needed_together
 from workers.placement import (
     NoRoomError,
     bundles,
@@ -94,10 +94,10 @@ class Cluster:
     def _request_nodes(self) -> None:
         """Only on a device that the recipe names is waited for nodes without any GPU there."""
         device = self._config.placement.device.value
-        asked = bundles(self._config, self._roles, "cpu" if device == "cpu" else "cuda")
-        processes = [b for b in asked for _ in range(b.replicas)]
-        shapes = [{unit: amount for unit, amount in b.amounts.items() if amount} for b in processes]
-        request_resources(bundles=shapes, bundle_label_selectors=[b.labels for b in processes])
+        asked = counted(bundles(self._config, self._roles, "cpu" if device == "cpu" else "cuda"))
+        on_a_node = [b for b in asked for _ in range(b.replicas // b.together)]
+        shapes = [{unit: amount for unit, amount in needed_together(b).items() if amount} for b in on_a_node]
+        request_resources(bundles=shapes, bundle_label_selectors=[b.labels for b in on_a_node])
 
     def _start(self) -> str:
         gpus = torch.cuda.device_count()

@@ -5,16 +5,19 @@ Each starts in the background when `start` names it; using a role waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pns.algo.reward import reads_tokens
 from pns.config import STEP_SERVICES, Config, Service, services
-from workers.placement import bundles, used_roles
+from workers.packing import counted
+from workers.phases import Phases
+from workers.placement import bundles, ranks_on_a_node, ranks_per_replica, shared_pool, used_roles
+from workers.reservation import Slot, release, reserve, slots
 from workers.runtime import Runtime
-from workers.training.reservation import release, reserve
 
 if TYPE_CHECKING:
     from workers.rewards.service import ScoringPool
@@ -32,17 +35,20 @@ class Fleet:
         self._threads = ThreadPoolExecutor(thread_name_prefix="fleet")
         self._roles: dict[str, Future[Any]] = {}
         self._policy: Policy | None = None  # beside the others, as no thread may start it
-        self._ranks: Any = None  # the placement group of the policy
+        self._ranks: list[Any] = []  # the placement groups of the policy
+        self._shares = bool(config.placement.colocate)  # the policy's GPUs with rollout
+        self._slots: list[Slot] = []  # of rollout, in the groups
+        self._phases = Phases()
 
     def start(self, roles: Collection[str]) -> None:
         """Begin starting the named roles without waiting for them; the policy's place is taken now, before
         the others could scatter over its nodes, and it starts when it is first used. Raises UserError for a
         role that there is not, and where the policy has no place."""
         used = used_roles(self.config, roles)
-        if "policy" in used:
+        if "policy" in used or (self._shares and "rollout" in used):
             self._reserve_ranks()
         # On GPUs a role waits for those that need more GPUs together: its processes could take one of each.
-        gpus = {b.role: b.amounts["GPU"] for b in bundles(self.config, used, self.runtime.device)}
+        gpus = {b.role: b.amounts["GPU"] for b in counted(bundles(self.config, used, self.runtime.device))}
         for role in sorted(used, key=lambda role: -gpus.get(role, 0.0)):
             if role != "policy" and role not in self._roles:
                 share = gpus.get(role, 0.0)
@@ -75,12 +81,22 @@ class Fleet:
 
             self._reserve_ranks()
             pool = self.config.placement.policy
-            self._policy = Policy(pool, self.config.policy, self.runtime, self._ranks)
+            turn = self._turn_of("policy")
+            policy = Policy(pool, self.config.policy, self.runtime, self._ranks, turn)
+            self._phases.add("policy", policy.leave, policy.come)
+            self._policy = policy
         return self._policy
 
     def _reserve_ranks(self) -> None:
-        if self._ranks is None:
-            self._ranks = reserve(self.config.placement.policy, self.runtime)
+        if self._ranks:
+            return
+        pool = shared_pool(self.config) if self._shares else self.config.placement.policy
+        self._ranks = reserve(pool, self.runtime, ranks_on_a_node(self.config))
+        if self._shares:
+            self._slots = slots(self._ranks, ranks_per_replica(self.config), self.runtime)
+
+    def _turn_of(self, role: str) -> Callable[[], AbstractContextManager[None]]:
+        return partial(self._phases.turn, role) if self._shares else nullcontext
 
     def shutdown(self) -> None:
         """Stop every role that was started, also where one failed to start or fails to stop."""
@@ -88,7 +104,7 @@ class Fleet:
             stack.callback(self._threads.shutdown)
             if self._policy is not None:
                 stack.callback(self._policy.shutdown)
-            elif self._ranks is not None:
+            elif self._ranks:
                 stack.callback(release, self._ranks)
             for future in self._roles.values():
                 # One that has not begun never starts; one that is starting is waited for.
@@ -109,7 +125,11 @@ class Fleet:
         if role == "rollout":
             from workers.rollout.pool import RolloutPool
 
-            return RolloutPool(self.config.placement.rollout, self.config.rollout, self.runtime)
+            pool, settings = self.config.placement.rollout, self.config.rollout
+            turn = self._turn_of("rollout")
+            rollout = RolloutPool(pool, settings, self.runtime, self._slots, turn)
+            self._phases.add("rollout", rollout.sleep, rollout.wake_up)
+            return rollout
         if role == "verifier":
             from workers.rewards.verifier import Verifier
 

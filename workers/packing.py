@@ -4,6 +4,7 @@ Processes are laid on nodes in the order in which they are created: policy ranks
 of one, of fractions, of none. A process lies on one node, and a share of a GPU on one GPU.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Bundles:
     """`replicas` processes of a role, each with `amounts` of "GPU", "CPU" and custom resources, on nodes with
-    `labels`; `key` is its pool in the configuration, `most` what the pool may grow to."""
+    `labels`; `key` is its pool in the configuration, `most` what the pool may grow to. Every `together` of
+    them lie on one node; those `inside` another role take nothing that is not that role's."""
 
     role: str
     key: str
@@ -19,6 +21,8 @@ class Bundles:
     amounts: dict[str, float]
     labels: dict[str, str]
     most: int
+    together: int = 1
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,17 @@ class Node:
 @dataclass(frozen=True)
 class Misfit:
     """The first process that no node has room for: the role's, counted from 0; `left` is what the node that
-    comes nearest has, of what the process needs."""
+    comes nearest has, of what the process needs with those that lie on its node."""
 
     bundles: Bundles
     index: int
     node: str
     left: dict[str, float]
+
+
+def counted(asked: Iterable[Bundles]) -> list[Bundles]:
+    """Those that take something of a node."""
+    return [bundles for bundles in asked if not bundles.inside]
 
 
 def creation_order(asked: Iterable[Bundles]) -> list[Bundles]:
@@ -67,25 +76,35 @@ def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
 def first_misfit(asked: Iterable[Bundles], nodes: Sequence[Node]) -> Misfit | None:
     """The first process without room; None: all fit. Some node has to have the labels of each.
 
-    Ranks fill the emptiest node, then the next, as Ray packs a placement group. The others take the fullest
-    node that has room; Ray may spread them more, which matters only where fractions differ.
+    Ranks fill the emptiest node, then the next, as Ray packs a placement group; of several groups each is
+    packed by itself. The others take the fullest node that has room; Ray may spread them more, which matters
+    only where fractions differ.
     """
     rooms = [_Room(node) for node in nodes]
     for bundles in creation_order(asked):
         allowed = [room for room in rooms if has_labels(room.node, bundles.labels)]
-        amounts = bundles.amounts
+        together, amounts = bundles.together, needed_together(bundles)
         chosen = allowed[0]
-        for index in range(bundles.replicas):
+        for index in range(0, bundles.replicas, together):
             open_rooms = [room for room in allowed if room.fits(amounts)]
             if not open_rooms:
                 nearest = max(allowed, key=lambda room: room.nearness(amounts))
                 return Misfit(bundles, index, nearest.node.name, nearest.left_of(amounts))
             if bundles.role != "policy":
                 chosen = min(open_rooms, key=lambda room: room.tightness(amounts))
-            elif index == 0 or chosen not in open_rooms:
+            elif together > 1 or index == 0 or chosen not in open_rooms:
                 chosen = max(open_rooms, key=lambda room: room.emptiness(amounts))
-            chosen.take(amounts)
+            for _ in range(together):
+                chosen.take(bundles.amounts)
     return None
+
+
+def needed_together(bundles: Bundles) -> dict[str, float]:
+    """What the processes that lie on one node need of it. Several are ranks: no two of them share a GPU."""
+    if bundles.together == 1:
+        return bundles.amounts
+    num = bundles.together
+    return {unit: num * (math.ceil(own) if unit == "GPU" else own) for unit, own in bundles.amounts.items()}
 
 
 class _Room:

@@ -8,11 +8,12 @@ the driver and take nothing that Ray counts.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pns.config import Config, Device, EngineKind, Pool, ServicePool, services
 from pns.errors import UserError
-from workers.packing import Bundles, Misfit, Node, first_misfit, has_labels
+from workers.packing import Bundles, Misfit, Node, counted, first_misfit, has_labels, needed_together
 from workers.runtime import process_environment
 
 FIXED_ROLES = ("rollout", "policy", "verifier")
@@ -48,23 +49,49 @@ def bundles(config: Config, roles: Collection[str], device: str) -> list[Bundles
     for name, service in services(config).items():
         if not service.url:
             pools[name] = (f"{service.key}.pool", service.pool)
+    shared = config.placement.colocate
+    if any(role in shared for role in roles):
+        roles = [*roles, *shared]  # the place of both is taken, whichever is used
     asked = []
     for role in used_roles(config, roles):
         if role not in pools:  # processes or threads of the driver
             continue
         key, pool = pools[role]
+        if shared and role == "policy":
+            pool = shared_pool(config)
         gpus = 0.0 if device == "cpu" else pool.gpus
         cpus = max(1.0, pool.cpus) if role == "policy" else pool.cpus  # verl's own task takes one
         amounts = {"GPU": gpus, "CPU": cpus} | pool.resources
         grown = pool.max_replicas if isinstance(pool, ServicePool) else 0
-        asked.append(Bundles(role, key, pool.replicas, amounts, pool.labels, grown or pool.replicas))
+        most = grown or pool.replicas
+        together = max(1, ranks_on_a_node(config)) if role == "policy" else 1
+        inside = "policy" if shared and role == "rollout" else ""
+        asked.append(Bundles(role, key, pool.replicas, amounts, pool.labels, most, together, inside))
     return asked
+
+
+def shared_pool(config: Config) -> Pool:
+    """The policy's pool, with room in each rank's bundle for its part of a rollout replica."""
+    rollout, policy = config.placement.rollout, config.placement.policy
+    return replace(policy, cpus=max(1.0, policy.cpus) + rollout.cpus / ranks_per_replica(config))
+
+
+def ranks_per_replica(config: Config) -> int:
+    """Of the policy, with whose GPUs a rollout replica works where they are shared."""
+    return max(1, int(config.placement.rollout.gpus))
+
+
+def ranks_on_a_node(config: Config) -> int:
+    """How many ranks of the policy have to lie on one node together; 0: none."""
+    if config.placement.colocate and not config.policy.fsdp_size and ranks_per_replica(config) > 1:
+        return ranks_per_replica(config)
+    return config.policy.fsdp_size
 
 
 def totals(config: Config, roles: Collection[str], device: str) -> dict[str, float]:
     """{"GPU": ..., "CPU": ..., custom resource: ...}: the sums over the used roles."""
     sums: dict[str, float] = {"GPU": 0, "CPU": 0}
-    for b in bundles(config, roles, device):
+    for b in counted(bundles(config, roles, device)):
         for unit, amount in b.amounts.items():
             sums[unit] = sums.get(unit, 0) + b.replicas * amount
     return sums
@@ -74,7 +101,7 @@ def check_placement(config: Config, roles: Collection[str], nodes: Sequence[Node
     """Raise UserError unless every policy rank has a GPU on `device` that no other rank has, and NoRoomError
     unless the nodes have the GPUs, CPUs, custom resources and labels that the used roles ask for: all
     together, and for each process on one node."""
-    asked = bundles(config, roles, device)
+    asked = counted(bundles(config, roles, device))
     for b in asked:
         gpus = b.amounts["GPU"]
         if b.role == "policy" and b.replicas > 1 and 0 < gpus <= 0.5:
@@ -110,17 +137,23 @@ def _room_faults(asked: list[Bundles], needed: dict[str, float], nodes: Sequence
 
 def _describe(misfit: Misfit) -> str:
     b = misfit.bundles
-    short = next(unit for unit, left in misfit.left.items() if left < b.amounts[unit])
-    knob = "replicas" if misfit.index else _key_of(short)
+    needed = needed_together(b)
+    short = next(unit for unit, left in misfit.left.items() if left < needed[unit])
+    lowered = f"{b.key}.{'replicas' if misfit.index else _key_of(short)}"
+    processes = f"{b.role} process {misfit.index + 1} of {b.replicas}"
+    if b.together > 1:
+        group, groups = misfit.index // b.together + 1, b.replicas // b.together
+        processes = f"{b.role} group {group} of {groups}, {b.together} ranks together,"
+        lowered = "policy.fsdp_size" if group == 1 else lowered  # or the replica beside them
     where = f"one node with {_said(b)}" if b.labels else "one node"
     # A plan may not know how many there are of something.
     units = [unit for unit, left in misfit.left.items() if math.isfinite(left)]
     needs, left = (
-        " and ".join(f"{amounts[unit]:g} {unit}" for unit in units) for amounts in (b.amounts, misfit.left)
+        " and ".join(f"{amounts[unit]:g} {unit}" for unit in units) for amounts in (needed, misfit.left)
     )
     return (
-        f"placement: {b.role} process {misfit.index + 1} of {b.replicas} needs {needs} on {where}, and the "
-        f"best node, {misfit.node}, has {left} left: lower {b.key}.{knob} or add a node"
+        f"placement: {processes} needs {needs} on {where}, and the best node, {misfit.node}, has {left} "
+        f"left: lower {lowered} or add a node"
     )
 
 
@@ -166,7 +199,7 @@ def local_resources(config: Config, roles: Collection[str], device: str) -> dict
     for nodes that one machine cannot be."""
     offered: Counter[str] = Counter()
     labels: dict[str, str] = {}
-    for b in bundles(config, roles, device):
+    for b in counted(bundles(config, roles, device)):
         for unit, amount in b.amounts.items():
             spare = 0 if unit in _COUNTED else _SPARE_SHARES
             offered[unit] += math.ceil((b.most + spare) * amount)
@@ -182,16 +215,12 @@ def local_resources(config: Config, roles: Collection[str], device: str) -> dict
     return arguments if device == "cuda" else arguments | {"num_gpus": 0}
 
 
-def environment_table(config: Config, roles: Collection[str], device: str) -> str:
-    """The environment variables of each used role's processes as text, a role a line, for `pns plan`; "auto"
-    shows those on GPUs."""
+def environments(config: Config, roles: Collection[str], device: str) -> dict[str, dict[str, str]]:
+    """The environment variables of each used role's processes on `device`, "cpu" or "cuda"."""
     vllm = config.rollout.engine is EngineKind.vllm
-    lines = []
+    of_roles = {}
     for b in bundles(config, roles, device):
         kind = b.role if b.role in FIXED_ROLES else "reward"
-        on = "cpu" if device == "cpu" else "cuda"
-        variables = process_environment(kind, on, b.amounts["CPU"], vllm and kind == "rollout")
-        lines.append(
-            f"{b.role:<14}" + " ".join(f"{name}={value}" for name, value in sorted(variables.items()))
-        )
-    return "\n".join(lines)
+        variables = process_environment(kind, device, b.amounts["CPU"], vllm and kind == "rollout")
+        of_roles[b.role] = dict(sorted(variables.items()))
+    return of_roles

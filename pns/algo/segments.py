@@ -19,9 +19,11 @@ Splitter = Callable[[str], list[int]]
 _OPENING, _CLOSING = THINK_TAGS
 _NO_CONTENT = re.compile(rf"(?:\s|{TAG.pattern})*+")
 
-# Sentence ends: the mark, what closes quotes, brackets, emphasis and formulas, and white space.
+# Sentence ends: the mark, what closes quotes, brackets, emphasis and formulas, and white space; behind a
+# displayed formula a capital letter is enough.
 _END = re.compile(
     r"(?P<wide>[。！？｡]++[”’」』）】》\"')\]]*+\s*+)"
+    r"|(?P<display>[.!?]\s*+(?:\\\]|\$\$|\\end\{[A-Za-z]+\*?\})(?=[A-Z]))"
     r"|(?<![.!?…])(?P<mark>[.!?…]++)(?:[\"'”’»)\]}*_`]|\$\$?|\\[\])])*+(?:\s++|\Z)"
     r"|(?P<line>[\r\n]\s*+)"
 )

@@ -18,7 +18,7 @@ from pns.files import read_json, read_jsonl, write_json
 from pns.records import Answered, from_json
 from pns.run.page import RunPage
 from pns.run.place import STORE, UNFINISHED
-from pns.run.report import interval
+from pns.run.report import difference_interval, interval
 from pns.run.stage import ModelFiles, Plan
 from pns.run.tracking import METRICS
 from pns.stages.artefacts import Evaluation
@@ -137,8 +137,7 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
         differences = Table("suite", "difference % [95 %]", "p", "", title=f"{name} against {other}")
         for suite, models in scores.items():
             d = models[name]["against"][other]
-            difference = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-            differences.add_row(suite, difference, f"{d['p_value']:.4f}", d["verdict"])
+            differences.add_row(suite, difference_interval(d), f"{d['p_value']:.4f}", d["verdict"])
         shown.append(differences)
     for what in ("subject", "level"):
         groups = Table("suite", what, "n", "accuracy % [95 %]")

@@ -35,10 +35,13 @@ def headlines(recipe: Path) -> tuple[str, str]:
 
 def print_recipes() -> None:
     """Name, backbone and hardware of each in a line, and below it what it is."""
-    for name, path in shipped_recipes().items():
-        what, hardware = headlines(path)
-        backbone = load(path).models.backbone
+    shipped = shipped_recipes()
+    backbones = {name: load(path).models.backbone for name, path in shipped.items()}
+    for name, backbone in backbones.items():
         if Path(backbone).is_dir():
-            backbone = str(Path(backbone).relative_to(RECIPES))
-        print(f"{name:<15}{backbone:<35}{hardware}\n{'':15}{what}")
+            backbones[name] = str(Path(backbone).relative_to(RECIPES))
+    first, second = (max(map(len, words)) + 2 for words in (backbones, backbones.values()))
+    for name, path in shipped.items():
+        what, hardware = headlines(path)
+        print(f"{name:<{first}}{backbones[name]:<{second}}{hardware}\n{'':{first}}{what}")
     print("pns plan NAME: what a recipe asks for; pns run NAME: start it; pns init NAME: one of your own")

@@ -34,12 +34,19 @@ def check_stages(config: Config, first: str | None, last: str | None) -> None:
             raise UserError(f"{option} {stage}: the stages of this run are {', '.join(stages(config))}")
 
 
-def report_run(directory: Path) -> None:
-    """Print the tables of a run again, and rebuild its report and plots."""
-    check_page(directory)
+def report_runs(directories: Sequence[Path], against: Sequence[str] = (), file: Path | None = None) -> None:
+    """Of one run print the tables again, and rebuild its report and plots; of several, or with `against` or
+    `file`, print accuracies and differences over all of them."""
+    for directory in directories:
+        check_page(directory)
+    if len(directories) > 1 or against or file is not None:
+        from pns.commands.compare import compare_runs
+
+        compare_runs(directories, against, file)
+        return
     from pns.run.report import write_report
 
-    write_report(directory)
+    write_report(directories[0])
 
 
 def list_runs(runs: Path) -> None:

@@ -30,6 +30,24 @@ class Assumptions:
     judge_prompt_tokens: int = _assumed(
         330, "the judge's instructions, tokens", "pns.algo.judging in Qwen2.5's tokens", at_least(0)
     )
+    step_judge_prompt_tokens: int = _assumed(
+        450, "the same of the step judge", "pns.algo.step_judging, estimated from characters", at_least(0)
+    )
+    wrong_share: float = _assumed(
+        0.5, "of the samples that are wrong: labelled, where steps are", "not known before sampling", up_to(1)
+    )
+    step_tokens: int = _assumed(
+        50,
+        "mean step of a wrong completion, in bcpg.segments' limits",
+        "estimated: two sentences",
+        at_least(1),
+    )
+    step_line_tokens: int = _assumed(
+        15, "the step judge reads for each step beside it", "pns.algo.step_judging", at_least(0)
+    )
+    step_grade_tokens: int = _assumed(
+        4, "the step judge writes for each step, one after the other", "pns.algo.step_judging", at_least(1)
+    )
     decode_bandwidth: float = _assumed(
         0.8, "share of memory bandwidth that decoding reaches", "estimated; common of vLLM", up_to(1)
     )

@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pns.config import EngineKind, TermKind
+from pns.config import STEP_SERVICES, EngineKind, Method, services
 from pns.errors import UserError
 from pns.planning import memory
 from pns.planning.assumptions import Assumptions
 from pns.planning.memory import Training, total
 from pns.planning.nodes import Gpu, Process
-from pns.planning.plan import Plan, tensor_parallel
+from pns.planning.plan import Plan, forward_tokens, longest_labelled, tensor_parallel
 from pns.planning.work import BACKBONE, REWARD_MODEL
 from workers.packing import Node
 from workers.placement import check_placement, totals
@@ -21,7 +21,7 @@ _RAY_STORE_SHARE, _RAY_STORE_GB = 0.3, 200.0  # of a machine's memory, and the m
 
 def faults(plan: Plan) -> list[str]:
     """All of them; empty: the plan fits, as far as it is known."""
-    found = [*length_faults(plan), *cache_faults(plan)]
+    found = [*length_faults(plan), *step_faults(plan), *cache_faults(plan)]
     if plan.cluster is None:
         found += machine_faults(plan)
     else:
@@ -40,6 +40,21 @@ def length_faults(plan: Plan) -> Iterator[str]:
     if plan.training and longest > limit:
         way_out = f"set policy.max_tokens_per_micro_batch={_power_of_two(longest)}"
         yield f"{sum_said} tokens do not fit policy.max_tokens_per_micro_batch = {limit}: {way_out}"
+
+
+def step_faults(plan: Plan) -> Iterator[str]:
+    """The longest prompt and completion fit what labels their steps."""
+    assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
+    for role in STEP_SERVICES:
+        found = plan.models.get(role)
+        if found is None or (tokens := longest_labelled(plan, role, assumed)) <= found.shape.max_positions:
+            continue
+        other = next(name for name in STEP_SERVICES if name != role).removeprefix("step_")
+        yield (
+            f"{role}: a prompt and completion of the longest are {tokens} tokens to it, and {found.name} has "
+            f"{found.shape.max_positions} positions (what is longer gets no labels): lower "
+            f"rollout.max_new_tokens, name a model with more, or ask the other alone (bcpg.rule={other})"
+        )
 
 
 def cache_faults(plan: Plan) -> Iterator[str]:
@@ -107,12 +122,16 @@ def gpu_faults(plan: Plan) -> Iterator[str]:
         for gpu in node.gpus:
             if gpu.used_gb <= gpu.kind.memory_gb:
                 continue
-            worst = max(gpu.residents, key=lambda process: process.gpu_gb)
+            residents = [process for process in gpu.residents if process.gpu_gb]
+            worst = max(residents, key=lambda process: process.gpu_gb)
+            if plan.config.placement.colocate and worst.role == "policy":
+                fuller = max(("policy", "rollout"), key=plan.peak)
+                worst = replace(worst, role=fuller)
             if worst.role == "rollout" and any(cache_faults(plan)):
                 continue  # said there, with a better way out
-            together = " + ".join(f"{p.role} {p.gpu_gb:.0f}" for p in gpu.residents)
+            together = " + ".join(f"{p.role} {p.gpu_gb:.0f}" for p in residents)
             said = f"{gpu.kind.name} with {gpu.kind.memory_gb:g} GB"
-            if len(gpu.residents) > 1:
+            if len(residents) > 1:
                 way_out = f"give {worst.role} a GPU of its own ({plan_key(plan, worst.role)}.gpus=1)"
                 yield f"{together} GB do not fit one {said}: {way_out}"
             else:
@@ -129,19 +148,21 @@ def way_out_of(plan: Plan, process: Process, gpu: Gpu) -> str:
     """The nearest change of the configuration with which the process fits its GPU."""
     assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
     if process.role == "policy":
-        return policy_way_out(plan, gpu.kind.memory_gb, assumed)
+        asleep_gb = plan.asleep_gb(assumed) if plan.config.placement.colocate else 0.0
+        return policy_way_out(plan, gpu.kind.memory_gb - asleep_gb, assumed)
     if process.role == "rollout":
         settings = plan.config.rollout
         over = (process.gpu_gb - gpu.kind.memory_gb) / gpu.kind.memory_gb
         fraction = math.floor(20 * (settings.memory_fraction - over)) / 20  # in steps of 0.05
         return f"set rollout.memory_fraction={max(0.05, fraction):g}"
-    term, found = plan.config.reward.terms[process.role], plan.models[process.role]
+    service, found = services(plan.config)[process.role], plan.models[process.role]
     assert found is not None  # its memory is known
-    key = f"reward.terms.{process.role}"
-    judges = term.kind is TermKind.judge
-    tokens = term.pool.batch_tokens or memory.FORWARD_TOKENS["cuda"]
-    while tokens > 2048:
-        tokens //= 2
+    key, judges = service.key, service.judges
+    fewest, tokens = 2048, forward_tokens(plan, process.role, assumed)
+    if process.role in STEP_SERVICES:  # a completion is read whole
+        fewest = max(fewest, longest_labelled(plan, process.role, assumed))
+    while tokens > fewest:
+        tokens = max(fewest, tokens // 2)
         parts = memory.scorer_memory(found.shape, judges, tokens, "cuda", assumed)
         if total(parts) <= gpu.kind.memory_gb:
             return f"set {key}.pool.batch_tokens={tokens}"
@@ -167,6 +188,8 @@ def policy_way_out(plan: Plan, gpu_gb: float, assumed: Assumptions) -> str:
     for fewer in halves:
         if fits(micro_batch_tokens=fewer, checkpointing=True):
             return f"set policy.max_tokens_per_micro_batch={fewer}"
+    if plan.config.policy.fsdp_size and fits(fsdp_size=0, checkpointing=True):
+        return "set policy.fsdp_size=0"
     ranks = next(iter(plan.training.values())).ranks
     trained = [own for own in plan.training.values() if not own.score_head]
     fits_adapted = all(total(memory.policy_memory(_adapted(own), assumed)) <= gpu_gb for own in trained)
@@ -220,6 +243,12 @@ def remarks(plan: Plan) -> list[str]:
     ranks = next(iter(plan.training.values())).ranks if plan.training else 0
     if ranks:
         said.append(f"a resume needs the same number of policy ranks ({ranks})")
+    if plan.config.method is Method.bcpg:
+        assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
+        share = f"{assumed.wrong_share:.0%} of the samples are taken to be wrong (wrong_share)"
+        said.append(
+            f"{share}; what arms have in common in the first round stands with the first that needs it"
+        )
     kinds = {gpu.kind.name for node in plan.nodes for gpu in node.gpus}
     if len(kinds) > 1:
         said.append("Ray does not look at GPU memory: with several kinds of GPU it may choose the smaller")
@@ -229,7 +258,7 @@ def remarks(plan: Plan) -> list[str]:
             "completion is taken to be scored"
         )
     for name, own in (("rl", plan.config.rl), ("reverse_rl", plan.config.reverse_rl)):
-        if own.dynamic_sampling and plan.times:
+        if own.dynamic_sampling and any(stage.startswith(name) for stage in plan.stages):
             said.append(f"{name}.dynamic_sampling may draw {own.dynamic_sampling} times more: not counted")
     growing = [b.role for b in plan.placed if b.most > b.replicas]
     if growing:

@@ -1,7 +1,7 @@
 """Memory of a process by part, in GB (10^9 bytes): a formula a line.
 
-N weights, R ranks; b bytes of an element that is computed with (bfloat16 2, float32 4). On a CPU the formulas
-are those of the same process without a GPU, where `device` is host memory.
+N weights, S ranks that hold a copy of them together; b bytes of an element that is computed with (bfloat16 2,
+float32 4). On a CPU the formulas are those of the same process without a GPU, where `device` is host memory.
 """
 
 from dataclasses import dataclass
@@ -46,6 +46,11 @@ class Training:
     reference: bool = False  # a second, frozen model beside it
     score_head: bool = False  # a reward model
     lora_rank: int = 0
+    fsdp_size: int = 0  # ranks that hold a copy of the model together; 0: all
+
+    @property
+    def shards(self) -> int:
+        return self.fsdp_size or self.ranks
 
     @property
     def parameters(self) -> int:
@@ -72,6 +77,7 @@ def training_of(
         micro_batch_tokens=min(tokens, settings.max_tokens_per_micro_batch),
         checkpointing=settings.gradient_checkpointing,
         lora_rank=0 if options.get("score_head") else lora.rank,
+        fsdp_size=settings.fsdp_size,
         **options,
     )
 
@@ -86,25 +92,25 @@ def policy_memory(of: Training, assumed: Assumptions) -> Parts:
 
 def training_memory(of: Training) -> Parts:
     """Of the backward pass, whose fullest moment is at the head or at the last layer."""
-    gradients = FLOAT32 * of.trained_parameters / of.ranks / GB  # there from the second micro-batch on
+    gradients = FLOAT32 * of.trained_parameters / of.shards / GB  # there from the second micro-batch on
     state = training_state(of) | {"gradients (float32)": gradients}
     return state | largest(head_backward(of), layer_backward(of))
 
 
 def restoring_memory(of: Training) -> Parts:
     """torch.load puts a second copy of weights and Adam beside those that are built."""
-    copies = FLOAT32 * (of.parameters + 2 * of.trained_parameters) / of.ranks / GB
+    copies = FLOAT32 * (of.parameters + 2 * of.trained_parameters) / of.shards / GB
     return training_state(of) | {"checkpoint while it is read": copies}
 
 
 def training_state(of: Training) -> Parts:
-    """What is there from the first step on, over the ranks."""
+    """What is there from the first step on, over the ranks of a copy."""
     state = {
-        "weights (float32)": FLOAT32 * of.parameters / of.ranks / GB,
-        "Adam (2 x float32)": 2 * FLOAT32 * of.trained_parameters / of.ranks / GB,
+        "weights (float32)": FLOAT32 * of.parameters / of.shards / GB,
+        "Adam (2 x float32)": 2 * FLOAT32 * of.trained_parameters / of.shards / GB,
     }
     if of.reference and not of.lora_rank:  # an adapter that is switched off is the reference
-        state["reference (float32)"] = FLOAT32 * of.parameters / of.ranks / GB
+        state["reference (float32)"] = FLOAT32 * of.parameters / of.shards / GB
     return state
 
 
@@ -179,6 +185,11 @@ def layer_activation_bytes(shape: Shape, dtype_bytes: int) -> int:
     return norms + dtype_bytes * (attention + feed_forward)
 
 
+def away_on_the_host(of: Training) -> Parts:
+    """Of a rank whose GPU another role has: gradients are dropped."""
+    return {"models that are away": total(training_state(of))}
+
+
 # Rollout
 
 
@@ -213,6 +224,11 @@ def vllm_memory(
         "context": assumed.context_gb,
     }
     return parts, cache
+
+
+def asleep(is_vllm: bool, assumed: Assumptions) -> Parts:
+    """What an engine keeps of a GPU that another role has; the policy keeps its context."""
+    return {"context": assumed.context_gb} | ({"CUDA graphs": assumed.graphs_gb} if is_vllm else {})
 
 
 def sampler_gb(shape: Shape, max_batch: int) -> float:
@@ -304,8 +320,9 @@ def object_store_gb(shape: Shape) -> float:
 
 
 def checkpoint_gb(of: Training) -> float:
-    """Weights and both moments of Adam, float32."""
-    return FLOAT32 * (of.parameters + 2 * of.trained_parameters) / GB
+    """Weights and both moments of Adam, float32, of every copy of the model."""
+    copies = of.ranks // of.shards
+    return copies * FLOAT32 * (of.parameters + 2 * of.trained_parameters) / GB
 
 
 def export_gb(of: Training) -> float:

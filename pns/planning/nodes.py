@@ -14,13 +14,14 @@ from pns.planning.hardware import ClusterFile, GpuKind, NodeType, gpu_of
 
 @dataclass
 class Process:
-    """One process of a role; `gpu_gb` is of each of its GPUs."""
+    """One process of a role; `gpu_gb` is of each of its GPUs. Every `together` of them lie on one machine."""
 
     role: str
     rank: int
     gpus: float
     cpus: float
     gpu_gb: float
+    together: int = 1
 
 
 @dataclass
@@ -43,11 +44,12 @@ class Node:
     processes: list[Process] = field(default_factory=list)
 
     def place_for(self, process: Process) -> list[Gpu] | None:
-        """GPUs for it, the fullest that have room; None where it does not go here."""
-        if process.cpus > self.free_cpus:
+        """GPUs for it and those that lie with it, the fullest that have room; None where it does not go
+        here."""
+        if process.together * process.cpus > self.free_cpus:
             return None
         share = min(process.gpus, 1.0)
-        num = math.ceil(process.gpus)
+        num = process.together * math.ceil(process.gpus)
         candidates = [gpu for gpu in self.gpus if gpu.free >= share - 1e-9]
         candidates.sort(key=lambda gpu: (not _fits(gpu, process), gpu.free))
         return candidates[:num] if len(candidates) >= num else None
@@ -85,15 +87,34 @@ def place(processes: Sequence[Process], nodes: Sequence[Node]) -> list[Process]:
     """Put every process on a node: first those that need several GPUs of one machine, then the ranks of the
     policy, which exchange weights; returns those without a place."""
     unplaced = []
-    for process in sorted(processes, key=_difficulty, reverse=True):
+    ordered = sorted(processes, key=_difficulty, reverse=True)
+    while ordered:
+        process = ordered[0]
+        together, ordered = ordered[: process.together], ordered[process.together :]
         offers = [(node, gpus) for node in nodes if (gpus := node.place_for(process)) is not None]
         if not offers:
-            unplaced.append(process)
+            unplaced += together
             continue
         # First where its memory fits, then beside its own kind, then in the order of the file.
         node, gpus = min(offers, key=lambda offer: _order(process, *offer))
-        node.take(process, gpus)
+        of_each = len(gpus) // len(together)
+        for index, own in enumerate(together):
+            node.take(own, gpus[index * of_each : (index + 1) * of_each])
     return unplaced
+
+
+def lay_inside(nodes: Sequence[Node], role: str, ranks_each: int) -> None:
+    """Processes of a role that have the GPUs of `ranks_each` ranks of the policy each, which are placed; the
+    memory of both is counted as the ranks'."""
+    laid: dict[int, Process] = {}
+    for node in nodes:
+        for gpu in node.gpus:
+            for rank in [own.rank for own in gpu.residents if own.role == "policy"]:
+                replica = rank // ranks_each
+                if replica not in laid:
+                    laid[replica] = Process(role, replica, ranks_each, 0.0, 0.0)
+                    node.processes.append(laid[replica])
+                gpu.residents.append(laid[replica])
 
 
 def _difficulty(process: Process) -> tuple[float, bool, float]:

@@ -15,6 +15,8 @@ from pns.planning.faults import faults, remarks
 from pns.planning.memory import Parts, total
 from pns.planning.plan import Plan, StageTime
 from pns.planning.shapes import KnownModel
+from workers.packing import counted
+from workers.placement import environments
 
 WIDTH = 100
 
@@ -40,6 +42,9 @@ def print_plan(plan: Plan, title: str, price: float, with_assumptions: bool) -> 
         host = plan.host["this machine"]
         say(wrapped(f"host memory: {total(host):.1f} GB of {plan.machine_gb:.1f} = {spell(host)}"))
     say(wrapped(f"disk (runs): {total(plan.disk):.1f} GB = {spell(plan.disk)}"))
+    say("environment variables of each process:")
+    for line in environment_lines(plan):
+        say(wrapped(line))
     say("stages, tokens and seconds for one time (sampling and scoring go on at once):")
     console.print(time_table(plan))
     for line in cost_lines(plan, price):
@@ -101,9 +106,10 @@ def role_table(plan: Plan) -> Table:
 
 
 def total_line(plan: Plan) -> str:
-    cpus = sum(b.replicas * b.amounts["CPU"] for b in plan.placed)
+    cpus = sum(b.replicas * b.amounts["CPU"] for b in counted(plan.placed))
     verifiers = plan.config.placement.verifier_processes
-    return f"total: {plan.num_gpus:g} GPUs, {cpus:g} CPUs; {verifiers} verifier processes"
+    inside = "".join(f"; {b.role} is on the {b.inside}'s" for b in plan.placed if b.inside)
+    return f"total: {plan.num_gpus:g} GPUs, {cpus:g} CPUs; {verifiers} verifier processes{inside}"
 
 
 def memory_lines(plan: Plan) -> list[str]:
@@ -113,6 +119,12 @@ def memory_lines(plan: Plan) -> list[str]:
         stages = "" if own.role not in ("policy", "rollout") else f" ({', '.join(own.stages)})"
         note = f"; {own.note}" if own.note else ""
         lines.append(f"  {own.role}{stages}: {own.gb:.1f} = {spell(own.parts)}{note}")
+    assumed = plan.cluster.assumptions if plan.cluster else None
+    for b in plan.placed:
+        if b.inside and assumed is not None:
+            gb = plan.gpu_gb(b.inside, assumed)
+            kept = f"{plan.asleep_gb(assumed):.1f} and {assumed.context_gb:.1f}"
+            lines.append(f"  {b.role} and {b.inside} in turns: {gb:.1f}; {kept} stay of the one that is away")
     return lines
 
 
@@ -174,7 +186,7 @@ def parts_of(time: StageTime) -> str:
 def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
     """(stage, hours or None, what bounds it)."""
     costs = []
-    for stage in plan.stages:
+    for stage in (name for name, own in plan.stages.items() if own.phases):
         seconds = plan.seconds(stage)
         costs.append((stage, None if seconds is None else seconds / 3600, plan.bound(stage)))
     return costs
@@ -185,17 +197,18 @@ def cost_lines(plan: Plan, price: float) -> list[str]:
     if plan.cluster is None:
         return ["times are told for GPUs alone"]
     lines, hours = [], 0.0
+    width = max(14, *(len(stage) + 1 for stage in plan.stages))
     for stage, own, bound in stage_costs(plan):
         if own is None:
-            lines.append(f"  {stage:<14}not known")
+            lines.append(f"  {stage:<{width}}not known")
             continue
         hours += own
         money = f"{own * plan.num_gpus * price:9.0f}" if price else ""
         lines.append(
-            f"  {stage:<14}{own:8.2f} h{own * plan.num_gpus:10.1f} GPU-hours{money}   bound by {bound}"
+            f"  {stage:<{width}}{own:8.2f} h{own * plan.num_gpus:10.1f} GPU-hours{money}   bound by {bound}"
         )
     money = f"{hours * plan.num_gpus * price:9.0f}" if price else ""
-    lines.append(f"  {'total':<14}{hours:8.2f} h{hours * plan.num_gpus:10.1f} GPU-hours{money}")
+    lines.append(f"  {'total':<{width}}{hours:8.2f} h{hours * plan.num_gpus:10.1f} GPU-hours{money}")
     return lines
 
 
@@ -208,6 +221,19 @@ def assumption_table(assumed: Assumptions) -> Table:
     return table
 
 
+def environment_of(plan: Plan) -> dict[str, dict[str, str]]:
+    return environments(plan.config, [b.role for b in plan.placed], plan.device)
+
+
+def environment_lines(plan: Plan) -> list[str]:
+    """A line for roles with the same."""
+    roles_of: dict[str, list[str]] = {}
+    for role, variables in environment_of(plan).items():
+        said = " ".join(f"{name}={value}" for name, value in variables.items())
+        roles_of.setdefault(said, []).append(role)
+    return [f"  {', '.join(roles)}: {said or 'those of the node'}" for said, roles in roles_of.items()]
+
+
 def as_json(plan: Plan, price: float) -> dict[str, Any]:
     """All figures, in GB, seconds and GPU hours."""
     hours = stage_costs(plan) if plan.cluster else []
@@ -217,6 +243,7 @@ def as_json(plan: Plan, price: float) -> dict[str, Any]:
         "lengths": asdict(plan.lengths),
         "stages": {stage: list(own.roles) for stage, own in plan.stages.items()},
         "roles": [asdict(b) for b in plan.placed],
+        "environment": environment_of(plan),
         "num_gpus": plan.num_gpus,
         "memory_gb": [{**asdict(own), "gb": own.gb} for own in plan.memory],
         "nodes": [

@@ -9,15 +9,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pns.config import Config, EngineKind, TermKind
+from pns.config import STEP_SERVICES, Config, DataSource, EngineKind, services
 from pns.planning import memory, speed, work
 from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import ClusterFile, GpuKind
 from pns.planning.memory import GB, Cache, Parts, Training, total
-from pns.planning.nodes import Node, Process, homes, kinds_of, nodes_of, place
+from pns.planning.nodes import Node, Process, homes, kinds_of, lay_inside, nodes_of, place
 from pns.planning.shapes import KnownModel, find_model
 from pns.planning.work import Lengths, Phase, StageWork, Updates
-from workers.packing import Bundles
+from workers.packing import Bundles, counted
 from workers.placement import bundles
 
 
@@ -52,7 +52,7 @@ class StageTime:
         """Sampling, verdicts and scores go on at once; the rest one after the other."""
         if self.seconds is None:
             return None
-        after = ("other log-probs", "update", "sync")
+        after = ("other log-probs", "update", "sync", "turns")
         together = max((value for name, value in self.seconds.items() if name not in after), default=0.0)
         return together + sum(self.seconds.get(name, 0.0) for name in after)
 
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def num_gpus(self) -> float:
-        return sum(b.replicas * b.amounts["GPU"] for b in self.placed)
+        return sum(b.replicas * b.amounts["GPU"] for b in counted(self.placed))
 
     def bundle(self, role: str) -> Bundles | None:
         return next((b for b in self.placed if b.role == role), None)
@@ -100,6 +100,16 @@ class Plan:
     def peak(self, role: str) -> float:
         """GB of the fullest stage of a role."""
         return max((own.gb for own in self.memory if own.role == role), default=0.0)
+
+    def gpu_gb(self, role: str, assumed: Assumptions) -> float:
+        """GB that a process of a role takes of its GPU; of the policy, with what takes turns with it."""
+        rollout = self.bundle("rollout")
+        if role != "policy" or rollout is None or rollout.inside != role:
+            return self.peak(role)
+        return max(self.peak("policy") + self.asleep_gb(assumed), self.peak("rollout") + assumed.context_gb)
+
+    def asleep_gb(self, assumed: Assumptions) -> float:
+        return total(memory.asleep(self.config.rollout.engine is EngineKind.vllm, assumed))
 
     def seconds(self, stage: str) -> float | None:
         """Of the whole stage."""
@@ -128,9 +138,9 @@ def make_plan(
     """The plan of a checked configuration on `cluster` (None: on this machine's CPU)."""
     assumed = cluster.assumptions if cluster else Assumptions()
     device = "cuda" if cluster else "cpu"
-    stages = work.work_of(config)
+    stages = work.work_of(config, assumed)
     used = list(dict.fromkeys(role for own in stages.values() for role in own.roles))
-    at_endpoints = {name for name, term in config.reward.terms.items() if term.endpoint.url}
+    at_endpoints = {name for name, service in services(config).items() if service.url}
     placed = bundles(config, used, device)
     names = work.model_names(config)
     plan = Plan(
@@ -149,16 +159,19 @@ def make_plan(
         plan.notes.append(f"{name}: its shape is not known here ({way_out}): what depends on it is left out")
     add_memory(plan, vllm_gpu_gb(plan, assumed), assumed)
     processes = [
-        Process(b.role, rank, b.amounts["GPU"], b.amounts["CPU"], plan.peak(b.role))
-        for b in placed
+        Process(b.role, rank, b.amounts["GPU"], b.amounts["CPU"], plan.gpu_gb(b.role, assumed), b.together)
+        for b in counted(placed)
         for rank in range(b.replicas)
     ]
     plan.unplaced = place(processes, plan.nodes) if cluster else []
+    for b in placed:
+        if b.inside:
+            lay_inside(plan.nodes, b.role, tensor_parallel(b))
     if hosts := kinds_of(plan.nodes, "rollout"):  # vLLM takes its share of the GPUs that it is on
         plan.memory.clear()
         add_memory(plan, hosts[0].memory_gb, assumed)
         for process in processes:
-            process.gpu_gb = plan.peak(process.role)
+            process.gpu_gb = plan.gpu_gb(process.role, assumed)
     add_host(plan, assumed)
     add_times(plan, assumed)
     add_disk(plan, assumed)
@@ -202,13 +215,31 @@ def add_memory(plan: Plan, gpu_gb: float, assumed: Assumptions) -> None:
     for b in plan.placed:
         if b.role in ("rollout", "policy"):
             continue
-        term, found = plan.config.reward.terms[b.role], plan.models[b.role]
-        if found is not None:
-            judges = term.kind is TermKind.judge
-            parts = memory.scorer_memory(found.shape, judges, term.pool.batch_tokens, plan.device, assumed)
+        if (found := plan.models[b.role]) is not None:
+            judges = services(plan.config)[b.role].judges
+            tokens = forward_tokens(plan, b.role, assumed)
+            parts = memory.scorer_memory(found.shape, judges, tokens, plan.device, assumed)
             for stage, own in plan.stages.items():
                 if b.role in own.roles:
                     add(plan, b.role, stage, parts)
+
+
+def forward_tokens(plan: Plan, role: str, assumed: Assumptions) -> int:
+    """Tokens of a service's forward pass, at most. A completion whose steps are labelled is read whole."""
+    tokens = services(plan.config)[role].pool.batch_tokens or memory.FORWARD_TOKENS[plan.device]
+    return max(tokens, longest_labelled(plan, role, assumed)) if role in STEP_SERVICES else tokens
+
+
+def longest_labelled(plan: Plan, role: str, assumed: Assumptions) -> int:
+    """Tokens that `role`, one of STEP_SERVICES, reads of the longest prompt and completion."""
+    own = plan.lengths
+    text = own.max_prompt + own.max_completion
+    num_steps = math.ceil(work.steps_of(plan.config, own.max_completion, assumed))
+    if role == "process_reward":
+        return text + num_steps  # separators
+    beside = assumed.step_line_tokens + assumed.step_grade_tokens
+    is_tiny = plan.config.data.source is DataSource.tiny  # its judge reads no instructions
+    return text + (0 if is_tiny else assumed.step_judge_prompt_tokens) + num_steps * beside
 
 
 def add(plan: Plan, role: str, stage: str, parts: Parts, note: str = "") -> None:
@@ -292,6 +323,8 @@ def host_memory(plan: Plan, node: Node, moment: str, assumed: Assumptions) -> Pa
         own: Parts = {"process": assumed.process_gb}
         if process.role == "policy" and trained is not None:
             own = memory.policy_host(trained, process.rank, moment, assumed)
+            if moment == "sync" and plan.config.placement.colocate:
+                own |= memory.away_on_the_host(trained)
         elif process.role == "rollout" and shape is not None:
             own = memory.rollout_host(shape, math.ceil(process.gpus), moment, assumed)
         elif moment == "load" and (found := plan.models.get(process.role)):
@@ -387,13 +420,16 @@ def sampling_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str
 def term_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
     parts = {}
     for name, completions in phase.scored.items():
-        b, found, term = plan.bundle(name), plan.models.get(name), plan.config.reward.terms[name]
-        gpu = plan.gpu_of(name)
+        b, found, gpu = plan.bundle(name), plan.models.get(name), plan.gpu_of(name)
         if b is not None and found is not None and gpu is not None:
-            judges = term.kind is TermKind.judge
-            parts[name] = speed.scoring_seconds(
-                found.shape, judges, completions, plan.lengths, b.replicas, gpu, assumed
-            )
+            judges, shape = services(plan.config)[name].judges, found.shape
+            told = completions, plan.lengths, b.replicas, gpu, assumed
+            parts[name] = speed.scoring_seconds(shape, judges, *told)
+            if judges and name in STEP_SERVICES:
+                num_steps = work.steps_of(plan.config, plan.lengths.completion, assumed)
+                parts[name] += speed.grading_seconds(
+                    shape, num_steps, forward_tokens(plan, name, assumed), *told
+                )
     return parts
 
 
@@ -412,12 +448,13 @@ def policy_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, 
     on_nodes = homes(plan.nodes, "policy")
     speeds = [node.type.network_gb_s for node in plan.nodes if node.name in on_nodes]
     network = min(speeds) if len(on_nodes) > 1 else None
+    gathering = None if policy.fsdp_size else network  # a copy of the model lies on one machine
     parts = {}
     if updates.forwards:
         flops = updates.forwards * speed.forward_flops(shape, held, in_head, context)
         batches = updates.forwards * num_micro_batches
         parts["other log-probs"] = speed.update_seconds(
-            shape, flops, b.replicas, batches, 1, gpu, network, assumed
+            shape, flops, b.replicas, batches, 1, gpu, gathering, assumed
         )
     if updates.updates:
         lora = policy.lora.rank > 0 and not updates.score_head
@@ -425,9 +462,16 @@ def policy_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, 
         passes = 2 + policy.gradient_checkpointing
         batches = updates.updates * num_micro_batches
         parts["update"] = speed.update_seconds(
-            shape, updates.updates * own, b.replicas, batches, passes, gpu, network, assumed
+            shape, updates.updates * own, b.replicas, batches, passes, gpu, gathering, assumed
         )
+        if policy.fsdp_size and network is not None:
+            copies = b.replicas // policy.fsdp_size
+            exchange = speed.exchange_seconds(shape, policy.fsdp_size, copies, network)
+            parts["update"] += updates.updates * exchange
     rollout = plan.bundle("rollout")
+    training = training_of(plan, updates)
+    if phase.sampling and rollout is not None and rollout.inside and training is not None:
+        parts["turns"] = speed.turns_seconds(memory.training_state(training), assumed)
     if phase.syncs and rollout is not None:
         apart = homes(plan.nodes, "rollout") - homes(plan.nodes, "policy")
         parts["sync"] = speed.sync_seconds(shape, tensor_parallel(rollout), bool(apart), assumed)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def _llama3(hidden: int, layers: int, heads: int, head_size: int, intermediate: 
     return Shape(128256, hidden, layers, heads, 8, head_size, intermediate, tied, max_positions=131072)
 
 
-# From the config.json of each on the Hub. Instruct, Base, Math and Coder versions have their base's shape.
+# From the config.json of each on the Hub. Instruct, Base, Coder and Math versions have their base's shape
+# (Math ones fewer positions).
 SHAPES: dict[str, Shape] = {
     "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864, True, 151936),
     "Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960, True, 151936),
@@ -134,6 +135,9 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+QWEN_MATH_POSITIONS = 4096  # Qwen2.5-Math-7B, -Instruct, -PRM-7B, ...
+
+
 def find_model(name: str) -> KnownModel | None:
     """The model `name`, a directory or a Hub id; None where nothing here describes it. Raises UserError for a
     config.json that has no such shape."""
@@ -142,7 +146,10 @@ def find_model(name: str) -> KnownModel | None:
     if (cached := cached_config(name)) is not None:
         return KnownModel(name, read_shape(cached), "config.json in the Hub's cache")
     if (similar := table_name(name)) is not None:
-        return KnownModel(name, SHAPES[similar], f"table, as {similar}")
+        shape = SHAPES[similar]
+        if "Qwen2.5-Math-" in name:
+            shape = replace(shape, max_positions=QWEN_MATH_POSITIONS)
+        return KnownModel(name, shape, f"table, as {similar}")
     return None
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import GpuKind
-from pns.planning.memory import FLOAT32, GB, Cache
+from pns.planning.memory import FLOAT32, GB, Cache, Parts, total
 from pns.planning.shapes import Shape
 from pns.planning.work import Lengths, Sampling
 
@@ -94,6 +94,27 @@ def scoring_seconds(
     return flops / (replicas * share * gpu.tflops * TERA)
 
 
+def grading_seconds(
+    shape: Shape,
+    num_steps: float,
+    forward_tokens: int,
+    completions: int,
+    lengths: Lengths,
+    replicas: int,
+    gpu: GpuKind,
+    assumed: Assumptions,
+) -> float:
+    """What a step judge does beyond `scoring_seconds`: it reads a line before each step, and for each step's
+    grade its weights once a batch, of as many completions as `forward_tokens` hold."""
+    flops = completions * num_steps * assumed.step_line_tokens * forward_flops(shape, 1, 0, 0)
+    beside = num_steps * (assumed.step_line_tokens + assumed.step_grade_tokens)
+    row = lengths.prompt + lengths.completion + assumed.step_judge_prompt_tokens + beside
+    passes = completions / max(1, int(forward_tokens / row)) * num_steps
+    read = passes * 2 * shape.parameters / (assumed.decode_bandwidth * gpu.bandwidth_gb_s * GB)
+    host = passes * assumed.host_step_seconds
+    return (flops / (assumed.judge_flops * gpu.tflops * TERA) + read + host) / replicas
+
+
 def update_seconds(
     shape: Shape,
     flops: float,
@@ -112,6 +133,18 @@ def update_seconds(
     reduced = FLOAT32 if passes > 1 else 0
     moved = (2 * passes + reduced) * shape.parameters * num_micro_batches * (ranks - 1) / ranks
     return max(computing, moved / (network_gb_s * GB))
+
+
+def exchange_seconds(shape: Shape, fsdp_size: int, copies: int, network_gb_s: float) -> float:
+    """Of one update, where `fsdp_size` ranks of a machine hold a copy of the model: a ring adds the copies'
+    float32 gradients, each rank's share of them over its own part of the network."""
+    moved = 2 * (copies - 1) / copies * FLOAT32 * shape.parameters / fsdp_size
+    return moved / (network_gb_s * GB)
+
+
+def turns_seconds(state: Parts, assumed: Assumptions) -> float:
+    """Of one step, in which the policy's state leaves its GPU for rollout, and comes back."""
+    return 2 * total(state) / assumed.device_to_host_gb_s
 
 
 def sync_seconds(shape: Shape, tensor_parallel: int, crosses_nodes: bool, assumed: Assumptions) -> float:

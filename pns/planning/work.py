@@ -5,19 +5,36 @@ assumed, unless it is told.
 """
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pns.config import Config, DataSource, GeneratorStart, GrpoConfig, Layout, TermKind, external_pairs
+from pns.config import (
+    OWN,
+    BcpgArm,
+    BcpgStart,
+    Config,
+    DataSource,
+    GeneratorStart,
+    GrpoConfig,
+    Layout,
+    Method,
+    TermKind,
+    external_pairs,
+    labels_steps,
+    other_negatives,
+    services,
+    step_services,
+)
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, decoding
 from pns.errors import UserError, did_you_mean
+from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.planning.assumptions import Assumptions
 from pns.preference_losses import PREFERENCE_LOSSES
 from pns.tiny.world import SUITES
 
 SOURCES = ("pns", "rs", "mixed")  # as `pns.stages.negatives` has them
-# Models of a run by their name in a plan; others are the reward terms of their own models.
+# Models of a run by their name in a plan; others are the services of their own models.
 BACKBONE, GENERATOR, REWARD_MODEL = "backbone", "generator", "reward model"
 
 
@@ -63,7 +80,7 @@ class Phase:
     name: str
     times: int
     sampling: Sampling | None = None
-    scored: dict[str, int] = field(default_factory=dict)  # reward term -> completions
+    scored: dict[str, int] = field(default_factory=dict)  # service -> completions
     updates: Updates | None = None
     syncs: bool = False
 
@@ -98,19 +115,27 @@ def model_names(config: Config) -> dict[str, str]:
     """Model of a plan -> directory or Hub id."""
     models = config.models
     names = {BACKBONE: models.backbone}
-    if external_pairs(config):
+    if config.method is Method.bcpg:
+        if labels_steps(config):
+            names |= {name: services(config)[name].model for name in step_services(config)}
+        if not other_negatives(config):
+            return names
+    elif external_pairs(config):
         return names
     if GeneratorStart.path in (config.reverse_rl.start, *config.mixture.starts) and models.generator:
         names[GENERATOR] = models.generator
     names[REWARD_MODEL] = models.reward_model or models.backbone
-    for name in dict.fromkeys((*scoring_terms(config), config.pair.scored_by)):
+    scoring_pairs = () if config.method is Method.bcpg else (config.pair.scored_by,)
+    for name in dict.fromkeys((*scoring_terms(config), *scoring_pairs)):
         names[name] = config.reward.terms[name].model or names[REWARD_MODEL]
     return names
 
 
-def work_of(config: Config) -> dict[str, StageWork]:
+def work_of(config: Config, assumed: Assumptions | None = None) -> dict[str, StageWork]:
     """Stage, by its name in the run -> its work, as the stages declare it; without the driver, which imports
     Ray and torch. A count that is not known without reading a set is 0."""
+    if config.method is Method.bcpg:
+        return bcpg_work(config, assumed or Assumptions())
     counts = problem_counts(config)
     sampled, trained = ("rollout", "verifier"), ("rollout", "verifier", "policy")
     if external_pairs(config):
@@ -138,7 +163,7 @@ def negatives_of(config: Config, source: str, problems: int, part: str = "") -> 
         hint = did_you_mean(source, SOURCES) or f"; there are {', '.join(SOURCES)}"
         raise UserError(f"negatives: {source!r} is no source of negatives that a plan knows{hint}")
     if source == "mixed":
-        return mixture_of(config, problems) | {"synthesize": StageWork((), [])}
+        return mixture_of(config, problems, part) | {f"synthesize{part}": StageWork((), [])}
     terms = scoring_terms(config) if source == "pns" else ()
     model = generator_model(config) if source == "pns" else BACKBONE
     num = problems * config.synthesize.samples_per_problem
@@ -155,7 +180,7 @@ def negatives_of(config: Config, source: str, problems: int, part: str = "") -> 
     return stages
 
 
-def mixture_of(config: Config, problems: int) -> dict[str, StageWork]:
+def mixture_of(config: Config, problems: int, part: str) -> dict[str, StageWork]:
     """Of every part of a mixture."""
     stages: dict[str, StageWork] = {}
     for source in config.mixture.sources:
@@ -166,7 +191,7 @@ def mixture_of(config: Config, problems: int) -> dict[str, StageWork]:
                 for start in config.mixture.starts
             }
         for name, own in parts.items():
-            stages |= negatives_of(own, source, problems, part=f"_{name}")
+            stages |= negatives_of(own, source, problems, part=f"{part}_{name}")
     return stages
 
 
@@ -242,6 +267,94 @@ def preference(config: Config, num_pairs: int) -> list[Phase]:
     return phases
 
 
+@dataclass(frozen=True)
+class ArmRows:
+    """Completions of a problem that an arm of bcpg has, in the mean."""
+
+    right: float
+    wrong: float
+
+
+def bcpg_work(config: Config, assumed: Assumptions) -> dict[str, StageWork]:
+    """Of method bcpg: what every arm does in every round."""
+    own = config.bcpg
+    stages, negatives = before_arms(config)
+    made: set[Hashable] = set()
+    for name, arm in own.arms.items():
+        rows = arm_rows(config, arm, negatives, assumed)
+        for number in range(1, own.rounds + 1):
+            stages |= arm_round(config, name, number, rows, made)
+    models = 1 + (own.start is BcpgStart.target) + len(own.arms)
+    return stages | {"evaluate": StageWork(("rollout", "verifier"), evaluation(config, models))}
+
+
+def before_arms(config: Config) -> tuple[dict[str, StageWork], dict[str, float]]:
+    """RL and the negatives of other sources, where they are asked for; source -> negatives of a problem."""
+    others, problems = other_negatives(config), problem_counts(config)["preference"]
+    stages: dict[str, StageWork] = {}
+    negatives: dict[str, float] = {}
+    roles = ("rollout", "verifier", "policy")
+    if others or config.bcpg.start is BcpgStart.target:
+        stages["rl"] = StageWork(roles, [grpo_step(config, config.rl, BACKBONE, ())])
+    if others:
+        num = problem_counts(config)["reward"]
+        stages["reward_model"] = StageWork(roles, reward_models(config, num))
+    for source in others:
+        of_source = negatives_of(config, source, problems, f"_{source}")
+        stages |= of_source
+        num = sum(own.num_sampled for name, own in of_source.items() if name.startswith("synthesize"))
+        negatives[source] = num / max(1, problems)
+    return stages, negatives
+
+
+def arm_round(
+    config: Config, name: str, number: int, rows: ArmRows, made: set[Hashable]
+) -> dict[str, StageWork]:
+    """What an arm does in a round. Samples of the first round are the same for all arms, and so is what
+    follows from them and the same negatives: it stands with the first arm that needs it, noted in `made`."""
+    own, arm, part = config.bcpg, config.bcpg.arms[name], f"{name}_{number}"
+    entry = OFFLINE_OBJECTIVES[arm.objective]
+    problems = -(-problem_counts(config)["preference"] // own.rounds)
+    samples = frozenset[str]() if number == 1 else frozenset([part])
+    labelled = samples | frozenset(arm.negatives)
+
+    def once(key: Hashable, phase: Phase) -> list[Phase]:
+        is_made = key in made
+        made.add(key)
+        return [] if is_made else [phase]
+
+    num = problems * own.samples_per_problem
+    sampling = Sampling(BACKBONE, num, problems, config.rollout.max_new_tokens)
+    sampled = once(("sample", samples), Phase("sampling", 1, sampling))
+    stages = {f"sample_{part}": StageWork(("rollout", "verifier"), sampled)}
+    if entry.reads_steps:
+        asked = step_services(config)
+        scored = Phase("labels", 1, scored=dict.fromkeys(asked, round(problems * rows.wrong)))
+        stages[f"label_steps_{part}"] = StageWork(asked, once(("label_steps", labelled), scored))
+    phases = [Phase("step", own.steps, updates=arm_updates(config, arm, rows))]
+    if entry.needs_reference and problems:
+        all_rows = Updates(BACKBONE, round(problems * (rows.right + rows.wrong)), problems, 0, forwards=1)
+        phases = once(("reference", labelled), Phase("reference", 1, updates=all_rows)) + phases
+    return stages | {f"bcpg_{part}": StageWork(("policy",), phases)}
+
+
+def arm_rows(config: Config, arm: BcpgArm, negatives: Mapping[str, float], assumed: Assumptions) -> ArmRows:
+    """`negatives`: source -> those of a problem."""
+    num = config.bcpg.samples_per_problem
+    own_wrong = assumed.wrong_share * num if OWN in arm.negatives else 0.0
+    others = sum(negatives[source] for source in arm.negatives if source != OWN)
+    return ArmRows((1 - assumed.wrong_share) * num, own_wrong + others)
+
+
+def arm_updates(config: Config, arm: BcpgArm, rows: ArmRows) -> Updates:
+    """One step of an arm: pairs use each completion once, rft has right ones alone."""
+    problems = config.bcpg.problems_per_step
+    if arm.objective == "rpo":
+        return _of_pairs(BACKBONE, max(1, round(problems * min(rows.right, rows.wrong))))
+    of_problem = rows.right if arm.objective == "rft" else rows.right + rows.wrong
+    return Updates(BACKBONE, max(1, round(problems * of_problem)), problems)
+
+
 def _of_pairs(model: str, pairs: int, score_head: bool = False) -> Updates:
     return Updates(model, 2 * pairs, pairs, score_head=score_head, together=2)
 
@@ -276,7 +389,7 @@ def suite_counts(config: Config) -> Iterator[tuple[str, int]]:
 def problem_counts(config: Config) -> dict[str, int]:
     """Problems of the parts train, reward and preference, and pairs from outside; 0: not known."""
     data = config.data
-    if external_pairs(config):
+    if config.method is Method.pns and external_pairs(config):
         source = config.preference.data
         num = 0 if source.path.endswith(".parquet") or not source.path else count_lines(Path(source.path))
         return {"pairs": _limited(num, source.limit)}
@@ -302,6 +415,12 @@ def count_lines(file: Path) -> int:
     text = file.read_bytes()
     lines = (gzip.decompress(text) if file.suffix == ".gz" else text).splitlines()
     return sum(1 for line in lines if line.strip())
+
+
+def steps_of(config: Config, completion_tokens: float, assumed: Assumptions) -> float:
+    """Steps of a wrong completion."""
+    own = config.bcpg.segments
+    return completion_tokens / min(max(assumed.step_tokens, own.min_tokens), own.max_tokens)
 
 
 def held_tokens(updates: Updates, lengths: Lengths, layout: Layout) -> int:

@@ -12,7 +12,7 @@ from rich.table import Table
 from pns.files import read_json, read_jsonl, write_json
 from pns.run.page import NODES
 
-MODELS = ("backbone", "target", "result")
+BASES = ("backbone", "target")  # models that others are compared with
 SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}
 _WRITTEN = {  # key of the report: what a stage wrote
     "suites": "evaluate/scores.json",
@@ -31,15 +31,19 @@ _QUALITY = {
     "one_sidedness": "one-sidedness",
     "first_wrong_step": "first wrong step",
 }
+# Key of the report -> step of each arm and round of method bcpg, and what it wrote.
+_WRITTEN_IN_ROUNDS = {"step_labels": ("label_steps", "quality.json"), "bcpg": ("bcpg", "data.json")}
+_MODELS_AS_COLUMNS = 4  # with more of them each is a row
 _COLUMNS = 3  # of plots side by side
 
 
 def write_report(run_path: Path, console: Console | None = None) -> dict[str, Any]:
     """Write report.json and plots/*.png, print the tables, and return the report.
 
-    Keys: `suites.<suite>.{backbone,target,result}.{accuracy,low,high,n}` (with "mean"),
-    `generator.{before,after}.<figure>` (of a mixture `generator.<part> {before,after}`),
+    Keys: `suites.<suite>.<model>.{accuracy,low,high,n}` (with "mean"; models: backbone, target, result or
+    arms), `generator.{before,after}.<figure>` (of a mixture `generator.<part> {before,after}`),
     `reward_model.{main,held_out}.<figure>`, `pairs` (quality of the negatives: a figure by source),
+    `step_labels.<arm>_<round>.<figure>`, `bcpg.<arm>_<round>.<figure>` (what it was trained on),
     `stages.<stage>.seconds`, `wall_seconds`, `peak_memory_gib`, `nodes` (peak memory of each node of a
     cluster), `versions`. What no finished stage has written is left out.
     """
@@ -62,9 +66,17 @@ def build_report(run_path: Path) -> dict[str, Any]:
         figures = {f"{part} {when}": values for when, values in read_json(path).items()}
         report["generator"] = report.get("generator", {}) | figures
     manifests = {path.parent.name: read_json(path) for path in run_path.glob("*/manifest.json")}
-    in_order = sorted(manifests.items(), key=lambda named: named[1]["ended"])
+    in_order = sorted(manifests.items(), key=lambda named: (named[1]["ended"], named[0]))
     shown = ("seconds", "counts")
-    report["stages"] = {name: {key: manifest[key] for key in shown} for name, manifest in in_order}
+    report["stages"] = {
+        name: {key: manifest[key] for key in shown} | {"place": (run_path / name).resolve().name}
+        for name, manifest in in_order
+    }
+    for key, (step, file) in _WRITTEN_IN_ROUNDS.items():
+        rounds = [name.removeprefix(f"{step}_") for name in manifests if name.startswith(f"{step}_")]
+        if rounds:
+            in_turn = sorted(rounds, key=_arm_and_round)
+            report[key] = {name: read_json(run_path / f"{step}_{name}" / file) for name in in_turn}
     if in_order:
         report["versions"] = in_order[-1][1]["versions"]  # the newest stage's: others may be of earlier ones
     if (run_path / "run.json").is_file():
@@ -74,16 +86,24 @@ def build_report(run_path: Path) -> dict[str, Any]:
     return report
 
 
+def _arm_and_round(name: str) -> tuple[str, int]:
+    arm, _, number = name.rpartition("_")
+    return arm, int(number)
+
+
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Terminal tables: accuracies, the generator, the negatives, the stages' times."""
+    """Terminal tables: accuracies, and for method bcpg their differences, the labels of steps and what each
+    arm was trained on; the generator, the negatives, the stages' times."""
     made = []
+    stages = report.get("stages", {})
     if suites := report.get("suites"):
-        table = Table("suite", *MODELS, "n", title="Accuracy in % [95 % Wilson interval]")
-        for suite, scores in suites.items():
-            n = next(iter(scores.values()))["n"] if scores else ""
-            shares = [interval(scores.get(model)) for model in MODELS]
-            table.add_row(suite, *shares, str(n), end_section=suite == list(suites)[-2:][0])
-        made.append(table)
+        made.append(suites_table(suites))
+        if report.get("bcpg"):
+            made.append(differences_table(suites))
+    if labels := report.get("step_labels"):
+        made.append(step_labels_table(labels, stages))
+    if trained_on := report.get("bcpg"):
+        made.append(trained_on_table(trained_on))
     if generator := report.get("generator"):
         table = Table("generator", *generator, title="Generator of negatives")
         for figure in dict.fromkeys(key for values in generator.values() for key in values):
@@ -97,12 +117,102 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
             gpus = " ".join(f"{gib:.1f}" for gib in peak["gpu_gib"])
             table.add_row(address, f"{peak['host_gib']:.1f}", f"{peak['host_total_gib']:.0f}", gpus or "-")
         made.append(table)
-    if stages := report.get("stages"):
+    if stages:
         table = Table("stage", "seconds", title="Time")
+        made_as: dict[str, str] = {}  # place -> the first step that leads to it: it was made once
         for stage, values in stages.items():
-            table.add_row(stage, f"{values['seconds']:.0f}")
+            first = made_as.setdefault(values["place"], stage)
+            table.add_row(stage, f"{values['seconds']:.0f}" if first == stage else f"as {first}")
         made.append(table)
+    for table in made:
+        table.columns[0].no_wrap = True
+        for column in table.columns:
+            column.overflow = "fold"  # on a narrow terminal nothing is cut off
     return made
+
+
+def suites_table(suites: Mapping[str, Any]) -> Table:
+    """Accuracies, a row a suite; with more than four models a row a model."""
+    models = list(dict.fromkeys(model for scores in suites.values() for model in scores))
+    sizes = {suite: next(iter(scores.values()))["n"] for suite, scores in suites.items()}
+    title = "Accuracy in % [95 % Wilson interval]"
+    if len(models) > _MODELS_AS_COLUMNS:
+        table = Table("model", *(f"{suite}\nn = {n}" for suite, n in sizes.items()), title=title)
+        for model in models:
+            table.add_row(model, *(interval(scores.get(model)) for scores in suites.values()))
+        return table
+    table = Table("suite", *models, "n", title=title)
+    for suite, scores in suites.items():
+        shares = [interval(scores.get(model)) for model in models]
+        table.add_row(suite, *shares, str(sizes[suite]), end_section=suite == list(suites)[-2:][0])
+    return table
+
+
+def differences_table(suites: Mapping[str, Any]) -> Table:
+    """Of each arm on each suite from the backbone, and from the target where that was evaluated too."""
+    models = list(suites["mean"])
+    bases = [model for model in models if model in BASES]
+    heads = [head for base in bases for head in (f"from {base}", "p")]
+    table = Table("arm", "suite", *heads, title="Difference in % [95 %: paired bootstrap over problems]")
+    table.caption = "p: permutation test, not corrected for the number of arms and suites"
+    for arm in [model for model in models if model not in BASES]:
+        for suite, scores in suites.items():
+            row = [arm if suite == next(iter(suites)) else "", suite]
+            for base in bases:
+                difference = scores[arm]["against"][base]
+                row += [difference_interval(difference), f"{difference['p_value']:.4f}"]
+            table.add_row(*row, end_section=suite == "mean")
+    return table
+
+
+def step_labels_table(labels: Mapping[str, Any], stages: Mapping[str, Any]) -> Table:
+    """The steps that each arm and round labelled, Cohen's kappa of the annotators, and how good they are
+    where a checker knows."""
+    annotators = list(dict.fromkeys(name for own in labels.values() for name in own.get("exact", {})))
+    heads = [annotator.replace("_", " ") for annotator in annotators]
+    table = Table("labels", "steps", "correct", "kappa", *heads, "unlabelled")
+    table.title = "Labels of steps"
+    table.caption = "correct: share of steps by consensus; kappa: of judge and process reward model"
+    if annotators:
+        precision = f"{', '.join(heads)}: precision / recall of correct steps against a checker's"
+        table.caption += f"; in brackets the checker's share; {precision}"
+    made_as: dict[str, str] = {}
+    for name, own in labels.items():
+        first = made_as.setdefault(stages[f"label_steps_{name}"]["place"], name)
+        if first != name:
+            table.add_row(f"{name} as {first}")
+            continue
+        correct = _figure(own["correct_share"])
+        if "exact_share" in own:
+            correct += f" ({_figure(own['exact_share'])})"
+        kappa = _figure(own.get("agreement", {}).get("kappa"))
+        exact = own.get("exact", {})
+        qualities = [_label_quality(exact.get(annotator, {})) for annotator in annotators]
+        missing = {service: sum(causes.values()) for service, causes in own["missing"].items()}
+        unlabelled = ", ".join(f"{service} {num}" for service, num in missing.items()) or "-"
+        table.add_row(name, str(own["steps"]), correct, kappa, *qualities, unlabelled)
+    return table
+
+
+def _label_quality(figures: Mapping[str, float | None]) -> str:
+    return " / ".join(_figure(figures.get(name)) for name in ("precision", "recall"))
+
+
+def trained_on_table(trained_on: Mapping[str, Any]) -> Table:
+    """The completions of each arm and round, and their tokens by the sign of the advantage."""
+    heads = ("problems", "right", "wrong", "unlabelled", "tokens +", "0", "-", "gap")
+    table = Table("trained", *heads, title="What each arm was trained on")
+    table.caption = (
+        "completions right, wrong, left out for want of labels; tokens by the sign of their advantage; "
+        "gap: mean over tokens of |log-probability when trained - when sampled|"
+    )
+    for name, own in trained_on.items():
+        counts = [str(own[what]) for what in ("problems", "right", "wrong")]
+        unlabelled = str(sum(own["unlabelled"].values()))
+        signs = own["tokens"] or {}  # of pairs none
+        tokens = [str(signs.get(sign, "-")) for sign in ("positive", "zero", "negative")]
+        table.add_row(name, *counts, unlabelled, *tokens, _figure(own["behaviour_gap"]))
+    return table
 
 
 def quality_table(quality: Mapping[str, Any]) -> Table:
@@ -133,7 +243,8 @@ def _quality_cell(quality: Mapping[str, Any], figure: str, source: str) -> str:
 
 
 def plot_metrics(run_path: Path) -> list[Path]:
-    """plots/<stage>.png with every metric over the steps, and plots/reward_model_scores.png."""
+    """plots/<stage>.png with every metric over the steps (of a stage that a method has several times one for
+    each: plots/bcpg_nsa_1.png), and plots/reward_model_scores.png."""
     directory = run_path / "plots"
     directory.mkdir(exist_ok=True)
     for old in directory.glob("*.png"):
@@ -141,8 +252,10 @@ def plot_metrics(run_path: Path) -> list[Path]:
     written: list[Path] = []
     rows_by_stage: dict[str, list[dict[str, Any]]] = {}
     for metrics in sorted(run_path.glob("*/metrics.jsonl")):
+        step = metrics.parent.name
         for row in read_jsonl(metrics):
-            rows_by_stage.setdefault(row["stage"], []).append(row)
+            name = step if step.startswith(row["stage"]) else row["stage"]
+            rows_by_stage.setdefault(name, []).append(row)
     for stage, rows in rows_by_stage.items():
         if len(rows) > 1:
             written.append(directory / f"{stage}.png")
@@ -191,6 +304,12 @@ def interval(score: Mapping[str, float] | None) -> str:
         return "-"
     accuracy, low, high = (100 * score[figure] for figure in ("accuracy", "low", "high"))
     return f"{accuracy:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def difference_interval(difference: Mapping[str, float]) -> str:
+    """Difference of accuracies in % with its interval."""
+    value, low, high = (100 * difference[figure] for figure in ("difference", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _figure(value: float | None) -> str:

@@ -229,17 +229,25 @@ def quality(labels: Sequence[LabelledCompletion], threshold: float) -> dict[str,
         / max(1, len(labelled)),
         "missing": missing,
     }
-    by_model = [None if s.process_reward is None else s.process_reward >= threshold for s in steps]
-    annotators = {
+    annotators: dict[str, Sequence[bool | None]] = {
         "judge": [step.judge for step in steps],
-        "process_reward": by_model,
+        "process_reward": [at_least(step.process_reward, threshold) for step in steps],
         "consensus": [step.correct for step in steps],
     }
-    asked = {name: own for name, own in annotators.items() if None not in own}
+    asked = {name: known for name, own in annotators.items() if (known := whole(own)) is not None}
     if {"judge", "process_reward"} <= asked.keys():
         figures["agreement"] = agreement(asked["judge"], asked["process_reward"])
-    exact = [step.exact for step in steps]
-    if steps and None not in exact:
+    if exact := whole([step.exact for step in steps]):
         figures["exact"] = {name: label_quality(own, exact) for name, own in asked.items()}
-        figures["exact_share"] = sum(map(bool, exact)) / len(exact)
+        figures["exact_share"] = sum(exact) / len(exact)
     return figures
+
+
+def at_least(probability: float | None, threshold: float) -> bool | None:
+    return None if probability is None else probability >= threshold
+
+
+def whole(labels: Sequence[bool | None]) -> list[bool] | None:
+    """`labels` where none is missing."""
+    known = [label for label in labels if label is not None]
+    return known if len(known) == len(labels) else None

@@ -61,6 +61,7 @@ SENTENCES = [
     # Formulas.
     "Let $x = 3. Then y$ be. |So $$a. B$$ and \\(a. B\\) and \\[a.\n\n B\\] hold. |End",
     "We get \\[x = 3.\\] |Then $y=2.$ |Next \\(z=1.\\) |So $z.$ holds",
+    "As \\[x = 3.\\]|Next $$y = 3.$$|Note \\begin{align}\nz = 3.\n\\end{align}|Now \\[x.\\]holds.",
     "As\n|\\begin{align*}\nx &= 1. \\\\\n\ny &= 2.\n\\begin{align*}\n\\end{align*}\n\\end{align*}\n|we are done",
     "It is \\boxed{4. Or 5}. |And \\text{a {nested. B} group. C} too.",
     "Open $x. |Then a { brace. |Then \\{ another. |End",

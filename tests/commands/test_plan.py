@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/tiny-qwen2.yaml"
 JUDGE = "reward.terms.coherence"
 
+TURNS = ("rollout", "policy")
+
 
 @pytest.fixture
 def seven(tmp_path: Path) -> list[str]:
@@ -33,6 +35,25 @@ def seven(tmp_path: Path) -> list[str]:
         "reverse_rl": "{problems_per_step: 512}",
     }
     recipe = tmp_path / "seven.yaml"
+    recipe.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    return [str(recipe)]
+
+
+@pytest.fixture
+def bcpg(tmp_path: Path) -> list[str]:
+    """BCPG-NSA of 7B on 16 GPUs: 8 policy, 4 rollout, 2 step judge, 2 process reward."""
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"problem": "1 + 1", "answer": "2"}\n' * 1000)
+    model = "Qwen/Qwen2.5-7B-Instruct"
+    settings = {
+        "method": "bcpg",
+        "models": f"{{backbone: {model}}}",
+        "data": f"{{source: jsonl, prompt: auto, benchmarks: [gsm8k], jsonl: {{train: {train}}}}}",
+        "placement": "{device: cuda, rollout: {replicas: 4}, policy: {replicas: 8}}",
+        "bcpg": f"{{step_judge: {{model: {model}, pool: {{replicas: 2}}}}, "
+        "process_reward: {model: Qwen/Qwen2.5-Math-PRM-7B, pool: {replicas: 2}}}",
+    }
+    recipe = tmp_path / "bcpg.yaml"
     recipe.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     return [str(recipe)]
 
@@ -73,9 +94,12 @@ def test_the_tiny_recipe_runs_on_this_machine(capsys: pytest.CaptureFixture[str]
     assert cli.main(["plan", str(RECIPE), "placement.device=cpu"]) == 0
     shown = capsys.readouterr().out
     assert "cpu of this machine" in shown
+    assert "  policy: HF_HUB_DISABLE_PROGRESS_BARS=1 " in shown
     assert "times are told for GPUs alone" in shown
     made = planned(capsys, str(RECIPE), "placement.device=cpu")
     assert made["num_gpus"] == 0
+    assert list(made["environment"]) == ["rollout", "policy", "plausibility", "coherence"]
+    assert made["environment"]["policy"]["VERL_PLATFORM"] == "cpu"
     # Measured: 7.6 GiB for all processes together.
     assert sum(made["host_gb"]["this machine"].values()) == pytest.approx(7.6 * 1.074, rel=0.25)
 
@@ -100,6 +124,64 @@ def test_seven_billion_parameters_on_sixteen_gpus(
     hours = 100 * step["once"] / 3600
     assert made["costs"][0]["gpu_hours"] == pytest.approx(16 * hours)
     assert made["costs"][0]["price"] == pytest.approx(16 * hours * 2.5)
+
+
+def test_steps_are_labelled_by_two_services(bcpg: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    made = planned(capsys, *bcpg, "--completion-tokens", "700")
+    assert made["faults"] == []
+    services = ["step_judge", "process_reward"]
+    assert made["stages"]["label_steps_nsa_1"] == services
+    assert [role["role"] for role in made["roles"]] == ["rollout", "policy", *services]
+    peaks = {own["role"]: own["gb"] for own in made["memory_gb"]}
+    # 7.6 and 7.1 G weights of 2 bytes, the activations of 16,384 tokens, a context; the judge's cache.
+    assert peaks["step_judge"] == pytest.approx(15.2 + 2.7 + 1 + 0.9, rel=0.02)
+    assert peaks["process_reward"] == pytest.approx(14.1 + 2.7 + 1, rel=0.02)
+    [labels] = [time for time in made["times"] if time["phase"] == "labels"]
+    assert labels["scored"] == 2 * 4000
+    # Of each replica 2,000 wrong completions, 850 tokens of 6.8 G weights x 2 operations at 0.4 of the peak.
+    assert labels["seconds"]["process_reward"] == pytest.approx(2000 * 850 * 14.1e9 / (0.4 * 989e12), rel=0.1)
+    # The judge reads 330 of instructions more, and 14 lines of 15 tokens, at 0.3; and its weights once for
+    # each of the 14 steps of ten completions.
+    reading = 2000 * (850 + 330 + 14 * 15) * 14.1e9 / (0.3 * 989e12)
+    writing = 200 * 14 * (15.2 / (0.8 * 3350) + 0.001)
+    assert labels["seconds"]["step_judge"] == pytest.approx(reading + writing, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["bcpg.step_judge.model=Qwen/Qwen2.5-72B"], "bcpg.step_judge.endpoint.url"),
+        (
+            ["bcpg.step_judge.model=Qwen/Qwen2.5-32B", "bcpg.step_judge.pool.batch_tokens=65536"],
+            "set bcpg.step_judge.pool.batch_tokens=16384",
+        ),
+        (
+            ["bcpg.process_reward.pool.batch_tokens=500000"],
+            "set bcpg.process_reward.pool.batch_tokens=250000",
+        ),
+        (["bcpg.process_reward.pool.gpus=0.5", "bcpg.step_judge.pool.replicas=1"], ""),
+        (["bcpg.rule=judge", "bcpg.process_reward.model=''"], ""),
+    ],
+)
+def test_services_of_steps_that_do_not_fit(
+    bcpg: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], fault: str
+) -> None:
+    file = str(cluster(tmp_path))
+    made = planned(capsys, *bcpg, *overrides, "--cluster", file, code=2 if fault else 0)
+    assert bool(made["faults"]) == bool(fault)
+    assert fault in "\n".join(made["faults"])
+
+
+def test_a_process_reward_model_reads_so_many_tokens(
+    bcpg: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen2.5-Math's models have 4,096 positions."""
+    file, words = str(cluster(tmp_path)), ["rollout.max_new_tokens=8192"]
+    [fault] = planned(capsys, *bcpg, *words, "--cluster", file, code=2)["faults"]
+    assert "process_reward: a prompt and completion of the longest are 9380 tokens" in fault
+    assert "4096 positions" in fault
+    assert fault.endswith("(bcpg.rule=judge)")
+    assert planned(capsys, *bcpg, *words, "bcpg.rule=judge", "--cluster", file)["faults"] == []
 
 
 def test_a_page_is_a_hundred_columns_wide(seven: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +333,22 @@ def test_a_replica_takes_its_share_of_the_gpu_that_it_is_on(
     [rollout] = [own for own in made["memory_gb"] if own["role"] == "rollout"]
     assert rollout["gb"] == pytest.approx(0.85 * 48 + 2.8, abs=0.1)
     assert made["costs"][0]["price"] == pytest.approx(2 * made["costs"][0]["gpu_hours"])
+
+
+def test_gpus_that_two_roles_share_count_once(
+    seven: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(cluster(tmp_path, count=1, gpus=10, gpu="H100"))
+    shared = ["placement.colocate=[rollout,policy]", *(f"placement.{role}.replicas=6" for role in TURNS)]
+    plan = planned(capsys, *seven, *shared, "--cluster", file)
+    assert plan["num_gpus"] == 6 + 2 + 2
+    assert plan["nodes"][0]["processes"].endswith("rollout 6")
+    peaks = {role: max(own["gb"] for own in plan["memory_gb"] if own["role"] == role) for role in TURNS}
+    assert peaks["rollout"] < 80 < sum(peaks.values())  # which would not fit at once
+    [step] = [time for time in plan["times"] if (time["stage"], time["phase"]) == ("rl", "step")]
+    assert step["seconds"]["turns"] > 1
+    # What does not fit is a matter of the fuller phase.
+    planned(capsys, *seven, *shared, "rollout.memory_fraction=0.99", "--cluster", file, code=2)
 
 
 def test_it_answers_without_ray_and_torch(seven: list[str]) -> None:

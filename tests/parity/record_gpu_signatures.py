@@ -67,6 +67,8 @@ OBJECTS = {
     "workers/training/rank.py": {
         "training_worker": _TRAINER,
         "self.training": _TRAINER,
+        "model": _TRAINER,
+        "model.engine": _ENGINE,
         "self.training.engine": _ENGINE,
         "self.training.model_config": "verl.workers.config.HFModelConfig",
         "engine": _ENGINE,

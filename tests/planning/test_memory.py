@@ -54,6 +54,14 @@ def test_the_parts_of_7b_on_eight_ranks() -> None:
     assert parts == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_copy_of_the_model_is_held_by_its_own_ranks() -> None:
+    settings = PolicyConfig(fsdp_size=8)
+    hybrid = training_of(SHAPES["Qwen2.5-7B"], 16, "cuda", settings, 16384, reference=True)
+    one_copy = training("Qwen2.5-7B", 8, reference=True)
+    assert memory.policy_memory(hybrid, ASSUMED) == memory.policy_memory(one_copy, ASSUMED)
+    assert memory.checkpoint_gb(hybrid) == 2 * memory.checkpoint_gb(one_copy)
+
+
 def test_what_a_layer_keeps_is_what_autograd_saves() -> None:
     """Measured with saved-tensor hooks on a Qwen2 of hidden size 128, feed-forward part 512, 8 and 2 heads of
     16, packed rows of 256 tokens: 13,096 bytes a token and layer in float32, 7,080 in bfloat16 (40 of them

@@ -36,6 +36,15 @@ def test_fractions_share_a_gpu() -> None:
     assert nodes[0].gpus[1].used_gb == 20
 
 
+def test_ranks_with_a_copy_of_the_model_lie_on_one_machine() -> None:
+    asked = [Process("policy", rank, 1, 1, 10.0, together=4) for rank in range(8)]
+    nodes = machines(2, gpus=6)
+    assert place([*processes("rollout", 4, 1), *asked], nodes) == []
+    assert [node.described() for node in nodes] == ["policy 4, rollout 2", "policy 4, rollout 2"]
+    assert place(asked, machines(3, gpus=3)) == asked
+    assert place(asked, machines(2, gpus=6, cpus=3)) == asked
+
+
 def test_cpus_are_counted_where_they_are_known() -> None:
     assert len(place(processes("rollout", 3, 1, cpus=2), machines(1, cpus=5))) == 1
     assert place(processes("rollout", 3, 1, cpus=200), machines(1)) == []

@@ -86,3 +86,5 @@ def test_ranks_on_two_machines_wait_for_the_network_where_it_is_slow() -> None:
     # 3 x 15.2 GB of weights and 30.5 of gradients, 15/16 of them from others, at 5 GB/s.
     assert seconds(5) == pytest.approx(76.2 * 15 / 16 / 5, rel=0.01)
     assert seconds(50) == seconds(None) == pytest.approx(2.5, rel=0.1)
+    # A copy of the model on each: half of the 30.5 GB of gradients there and half back, a rank an eighth.
+    assert speed.exchange_seconds(shape, 8, 2, 5) == pytest.approx(30.5 / 8 / 5, rel=0.01)

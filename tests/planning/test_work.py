@@ -16,6 +16,7 @@ from pns.recipe import load
 from pns.stages.negatives import SOURCES
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny-qwen2.yaml"
+BCPG = ["method=bcpg", "bcpg.step_judge.model=a/judge", "bcpg.process_reward.model=a/prm"]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,10 @@ RECIPE = Path(__file__).parents[2] / "recipes/tiny-qwen2.yaml"
         ["reward.terms.second={kind: reward_model, weight: 0.1, model: a/b}", "pair.scored_by=second"],
         ["reverse_rl.refresh_every=10"],
         ["preference.data.hub=a/b", f"preference.data.revision={'a' * 40}"],
+        BCPG,
+        [*BCPG, "bcpg.rounds=2", "bcpg.start=target", "bcpg.rule=judge", "bcpg.arms.rft.objective=rft"],
+        [*BCPG, "bcpg.arms.nsa.negatives=[own,pns,rs]"],
+        [*BCPG, "bcpg.arms.nsa.negatives=[mixed]", "bcpg.arms.nsa.objective=bcpg", "bcpg.rounds=2"],
     ],
 )
 def test_roles_are_those_of_the_driver(overrides: list[str]) -> None:
@@ -111,3 +116,33 @@ def test_an_unknown_source_of_negatives_is_said() -> None:
     ):
         work.work_of(load(RECIPE, ["negatives=pnss"]))
     assert set(work.SOURCES) == set(SOURCES)
+
+
+def test_work_of_bcpg_by_hand() -> None:
+    """Eight samples of 50 problems a round, half of them wrong. The first round's samples are one for all
+    arms, and so are labels and reference of the same negatives."""
+    words = ["bcpg.rounds=2", "data.tiny.num_preference=100", "bcpg.problems_per_step=10", "bcpg.steps=5"]
+    words += ["bcpg.arms.rft.objective=rft", "bcpg.arms.masked.objective=masked"]
+    words += ["bcpg.arms.pairs.objective=rpo", "bcpg.arms.pairs.negatives=[rs]"]
+    phases = phases_of(*BCPG, *words)
+    sampling = Phase("sampling", 1, Sampling("backbone", 400, 50, 96))
+    assert phases["sample_nsa_1"] == phases["sample_nsa_2"] == phases["sample_rft_2"] == [sampling]
+    assert phases["sample_rft_1"] == phases["sample_masked_1"] == []
+    labels = Phase("labels", 1, scored={"step_judge": 200, "process_reward": 200})
+    assert phases["label_steps_nsa_1"] == phases["label_steps_masked_2"] == [labels]
+    assert phases["label_steps_masked_1"] == []
+    assert not any(stage.startswith("label_steps_rft") for stage in phases)
+    reference = Phase("reference", 1, updates=Updates("backbone", 400, 50, updates=0, forwards=1))
+    step = Phase("step", 5, updates=Updates("backbone", 80, 10))
+    assert phases["bcpg_nsa_1"] == phases["bcpg_masked_2"] == [reference, step]
+    assert phases["bcpg_masked_1"] == [step]
+    assert phases["bcpg_rft_2"] == [Phase("step", 5, updates=Updates("backbone", 40, 10))]
+    # Four right ones of its own and four drawn by `rs`: 40 pairs a step, and all 400 in the reference pass.
+    assert phases["bcpg_pairs_1"] == [
+        reference,
+        Phase("step", 5, updates=Updates("backbone", 80, 40, together=2)),
+    ]
+    assert phases["synthesize_rs"][0].sampling == Sampling("backbone", 400, 100, 96)
+    assert phases["evaluate"][0].times == 5
+    asked = work.work_of(load(RECIPE, [*BCPG, *words]), Assumptions(wrong_share=0.25))
+    assert asked["label_steps_nsa_1"].phases[0].scored == {"step_judge": 100, "process_reward": 100}

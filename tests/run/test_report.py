@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -76,6 +77,12 @@ def printed(run: Path) -> str:
     return out.getvalue()
 
 
+def table_rows(text: str) -> list[list[str]]:
+    """The rows of all tables, heads too, a cell an item."""
+    lines = [line.replace("┃", "│").split("│")[1:-1] for line in text.splitlines()]
+    return [[cell.strip() for cell in cells] for cells in lines if cells]
+
+
 def test_report_of_a_whole_run(run: Path) -> None:
     with made_stage(run, "pair") as place:
         scores = {"correct": [1.0, 2.0], "rs": [-1.0], "pns": [0.5, 1.5, 1.0]}
@@ -95,14 +102,11 @@ def test_report_of_a_whole_run(run: Path) -> None:
     assert report["wall_seconds"] > 0
     assert report["peak_memory_gib"] == 2.5
     assert report["versions"]["python"]
-    assert "62.5 [52.5, 72.5]" in text
+    in_table = {cells[0]: cells[1:] for cells in table_rows(text)}
+    assert in_table["suite"] == ["backbone", "target", "result", "n"]
+    accuracies = ["50.0 [40.0, 60.0]", "60.0 [50.0, 70.0]", "62.5 [52.5, 72.5]"]
+    assert in_table["gsm8k"] == [*accuracies, "40"]
     assert "wrong_rate" in text
-    rows = {
-        cells[0]: cells[1:]
-        for line in text.splitlines()
-        if (cells := line.replace("┃", "│").split("│")[1:-1])
-    }
-    in_table = {name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items()}
     assert in_table["negatives"] == ["correct", "rs", "pns"]
     assert in_table["tokens"] == ["40", "41.5", "38"]
     assert in_table["AUROC, detector"] == ["-", "-", "0.62 [0.55, 0.70]"]
@@ -125,6 +129,96 @@ def test_report_of_a_mixture_has_every_generator(run: Path) -> None:
     assert list(generator) == [
         *("pns_backbone before", "pns_backbone after", "pns_target before", "pns_target after")
     ]
+
+
+EXACT = {"accuracy": 0.9, "precision": 0.95, "recall": 0.8, "f1": 0.87, "kappa": 0.75}
+LABELS = {
+    "completions": 20,
+    "steps": 80,
+    "steps_per_completion": 4.0,
+    "tokens_per_step": 12.0,
+    "correct_share": 0.5,
+    "with_correct_step": 0.9,
+    "missing": {"step_judge": {"too_long": 1, "no_verdict": 2}},
+    "agreement": {"agreement": 0.8, "kappa": 0.6, "judge_correct": 0.7, "process_reward_correct": 0.6},
+    "exact": {"judge": EXACT, "process_reward": EXACT | {"precision": None}, "consensus": EXACT},
+    "exact_share": 0.55,
+}
+TRAINED_ON = {
+    "problems": 30,
+    "right": 100,
+    "wrong": 120,
+    "unlabelled": {"too_long": 1, "no_verdict": 2},
+    "tokens": {"positive": 5000, "zero": 0, "negative": 4000},
+    "behaviour_gap": 0.002,
+}
+
+
+def score(accuracy: float, **differences: float) -> dict[str, Any]:
+    """Of a model, with its differences from others."""
+    against = {
+        base: {
+            "difference": value,
+            "low": value - 0.05,
+            "high": value + 0.05,
+            "p_value": 0.01,
+            "verdict": "better",
+        }
+        for base, value in differences.items()
+    }
+    figures = {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "n": 40}
+    return figures | ({"against": against} if against else {})
+
+
+def offline_run(page: Path, arms: tuple[str, ...]) -> list[list[str]]:
+    """The rows of the report's tables of a run of method bcpg, whose arms label steps but for `rft`."""
+    for arm in arms:
+        with made_stage(page, f"bcpg_{arm}_1") as place:
+            is_rft = arm == "rft"
+            write_json(place.directory / "data.json", TRAINED_ON | ({"tokens": None} if is_rft else {}))
+            rows = [{"stage": "bcpg", "step": n, "time": 0.0, "values": {"loss": 1.0}} for n in range(2)]
+            write_jsonl(place.directory / METRICS, rows)
+    with made_stage(page, "evaluate") as place:
+        of_models = {"backbone": score(0.5), "target": score(0.6, backbone=0.1)}
+        for arm in arms:
+            of_models[arm] = score(
+                0.7, backbone=0.2, target=0.1, **({} if arm == arms[0] else {arms[0]: 0.0})
+            )
+        write_json(place.directory / "scores.json", {"tiny": of_models, "mean": of_models})
+    return table_rows(printed(page))
+
+
+def test_report_of_arms_and_rounds(run: Path) -> None:
+    for number in (10, 2):
+        with made_stage(run, f"label_steps_nsa_{number}") as place:
+            of_judge_alone = {key: LABELS[key] for key in ("steps", "correct_share")} | {"missing": {}}
+            write_json(place.directory / "quality.json", LABELS if number == 2 else of_judge_alone)
+    (run / "label_steps_masked_2").symlink_to(place.directory)  # one output of two arms
+    rows = offline_run(run, ("rft", "nsa"))
+    report = json.loads((run / "report.json").read_text())
+    assert list(report["step_labels"]) == ["masked_2", "nsa_2", "nsa_10"]
+    assert report["bcpg"] == {"nsa_1": TRAINED_ON, "rft_1": TRAINED_ON | {"tokens": None}}
+    in_table = {cells[0]: cells[1:] for cells in rows}
+    assert in_table["suite"] == ["backbone", "target", "rft", "nsa", "n"]
+    qualities = ["0.95 / 0.8", "- / 0.8", "0.95 / 0.8"]
+    assert in_table["masked_2"] == ["80", "0.5 (0.55)", "0.6", *qualities, "step_judge 3"]
+    assert in_table["nsa_10"] == ["80", "0.5", "-", "- / -", "- / -", "- / -", "-"]
+    assert in_table["nsa_2 as masked_2"] == [""] * 7
+    assert in_table["label_steps_nsa_2"] == ["as label_steps_masked_2"]  # its time counts once
+    assert in_table["nsa_1"] == ["30", "100", "120", "3", "5000", "0", "4000", "0.002"]
+    assert in_table["rft_1"] == ["30", "100", "120", "3", "-", "-", "-", "0.002"]
+    assert ["arm", "suite", "from backbone", "p", "from target", "p"] in rows
+    differences = ["+20.0 [+15.0, +25.0]", "0.0100", "+10.0 [+5.0, +15.0]", "0.0100"]
+    assert ["nsa", "tiny", *differences] in rows
+    assert ["", "mean", *differences] in rows
+    assert {"bcpg_nsa_1.png", "bcpg_rft_1.png"} <= {path.name for path in (run / "plots").iterdir()}
+
+
+def test_more_than_four_models_are_rows(run: Path) -> None:
+    rows = offline_run(run, ("rft", "bcpg", "nsa"))
+    assert ["", "tiny", "mean"] in rows
+    assert ["model", "n = 40", "n = 40"] in rows
+    assert ["nsa", "70.0 [60.0, 80.0]", "70.0 [60.0, 80.0]"] in rows
 
 
 def test_report_of_a_run_until_reverse_rl(run: Path) -> None:

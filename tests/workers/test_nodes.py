@@ -3,6 +3,7 @@ other files than the driver. All have the machine's address, versions and clock.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -33,10 +34,10 @@ from pns.errors import UserError
 from workers.cluster import Cluster
 from workers.fleet import Fleet
 from workers.probe import View, _faults_of, _versions
+from workers.reservation import release, reserve, slots
 from workers.rewards.service import Outcome, ScoringPool
 from workers.rollout.pool import RolloutPool
 from workers.runtime import Runtime
-from workers.training.reservation import release, reserve
 
 CPU = Runtime(start_timeout_seconds=600)
 
@@ -109,9 +110,16 @@ def test_every_role_goes_where_its_labels_and_resources_are(connected: None) -> 
     where = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
     assert zone_of(ray.get(where)) == "b"
     rollout.shutdown()
-    ranks = reserve(Pool(2, labels={"zone": "in(b)"}, resources={"slot": 1}), CPU)
+    [ranks] = reserve(Pool(2, labels={"zone": "in(b)"}, resources={"slot": 1}), CPU)
     assert {zone_of(node) for node in placement_group_table(ranks)["bundles_to_node_id"].values()} == {"b"}
-    release(ranks)
+    release([ranks])
+    groups = reserve(Pool(4, cpus=2), CPU, on_a_node=2)  # each on one of the nodes, which have four CPUs
+    placed = [set(placement_group_table(group)["bundles_to_node_id"].values()) for group in groups]
+    assert [len(on_nodes) for on_nodes in placed] == [1, 1]
+    assert {zone_of(node) for on_nodes in placed for node in on_nodes} == {"a", "b"}
+    release(groups)
+    with pytest.raises(UserError, match="each 3 on one node, and 1 s were"):
+        reserve(Pool(3, cpus=2), Runtime(start_timeout_seconds=1), on_a_node=3)
     with pytest.raises(UserError, match=r"placement\.policy needs 1 x .* on nodes with zone=c, and 1 s were"):
         reserve(Pool(1, labels={"zone": "c"}), Runtime(start_timeout_seconds=1))
 
@@ -245,6 +253,31 @@ def test_a_fleet_fills_nodes_to_the_last_gpu(nodes: cluster_utils.Cluster, conne
         fleet.shutdown()
     for node in pairs:
         nodes.remove_node(node)
+
+
+def test_rollout_has_the_gpus_of_the_ranks_that_it_lies_beside(
+    nodes: cluster_utils.Cluster, connected: None
+) -> None:
+    """Two logical GPUs, and both roles on them: Ray counts them as the policy's, and rollout is told them."""
+    pair = nodes.add_node(num_cpus=8, num_gpus=2)
+    placement = Placement(rollout=Pool(2), policy=Pool(2), colocate=["rollout", "policy"])
+    config = Config(placement=placement, rollout=RolloutEngine(EngineKind.transformers))
+    runtime = Runtime("cuda", start_timeout_seconds=600)
+    fleet = Fleet(config, runtime)
+    try:
+        fleet.start(["rollout", "policy"])
+        assert sorted(slot.gpu_ids for slot in fleet._slots) == [("0",), ("1",)]
+        [both] = slots(fleet._ranks, 2, runtime)  # of a replica over two GPUs
+        assert sorted(both.gpu_ids) == ["0", "1"]
+        visible = [
+            ray.get(actor.__ray_call__.remote(lambda _: os.environ["CUDA_VISIBLE_DEVICES"]))
+            for actor in fleet.rollout._actors
+        ]
+        assert [(ids,) for ids in visible] == [slot.gpu_ids for slot in fleet._slots]
+        assert ray.available_resources().get("GPU", 0) == 0
+    finally:
+        fleet.shutdown()
+    nodes.remove_node(pair)
 
 
 def test_a_node_is_lost_and_another_comes_while_its_pool_scores(

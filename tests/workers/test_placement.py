@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pns.config import (
     Device,
     Endpoint,
     Placement,
+    PolicyConfig,
     Pool,
     RewardConfig,
     RewardTerm,
@@ -23,7 +25,7 @@ from workers.placement import (
     NoRoomError,
     bundles,
     check_placement,
-    environment_table,
+    environments,
     local_resources,
     resolve_device,
     resolve_joined_device,
@@ -290,6 +292,46 @@ def test_ranks_fill_the_emptiest_node_as_a_packed_group_does() -> None:
         check_placement(asked, ["rollout", "policy"], nodes, "cuda")
 
 
+def test_a_copy_of_the_model_lies_on_one_node() -> None:
+    nodes = [Node("n0", {"GPU": 6, "CPU": 64}), Node("n1", {"GPU": 6, "CPU": 64})]
+    asked = Config(placement=Placement(policy=Pool(8)), policy=PolicyConfig(fsdp_size=4))
+    check_placement(asked, ["policy"], nodes, "cuda")
+    asked.placement.rollout = Pool(2, gpus=2)  # beside the ranks of each
+    check_placement(asked, ["policy", "rollout"], nodes, "cuda")
+    asked.placement.policy.replicas = 12
+    with pytest.raises(NoRoomError) as error:
+        check_placement(asked, ["policy"], nodes, "cuda")
+    assert str(error.value) == (
+        "placement: policy group 3 of 3, 4 ranks together, needs 4 GPU and 4 CPU on one node, and the "
+        "best node, n0, has 2 GPU and 60 CPU left: lower placement.policy.replicas or add a node"
+    )
+    asked.policy.fsdp_size = 12
+    with pytest.raises(NoRoomError, match=r"needs 12 GPU .*, n0, has 6 GPU .*: lower policy\.fsdp_size or"):
+        check_placement(asked, ["policy"], nodes, "cuda")
+
+
+def test_shared_gpus_count_once() -> None:
+    placement = Placement(rollout=Pool(2, gpus=2, cpus=4), policy=Pool(4, cpus=3))
+    apart, shared = Config(placement=placement), Config(placement=replace(placement))
+    shared.placement.colocate = ["rollout", "policy"]
+    roles = ["rollout", "policy", "verifier"]
+    assert totals(apart, roles, "cuda") == {"GPU": 8, "CPU": 2 * 4 + 4 * 3}
+    # Its part of a replica in each rank's bundle, also where one of the two is not used.
+    for used in (roles, ["rollout"], ["policy"]):
+        assert totals(shared, used, "cuda") == {"GPU": 4, "CPU": 4 * (3 + 4 / 2)}
+    assert totals(shared, ["verifier"], "cuda") == {"GPU": 0, "CPU": 0}
+    # The GPUs of a replica lie on one node.
+    check_placement(shared, roles, [Node(f"n{index}", {"GPU": 3, "CPU": 10}) for index in range(2)], "cuda")
+    scattered = [
+        Node("n0", {"GPU": 3, "CPU": 10}),
+        *(Node(f"n{index}", {"GPU": 1, "CPU": 10}) for index in (1, 2)),
+    ]
+    with pytest.raises(NoRoomError, match=r"policy group 2 of 2, 2 ranks together, needs 2 GPU and 10 CPU"):
+        check_placement(shared, roles, scattered, "cuda")
+    local = local_resources(shared, roles, "cpu")
+    check_placement(shared, roles, [Node("n0", {"CPU": local["num_cpus"]})], "cpu")
+
+
 def test_auto_is_no_word_for_cpu_on_a_joined_cluster() -> None:
     auto = Config()
     assert resolve_joined_device(auto, ["policy"], 8) == "cuda"
@@ -306,17 +348,17 @@ def test_auto_is_no_word_for_cpu_on_a_joined_cluster() -> None:
         resolve_joined_device(named, ["policy"], 0)
 
 
-def test_environment_table_has_what_each_role_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments_are_what_each_role_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_IB_HCA", "mlx5_0")
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
-    on_gpus, on_cpu = (environment_table(CLUSTER, ALL, device).splitlines() for device in ("auto", "cpu"))
-    assert [line.split()[0] for line in on_gpus] == ["rollout", "policy", "plausibility", "coherence"]
-    assert all("NCCL_IB_HCA=mlx5_0" in line for line in on_gpus)
-    assert "/vllm" in on_gpus[0]
-    assert "VERL_PLATFORM" not in on_gpus[1]
-    assert "NCCL_CUMEM_ENABLE=0" in on_gpus[1]
-    assert "VERL_PLATFORM=cpu" in on_cpu[1]
-    assert "OMP_NUM_THREADS=4" in on_cpu[1]
-    assert "VLLM_CACHE_ROOT" not in on_cpu[0]
+    on_gpus, on_cpu = (environments(CLUSTER, ALL, device) for device in ("cuda", "cpu"))
+    assert list(on_gpus) == ["rollout", "policy", "plausibility", "coherence"]
+    assert {variables["NCCL_IB_HCA"] for variables in on_gpus.values()} == {"mlx5_0"}
+    assert on_gpus["rollout"]["VLLM_CACHE_ROOT"].endswith("/vllm")
+    assert "VERL_PLATFORM" not in on_gpus["policy"]
+    assert on_gpus["policy"]["NCCL_CUMEM_ENABLE"] == "0"
+    assert on_cpu["policy"]["VERL_PLATFORM"] == "cpu"
+    assert on_cpu["policy"]["OMP_NUM_THREADS"] == "4"
+    assert "VLLM_CACHE_ROOT" not in on_cpu["rollout"]
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/scratch/vllm")
-    assert "VLLM_CACHE_ROOT=/scratch/vllm" in environment_table(CLUSTER, ["rollout"], "cuda")
+    assert environments(CLUSTER, ["rollout"], "cuda")["rollout"]["VLLM_CACHE_ROOT"] == "/scratch/vllm"

@@ -51,6 +51,13 @@ class Engine(Protocol):
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         """Replace all weights; names and shapes as in the checkpoint. ValueError for other names."""
 
+    def sleep(self) -> None:
+        """Leave the device to others. What it held is gone: after `wake_up` it needs weights before it can
+        be asked. Nothing to do without a model."""
+
+    def wake_up(self) -> None:
+        """Take the device again."""
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
         """Yield each sample as soon as it is finished, in no particular order."""
 

@@ -24,6 +24,7 @@ class TransformersEngine:
         self.max_batch = max_batch
         self.trust_remote_code = runtime.trust_remote_code
         self.version = 0
+        self.model: Any = None
 
     def load(self, model_path: str) -> None:
         directory = local_directory(model_path)
@@ -39,6 +40,17 @@ class TransformersEngine:
         check_names(set(self.model.state_dict()), set(tensors), bool(self.model.config.tie_word_embeddings))
         self.model.load_state_dict(tensors, strict=False)
         self.version = version
+
+    def sleep(self) -> None:
+        """The weights wait in host memory, on a CPU where they are."""
+        if self.model is not None:
+            self.model = self.model.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def wake_up(self) -> None:
+        if self.model is not None:
+            self.model = self.model.to(self.device)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:

@@ -46,7 +46,8 @@ _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dt
 
 class VllmEngine:
     """`Engine` on one device, or on `tensor_parallel` GPUs of one machine. `memory_fraction` of the GPU is
-    for weights and cache; `kv_cache_gib` is the cache's size on CPU."""
+    for weights and cache; `kv_cache_gib` is the cache's size on CPU. `sleeps`: the engine can give its memory
+    back and take it again (vLLM's sleep mode, level 2, which a CPU does not have: there it stays)."""
 
     def __init__(
         self,
@@ -55,13 +56,18 @@ class VllmEngine:
         memory_fraction: float = 0.85,
         kv_cache_gib: float = 0.25,
         tensor_parallel: int = 1,
+        sleeps: bool = False,
     ) -> None:
+        self.sleeps = sleeps and runtime.device == "cuda"
         self.arguments: dict[str, Any] = {
             "dtype": "bfloat16",
             "max_num_seqs": max_batch,
             "max_model_len": -1,  # the model's own, or what the cache holds
             "gpu_memory_utilization": memory_fraction,
             "tensor_parallel_size": tensor_parallel,
+            # Not Ray's, which vLLM takes by itself in a placement group, whatever GPUs the process sees.
+            "distributed_executor_backend": "mp" if tensor_parallel > 1 else None,
+            "enable_sleep_mode": self.sleeps,
             "trust_remote_code": runtime.trust_remote_code,
             "skip_tokenizer_init": True,  # prompts and completions are token ids
             "generation_config": "vllm",
@@ -96,6 +102,11 @@ class VllmEngine:
                 tensors |= load_file(file)
             self.update_weights(tensors, version=0)
             return
+        if self.engine is not None and self.sleeps:
+            raise UserError(
+                f"{model_path} has another architecture than the model before it, and an engine that sleeps "
+                "is the only one of its process: place rollout and policy apart (placement.colocate=[])"
+            )
         if self.engine is not None:
             self.engine.engine_core.shutdown()
             self.engine = None
@@ -117,6 +128,15 @@ class VllmEngine:
                 "vLLM's prefix cache could not be reset after a weight update: requests are still running"
             )
         self.version = version
+
+    def sleep(self) -> None:
+        """Weights and cache are dropped; on a CPU nothing is."""
+        if self.engine is not None and self.sleeps:
+            self.engine.sleep(level=2)
+
+    def wake_up(self) -> None:
+        if self.engine is not None and self.sleeps:
+            self.engine.wake_up()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
         params = {}

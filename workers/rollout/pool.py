@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -21,8 +21,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
+from workers.actor_logs import actor_log, print_to
+from workers.reservation import Slot
 from workers.rollout.engine import Engine, Request, Sample, Sampling
-from workers.runtime import Runtime, process_environment
+from workers.runtime import Limit, Runtime, process_environment
 
 __all__ = ["Request", "RolloutActor", "RolloutPool", "Sample", "Sampling"]
 
@@ -32,15 +34,30 @@ _T = TypeVar("_T")
 
 
 class RolloutActor:
-    """An engine behind calls that an actor can take. Every call is idempotent."""
+    """An engine behind calls that an actor can take. Every call is idempotent. `sleeps`: `sleep` will be
+    called."""
 
-    def __init__(self, engine: RolloutEngine, tensor_parallel: int, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tensor_parallel: int,
+        runtime: Runtime,
+        sleeps: bool = False,
+        replica: int = 0,
+    ) -> None:
+        print_to(actor_log(runtime.logs, "rollout", replica))
         self.engine: Engine
+        self.has_weights = False
         if engine.engine is EngineKind.vllm:
             from workers.rollout.engine_vllm import VllmEngine
 
             self.engine = VllmEngine(
-                runtime, engine.max_batch, engine.memory_fraction, engine.kv_cache_gib, tensor_parallel
+                runtime,
+                engine.max_batch,
+                engine.memory_fraction,
+                engine.kv_cache_gib,
+                tensor_parallel,
+                sleeps,
             )
         else:
             from workers.rollout.engine_transformers import TransformersEngine
@@ -53,11 +70,25 @@ class RolloutActor:
 
     def load(self, model_path: str) -> None:
         self.engine.load(model_path)
+        self.has_weights = True
 
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         self.engine.update_weights(tensors, version)
+        self.has_weights = True
+
+    def sleep(self) -> None:
+        self.has_weights = False
+        self.engine.sleep()
+
+    def wake_up(self) -> None:
+        self.engine.wake_up()
+
+    def _check_weights(self) -> None:
+        if not self.has_weights:
+            raise RuntimeError("rollout: the engine has slept or just begun, and has been given no weights")
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Sample]]:
+        self._check_weights()
         # The engine runs in a thread, so that what has finished is handed over in time, and not when the next
         # completion finishes.
         arrived: queue.SimpleQueue[Sample | Exception | None] = queue.SimpleQueue()
@@ -91,68 +122,118 @@ class RolloutActor:
     def log_probs(
         self, prompt_ids: list[Sequence[int]], completion_ids: list[Sequence[int]]
     ) -> list[np.ndarray]:
+        self._check_weights()
         return self.engine.log_probs(prompt_ids, completion_ids)
 
 
 class RolloutPool:
     """`pool.replicas` rollout actors. The constructor returns when all are up (they start in parallel).
 
-    A wait of `runtime.start_timeout_seconds` without progress ends with a TimeoutError that says for what.
+    A wait longer than the runtime's limit for it (of starting, loading, taking weights, or a completion) ends
+    with a TimeoutError that says for what, with the limit's key.
+    Actors in `slots`, one each, have the GPUs of policy ranks: every call that uses them begins with `turn`,
+    and between turns the pool sleeps.
     """
 
-    def __init__(self, pool: Pool, engine: RolloutEngine, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        engine: RolloutEngine,
+        runtime: Runtime,
+        slots: Sequence[Slot] = (),
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         tensor_parallel = pool.gpus == int(pool.gpus) and engine.engine is EngineKind.vllm
         if runtime.device == "cuda" and pool.gpus > 1 and not tensor_parallel:
             raise UserError(
                 f"placement.rollout.gpus: {pool.gpus}; use at most 1, or a whole number with "
                 "rollout.engine=vllm (tensor parallel)"
             )
-        self._timeout = runtime.start_timeout_seconds
-        self._start: Callable[[], Any] = lambda: _start_actor(pool, engine, runtime)
+        self._runtime = runtime
+        self._turn = turn
+        self._start: Callable[[int], Any] = lambda replica: _start_actor(
+            pool, engine, runtime, replica, slots[replica] if slots else None
+        )
         self._model_path: str | None = None
         # Object reference of the tensors, and their version; None while the model's own are in use.
         self._weights: tuple[Any, int] | None = None
-        self._actors = [self._start() for _ in range(pool.replicas)]
+        self._weights_gone = False  # by a sleep
+        self._actors = [self._start(replica) for replica in range(pool.replicas)]
         with ExitStack() as stack:
             stack.callback(self.shutdown)  # where one does not come up
-            self._wait([actor.ready.remote() for actor in self._actors], "to start")
+            starting = [actor.ready.remote() for actor in self._actors]
+            self._wait(starting, "to start", runtime.start_limit)
             stack.pop_all()
 
     def load(self, model_path: str) -> None:
         """Every replica takes the model, as version 0. Raises UserError if it is no usable checkpoint."""
-        self._model_path, self._weights = model_path, None
-        self._on_all(lambda actor, _: actor.load.remote(model_path), f"to load {model_path}")
+        with self._turn():
+            self._model_path, self._weights = model_path, None
+            self._give_weights()
 
     def update_weights(self, ref: list[Any], version: int) -> None:
         """Every replica takes the weights of `ref` = [object reference of dict name -> tensor]."""
-        weights = self._weights = (ref[0], version)
-        purpose = f"to take weights version {version}"
-        self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose)
+        with self._turn():
+            self._weights = (ref[0], version)
+            self._give_weights()
+
+    def _give_weights(self) -> None:
+        """The present ones, to every replica."""
+        path, weights = self._model_path, self._weights
+        if weights is None:
+            limit, purpose = self._runtime.load_limit, f"to load {path}"
+            self._on_all(lambda actor, _: actor.load.remote(path), purpose, limit)
+        else:
+            limit, purpose = self._runtime.sync_limit, f"to take weights version {weights[1]}"
+            self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose, limit)
+        self._weights_gone = False
+
+    def sleep(self) -> None:
+        """Every replica leaves its GPUs to others; its weights are dropped."""
+        self._weights_gone = self._model_path is not None
+        self._on_all(lambda actor, _: actor.sleep.remote(), "to fall asleep", self._runtime.sync_limit)
+
+    def wake_up(self) -> None:
+        """Every replica takes its GPUs again. The pool's present weights come back with the first call that
+        needs them; other ones may come before."""
+        self._on_all(lambda actor, _: actor.wake_up.remote(), "to wake up", self._runtime.sync_limit)
+
+    @contextmanager
+    def _turn_with_weights(self) -> Iterator[None]:
+        with self._turn():
+            if self._weights_gone:
+                self._give_weights()
+            yield
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         """Yield lists of finished samples of all replicas until every request has exactly one. Ids must
         differ. A stream left early is decoded to its end by the actors before they take the next call."""
+        with self._turn_with_weights():
+            yield from self._stream(requests, sampling)
+
+    def _stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         open_requests = {request.id: request for request in requests}
         if len(open_requests) != len(requests):
             raise ValueError("rollout requests: ids are not unique")
         longest = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
         shares = _split(requests, longest, len(self._actors))
         restarts = [0] * len(shares)
+        limit = self._runtime.step_limit
         running = {}  # an actor's stream of samples -> replica
         for replica, share in enumerate(shares):
             if share:
                 running[self._actors[replica].generate.remote(share, sampling)] = replica
         while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=self._timeout)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=limit.seconds)
             if not ready:
                 raise TimeoutError(
                     f"rollout: no completion from replicas {sorted(running.values())} for "
-                    f"{self._timeout:.0f} s ({len(open_requests)} of {len(requests)} requests open; "
-                    "placement.start_timeout_seconds)"
+                    f"{limit.seconds:g} s ({len(open_requests)} of {len(requests)} requests open): if they "
+                    f"only need longer, raise {limit.key}"
                 )
             replica = running[ready[0]]
             try:
-                samples = cast(list[Sample], _get(next(ready[0]), self._timeout))
+                samples = cast(list[Sample], _get(next(ready[0]), limit.seconds))
             except StopIteration:
                 del running[ready[0]]
                 continue
@@ -186,14 +267,16 @@ class RolloutPool:
             completions = [completion for _, completion in shares[replica]]
             return actor.log_probs.remote(prompts, completions)
 
-        return list(itertools.chain.from_iterable(self._on_all(ask, "to compute log-probabilities")))
+        with self._turn_with_weights():
+            answers = self._on_all(ask, "to compute log-probabilities", self._runtime.step_limit)
+            return list(itertools.chain.from_iterable(answers))
 
     def shutdown(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
-    def _on_all(self, call: Callable[[Any, int], Any], purpose: str) -> list[Any]:
+    def _on_all(self, call: Callable[[Any, int], Any], purpose: str, limit: Limit) -> list[Any]:
         """The results of `call(actor, replica)` on every replica at once, asked again of those that die."""
         refs = [call(actor, replica) for replica, actor in enumerate(self._actors)]
         results: list[Any] = []
@@ -201,7 +284,7 @@ class RolloutPool:
         while len(results) < len(refs):
             replica = len(results)
             try:
-                results += self._wait([refs[replica]], purpose)
+                results += self._wait([refs[replica]], purpose, limit)
                 restarts = 0
             except RayActorError as error:
                 restarts += 1
@@ -211,45 +294,54 @@ class RolloutPool:
 
     def _restart(self, replica: int, times: int, error: RayActorError) -> None:
         if times > MAX_RESTARTS:
-            raise RuntimeError(
-                f"rollout replica {replica} died {times} times in one call; the last time: {error}"
-            ) from error
+            file = actor_log(self._runtime.logs, "rollout", replica)
+            printed = f" (what it printed: {file})" if file else ""
+            fault = f"rollout replica {replica} died {times} times in one call{printed}"
+            raise RuntimeError(f"{fault}; the last time: {error}") from error
         ray.kill(self._actors[replica])  # it may only be out of reach
-        actor = self._actors[replica] = self._start()
-        self._wait([actor.ready.remote()], f"to start again (replica {replica})")
+        actor = self._actors[replica] = self._start(replica)
+        purpose = f"to start again (replica {replica})"
+        self._wait([actor.ready.remote()], purpose, self._runtime.start_limit)
         if self._model_path is not None:
             purpose = f"to load {self._model_path} (replica {replica})"
-            self._wait([actor.load.remote(self._model_path)], purpose)
+            self._wait([actor.load.remote(self._model_path)], purpose, self._runtime.load_limit)
         if self._weights is not None:
             purpose = f"to take weights version {self._weights[1]} (replica {replica})"
-            self._wait([actor.update_weights.remote(*self._weights)], purpose)
+            self._wait([actor.update_weights.remote(*self._weights)], purpose, self._runtime.sync_limit)
 
-    def _wait(self, refs: list[Any], purpose: str) -> list[Any]:
-        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=self._timeout)
+    def _wait(self, refs: list[Any], purpose: str, limit: Limit) -> list[Any]:
+        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=limit.seconds)
         if waiting:
+            logs = self._runtime.logs or "the actors' logs"
             raise TimeoutError(
-                f"rollout: {len(waiting)} of {len(refs)} replicas took longer than {self._timeout:.0f} s "
-                f"{purpose}: see the actors' logs, check that the cluster has room for placement.rollout, or "
-                "raise placement.start_timeout_seconds"
+                f"rollout: {len(waiting)} of {len(refs)} replicas took longer than {limit.seconds:g} s "
+                f"{purpose}: see {logs}, check that the cluster has room for placement.rollout, or raise "
+                f"{limit.key}"
             )
-        return [_get(ref, self._timeout) for ref in refs]
+        return [_get(ref, limit.seconds) for ref in refs]
 
 
-def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime) -> Any:
+def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime, replica: int, slot: Slot | None) -> Any:
     """A rollout actor. Ray must not restart or repeat anything by itself: a fresh process has no weights
-    until the pool gives it some."""
+    until the pool gives it some. In a slot it takes nothing that Ray counts but CPUs; its GPUs it is told."""
     vllm = engine.engine is EngineKind.vllm
     environment = process_environment("rollout", runtime.device, pool.cpus, vllm)
+    tensor_parallel = max(1, int(pool.gpus))
+    if slot is None:
+        place: dict[str, Any] = {
+            "num_cpus": pool.cpus,
+            "num_gpus": pool.gpus if runtime.device == "cuda" else 0,
+            "resources": pool.resources,
+            "label_selector": pool.labels,
+        }
+    else:
+        place = {"num_cpus": pool.cpus / tensor_parallel, "scheduling_strategy": slot.strategy}
+        if slot.gpu_ids:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpu_ids)
     actor = ray.remote(RolloutActor).options(
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus if runtime.device == "cuda" else 0,
-        resources=pool.resources,
-        label_selector=pool.labels,
-        max_restarts=0,
-        max_task_retries=0,
-        runtime_env={"env_vars": environment},
+        **place, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": environment}
     )
-    return actor.remote(engine, max(1, int(pool.gpus)), runtime)
+    return actor.remote(engine, tensor_parallel, runtime, slot is not None, replica)
 
 
 def _get(ref: Any, timeout: float) -> Any:

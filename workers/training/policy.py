@@ -7,38 +7,67 @@ mean over the whole batch does not depend on how. Nothing of verl is imported be
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
+from pns.files import read_json, write_json
 from workers.checkpoints import local_directory
-from workers.runtime import VERL_CPU, Runtime, process_environment
+from workers.reservation import release, reserve
+from workers.runtime import VERL_CPU, Limit, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias, with_means_by_sign
 from workers.training.rank import ModelSpec, actor_class
-from workers.training.reservation import release, reserve
+
+_SHARDS_FILE = "shards.json"  # of a checkpoint: how many ranks hold a copy of the model together
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def _in_turn(
+    method: Callable[Concatenate["Policy", _Arguments], _Result],
+) -> Callable[Concatenate["Policy", _Arguments], _Result]:
+    """The call of a `Policy` that uses its GPUs."""
+
+    @wraps(method)
+    def call(policy: "Policy", *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with policy.turn():
+            return method(policy, *args, **kwargs)
+
+    return call
 
 
 class Policy:
     """The training processes, seen from the driver. Calls block until all ranks are done; one at a time.
 
-    A wait longer than the runtime's `start_timeout_seconds` (processes, model) or `step_timeout_seconds` (the
-    rest) raises TimeoutError with what was waited for; the exception of a rank is raised as it is.
+    A wait longer than the runtime's limit for it (of starting, loading, handing out weights, or a step)
+    raises TimeoutError with what was waited for and the limit's key; the exception of a rank is raised as it
+    is.
     """
 
     def __init__(
-        self, pool: config.Pool, settings: config.PolicyConfig, runtime: Runtime, bundles: Any = None
+        self,
+        pool: config.Pool,
+        settings: config.PolicyConfig,
+        runtime: Runtime,
+        groups: Sequence[Any] = (),
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Start one process per rank, in the `bundles` that `reserve` gave, else in those that it gives now;
-        no model yet. UserError when there is no place for them in time."""
+        """Start one process per rank, in the placement `groups` that `reserve` gave, else in those that it
+        gives now; no model yet. Every call that uses the GPUs begins with `turn`, and between turns the
+        models are elsewhere (`leave`, `come`). UserError when there is no place for them in time."""
         cuda = runtime.device == "cuda"
         if cuda and not 0 < pool.gpus <= 1:
             raise UserError(
@@ -48,11 +77,14 @@ class Policy:
         self.settings = settings  # may be exchanged before a `load`
         self._runtime = runtime
         self._ranks = pool.replicas
+        self.turn = turn
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._version = 0
-        self._bundles = bundles or reserve(pool, runtime)
+        self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
         self._group = self._spawn(pool, process_environment("policy", runtime.device, pool.cpus), cuda)
+        up = [worker.__ray_ready__.remote() for worker in self._group.workers]
+        self._wait(up, runtime.start_limit, "the policy's processes to start")
 
     def _spawn(self, pool: config.Pool, environment: dict[str, str], cuda: bool) -> Any:
         if not cuda:
@@ -63,12 +95,14 @@ class Policy:
         from verl.single_controller.ray.base import get_master_addr_port
 
         share = pool.gpus if cuda else 1.0
-        resources = RayResourcePool([pool.replicas], use_gpu=cuda, max_colocate_count=1 / share)
-        resources.pgs = [self._bundles]
-        first = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=0)
+        sizes = [group.bundle_count for group in self._groups]
+        resources = RayResourcePool(sizes, use_gpu=cuda, max_colocate_count=1 / share)
+        resources.pgs = list(self._groups)
+        first = PlacementGroupSchedulingStrategy(self._groups[0], placement_group_bundle_index=0)
         address = get_master_addr_port.options(scheduling_strategy=first, num_cpus=0).remote()
-        [(host, port)] = self._wait_to_start([address], "the address of the first policy process")
-        rank_class = RayClassWithInitArgs(ray.remote(actor_class()))
+        awaited = "the address of the first policy process"
+        [(host, port)] = self._wait([address], self._runtime.start_limit, awaited)
+        rank_class = RayClassWithInitArgs(ray.remote(actor_class()), self._runtime.logs)
         rank_class.update_options({"num_cpus": max(1.0, pool.cpus)})
         return RayWorkerGroup(
             resources,
@@ -79,6 +113,7 @@ class Policy:
             master_port=port,
         )
 
+    @_in_turn
     def load(
         self, model_path: str, head: Head, optimizer: config.Optimizer | None, total_steps: int, seed: int
     ) -> None:
@@ -92,7 +127,8 @@ class Policy:
         spec = ModelSpec(path, head, self.settings, optimizer, total_steps, seed, self._runtime)
         self._model = None  # where loading fails, neither model is there
         loading = self._group.load(spec)
-        self._vocab_size = self._wait_to_start(loading, f"the policy processes to load {path}")[0]
+        awaited = f"the policy's processes to load {path}"
+        self._vocab_size = self._wait(loading, self._runtime.load_limit, awaited)[0]
         self._model = spec
         self._version += 1
 
@@ -105,6 +141,7 @@ class Policy:
         """Natural-log probabilities (T,) float32 of each row's completion tokens."""
         return self._log_probs(batch, False, temperature)
 
+    @_in_turn
     def load_reference(self, model_path: str) -> None:
         """Build a frozen language model beside the loaded one, for `reference_log_probs`; the next `load`
         drops it. None is built where the loaded one is the same under a LoRA adapter, which can be off."""
@@ -113,7 +150,8 @@ class Policy:
         if loaded.lora_rank and loaded.path == path:
             return
         loading = self._group.load_reference(replace(loaded, path=path, optimizer=None))
-        self._wait_to_start(loading, f"the policy processes to load the reference {path}")
+        awaited = f"the policy's processes to load the reference {path}"
+        self._wait(loading, self._runtime.load_limit, awaited)
 
     def reference_log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
         """`log_probs` under the model of `load_reference`."""
@@ -143,6 +181,7 @@ class Policy:
         """Let a step go by without an update: the schedule of the learning rate counts steps."""
         self._wait_for_step(self._group.pass_step(), "a step without an update")
 
+    @_in_turn
     def train_step(self, batch: Batch, objective: Objective, end_of_step: bool = True) -> dict[str, float]:
         """One optimizer step on the whole batch. The learning rate moves on with the last one of a training
         step (`end_of_step`).
@@ -184,22 +223,27 @@ class Policy:
         dropped = ("perf/", "mfu") if self._runtime.device == "cpu" else ("perf/",)
         return {name: value for name, value in metrics.items() if not name.startswith(dropped)}
 
+    @_in_turn
     def weights(self) -> tuple[int, ray.ObjectRef]:
         """`(version, reference)`: float32 CPU tensors by their checkpoint names (a tied head left out), in
         rank 0's object store. The version rises with every change of the weights."""
         self._loaded()
-        [reference], *_ = self._wait_for_step(self._group.weights(), "the weights of the policy")
+        gathering = self._group.weights()
+        [reference], *_ = self._wait(gathering, self._runtime.sync_limit, "the weights of the policy")
         return self._version, reference
 
+    @_in_turn
     def save(self, directory: str | Path) -> None:
         """Write model, optimizer, schedule and random state, a file of each per rank; whole on return."""
         self._loaded()
         saving = self._group.save(str(Path(directory).absolute()))
         self._wait_for_step(saving, f"the policy's checkpoint in {directory}")
+        write_json(Path(directory) / _SHARDS_FILE, self._shards())
 
+    @_in_turn
     def restore(self, directory: str | Path) -> None:
         """Go back to a checkpoint of `save`, after `load` of the same model: the next step is the same to the
-        bit. Raises UserError when it was written with another number of ranks."""
+        bit. Raises UserError when it was written with another number of ranks, or sharded over another."""
         self._loaded()
         directory = Path(directory).absolute()
         if not (directory / f"model_world_size_{self._ranks}_rank_0.pt").is_file():
@@ -209,10 +253,18 @@ class Policy:
                 f"checkpoint {directory} does not fit placement.policy.replicas = {self._ranks}: "
                 f"it holds {way_out or 'no policy checkpoint'}"
             )
+        if (written_with := read_json(directory / _SHARDS_FILE)) != self._shards():
+            way_out = (
+                f"it holds shards over {written_with} ranks; set policy.fsdp_size as it was written with"
+            )
+            raise UserError(
+                f"checkpoint {directory} does not fit policy.fsdp_size = {self._shards()}: {way_out}"
+            )
         restoring = self._group.restore(str(directory))
         self._wait_for_step(restoring, f"the policy to restore {directory}")
         self._version += 1
 
+    @_in_turn
     def export(self, directory: str | Path) -> None:
         """Write a checkpoint that `AutoModelForCausalLM`, or for a score head
         `AutoModelForSequenceClassification`, loads as it is: safetensors (bfloat16 where the model computes
@@ -221,11 +273,19 @@ class Policy:
         exporting = self._group.export(str(Path(directory).absolute()))
         self._wait_for_step(exporting, f"the export to {directory}")
 
+    def leave(self) -> None:
+        """Move weights and optimizer to the host, that others may have the GPUs; drop the last gradients."""
+        self._wait_for_step(self._group.leave(), "the policy to leave its GPUs")
+
+    def come(self) -> None:
+        """Move them back."""
+        self._wait_for_step(self._group.come(), "the policy to come back to its GPUs")
+
     def shutdown(self) -> None:
         """End the processes and give their resources back."""
         for worker in self._group.workers:
             ray.kill(worker)
-        release(self._bundles)
+        release(self._groups)
 
     def _loaded(self, head: Head | None = None) -> ModelSpec:
         """The loaded model. Raises ValueError where it has another head."""
@@ -237,6 +297,11 @@ class Policy:
             )
         return self._model
 
+    def _shards(self) -> int:
+        """The ranks that hold a copy of the loaded model together."""
+        return self._loaded().settings.fsdp_size or self._ranks
+
+    @_in_turn
     def _infer(
         self, batch: Batch, by_reference: bool = False, temperature: float = 1.0
     ) -> list[tuple[MicroBatch, np.ndarray]]:
@@ -255,23 +320,28 @@ class Policy:
         planned = plan(batch, group_size, self._ranks, self.settings.max_tokens_per_micro_batch, layout)
         return [[micro_batch(batch, families, layout) for families in of_rank] for of_rank in planned]
 
-    def _wait_to_start(self, references: Sequence[Any], awaited: str) -> list[Any]:
-        return wait_for_all(references, self._runtime.start_timeout_seconds, awaited)
-
     def _wait_for_step(self, references: Sequence[Any], awaited: str) -> list[Any]:
-        return wait_for_all(references, self._runtime.step_timeout_seconds, awaited)
+        return self._wait(references, self._runtime.step_limit, awaited)
+
+    def _wait(self, references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
+        try:
+            return wait_for_all(references, limit, awaited)
+        except RayError as error:  # of a process that died, or of one that lost another
+            if self._runtime.logs:
+                error.add_note(f"what the policy's processes printed: {self._runtime.logs}/policy-*.log")
+            raise
 
 
-def wait_for_all(references: Sequence[Any], timeout_seconds: float, awaited: str) -> list[Any]:
+def wait_for_all(references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
     """The results of all ranks; a failure is raised at once, as the other ranks may wait for the failed."""
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + limit.seconds
     pending = list(references)
     while pending:
         done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             raise TimeoutError(
-                f"waited {timeout_seconds:g} s for {awaited}; {len(pending)} of {len(references)} processes "
-                "have not answered"
+                f"waited {limit.seconds:g} s for {awaited}; {len(pending)} of {len(references)} processes "
+                f"have not answered: if they only need longer, raise {limit.key}"
             )
         ray.get(done)
     return ray.get(list(references))

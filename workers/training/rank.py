@@ -4,6 +4,7 @@ The driver imports this for the class of its actors, so verl is imported where i
 """
 
 import gc
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pns import config
+from workers.actor_logs import actor_log, print_to
 from workers.runtime import Runtime
 from workers.training.batching import MicroBatch
 from workers.training.objectives import Head, Objective
@@ -94,6 +96,7 @@ def _engine_config(spec: ModelSpec) -> Any:
     compute = {"bfloat16": "bf16", "float32": "fp32"}[spec.compute_dtype]
     return FSDPEngineConfig(
         strategy="fsdp2",
+        fsdp_size=spec.settings.fsdp_size or -1,
         model_dtype="fp32",  # the master weights
         mixed_precision={"param_dtype": compute, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         reshard_after_forward=spec.runtime.device == "cuda",  # to save memory; on a CPU it only costs
@@ -149,6 +152,24 @@ class Rank:
     def load_reference(self, spec: ModelSpec) -> None:
         """Build a second model beside the first. Never trained, it holds no gradients or optimizer state."""
         self.reference = _build(spec)
+
+    def leave(self) -> None:
+        """Free the GPU: weights and optimizer to the host. Gradients are of a step that is over. On a CPU
+        everything stays where it is."""
+        for model in self._models():
+            model.engine.optimizer_zero_grad()
+            model.to("cpu")
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.synchronize()  # verl copies without waiting
+            torch.cuda.empty_cache()
+
+    def come(self) -> None:
+        for model in self._models():
+            model.to("device")
+
+    def _models(self) -> list[Any]:
+        return [model for model in (self.training, self.reference) if model is not None]
 
     def infer(
         self, micro_batches: Sequence[MicroBatch], by_reference: bool = False, temperature: float = 1.0
@@ -263,10 +284,16 @@ def actor_class() -> Any:
     on_each = register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)  # lists with one entry per rank
 
     class PolicyRank(Rank, Worker):
+        def __init__(self, logs: str) -> None:
+            print_to(actor_log(logs, "policy", int(os.environ["RANK"])))  # verl gives each its number so
+            super().__init__()
+
         load = on_all(Rank.load)
         load_reference = on_all(Rank.load_reference)
         infer = on_each(Rank.infer)
         train = on_each(Rank.train)
+        leave = on_all(Rank.leave)
+        come = on_all(Rank.come)
         pass_step = on_all(Rank.pass_step)
         weights = on_all(Rank.weights)
         save = on_all(Rank.save)

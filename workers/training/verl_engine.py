@@ -52,6 +52,10 @@ class PolicyEngine(FSDPEngineWithLMHead):
         metrics: dict[str, Any] = {}
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1  # the ranks' gradients are added up once a step
+            if not forward_only:
+                self.module.set_requires_all_reduce(
+                    last
+                )  # and those of copies of the model, over the network
             with nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=last):
                 loss, output = self.forward_step(
                     micro_batch, loss_function=loss_function, forward_only=forward_only

@@ -130,6 +130,29 @@ def test_log_probs_are_those_of_the_present_weights(
     assert_agrees(pool, first, 0)
 
 
+def test_a_sleep_takes_the_weights_and_the_pool_gives_the_present_ones_back(
+    pool: RolloutPool, models: dict[str, Path]
+) -> None:
+    [actor] = pool._actors
+    pool.load(str(models["qwen2-untied-0"]))
+    pool.update_weights([ray.put(dict(build_model("qwen2", False, 1).state_dict()))], 7)
+    requests, sampling = make_requests(12), Sampling(1.0, max_new_tokens=24)
+    expected = collect(pool, requests, sampling)
+    pool.sleep()
+    pool.wake_up()
+    with pytest.raises(RuntimeError, match="has been given no weights"):  # whoever forgets them
+        ray.get(actor.log_probs.remote([[2]], [[3]]))
+    assert collect(pool, requests, sampling) == expected
+    pool.sleep()
+    pool.wake_up()
+    pool.update_weights([ray.put(dict(build_model("qwen2", False, 0).state_dict()))], 8)
+    assert_agrees(pool, build_model("qwen2", False, 0), 8)
+    pool.sleep()
+    pool.wake_up()
+    pool.load(str(models["qwen2-untied-1"]))
+    assert_agrees(pool, build_model("qwen2", False, 1), 0)
+
+
 def test_another_architecture(pool: RolloutPool, models: dict[str, Path]) -> None:
     pool.load(str(models["llama-untied-0"]))
     assert_agrees(pool, build_model("llama", False, 0), 0)

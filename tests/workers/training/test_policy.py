@@ -248,20 +248,20 @@ def test_waits_end_with_a_message_and_failures_at_once(ray_session: None) -> Non
     def fail() -> None:
         raise ValueError("broken rank")
 
-    with pytest.raises(
-        TimeoutError, match=r"waited 0.5 s for a training step; 1 of 2 processes have not answered"
-    ):
-        wait_for_all([ray.put(1), sleep.remote(5)], 0.5, "a training step")
+    said = r"waited 0.5 s for a training step; 1 of 2 processes .*, raise placement.step_timeout_seconds$"
+    short = Runtime(step_timeout_seconds=0.5).step_limit
+    with pytest.raises(TimeoutError, match=said):
+        wait_for_all([ray.put(1), sleep.remote(5)], short, "a training step")
     never = sleep.remote(3600)
     with pytest.raises(ValueError, match="broken rank"):  # and not that nothing came in time
-        wait_for_all([never, fail.remote()], 240, "a training step")
+        wait_for_all([never, fail.remote()], Runtime().step_limit, "a training step")
     ray.cancel(never, force=True)
 
 
 def test_a_pool_that_does_not_fit_is_refused_with_both_numbers(ray_session: None) -> None:
     with pytest.raises(
         UserError,
-        match=r"placement.policy needs 2 x .'CPU': 1000\}, and .*free now: .*lower placement.policy",
+        match=r"placement.policy needs 2 x .'CPU': 1000\}, and .*free now: .*lower placement.policy, .* or raise placement.start_t",
     ):
         Policy(config.Pool(replicas=2, cpus=1000), config.PolicyConfig(), Runtime(start_timeout_seconds=0.5))
 
@@ -639,6 +639,39 @@ def test_restore_needs_the_same_number_of_ranks(
         UserError, match=r"does not fit placement.policy.replicas = 2: it holds model_world_size_1_rank_0.pt"
     ):
         two_ranks.restore(tmp_path)
+
+
+def test_two_copies_of_two_ranks_train_as_one_copy_of_four(
+    four_ranks: Policy, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    """Hybrid sharding, with several micro-batches a rank and a checkpoint between; the copies stay equal."""
+    one_copy, batches = four_ranks.settings, [rows(24, seed) for seed in range(3)]
+    results = {}
+    for fsdp_size in (0, 2):
+        four_ranks.settings = replace(one_copy, fsdp_size=fsdp_size)
+        four_ranks.load(checkpoints["qwen2"], "language_model", OPTIMIZER, total_steps=5, seed=0)
+        steps = [four_ranks.train_step(batch, SftObjective()) for batch in batches[:2]]
+        four_ranks.save(tmp_path / str(fsdp_size))
+        log_probs = four_ranks.log_probs(batches[2])
+        steps.append(four_ranks.train_step(batches[2], SftObjective()))
+        results[fsdp_size] = steps, ray.get(four_ranks.weights()[1]), log_probs
+    four_ranks.restore(tmp_path / "2")
+    again = four_ranks.train_step(batches[2], SftObjective())
+    with pytest.raises(
+        UserError, match=r"fsdp_size = 2: it holds shards over 4 ranks; set policy\.fsdp_size"
+    ):
+        four_ranks.restore(tmp_path / "0")
+    four_ranks.settings = one_copy
+    (steps, weights, log_probs), (hybrid_steps, hybrid_weights, hybrid_log_probs) = results.values()
+    for one, two in zip(steps, hybrid_steps, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert {name: again[name] for name in ("loss", "grad_norm")} == {
+        name: hybrid_steps[2][name] for name in ("loss", "grad_norm")
+    }
+    for name, weight in weights.items():
+        torch.testing.assert_close(hybrid_weights[name], weight, rtol=0, atol=2e-4)
+    assert_same(hybrid_log_probs, [torch.tensor(values) for values in log_probs], tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_untied"])
