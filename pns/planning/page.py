@@ -13,7 +13,7 @@ from pns.fields import walk_keys
 from pns.planning.assumptions import Assumptions
 from pns.planning.faults import faults, remarks
 from pns.planning.memory import Parts, total
-from pns.planning.plan import Plan, StageTime
+from pns.planning.plan import Estimate, StageTime
 from pns.planning.shapes import KnownModel
 from workers.packing import counted
 from workers.placement import environments
@@ -21,7 +21,7 @@ from workers.placement import environments
 WIDTH = 100
 
 
-def print_plan(plan: Plan, title: str, price: float, with_assumptions: bool) -> None:
+def print_plan(plan: Estimate, title: str, price: float, with_assumptions: bool) -> None:
     """Tables to stdout; `price` of a GPU for an hour, 0: not known."""
     console = Console(width=WIDTH, highlight=False, soft_wrap=False)
 
@@ -63,7 +63,7 @@ def wrapped(line: str) -> str:
     return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True)
 
 
-def header(plan: Plan) -> list[str]:
+def header(plan: Estimate) -> list[str]:
     lines = []
     roles_of: dict[KnownModel | None, list[str]] = {}
     for name, found in plan.models.items():
@@ -90,7 +90,7 @@ def header(plan: Plan) -> list[str]:
     return lines
 
 
-def role_table(plan: Plan) -> Table:
+def role_table(plan: Estimate) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, justify in (("role", "left"), ("replicas", "right"), ("GPUs", "right"), ("CPUs", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -105,14 +105,14 @@ def role_table(plan: Plan) -> Table:
     return table
 
 
-def total_line(plan: Plan) -> str:
+def total_line(plan: Estimate) -> str:
     cpus = sum(b.replicas * b.amounts["CPU"] for b in counted(plan.placed))
     verifiers = plan.config.placement.verifier_processes
     inside = "".join(f"; {b.role} is on the {b.inside}'s" for b in plan.placed if b.inside)
     return f"total: {plan.num_gpus:g} GPUs, {cpus:g} CPUs; {verifiers} verifier processes{inside}"
 
 
-def memory_lines(plan: Plan) -> list[str]:
+def memory_lines(plan: Estimate) -> list[str]:
     """Each role's memory by part, one line a set of stages with the same."""
     lines = ["memory, GB of each GPU at its fullest:" if plan.cluster else "memory, GB of each process:"]
     for own in plan.memory:
@@ -134,7 +134,7 @@ def spell(parts: Parts) -> str:
     return " + ".join(shown) or "0.0"
 
 
-def node_table(plan: Plan) -> Table:
+def node_table(plan: Estimate) -> Table:
     """One placement that there is, and the host memory that it takes; like machines in one row."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("machine", "processes", "host memory, GB at its fullest"):
@@ -151,7 +151,7 @@ def node_table(plan: Plan) -> Table:
     return table
 
 
-def time_table(plan: Plan) -> Table:
+def time_table(plan: Estimate) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("stage")
     for name in ("times", "sampled", "scored", "trained"):
@@ -183,7 +183,7 @@ def parts_of(time: StageTime) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in ordered if value >= 0.05)
 
 
-def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
+def stage_costs(plan: Estimate) -> list[tuple[str, float | None, str]]:
     """(stage, hours or None, what bounds it)."""
     costs = []
     for stage in (name for name, own in plan.stages.items() if own.phases):
@@ -192,7 +192,7 @@ def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
     return costs
 
 
-def cost_lines(plan: Plan, price: float) -> list[str]:
+def cost_lines(plan: Estimate, price: float) -> list[str]:
     """Hours, GPU hours (all GPUs are held until the run ends) and price of each stage and of the run."""
     if plan.cluster is None:
         return ["times are told for GPUs alone"]
@@ -221,11 +221,11 @@ def assumption_table(assumed: Assumptions) -> Table:
     return table
 
 
-def environment_of(plan: Plan) -> dict[str, dict[str, str]]:
+def environment_of(plan: Estimate) -> dict[str, dict[str, str]]:
     return environments(plan.config, [b.role for b in plan.placed], plan.device)
 
 
-def environment_lines(plan: Plan) -> list[str]:
+def environment_lines(plan: Estimate) -> list[str]:
     """A line for roles with the same."""
     roles_of: dict[str, list[str]] = {}
     for role, variables in environment_of(plan).items():
@@ -234,7 +234,7 @@ def environment_lines(plan: Plan) -> list[str]:
     return [f"  {', '.join(roles)}: {said or 'those of the node'}" for said, roles in roles_of.items()]
 
 
-def as_json(plan: Plan, price: float) -> dict[str, Any]:
+def as_json(plan: Estimate, price: float) -> dict[str, Any]:
     """All figures, in GB, seconds and GPU hours."""
     hours = stage_costs(plan) if plan.cluster else []
     return {
