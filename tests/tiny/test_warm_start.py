@@ -77,7 +77,7 @@ def texts(batch: Batch) -> list[tuple[str, str]]:
     [
         (TinyTask.solve, {0: 2, 39: 2, 40: 3, 99: 3, 100: 4}),
         (TinyTask.judge, {0: 1, 19: 1, 20: 2, 49: 2, 50: 3, 99: 3, 100: 4}),
-        (TinyTask.step_judge, {0: 1, 29: 1, 30: 2, 59: 2, 60: 3, 99: 3, 100: 4}),
+        (TinyTask.step_judge, {0: 1, 49: 1, 50: 2, 74: 2, 75: 3, 99: 3, 100: 4}),
     ],
 )
 def test_short_problems_come_first(task: TinyTask, longest_by_step: dict[int, int]) -> None:
