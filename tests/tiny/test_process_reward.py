@@ -122,7 +122,7 @@ def test_step_quality_by_hand() -> None:
 
 
 def test_a_grader_of_steps_needs_a_model_that_it_grades() -> None:
-    with pytest.raises(UserError, match="samples_from is empty: name the model whose solutions"):
+    with pytest.raises(UserError, match="samples_from is empty: name the model whose samples"):
         check_settings(WarmStart(task=TinyTask.process_reward))
 
 
