@@ -163,7 +163,18 @@ class Placement:
     )
     verifier_processes: int = key(2, "processes that check answers", at_least(1))
     start_timeout_seconds: float = key(
-        600.0, "seconds for actors to come up; after them the run stops and says what it waits for", above(0)
+        600.0,
+        "seconds for processes to come up; after them the run stops and says what it waits for",
+        above(0),
+    )
+    load_timeout_seconds: float = key(
+        1800.0, "seconds for a role to read a model: more where large ones lie on slow storage", above(0)
+    )
+    sync_timeout_seconds: float = key(
+        1200.0, "seconds to gather the policy's weights, and as many for rollout to take them", above(0)
+    )
+    step_timeout_seconds: float = key(
+        3600.0, "seconds for a training step, a checkpoint, or rollout's next completion", above(0)
     )
     wait_for_nodes_seconds: float = key(
         0.0,

@@ -45,6 +45,7 @@ ROOMS = (
     "workers/packing.py",
     "workers/metric_backends.py",
     "workers/node_memory.py",
+    "workers/actor_logs.py",
     "workers/checkpoints.py",
     "workers/runtime.py",
     "pns/data/",

@@ -116,6 +116,7 @@ SHORT_BCPG = [
     *SMALL,
     "bcpg.step_judge.pool.replicas=1",
     "bcpg.process_reward.pool.replicas=1",
+    "data.max_prompt_tokens=512",  # then the two recipes have the same samples, which are drawn once
     "bcpg.segments.min_tokens=4",
     "bcpg={steps: 2, problems_per_step: 8, samples_per_problem: 8}",
 ]

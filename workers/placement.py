@@ -215,16 +215,12 @@ def local_resources(config: Config, roles: Collection[str], device: str) -> dict
     return arguments if device == "cuda" else arguments | {"num_gpus": 0}
 
 
-def environment_table(config: Config, roles: Collection[str], device: str) -> str:
-    """The environment variables of each used role's processes as text, a role a line, for `pns plan`; "auto"
-    shows those on GPUs."""
+def environments(config: Config, roles: Collection[str], device: str) -> dict[str, dict[str, str]]:
+    """The environment variables of each used role's processes on `device`, "cpu" or "cuda"."""
     vllm = config.rollout.engine is EngineKind.vllm
-    lines = []
+    of_roles = {}
     for b in bundles(config, roles, device):
         kind = b.role if b.role in FIXED_ROLES else "reward"
-        on = "cpu" if device == "cpu" else "cuda"
-        variables = process_environment(kind, on, b.amounts["CPU"], vllm and kind == "rollout")
-        lines.append(
-            f"{b.role:<14}" + " ".join(f"{name}={value}" for name, value in sorted(variables.items()))
-        )
-    return "\n".join(lines)
+        variables = process_environment(kind, device, b.amounts["CPU"], vllm and kind == "rollout")
+        of_roles[b.role] = dict(sorted(variables.items()))
+    return of_roles

@@ -95,8 +95,8 @@ def _faults(probe: Path, token: str, models: Sequence[str], limit_seconds: float
         else:
             yield from _faults_of(view, name, probe, node_id, token)
     for answer in late:
-        limit = f"{limit_seconds:g} s (placement.start_timeout_seconds)"
-        yield f"node {asked[answer][1]} started no process within {limit}: look at its logs, or remove it"
+        way_out = "look at its logs, remove it, or raise placement.start_timeout_seconds"
+        yield f"node {asked[answer][1]} started no process within {limit_seconds:g} s: {way_out}"
 
 
 def _faults_of(view: View, node: str, probe: Path, answer: str, token: str) -> Iterator[str]:

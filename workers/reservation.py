@@ -39,7 +39,8 @@ def reserve(pool: Pool, runtime: Runtime, on_a_node: int = 0) -> list[Any]:
         placement_group([bundle] * size, strategy=strategy, bundle_label_selector=selectors)
         for _ in range(pool.replicas // size)
     ]
-    deadline = time.monotonic() + runtime.start_timeout_seconds
+    limit = runtime.start_limit
+    deadline = time.monotonic() + limit.seconds
     # verl would wait for ever, and without a word.
     if not all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups):
         release(groups)
@@ -48,8 +49,9 @@ def reserve(pool: Pool, runtime: Runtime, on_a_node: int = 0) -> list[Any]:
         together = f", each {size} on one node" if on_a_node else ""
         free = {name: amount for name, amount in ray.available_resources().items() if name in bundle}
         needs = f"placement.policy needs {pool.replicas} x {bundle}{where}{together}"
-        waited = f"{runtime.start_timeout_seconds:g} s were not enough to get them; free now: {free}"
-        raise UserError(f"{needs}, and {waited}: lower placement.policy or add a node")
+        waited = f"{limit.seconds:g} s were not enough to get them; free now: {free}"
+        way_out = f"lower placement.policy, add a node, or raise {limit.key}"
+        raise UserError(f"{needs}, and {waited}: {way_out}")
     return _by_address(groups)
 
 
@@ -66,7 +68,7 @@ def slots(groups: Sequence[Any], bundles_per_slot: int, runtime: Runtime) -> lis
             ray.remote(_gpu_ids).options(num_cpus=0, num_gpus=1, scheduling_strategy=strategy).remote()
             for strategy in strategies
         ]
-        gpu_ids = ray.get(asked, timeout=runtime.start_timeout_seconds)
+        gpu_ids = ray.get(asked, timeout=runtime.start_limit.seconds)
     return [
         Slot(strategies[first], tuple(chain(*gpu_ids[first : first + bundles_per_slot])))
         for first in range(0, len(bundles), bundles_per_slot)

@@ -3,6 +3,19 @@
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pns.config import Config
+
+LOGS = "logs"  # below a run's directory: what its actors print
+
+
+class Limit(NamedTuple):
+    """How long a wait may take, and the key of the configuration that says so."""
+
+    seconds: float
+    key: str
 
 
 @dataclass(frozen=True)
@@ -11,8 +24,41 @@ class Runtime:
 
     device: str = "cpu"  # "cpu" or "cuda"
     trust_remote_code: bool = False  # whether code that comes with a checkpoint is run
-    start_timeout_seconds: float = 600.0  # for processes to come up and models to load
-    step_timeout_seconds: float = 3600.0  # for one training step, checkpoint or export
+    start_timeout_seconds: float = 600.0  # for processes to come up
+    load_timeout_seconds: float = 1800.0  # for a model to be read
+    sync_timeout_seconds: float = 1200.0  # for weights to be gathered, or taken
+    step_timeout_seconds: float = 3600.0  # for one training step, checkpoint or export, or one completion
+    logs: str = ""  # directory for what actors print; "": only Ray keeps it
+
+    @property
+    def start_limit(self) -> Limit:
+        return Limit(self.start_timeout_seconds, "placement.start_timeout_seconds")
+
+    @property
+    def load_limit(self) -> Limit:
+        return Limit(self.load_timeout_seconds, "placement.load_timeout_seconds")
+
+    @property
+    def sync_limit(self) -> Limit:
+        return Limit(self.sync_timeout_seconds, "placement.sync_timeout_seconds")
+
+    @property
+    def step_limit(self) -> Limit:
+        return Limit(self.step_timeout_seconds, "placement.step_timeout_seconds")
+
+
+def runtime_of(config: Config, device: str, directory: Path) -> Runtime:
+    """Of the workers on `device`, "cpu" or "cuda", of a run with this directory."""
+    placement = config.placement
+    return Runtime(
+        device,
+        config.models.trust_remote_code,
+        placement.start_timeout_seconds,
+        placement.load_timeout_seconds,
+        placement.sync_timeout_seconds,
+        placement.step_timeout_seconds,
+        str(directory.absolute() / LOGS),
+    )
 
 
 VERL_CPU = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "workers.training.verl_cpu"}

@@ -17,6 +17,9 @@ StepsAsked = tuple[str, tuple[str, ...]]  # problem text, steps: joined they are
 
 # Of a step that is wrong, and of one that is correct: a token each.
 VERDICTS = {Template.TEXT: ("w", "c"), Template.TINY: ("0", "1")}
+# Digits that the judge notes before each grade. The tiny one, too small to compare what stands far apart: the
+# last two of the step's result, and of what it found itself.
+NUM_NOTED = {Template.TEXT: 0, Template.TINY: 4}
 
 _SYSTEM = """\
 You check a solution to a problem, step by step. You do not know the right answer, and you do not solve the \
@@ -91,7 +94,8 @@ def render_tiny(steps: Sequence[str], nonce: str) -> str:
 
 
 def verdict_parts(template: Template, nonce: str, num_steps: int) -> list[str]:
-    """The fixed text before, between and after the verdict's grades: `num_steps` + 1 strings."""
+    """The fixed text before, between and after the verdict's grades, each with the digits noted before it:
+    `num_steps` + 1 strings."""
     if template is Template.TINY:
         return ["", *(str(number) for number in range(2, num_steps + 1)), ""]  # the prompt ends with the 1
     numbers = [f" {number}=" for number in range(2, num_steps + 1)]
@@ -101,7 +105,8 @@ def verdict_parts(template: Template, nonce: str, num_steps: int) -> list[str]:
 def verdict_regex(template: Template, nonce: str, num_steps: int) -> str:
     """The verdict's grammar as a regular expression with one group a step."""
     *before, after = map(re.escape, verdict_parts(template, nonce, num_steps))
-    return "".join(f"{part}([{''.join(VERDICTS[template])}])" for part in before) + after
+    noted, grade = f"[0-9]{{{NUM_NOTED[template]}}}", f"([{''.join(VERDICTS[template])}])"
+    return "".join(f"{part}{noted}{grade}" for part in before) + after
 
 
 def parse_steps(

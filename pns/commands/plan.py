@@ -10,7 +10,7 @@ from pns.errors import UserError
 from pns.planning.faults import faults
 from pns.planning.hardware import DEFAULT_GPU, ClusterFile, default_cluster, named_gpu, read_cluster
 from pns.planning.page import as_json, print_plan
-from pns.planning.plan import Plan, make_plan
+from pns.planning.plan import Estimate, make_estimate
 from pns.planning.work import work_of
 from pns.preflight import check_models
 from pns.recipe import load
@@ -38,7 +38,7 @@ def plan_recipe(
     check_models(config, stages(config))
     cluster = cluster_of(config, options)
     lengths = options.prompt_tokens, options.completion_tokens
-    plan = make_plan(config, cluster, options.cluster is not None, *lengths)
+    plan = make_estimate(config, cluster, options.cluster is not None, *lengths)
     price = options.price or price_of(plan)
     if options.as_json:
         print(json.dumps(as_json(plan, price), indent=2))
@@ -74,7 +74,7 @@ def offers_gpus(cluster: ClusterFile | None, gpu: str) -> bool:
     return bool(gpu) or _NVIDIA.is_dir()
 
 
-def price_of(plan: Plan) -> float:
+def price_of(plan: Estimate) -> float:
     """Mean of the cluster file's prices over the GPUs that are taken; 0 where one of them has none."""
     taken = {node.type.price: 0.0 for node in plan.nodes if node.processes}
     for node in plan.nodes:

@@ -205,7 +205,7 @@ def ask(
     own.parent.mkdir(exist_ok=True)
     with locked(own.parent / "lock", "wait for it to end"):
         prompts = driver.load_prompts(config)
-        with services(config, names, own_model) as fleet:
+        with services(config, names, own_model, own.parent.parent) as fleet:
             note = partial(print, flush=True)
             rescorer = Rescorer(rules, prompts, fleet.scorer, unfinished_file(own), note)
             return rescorer.answer(rows, stored.group_size, stored.name)

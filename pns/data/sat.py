@@ -1,6 +1,7 @@
 """Segment any Text (SaT, arXiv 2406.16678) as a splitter of completions; its library is the extra `sat`."""
 
 import json
+import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,17 +42,16 @@ def sat_splitter(model_path: str, threshold: float = 0.25) -> Splitter:
             "bcpg.segments.splitter: sat needs the library wtpsplit: pip install 'pns[sat]', or set "
             "bcpg.segments.splitter=sentences"
         )
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
     # wtpsplit loads skops, which looks at every name of the loaded modules; transformers warns of each.
-    logging.set_verbosity_error()
+    warner = logging.getLogger("transformers")
+    level = warner.level
+    warner.setLevel(logging.ERROR)
     try:
         from wtpsplit import SaT
 
         model = SaT(model_path, tokenizer_name_or_path=model_path)
     finally:
-        logging.set_verbosity(verbosity)
+        warner.setLevel(level)
 
     def split(text: str) -> list[int]:
         if not text.strip():

@@ -11,7 +11,7 @@ from pns.planning import memory
 from pns.planning.assumptions import Assumptions
 from pns.planning.memory import Training, total
 from pns.planning.nodes import Gpu, Process
-from pns.planning.plan import Plan, forward_tokens, longest_labelled, tensor_parallel
+from pns.planning.plan import Estimate, forward_tokens, longest_labelled, tensor_parallel
 from pns.planning.work import BACKBONE, REWARD_MODEL
 from workers.packing import Node
 from workers.placement import check_placement, totals
@@ -19,7 +19,7 @@ from workers.placement import check_placement, totals
 _RAY_STORE_SHARE, _RAY_STORE_GB = 0.3, 200.0  # of a machine's memory, and the most of it: Ray's defaults
 
 
-def faults(plan: Plan) -> list[str]:
+def faults(plan: Estimate) -> list[str]:
     """All of them; empty: the plan fits, as far as it is known."""
     found = [*length_faults(plan), *step_faults(plan), *cache_faults(plan)]
     if plan.cluster is None:
@@ -29,7 +29,7 @@ def faults(plan: Plan) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def length_faults(plan: Plan) -> Iterator[str]:
+def length_faults(plan: Estimate) -> Iterator[str]:
     """The longest row has to fit into the model and into a micro-batch."""
     longest = plan.lengths.max_prompt + plan.lengths.max_completion
     backbone = plan.models[BACKBONE]
@@ -42,7 +42,7 @@ def length_faults(plan: Plan) -> Iterator[str]:
         yield f"{sum_said} tokens do not fit policy.max_tokens_per_micro_batch = {limit}: {way_out}"
 
 
-def step_faults(plan: Plan) -> Iterator[str]:
+def step_faults(plan: Estimate) -> Iterator[str]:
     """The longest prompt and completion fit what labels their steps."""
     assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
     for role in STEP_SERVICES:
@@ -57,7 +57,7 @@ def step_faults(plan: Plan) -> Iterator[str]:
         )
 
 
-def cache_faults(plan: Plan) -> Iterator[str]:
+def cache_faults(plan: Estimate) -> Iterator[str]:
     """Weights and cache of a vLLM replica fit into its share."""
     settings, b = plan.config.rollout, plan.bundle("rollout")
     if b is None or settings.engine is not EngineKind.vllm:
@@ -81,7 +81,7 @@ def cache_faults(plan: Plan) -> Iterator[str]:
         )
 
 
-def pool_faults(plan: Plan) -> Iterator[str]:
+def pool_faults(plan: Estimate) -> Iterator[str]:
     """What GPUs of a process are used for."""
     for b in plan.placed:
         found = plan.models[BACKBONE if b.role in ("rollout", "policy") else b.role]
@@ -89,7 +89,7 @@ def pool_faults(plan: Plan) -> Iterator[str]:
             yield f"{b.key}.gpus: {b.amounts['GPU']:g} must divide the model's {found.shape.heads} heads"
 
 
-def place_faults(plan: Plan) -> Iterator[str]:
+def place_faults(plan: Estimate) -> Iterator[str]:
     """What a run would be refused for; or processes that no single machine has room for, by role."""
     used = [b.role for b in plan.placed]
     # Custom resources and labels are not in a cluster file.
@@ -116,7 +116,7 @@ def place_faults(plan: Plan) -> Iterator[str]:
         )
 
 
-def gpu_faults(plan: Plan) -> Iterator[str]:
+def gpu_faults(plan: Estimate) -> Iterator[str]:
     """GPUs whose processes need more memory than there is."""
     for node in plan.nodes:
         for gpu in node.gpus:
@@ -139,12 +139,12 @@ def gpu_faults(plan: Plan) -> Iterator[str]:
                 yield f"{what}: {way_out_of(plan, worst, gpu)}"
 
 
-def plan_key(plan: Plan, role: str) -> str:
+def plan_key(plan: Estimate, role: str) -> str:
     b = plan.bundle(role)
     return b.key if b else role
 
 
-def way_out_of(plan: Plan, process: Process, gpu: Gpu) -> str:
+def way_out_of(plan: Estimate, process: Process, gpu: Gpu) -> str:
     """The nearest change of the configuration with which the process fits its GPU."""
     assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
     if process.role == "policy":
@@ -173,7 +173,7 @@ def way_out_of(plan: Plan, process: Process, gpu: Gpu) -> str:
     )
 
 
-def policy_way_out(plan: Plan, gpu_gb: float, assumed: Assumptions) -> str:
+def policy_way_out(plan: Estimate, gpu_gb: float, assumed: Assumptions) -> str:
     """A single key, the cheapest first; else ranks, of which every stage needs the same number."""
     longest = plan.lengths.max_prompt + plan.lengths.max_completion
     tokens = max(own.micro_batch_tokens for own in plan.training.values())
@@ -206,7 +206,7 @@ def _adapted(own: Training) -> Training:
     return replace(own, lora_rank=32, checkpointing=True)
 
 
-def host_faults(plan: Plan) -> Iterator[str]:
+def host_faults(plan: Estimate) -> Iterator[str]:
     """Host memory of a machine, and its part for Ray's objects, where it is known how much it has."""
     for node in plan.nodes:
         known, parts = node.type.memory_gb, plan.host.get(node.name, {})
@@ -224,7 +224,7 @@ def host_faults(plan: Plan) -> Iterator[str]:
             yield f"{node.name}: {fault}: {way_out}"
 
 
-def machine_faults(plan: Plan) -> Iterator[str]:
+def machine_faults(plan: Estimate) -> Iterator[str]:
     """All processes and their models, on this machine without a GPU."""
     parts = plan.host["this machine"]
     if total(parts) > plan.machine_gb:
@@ -237,7 +237,7 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def remarks(plan: Plan) -> list[str]:
+def remarks(plan: Estimate) -> list[str]:
     """What is worth knowing and no fault."""
     said = list(plan.notes)
     ranks = next(iter(plan.training.values())).ranks if plan.training else 0

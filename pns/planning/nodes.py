@@ -36,7 +36,7 @@ class Gpu:
 
 
 @dataclass
-class Node:
+class Machine:
     name: str
     type: NodeType
     gpus: list[Gpu]
@@ -71,7 +71,7 @@ def _fits(gpu: Gpu, process: Process) -> bool:
     return gpu.used_gb + process.gpu_gb <= gpu.kind.memory_gb
 
 
-def nodes_of(cluster: ClusterFile) -> list[Node]:
+def nodes_of(cluster: ClusterFile) -> list[Machine]:
     """Every machine of a cluster file, empty."""
     nodes = []
     for name, kind in cluster.nodes.items():
@@ -79,11 +79,11 @@ def nodes_of(cluster: ClusterFile) -> list[Node]:
         for number in range(kind.count):
             gpus = [Gpu(gpu) for _ in range(kind.gpus)] if gpu else []
             own_name = name if kind.count == 1 else f"{name}-{number + 1}"
-            nodes.append(Node(own_name, kind, gpus, kind.cpus or math.inf))
+            nodes.append(Machine(own_name, kind, gpus, kind.cpus or math.inf))
     return nodes
 
 
-def place(processes: Sequence[Process], nodes: Sequence[Node]) -> list[Process]:
+def place(processes: Sequence[Process], nodes: Sequence[Machine]) -> list[Process]:
     """Put every process on a node: first those that need several GPUs of one machine, then the ranks of the
     policy, which exchange weights; returns those without a place."""
     unplaced = []
@@ -103,7 +103,7 @@ def place(processes: Sequence[Process], nodes: Sequence[Node]) -> list[Process]:
     return unplaced
 
 
-def lay_inside(nodes: Sequence[Node], role: str, ranks_each: int) -> None:
+def lay_inside(nodes: Sequence[Machine], role: str, ranks_each: int) -> None:
     """Processes of a role that have the GPUs of `ranks_each` ranks of the policy each, which are placed; the
     memory of both is counted as the ranks'."""
     laid: dict[int, Process] = {}
@@ -121,18 +121,18 @@ def _difficulty(process: Process) -> tuple[float, bool, float]:
     return max(1.0, process.gpus), process.role == "policy", process.gpus
 
 
-def _order(process: Process, node: Node, gpus: Sequence[Gpu]) -> tuple[bool, bool]:
+def _order(process: Process, node: Machine, gpus: Sequence[Gpu]) -> tuple[bool, bool]:
     fits = all(_fits(gpu, process) for gpu in gpus)
     with_own_kind = any(other.role == process.role for other in node.processes)
     return not fits, not with_own_kind
 
 
-def kinds_of(nodes: Sequence[Node], role: str) -> list[GpuKind]:
+def kinds_of(nodes: Sequence[Machine], role: str) -> list[GpuKind]:
     """Of the GPUs that hold processes of a role, the one with least memory first."""
     gpus = [gpu for node in nodes for gpu in node.gpus if any(own.role == role for own in gpu.residents)]
     return sorted({gpu.kind for gpu in gpus}, key=lambda kind: kind.memory_gb)
 
 
-def homes(nodes: Sequence[Node], role: str) -> set[str]:
+def homes(nodes: Sequence[Machine], role: str) -> set[str]:
     """The nodes that hold processes of a role."""
     return {node.name for node in nodes if any(process.role == role for process in node.processes)}

@@ -13,14 +13,15 @@ from pns.fields import walk_keys
 from pns.planning.assumptions import Assumptions
 from pns.planning.faults import faults, remarks
 from pns.planning.memory import Parts, total
-from pns.planning.plan import Plan, StageTime
+from pns.planning.plan import Estimate, StageTime
 from pns.planning.shapes import KnownModel
 from workers.packing import counted
+from workers.placement import environments
 
 WIDTH = 100
 
 
-def print_plan(plan: Plan, title: str, price: float, with_assumptions: bool) -> None:
+def print_plan(plan: Estimate, title: str, price: float, with_assumptions: bool) -> None:
     """Tables to stdout; `price` of a GPU for an hour, 0: not known."""
     console = Console(width=WIDTH, highlight=False, soft_wrap=False)
 
@@ -41,6 +42,9 @@ def print_plan(plan: Plan, title: str, price: float, with_assumptions: bool) -> 
         host = plan.host["this machine"]
         say(wrapped(f"host memory: {total(host):.1f} GB of {plan.machine_gb:.1f} = {spell(host)}"))
     say(wrapped(f"disk (runs): {total(plan.disk):.1f} GB = {spell(plan.disk)}"))
+    say("environment variables of each process:")
+    for line in environment_lines(plan):
+        say(wrapped(line))
     say("stages, tokens and seconds for one time (sampling and scoring go on at once):")
     console.print(time_table(plan))
     for line in cost_lines(plan, price):
@@ -59,7 +63,7 @@ def wrapped(line: str) -> str:
     return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True)
 
 
-def header(plan: Plan) -> list[str]:
+def header(plan: Estimate) -> list[str]:
     lines = []
     roles_of: dict[KnownModel | None, list[str]] = {}
     for name, found in plan.models.items():
@@ -86,7 +90,7 @@ def header(plan: Plan) -> list[str]:
     return lines
 
 
-def role_table(plan: Plan) -> Table:
+def role_table(plan: Estimate) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, justify in (("role", "left"), ("replicas", "right"), ("GPUs", "right"), ("CPUs", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -101,14 +105,14 @@ def role_table(plan: Plan) -> Table:
     return table
 
 
-def total_line(plan: Plan) -> str:
+def total_line(plan: Estimate) -> str:
     cpus = sum(b.replicas * b.amounts["CPU"] for b in counted(plan.placed))
     verifiers = plan.config.placement.verifier_processes
     inside = "".join(f"; {b.role} is on the {b.inside}'s" for b in plan.placed if b.inside)
     return f"total: {plan.num_gpus:g} GPUs, {cpus:g} CPUs; {verifiers} verifier processes{inside}"
 
 
-def memory_lines(plan: Plan) -> list[str]:
+def memory_lines(plan: Estimate) -> list[str]:
     """Each role's memory by part, one line a set of stages with the same."""
     lines = ["memory, GB of each GPU at its fullest:" if plan.cluster else "memory, GB of each process:"]
     for own in plan.memory:
@@ -130,7 +134,7 @@ def spell(parts: Parts) -> str:
     return " + ".join(shown) or "0.0"
 
 
-def node_table(plan: Plan) -> Table:
+def node_table(plan: Estimate) -> Table:
     """One placement that there is, and the host memory that it takes; like machines in one row."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("machine", "processes", "host memory, GB at its fullest"):
@@ -147,7 +151,7 @@ def node_table(plan: Plan) -> Table:
     return table
 
 
-def time_table(plan: Plan) -> Table:
+def time_table(plan: Estimate) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("stage")
     for name in ("times", "sampled", "scored", "trained"):
@@ -179,7 +183,7 @@ def parts_of(time: StageTime) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in ordered if value >= 0.05)
 
 
-def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
+def stage_costs(plan: Estimate) -> list[tuple[str, float | None, str]]:
     """(stage, hours or None, what bounds it)."""
     costs = []
     for stage in (name for name, own in plan.stages.items() if own.phases):
@@ -188,7 +192,7 @@ def stage_costs(plan: Plan) -> list[tuple[str, float | None, str]]:
     return costs
 
 
-def cost_lines(plan: Plan, price: float) -> list[str]:
+def cost_lines(plan: Estimate, price: float) -> list[str]:
     """Hours, GPU hours (all GPUs are held until the run ends) and price of each stage and of the run."""
     if plan.cluster is None:
         return ["times are told for GPUs alone"]
@@ -217,7 +221,20 @@ def assumption_table(assumed: Assumptions) -> Table:
     return table
 
 
-def as_json(plan: Plan, price: float) -> dict[str, Any]:
+def environment_of(plan: Estimate) -> dict[str, dict[str, str]]:
+    return environments(plan.config, [b.role for b in plan.placed], plan.device)
+
+
+def environment_lines(plan: Estimate) -> list[str]:
+    """A line for roles with the same."""
+    roles_of: dict[str, list[str]] = {}
+    for role, variables in environment_of(plan).items():
+        said = " ".join(f"{name}={value}" for name, value in variables.items())
+        roles_of.setdefault(said, []).append(role)
+    return [f"  {', '.join(roles)}: {said or 'those of the node'}" for said, roles in roles_of.items()]
+
+
+def as_json(plan: Estimate, price: float) -> dict[str, Any]:
     """All figures, in GB, seconds and GPU hours."""
     hours = stage_costs(plan) if plan.cluster else []
     return {
@@ -226,6 +243,7 @@ def as_json(plan: Plan, price: float) -> dict[str, Any]:
         "lengths": asdict(plan.lengths),
         "stages": {stage: list(own.roles) for stage, own in plan.stages.items()},
         "roles": [asdict(b) for b in plan.placed],
+        "environment": environment_of(plan),
         "num_gpus": plan.num_gpus,
         "memory_gb": [{**asdict(own), "gb": own.gb} for own in plan.memory],
         "nodes": [

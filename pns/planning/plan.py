@@ -1,7 +1,7 @@
 """A plan: roles with their memory, machines, stages with their time, and what does not fit.
 
-`make_plan` puts together what the other files compute; it starts, reads and fetches nothing but small local
-files.
+`make_estimate` puts together what the other files compute; it starts, reads and fetches nothing but small
+local files.
 """
 
 import math
@@ -14,7 +14,7 @@ from pns.planning import memory, speed, work
 from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import ClusterFile, GpuKind
 from pns.planning.memory import GB, Cache, Parts, Training, total
-from pns.planning.nodes import Node, Process, homes, kinds_of, lay_inside, nodes_of, place
+from pns.planning.nodes import Machine, Process, homes, kinds_of, lay_inside, nodes_of, place
 from pns.planning.shapes import KnownModel, find_model
 from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.packing import Bundles, counted
@@ -63,7 +63,7 @@ class StageTime:
 
 
 @dataclass
-class Plan:
+class Estimate:
     """Everything that `pns plan` says."""
 
     config: Config
@@ -78,7 +78,7 @@ class Plan:
     rollout_gpu_gb: float = 0.0  # of the GPUs that rollout is on
     caches: dict[str, Cache] = field(default_factory=dict)
     training: dict[str, Training] = field(default_factory=dict)
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[Machine] = field(default_factory=list)
     unplaced: list[Process] = field(default_factory=list)
     host: dict[str, Parts] = field(default_factory=dict)  # node -> host memory at its fullest moment
     machine_gb: float = 0.0  # of this machine
@@ -128,13 +128,13 @@ class Plan:
         return max(sums, key=lambda name: sums[name]) if sums else ""
 
 
-def make_plan(
+def make_estimate(
     config: Config,
     cluster: ClusterFile | None,
     stated: bool,
     prompt_tokens: int | None = None,
     completion_tokens: int | None = None,
-) -> Plan:
+) -> Estimate:
     """The plan of a checked configuration on `cluster` (None: on this machine's CPU)."""
     assumed = cluster.assumptions if cluster else Assumptions()
     device = "cuda" if cluster else "cpu"
@@ -143,7 +143,7 @@ def make_plan(
     at_endpoints = {name for name, service in services(config).items() if service.url}
     placed = bundles(config, used, device)
     names = work.model_names(config)
-    plan = Plan(
+    plan = Estimate(
         config=config,
         device=device,
         cluster=cluster,
@@ -181,7 +181,7 @@ def make_plan(
 # Memory
 
 
-def vllm_gpu_gb(plan: Plan, assumed: Assumptions) -> float:
+def vllm_gpu_gb(plan: Estimate, assumed: Assumptions) -> float:
     """GB of the smallest kind of GPU whose share holds a replica and one sequence, or of the largest: what is
     planned for before it is known where the replicas are."""
     longest = plan.lengths.max_prompt + plan.lengths.max_completion
@@ -194,7 +194,7 @@ def vllm_gpu_gb(plan: Plan, assumed: Assumptions) -> float:
     return kinds[-1] if kinds else 0.0
 
 
-def add_memory(plan: Plan, gpu_gb: float, assumed: Assumptions) -> None:
+def add_memory(plan: Estimate, gpu_gb: float, assumed: Assumptions) -> None:
     """Of every role in every stage, stages with the same parts together; `gpu_gb` is of rollout's GPUs."""
     plan.rollout_gpu_gb = gpu_gb
     for stage, own in plan.stages.items():
@@ -224,13 +224,13 @@ def add_memory(plan: Plan, gpu_gb: float, assumed: Assumptions) -> None:
                     add(plan, b.role, stage, parts)
 
 
-def forward_tokens(plan: Plan, role: str, assumed: Assumptions) -> int:
+def forward_tokens(plan: Estimate, role: str, assumed: Assumptions) -> int:
     """Tokens of a service's forward pass, at most. A completion whose steps are labelled is read whole."""
     tokens = services(plan.config)[role].pool.batch_tokens or memory.FORWARD_TOKENS[plan.device]
     return max(tokens, longest_labelled(plan, role, assumed)) if role in STEP_SERVICES else tokens
 
 
-def longest_labelled(plan: Plan, role: str, assumed: Assumptions) -> int:
+def longest_labelled(plan: Estimate, role: str, assumed: Assumptions) -> int:
     """Tokens that `role`, one of STEP_SERVICES, reads of the longest prompt and completion."""
     own = plan.lengths
     text = own.max_prompt + own.max_completion
@@ -242,7 +242,7 @@ def longest_labelled(plan: Plan, role: str, assumed: Assumptions) -> int:
     return text + (0 if is_tiny else assumed.step_judge_prompt_tokens) + num_steps * beside
 
 
-def add(plan: Plan, role: str, stage: str, parts: Parts, note: str = "") -> None:
+def add(plan: Estimate, role: str, stage: str, parts: Parts, note: str = "") -> None:
     for index, own in enumerate(plan.memory):
         if own.role == role and own.parts == parts:
             plan.memory[index] = replace(own, stages=(*own.stages, stage))
@@ -250,7 +250,7 @@ def add(plan: Plan, role: str, stage: str, parts: Parts, note: str = "") -> None
     plan.memory.append(RoleMemory(role, (stage,), parts, note))
 
 
-def sampling_stages(plan: Plan) -> dict[str, list[str]]:
+def sampling_stages(plan: Estimate) -> dict[str, list[str]]:
     """Model -> the stages that sample from it."""
     stages: dict[str, list[str]] = {}
     for stage, own in plan.stages.items():
@@ -259,7 +259,7 @@ def sampling_stages(plan: Plan) -> dict[str, list[str]]:
     return stages
 
 
-def training_of(plan: Plan, updates: Updates) -> Training | None:
+def training_of(plan: Estimate, updates: Updates) -> Training | None:
     """The model that `updates` train in the policy's processes; None where they train none, or one of a shape
     that is not known."""
     b, found = plan.bundle("policy"), plan.models[updates.model]
@@ -279,7 +279,9 @@ def training_of(plan: Plan, updates: Updates) -> Training | None:
     )
 
 
-def rollout_memory(plan: Plan, found: KnownModel, gpu_gb: float, assumed: Assumptions) -> tuple[Parts, Cache]:
+def rollout_memory(
+    plan: Estimate, found: KnownModel, gpu_gb: float, assumed: Assumptions
+) -> tuple[Parts, Cache]:
     settings, b = plan.config.rollout, plan.bundle("rollout")
     assert b is not None  # a stage samples
     if settings.engine is EngineKind.transformers:
@@ -299,7 +301,7 @@ def tensor_parallel(b: Bundles) -> int:
 # Host memory and disk
 
 
-def add_host(plan: Plan, assumed: Assumptions) -> None:
+def add_host(plan: Estimate, assumed: Assumptions) -> None:
     """Of every node at the fuller of two moments; on a CPU the sum of all processes and their models."""
     if plan.cluster is None:
         parts = {
@@ -314,7 +316,7 @@ def add_host(plan: Plan, assumed: Assumptions) -> None:
         plan.host[node.name] = memory.largest(*moments)
 
 
-def host_memory(plan: Plan, node: Node, moment: str, assumed: Assumptions) -> Parts:
+def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions) -> Parts:
     """Its processes together, by role, at "load" or "sync"."""
     parts: Parts = {}
     trained = max(plan.training.values(), key=lambda training: training.parameters, default=None)
@@ -339,7 +341,7 @@ def host_memory(plan: Plan, node: Node, moment: str, assumed: Assumptions) -> Pa
     return parts
 
 
-def add_disk(plan: Plan, assumed: Assumptions) -> None:
+def add_disk(plan: Estimate, assumed: Assumptions) -> None:
     """Of the run directory, at most: two checkpoints and one that is being written, of one stage at a time;
     exports and rollouts of all."""
     if plan.training:
@@ -358,13 +360,13 @@ def add_disk(plan: Plan, assumed: Assumptions) -> None:
 # Time
 
 
-def add_times(plan: Plan, assumed: Assumptions) -> None:
+def add_times(plan: Estimate, assumed: Assumptions) -> None:
     for stage, own in plan.stages.items():
         for phase in own.phases:
             plan.times.append(time_of(plan, stage, phase, assumed))
 
 
-def time_of(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> StageTime:
+def time_of(plan: Estimate, stage: str, phase: Phase, assumed: Assumptions) -> StageTime:
     lengths, sampled, held = plan.lengths, 0, 0
     if phase.sampling is not None:
         sampled = round(phase.sampling.completions * mean_completion(plan, phase))
@@ -374,13 +376,13 @@ def time_of(plan: Plan, stage: str, phase: Phase, assumed: Assumptions) -> Stage
     return StageTime(stage, phase.name, phase.times, sampled, held, sum(phase.scored.values()), parts)
 
 
-def mean_completion(plan: Plan, phase: Phase) -> float:
+def mean_completion(plan: Estimate, phase: Phase) -> float:
     """Where a suite has a limit of its own, the mean follows it."""
     assert phase.sampling is not None
     return plan.lengths.completion * phase.sampling.max_new_tokens / plan.lengths.max_completion
 
 
-def seconds_by_part(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float] | None:
+def seconds_by_part(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[str, float] | None:
     """None where a model of the phase has no known shape, or a role of it no place."""
     needed = [phase.sampling.model] if phase.sampling else []
     needed += [phase.updates.model] if phase.updates else []
@@ -401,7 +403,7 @@ def seconds_by_part(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str,
     )
 
 
-def sampling_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
+def sampling_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[str, float]:
     sampling, b, gpu = phase.sampling, plan.bundle("rollout"), plan.gpu_of("rollout")
     if sampling is None or b is None or gpu is None or not sampling.completions:
         return {}
@@ -417,7 +419,7 @@ def sampling_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str
     }
 
 
-def term_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
+def term_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[str, float]:
     parts = {}
     for name, completions in phase.scored.items():
         b, found, gpu = plan.bundle(name), plan.models.get(name), plan.gpu_of(name)
@@ -433,7 +435,7 @@ def term_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, fl
     return parts
 
 
-def policy_seconds(plan: Plan, phase: Phase, assumed: Assumptions) -> dict[str, float]:
+def policy_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[str, float]:
     updates, b, gpu = phase.updates, plan.bundle("policy"), plan.gpu_of("policy")
     if updates is None or b is None or gpu is None:
         return {}

@@ -3,6 +3,7 @@
 <runs>/<name>/
   config.yaml  run.json  report.json  plots/  decontamination.json  lock
   services.json  scale.json          see pns.run.services
+  logs/ROLE-INDEX.log                what actors print, see workers.actor_logs
   <stage> -> ../stages/<stage>-<digest>
   <stage>_<part> -> ../stages/<stage>-<digest>   of a stage that the method has several times: one for each
                                      part of a mixture (reverse_rl_pns_target), arm and round (bcpg_nsa_1)

@@ -19,7 +19,7 @@ from pns.stages.scoring import rollout_key
 from pns.stages.stream import Unfinished
 from workers.cluster import Cluster
 from workers.fleet import Fleet
-from workers.runtime import Runtime
+from workers.runtime import runtime_of
 
 _PROGRESS_SECONDS = 15.0
 _PART_ROWS = 1000  # that are asked at once: enough for every replica, and few where a service fails for all
@@ -34,13 +34,14 @@ class Scorer(Protocol):
 
 
 @contextmanager
-def services(config: Config, names: Collection[str], own_reward_model: str) -> Iterator[Fleet]:
-    """The services of the terms `names` alone, with their models. Raises UserError where they cannot be
-    placed."""
+def services(
+    config: Config, names: Collection[str], own_reward_model: str, directory: Path
+) -> Iterator[Fleet]:
+    """The services of the terms `names` alone, with their models, for the run in `directory`. Raises
+    UserError where they cannot be placed."""
     with ExitStack() as stack:
         device = stack.enter_context(Cluster(config, names))
-        timeout = config.placement.start_timeout_seconds
-        fleet = Fleet(config, Runtime(device, config.models.trust_remote_code, timeout))
+        fleet = Fleet(config, runtime_of(config, device, directory))
         stack.callback(fleet.shutdown)  # before `start`, which may fail half-way
         fleet.start(names)
         for name in names:

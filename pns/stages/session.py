@@ -22,7 +22,7 @@ from workers.cluster import Cluster
 from workers.fleet import Fleet
 from workers.metric_backends import open_backends
 from workers.node_memory import NodeMemory
-from workers.runtime import Runtime
+from workers.runtime import runtime_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ def session(
 ) -> Iterator[Session]:
     """Everything that `pending` needs, up. Raises UserError, with nothing written, where it cannot be."""
     roles = list(dict.fromkeys(role for step in pending for role in step.roles))
-    placement = config.placement
     with ExitStack() as stack:
         device = stack.enter_context(Cluster(config, roles))
         memory = stack.enter_context(PeakMemory())
@@ -65,8 +64,7 @@ def session(
         if os.environ.get("RAY_ADDRESS"):  # this process sees its own node alone
             nodes = stack.enter_context(NodeMemory())
             stack.callback(lambda: write_json(page.path / NODES, nodes.peaks()))
-        runtime = Runtime(device, config.models.trust_remote_code, placement.start_timeout_seconds)
-        fleet = Fleet(config, runtime)
+        fleet = Fleet(config, runtime_of(config, device, page.path))
         stack.callback(fleet.shutdown)  # before `start`, which may fail half-way
         files = [directory / METRICS for directory in linked_places(page.path).values()]
         # Backends want one count of rows that never falls, over all stages and starts.

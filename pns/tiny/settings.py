@@ -24,11 +24,7 @@ class WarmStart:
     architecture: Architecture = key(Architecture.qwen2, "model family of a backbone")
     steps: int = key(1700, "training steps", at_least(1))
     hidden_size: int = key(128, "width of the residual stream", at_least(1))
-    layers: int = key(
-        4,
-        "transformer blocks; process_reward: those beyond its initial model's are added on top",
-        at_least(1),
-    )
+    layers: int = key(4, "transformer blocks", at_least(1))
     heads: int = key(4, "attention heads of a block", at_least(1))
     key_value_heads: int = key(2, "heads of keys and values that the attention heads share", at_least(1))
     feed_forward_size: int = key(384, "width of the feed-forward parts", at_least(1))

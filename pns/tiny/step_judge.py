@@ -1,6 +1,7 @@
 """What the tiny world's step judge learns from and is measured by: the checker's labels of every step."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -17,7 +18,8 @@ from pns.tiny import world
 SAMPLED_SHARE, MIXED_SHARE, CORRUPTED_SHARE = 0.4, 0.25, 0.2
 MISCONCEPTIONS, SLIPS, MISREADINGS = {"times": 0.25, "fewer": 0.25}, 0.25, 0.25
 
-WEIGHT_OF_SOLVING = 0.2  # in the loss, of a token of a right solution or a right step; a grade has 1
+# In the loss, of a token of a right solution or a right step, and of a noted digit; a grade has 1.
+WEIGHT_OF_SOLVING, WEIGHT_OF_NOTES = 0.2, 0.5
 
 Candidate = tuple[Problem, str]  # a problem and the text of a solution
 
@@ -41,6 +43,20 @@ def step_labels(problem: Problem, steps: Sequence[str]) -> tuple[bool, ...]:
         right_ends.add(len(text))
     ends = np.cumsum([len(step) for step in steps]).tolist()
     return tuple(end in right_ends for end in ends)
+
+
+def step_notes(problem: Problem, steps: Sequence[str]) -> tuple[str, ...]:
+    """What the judge notes of each step: the last two digits of its last number, and of the right value of
+    what it names (the box: of the answer); 00 for none."""
+    found, gold = world.check(problem, "".join(steps)), world.parse_problem(problem.prompt).values()
+    right_values = {step.end: gold.get(step.name, 0) for step in found.steps}
+    if found.format_ok:
+        right_values[len("".join(steps))] = int(problem.answer)
+    notes = []
+    for step, end in zip(steps, np.cumsum([len(step) for step in steps]).tolist(), strict=True):
+        stated = re.findall("[0-9]+", step)[-1:] or ["0"]
+        notes.append(f"{stated[0][-2:]:0>2}{right_values.get(end, 0):02d}")
+    return tuple(notes)
 
 
 def step_candidates(fresh: list[Problem], sampled: list[Candidate], rng: random.Random) -> list[Candidate]:
@@ -75,14 +91,14 @@ def step_row(
     labels = step_labels(problem, steps)
     # To foresee right steps from the solution is on the way to telling wrong ones.
     end = len(solution) + len(encode(f"<judge>{nonce}"))
-    for number, (step, correct) in enumerate(zip(steps, labels, strict=True), 1):
+    for place, (step, correct) in enumerate(zip(steps, labels, strict=True), 1):
         start, end = end, end + len(encode(without_markers(step)))
         weights[start:end] = [WEIGHT_OF_SOLVING * correct] * (end - start)
-        end += len(encode(f"<solve>{number}<solve>"))
-    for part, correct in zip(parts, labels, strict=False):
+        end += len(encode(f"<solve>{place}<solve>"))
+    for part, noted, correct in zip(parts, step_notes(problem, steps), labels, strict=False):
         number = encode(part) if part else []
-        ids += number + encode(VERDICTS[Template.TINY][correct])
-        weights += [0.0] * len(number) + [1.0]
+        ids += number + encode(noted + VERDICTS[Template.TINY][correct])
+        weights += [0.0] * len(number) + [WEIGHT_OF_NOTES] * len(noted) + [1.0]
     return encode(render_tiny_problem(problem.prompt)), ids, weights
 
 

@@ -25,15 +25,17 @@ STEPS = ("First, 12+7=18.\n", "So Bob has 18. ", "The answer is \\boxed{18}.")
 def test_a_verdict_is_read_step_by_step() -> None:
     assert parse_steps(f"<verdict {NONCE}>1=w 2=c 3=w</verdict>", NONCE, 3) == (False, True, False)
     assert parse_steps(f" <verdict {NONCE}>1=c</verdict>\n", NONCE, 1) == (True,)
-    assert parse_steps("102131", "0471", 3, Template.TINY) is None  # the first number is the prompt's
-    assert parse_steps("02131", "0471", 3, Template.TINY) == (False, True, True)
+    # Four noted digits before each grade; the first number is the prompt's.
+    assert parse_steps("19180219191357571", "0471", 3, Template.TINY) == (False, True, True)
+    assert parse_steps("119180219191357571", "0471", 3, Template.TINY) is None
+    assert parse_steps("02131", "0471", 3, Template.TINY) is None
     grades = "c" * 400
     parts = verdict_parts(Template.TEXT, NONCE, 400)
     whole = "".join(part + grade for part, grade in zip(parts, [*grades, ""], strict=True))
     assert parse_steps(whole, NONCE, 400) == (True,) * 400
     # Digits of ten and more steps are numbers of two tokens.
     parts = verdict_parts(Template.TINY, "0471", 12)
-    whole = "".join(part + grade for part, grade in zip(parts, [*"010101010101", ""], strict=True))
+    whole = "".join(f"{part}1918{grade}" for part, grade in zip(parts, "010101010101", strict=False))
     assert parse_steps(whole, "0471", 12, Template.TINY) == (False, True) * 6
 
 

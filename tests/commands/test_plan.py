@@ -94,9 +94,12 @@ def test_the_tiny_recipe_runs_on_this_machine(capsys: pytest.CaptureFixture[str]
     assert cli.main(["plan", str(RECIPE), "placement.device=cpu"]) == 0
     shown = capsys.readouterr().out
     assert "cpu of this machine" in shown
+    assert "  policy: HF_HUB_DISABLE_PROGRESS_BARS=1 " in shown
     assert "times are told for GPUs alone" in shown
     made = planned(capsys, str(RECIPE), "placement.device=cpu")
     assert made["num_gpus"] == 0
+    assert list(made["environment"]) == ["rollout", "policy", "plausibility", "coherence"]
+    assert made["environment"]["policy"]["VERL_PLATFORM"] == "cpu"
     # Measured: 7.6 GiB for all processes together.
     assert sum(made["host_gb"]["this machine"].values()) == pytest.approx(7.6 * 1.074, rel=0.25)
 

@@ -81,7 +81,7 @@ def test_scale_and_status_of_a_run_at_work(
         code, line = said(capsys, "scale", run, "judge=9")  # 72 CPUs of 64
         assert code == 2
         assert line.startswith("pns: judge: waited 2 s for replica ")
-        assert line.endswith("CPU free\n")
+        assert line.endswith("add room, or raise placement.start_timeout_seconds\n")
         assert pool.replicas == 1
         assert pool.score([5]) == [Outcome(5)]
     code, table = said(capsys, "status", run, "--watch")

@@ -90,7 +90,7 @@ CALLED = {
 # Methods of our subclasses that override nothing.
 OURS = {f"{_ENGINE}._compile_elementwise"}
 # Classes whose subclasses here are made here: their constructors are ours.
-MADE_HERE = ("transformers.cache_utils.DynamicLayer",)
+MADE_HERE = ("transformers.cache_utils.DynamicLayer", "verl.single_controller.base.Worker")
 # A dictionary of requests that has the name of one of the objects.
 NOT_OBJECTS = {"params.items", "params.get"}
 # What takes its keywords out of `**kwargs`, with the functions that it hands them on to. Others hand them to

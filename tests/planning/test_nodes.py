@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pns.planning.hardware import ClusterFile, NodeType
-from pns.planning.nodes import Node, Process, homes, kinds_of, nodes_of, place
+from pns.planning.nodes import Machine, Process, homes, kinds_of, nodes_of, place
 
 
-def machines(count: int, gpus: int = 8, cpus: int = 0, kind: str = "H100") -> list[Node]:
+def machines(count: int, gpus: int = 8, cpus: int = 0, kind: str = "H100") -> list[Machine]:
     return nodes_of(ClusterFile({"node": NodeType(count=count, gpus=gpus, cpus=cpus, gpu=kind)}))
 
 

@@ -22,18 +22,9 @@ from pns.run.tracking import METRICS, Tracker
 from pns.stages.context import Context
 from pns.stages.session import Session
 from pns.tiny import warm_start, world
-from pns.tiny.process_reward import (
-    as_batch,
-    labelled_steps,
-    make_batch,
-    one_change,
-    process_reward_stage,
-    step_quality,
-    step_rows,
-)
+from pns.tiny.process_reward import labelled_steps, process_reward_stage, step_batch, step_quality
 from pns.tiny.settings import TinyTask, WarmStart, check_settings
 from pns.tiny.tokenizer import build_tokenizer
-from pns.tiny.warm_start import mixed_candidates
 from workers.fleet import Fleet
 from workers.rewards.process_reward import ProcessReward
 from workers.runtime import Runtime
@@ -77,33 +68,11 @@ def test_every_step_has_the_checkers_label(text: str, labels: list[int]) -> None
 def test_a_row_ends_with_the_step_that_is_graded() -> None:
     ctx, decode = own_context(), build_tokenizer().decode
     text = "<think>Cal has 12+7=19. So Eve has 19+3=22. </think>\\boxed{22}"
-    batch = as_batch(step_rows(ctx, [(PROBLEM, text), (PROBLEM, "")]))
-    assert list(batch.prompt_ids) == [ctx.prompts.encode(PROBLEM)] * 3
+    batch = step_batch(ctx, [(PROBLEM, text), (PROBLEM, "")])
+    assert batch.prompt_ids == [ctx.prompts.encode(PROBLEM)] * 3
     begun = [decode(list(ids)) for ids in batch.completion_ids]
     assert begun == [text[: text.index("So")], text[: text.index("</think>")], text]
     assert batch.row_values == {"label": [1.0, 0.0, 0.0]}
-
-
-def test_pairs_differ_by_one_word_and_end_with_its_step() -> None:
-    rng = random.Random(0)
-    places = set()
-    for problem in world.problems("train", None, 50, 0):
-        right, wrong = one_change(problem, rng)
-        tokens = [build_tokenizer().encode(text, add_special_tokens=False) for text in (right, wrong)]
-        assert tokens[0] != tokens[1]
-        labels = [[is_right for _, is_right in labelled_steps(problem, text)] for text in (right, wrong)]
-        assert labels[0] == [True] * len(labels[0])
-        assert labels[1] == [True] * (len(labels[1]) - 1) + [False]
-        places.add("box" if right.endswith("}") else "step")
-    assert places == {"box", "step"}
-
-
-def test_half_of_a_batch_are_pairs() -> None:
-    batch = make_batch(own_context(), SETTINGS, [], 0)
-    num_paired = 2 * (SETTINGS.batch_size // 2)
-    assert len(batch) > num_paired
-    assert batch.row_values["label"][-num_paired:] == [1.0, 0.0] * (num_paired // 2)
-    assert batch.prompt_ids[-num_paired::2] == batch.prompt_ids[-num_paired + 1 :: 2]
 
 
 def test_step_quality_by_hand() -> None:
@@ -148,11 +117,13 @@ def test_a_process_reward_model_is_made_and_measured_as_it_will_be_served(
     assert len(losses) == 3
     assert losses[0] == pytest.approx(math.log(2), abs=0.5)
     quality = read_json(made.quality_file)
-    assert quality["candidates"].keys() == quality["sampled_wrong"].keys() == step_quality([1], [1]).keys()
+    assert (
+        quality["candidates"].keys() == quality["sampled_wrong"].keys() == step_quality([1, 0], [1, 0]).keys()
+    )
     text = "<think>Cal has 12+7=19. So Eve has 19+3=22. </think>\\boxed{22}"
     steps = tuple(sentence for sentence, _ in labelled_steps(PROBLEM, text))
     (outcome,) = ProcessReward(made.model, CPU).score([(prompts.messages(PROBLEM), steps)])
-    scores = np.array(fleet.policy.scores(as_batch(step_rows(own_context(), [(PROBLEM, text)]))))
+    scores = np.array(fleet.policy.scores(step_batch(own_context(), [(PROBLEM, text)])))
     assert outcome.value == pytest.approx(1 / (1 + np.exp(-scores)), abs=1e-5)
 
 
@@ -161,8 +132,11 @@ def test_the_shipped_model_knows_right_steps() -> None:
     model = ProcessReward(str(TINY / "process_reward"), CPU)
     prompts = own_context().prompts
     probabilities, labels = [], []
-    for problem, text in mixed_candidates(fresh, [], random.Random(0)):
-        steps = labelled_steps(problem, text)
+    rng = random.Random(0)
+    for problem in fresh:
+        steps = labelled_steps(
+            problem, world.mixed_solution(problem, rng, {"times": 0.6, "fewer": 0.6}, 0, 0)
+        )
         sentences = tuple(sentence for sentence, _ in steps)
         (outcome,) = model.score([(prompts.messages(problem), sentences)])
         if outcome.value:

@@ -18,6 +18,7 @@ from pns.tiny.step_judge import (
     step_agreement,
     step_candidates,
     step_labels,
+    step_notes,
     step_row,
 )
 from pns.tiny.tokenizer import build_tokenizer
@@ -48,6 +49,13 @@ def test_steps_and_their_labels(steps: tuple[str, ...], labels: tuple[bool, ...]
     assert step_labels(PROBLEM, steps) == labels
 
 
+def test_notes_are_the_stated_and_the_right_result() -> None:
+    steps = ("<think>Cal has 12+7=8. ", "So Eve has 8*3=124. ", "Ann. ", "</think>\\boxed{124}")
+    assert step_notes(PROBLEM, steps) == ("0819", "2457", "0000", "2400")
+    steps = ("<think>Cal has 12+7=18. ", "</think>\\boxed{54}")
+    assert step_notes(PROBLEM, steps) == ("1819", "5457")
+
+
 def test_candidates_have_right_and_wrong_steps_and_rows_that_say_so() -> None:
     encode = partial(build_tokenizer().encode, add_special_tokens=False)
     decode = build_tokenizer().decode
@@ -68,6 +76,10 @@ def test_candidates_have_right_and_wrong_steps_and_rows_that_say_so() -> None:
         solution, verdict = decode(ids).split("<judge>")[0], decode(ids).split("<verdict>1")[1]
         assert solution == problem.solution
         assert parse_steps(verdict, "", len(own), Template.TINY) == own
+        assert verdict == "".join(
+            f"{number if number > 1 else ''}{noted}{int(label)}"
+            for number, (noted, label) in enumerate(zip(step_notes(problem, steps), own, strict=True), 1)
+        )
         grades = [token for token, weight in zip(ids, weights, strict=True) if weight == 1]
         assert grades == [token for label in own for token in encode(str(int(label)))]
         learned = [token for token, weight in zip(ids, weights, strict=True) if weight == WEIGHT_OF_SOLVING]

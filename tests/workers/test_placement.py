@@ -25,7 +25,7 @@ from workers.placement import (
     NoRoomError,
     bundles,
     check_placement,
-    environment_table,
+    environments,
     local_resources,
     resolve_device,
     resolve_joined_device,
@@ -348,17 +348,17 @@ def test_auto_is_no_word_for_cpu_on_a_joined_cluster() -> None:
         resolve_joined_device(named, ["policy"], 0)
 
 
-def test_environment_table_has_what_each_role_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments_are_what_each_role_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_IB_HCA", "mlx5_0")
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
-    on_gpus, on_cpu = (environment_table(CLUSTER, ALL, device).splitlines() for device in ("auto", "cpu"))
-    assert [line.split()[0] for line in on_gpus] == ["rollout", "policy", "plausibility", "coherence"]
-    assert all("NCCL_IB_HCA=mlx5_0" in line for line in on_gpus)
-    assert "/vllm" in on_gpus[0]
-    assert "VERL_PLATFORM" not in on_gpus[1]
-    assert "NCCL_CUMEM_ENABLE=0" in on_gpus[1]
-    assert "VERL_PLATFORM=cpu" in on_cpu[1]
-    assert "OMP_NUM_THREADS=4" in on_cpu[1]
-    assert "VLLM_CACHE_ROOT" not in on_cpu[0]
+    on_gpus, on_cpu = (environments(CLUSTER, ALL, device) for device in ("cuda", "cpu"))
+    assert list(on_gpus) == ["rollout", "policy", "plausibility", "coherence"]
+    assert {variables["NCCL_IB_HCA"] for variables in on_gpus.values()} == {"mlx5_0"}
+    assert on_gpus["rollout"]["VLLM_CACHE_ROOT"].endswith("/vllm")
+    assert "VERL_PLATFORM" not in on_gpus["policy"]
+    assert on_gpus["policy"]["NCCL_CUMEM_ENABLE"] == "0"
+    assert on_cpu["policy"]["VERL_PLATFORM"] == "cpu"
+    assert on_cpu["policy"]["OMP_NUM_THREADS"] == "4"
+    assert "VLLM_CACHE_ROOT" not in on_cpu["rollout"]
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/scratch/vllm")
-    assert "VLLM_CACHE_ROOT=/scratch/vllm" in environment_table(CLUSTER, ["rollout"], "cuda")
+    assert environments(CLUSTER, ["rollout"], "cuda")["rollout"]["VLLM_CACHE_ROOT"] == "/scratch/vllm"

@@ -57,7 +57,7 @@ class Judge(VerdictModel):
         return self._encode_chat(messages, verdict_parts(self._template, nonce)[0])
 
     def _decode(self, prompts: list[list[int]]) -> list[Reply | None]:
-        return self._fill_in(prompts, self._between)
+        return self._fill_in(prompts, self._between, [self._grades_V] * len(DIMENSIONS))
 
     def _read(self, reply: Reply | None, nonce: str) -> Outcome[Judgement]:
         if reply is None:

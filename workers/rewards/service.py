@@ -14,6 +14,7 @@ Between `min_replicas` and `max_replicas` a pool follows its queue (`workers.rew
 for a replica that is added so: where it cannot be placed it is given up.
 """
 
+import itertools
 import queue
 import sys
 import threading
@@ -30,8 +31,9 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import RewardConfig, ServicePool
 from pns.errors import UserError
+from workers.actor_logs import actor_log, print_to
 from workers.rewards.scaling import Autoscaler, ScaleRule
-from workers.runtime import Runtime, process_environment
+from workers.runtime import Limit, Runtime, process_environment
 
 _Item = TypeVar("_Item")
 _AnyItem = TypeVar("_AnyItem", contravariant=True)
@@ -95,7 +97,8 @@ def micro_batches(lengths: Mapping[int, int], max_tokens: int) -> list[list[int]
 class ScoringActor:
     """One replica: a model, loaded when it is asked for."""
 
-    def __init__(self, build: Callable[[str], ServedModel[Any, Any]]) -> None:
+    def __init__(self, build: Callable[[str], ServedModel[Any, Any]], log_file: str = "") -> None:
+        print_to(log_file)
         self._build = build
         self._model: ServedModel[Any, Any] | None = None
         self._version: ModelVersion | None = None
@@ -149,14 +152,17 @@ class _Entry:
 
 @dataclass(eq=False)
 class _Replica:
-    """`began`: when it began to start, to be idle, or to work on its first request, in monotonic seconds;
-    `restarted`: in the place of one that failed; `grown`: as items queued up."""
+    """`number` counts all that were started; `index` is the least that no other has; `began`: when it began
+    to start, to load, to be idle, or to work on its first request, in monotonic seconds; `restarted`: in the
+    place of one that failed; `grown`: as items queued up."""
 
     number: int
+    index: int
     actor: Any
     began: float
     restarted: bool = False
     grown: bool = False
+    up: bool = False  # the process is there, and loads the model if there is one by then
     ready: bool = False
     retiring: bool = False
     requests: deque[list[_Entry]] = field(default_factory=deque)
@@ -201,7 +207,7 @@ class ScoringPool(Generic[_Item, _Value]):
     `rule` says when their number follows the queue. `name` stands in messages. `build(model_path)` makes the
     model inside the actor and must be picklable; `num_tokens(item)` is the item's size for batching and
     routing. An item that two processes did not answer within `deadline_seconds` each is missing. No GPU is
-    asked for on CPU. Raises TimeoutError when the actors are not up within `runtime.start_timeout_seconds`.
+    asked for on CPU. Raises TimeoutError when the actors are not up within the runtime's limit of starting.
     """
 
     def __init__(
@@ -252,8 +258,8 @@ class ScoringPool(Generic[_Item, _Value]):
 
     def load(self, model_path: str) -> None:
         """Swap the model in every replica; items submitted before keep the model they were submitted for.
-        Raises UserError where the model cannot be used and TimeoutError where loading takes longer than
-        `runtime.start_timeout_seconds`."""
+        Raises UserError where the model cannot be used and TimeoutError where loading takes longer than the
+        runtime's limit of it."""
         model = ModelVersion(self._model.number + 1 if self._model else 1, str(model_path))
         with self._lock:
             ready = [replica for replica in self._replicas if replica.ready and not replica.retiring]
@@ -385,7 +391,7 @@ class ScoringPool(Generic[_Item, _Value]):
                     self._give_up(self._failed)  # also of what was submitted since
 
     def _start(self) -> _Replica:
-        """A replica that is starting; it takes work once its first call has come back."""
+        """A replica that is starting; it takes work once the process is up and has loaded the model."""
         environment = process_environment("reward", self._runtime.device, self._pool.cpus)
         remote = ray.remote(ScoringActor).options(
             num_cpus=self._pool.cpus,
@@ -396,21 +402,32 @@ class ScoringPool(Generic[_Item, _Value]):
             runtime_env={"env_vars": environment},
         )
         self._num_started += 1
-        replica = _Replica(self._num_started, remote.remote(self._build), time.monotonic())
+        taken = {replica.index for replica in self._replicas}
+        index = next(number for number in itertools.count() if number not in taken)
+        actor = remote.remote(self._build, self._log_of(index))
+        replica = _Replica(self._num_started, index, actor, time.monotonic())
         self._replicas.append(replica)
-        loading = replica.actor.load.remote(self._model).future()
-        loading.add_done_callback(lambda future: self._inbox.put(lambda: self._started(replica, future)))
+        self._await(replica, replica.actor.load.remote(None))
         return replica
+
+    def _await(self, replica: _Replica, reference: ray.ObjectRef) -> None:
+        future = reference.future()
+        future.add_done_callback(lambda future: self._inbox.put(lambda: self._started(replica, future)))
 
     def _started(self, replica: _Replica, future: Future[None]) -> None:
         if error := future.exception():
-            fault = f"could not start ({_cause(error)})"
+            fault = f"could not start ({_cause(error)}){self._printed(replica, error)}"
             if replica.restarted:
                 self._replace(replica, fault, 1)
             else:
                 self._give_up_replica(replica, fault)
             return
-        replica.ready, replica.began = True, time.monotonic()
+        replica.began = time.monotonic()
+        if not replica.up and self._model is not None:
+            replica.up = True
+            self._await(replica, replica.actor.load.remote(self._model))
+            return
+        replica.up = replica.ready = True
         if replica.restarted and self._suspects and self._scored:
             # A process that scores what was scored before is sound: what ends it is the next item's fault.
             known = self._scored
@@ -465,7 +482,7 @@ class ScoringPool(Generic[_Item, _Value]):
         if isinstance(error, RayActorError):
             for entry in replica.requests[0]:  # the one it was computing; the next is innocent
                 entry.deaths += 1
-            self._replace(replica, f"died ({_cause(error)})", 1)
+            self._replace(replica, f"died ({_cause(error)}){self._printed(replica, error)}", 1)
             return
         replica.requests.remove(request)
         seconds = time.monotonic() - replica.began
@@ -501,15 +518,16 @@ class ScoringPool(Generic[_Item, _Value]):
 
     def _end_late(self) -> None:
         """End replicas that work too long on a request, or take too long to start."""
-        now, start_limit = time.monotonic(), self._runtime.start_timeout_seconds
+        now = time.monotonic()
         for replica in list(self._replicas):
             seconds = now - replica.began
-            if replica.starting and seconds > start_limit:
-                fault = f"did not start within {start_limit:g} s"
+            limit = self._limit(replica)
+            if replica.starting and seconds > limit.seconds:
+                fault = f"took longer than {limit.seconds:g} s ({limit.key}) {self._purpose(replica)}"
                 if replica.restarted:
                     self._replace(replica, fault, _TIMEOUT_WEIGHT)
                 elif replica.grown:  # those of `resize` are watched there
-                    self._give_up_replica(replica, f"{fault} {self._purpose()}")
+                    self._give_up_replica(replica, fault)
             elif replica.requests and seconds > self._deadline_seconds:
                 for entry in replica.requests[0]:
                     entry.timeouts += 1
@@ -598,7 +616,6 @@ class ScoringPool(Generic[_Item, _Value]):
     # Waits of the caller's thread.
 
     def _wait_to_start(self, added: Sequence[_Replica], autoscaler: Autoscaler) -> None:
-        end = time.monotonic() + self._runtime.start_timeout_seconds
         for index, replica in enumerate(added):
             while not replica.ready:
                 if self._failed:
@@ -607,17 +624,19 @@ class ScoringPool(Generic[_Item, _Value]):
                     raise UserError(f"{self._name}: another number of replicas was asked for meanwhile")
                 if replica not in self._replicas:  # it failed
                     raise PoolFailedError(f"{self._name}{self._last_failure}")
-                if time.monotonic() > end:
-                    raise self._late(index, len(added), self._purpose())
+                limit = self._limit(replica)
+                if not replica.ready and time.monotonic() - replica.began > limit.seconds:
+                    raise self._late(index, len(added), self._purpose(replica), limit)
                 time.sleep(0.02)
 
     def _wait_to_load(self, loading: dict[ray.ObjectRef, _Replica], purpose: str) -> None:
-        end = time.monotonic() + self._runtime.start_timeout_seconds
+        limit = self._runtime.load_limit
+        end = time.monotonic() + limit.seconds
         for index, reference in enumerate(loading):
             try:
                 ray.get(reference, timeout=max(0.0, end - time.monotonic()))
             except ray.exceptions.GetTimeoutError as error:
-                raise self._late(index, len(loading), purpose) from error
+                raise self._late(index, len(loading), purpose, limit) from error
             except RayActorError:
                 continue  # the manager starts another, which loads what its first request names
             except RayTaskError as error:
@@ -625,17 +644,31 @@ class ScoringPool(Generic[_Item, _Value]):
                     raise error.cause from None
                 raise
 
-    def _purpose(self) -> str:
-        """What a replica asks of a node."""
+    def _log_of(self, index: int) -> str:
+        return actor_log(self._runtime.logs, self._name, index)
+
+    def _printed(self, replica: _Replica, error: BaseException) -> str:
+        """Where to look for what an exception does not tell: that a process died."""
+        file = self._log_of(replica.index)
+        return f" (what it printed: {file})" if file and isinstance(error, RayActorError) else ""
+
+    def _limit(self, replica: _Replica) -> Limit:
+        """Of what it does before it is ready."""
+        return self._runtime.load_limit if replica.up else self._runtime.start_limit
+
+    def _purpose(self, replica: _Replica) -> str:
+        """What it does before it is ready, and asks of a node for that."""
+        if replica.up and self._model is not None:
+            return f"to load {self._model.path}"
         units = {"GPU": self._gpus, "CPU": self._pool.cpus} | self._pool.resources
         asked = " and ".join(f"{amount:g} {unit}" for unit, amount in units.items())
         labels = ", ".join(f"{label}={value}" for label, value in self._pool.labels.items())
         return f"to start with {asked} each" + (f" on a node with {labels}" if labels else "")
 
-    def _late(self, index: int, num_replicas: int, purpose: str) -> TimeoutError:
+    def _late(self, index: int, num_replicas: int, purpose: str, limit: Limit) -> TimeoutError:
         return TimeoutError(
-            f"{self._name}: waited {self._runtime.start_timeout_seconds:.0f} s for replica {index + 1} of "
-            f"{num_replicas} {purpose}; the cluster has {_free('GPU')} GPU and {_free('CPU')} CPU free"
+            f"{self._name}: waited {limit.seconds:g} s for replica {index + 1} of {num_replicas} {purpose}; "
+            f"the cluster has {_free('GPU')} GPU and {_free('CPU')} CPU free: add room, or raise {limit.key}"
         )
 
 

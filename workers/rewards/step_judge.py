@@ -5,14 +5,17 @@ must fit the model's context: beyond the text, a step takes about fifteen tokens
 four in the verdict, so that 300 steps of 30 tokens need about 15,000.
 
 The tiny world's judge, too small to check a step at a glance, first writes a solution of its own, once a
-problem, and compares the steps with it.
+problem, and notes each step's result and its own before the grade.
 """
 
 import functools
 from collections.abc import Sequence
 
+import torch
+
 from pns.algo.judging import Template
 from pns.algo.step_judging import (
+    NUM_NOTED,
     VERDICTS,
     StepsAsked,
     parse_steps,
@@ -40,6 +43,9 @@ class StepJudge(VerdictModel):
     def __init__(self, model_path: str, runtime: Runtime, seed: int = 0, forward_tokens: int = 0) -> None:
         super().__init__("step judge", model_path, runtime, seed, forward_tokens, VERDICTS)
         self._solved = functools.lru_cache(maxsize=4096)(self._solve)  # completions of a problem share it
+        self._num_noted = NUM_NOTED[self._template]
+        digits = [self._encode(digit)[0] for digit in "0123456789"]
+        self._digits_V = torch.tensor(digits, device=self._device)
         begun, grades = self._encode("1="), self._grades_V.tolist()
         if self._template is Template.TEXT and any(
             self._tokenizer.decode([*begun, grade]) != f"1={text}"
@@ -51,19 +57,22 @@ class StepJudge(VerdictModel):
     def score(self, items_B: Sequence[StepsAsked]) -> list[Outcome[StepLabels]]:
         """Of each step of (problem text, one step or more), in order, whether it is correct. Missing:
         "too_long" (for the model's context with the verdict), "not_finite", "unparsable"."""
-        outcomes: list[Outcome[StepLabels]] = [Outcome(None, "too_long")] * len(items_B)
+        outcomes: list[Outcome[StepLabels]] = [
+            Outcome(None, "too_long" if steps else "unparsable") for _, steps in items_B
+        ]
         nonces, prompts, lengths = {}, {}, {}
         context = self._model.config.max_position_embeddings
         for row, (problem, steps) in enumerate(items_B):
             nonces[row] = step_nonce(self._seed, problem, steps, self._template)
             prompts[row] = self._prompt(problem, steps, nonces[row])
-            length = len(prompts[row]) + len(steps) + sum(map(len, self._between(len(steps))))
-            if length <= context:
+            length = len(prompts[row]) + self._reply_tokens(len(steps))
+            if steps and length <= context:
                 lengths[row] = length
         for rows in self._batches(lengths):
             # Rows with fewer steps go on to the end with the others, and what they say there is cut off.
-            between = self._between(max(len(items_B[row][1]) for row in rows))
-            replies = self._fill_in([prompts[row] for row in rows], between)
+            num_steps = max(len(items_B[row][1]) for row in rows)
+            choices = ([self._digits_V] * self._num_noted + [self._grades_V]) * num_steps
+            replies = self._fill_in([prompts[row] for row in rows], self._between(num_steps), choices)
             for row, reply in zip(rows, replies, strict=True):
                 ids = None if reply is None else reply[0]
                 outcomes[row] = self._read(ids, nonces[row], len(items_B[row][1]))
@@ -82,14 +91,18 @@ class StepJudge(VerdictModel):
         return self._continued(self._encode(render_tiny_problem(problem)), _SOLUTION_TOKENS)
 
     def _between(self, num_steps: int) -> list[list[int]]:
-        return [self._encode(part) for part in verdict_parts(self._template, "", num_steps)[1:-1]]
+        """The fixed text before every place of the verdict but the first."""
+        numbers = verdict_parts(self._template, "", num_steps)[:num_steps]
+        return [ids for number in numbers for ids in (self._encode(number), *[[]] * self._num_noted)][1:]
+
+    def _reply_tokens(self, num_steps: int) -> int:
+        return (self._num_noted + 1) * num_steps + sum(map(len, self._between(num_steps)))
 
     def _read(self, ids: list[int] | None, nonce: str, num_steps: int) -> Outcome[StepLabels]:
         if ids is None:
             return Outcome(None, "not_finite")
         before, *_, after = verdict_parts(self._template, nonce, num_steps)
-        num_tokens = num_steps + sum(map(len, self._between(num_steps)))
-        reply = before + self._tokenizer.decode(ids[:num_tokens]) + after
+        reply = before + self._tokenizer.decode(ids[: self._reply_tokens(num_steps)]) + after
         labels = parse_steps(reply, nonce, num_steps, self._template)
         return Outcome(labels) if labels else Outcome(None, "unparsable")
 

@@ -130,9 +130,11 @@ class VerdictModel:
         return ids
 
     @torch.inference_mode()
-    def _fill_in(self, prompts: list[list[int]], between: Sequence[list[int]]) -> list[Reply | None]:
-        """Of each prompt the reply's ids, len(between) + 1 grades with the fixed text between them, and the
-        probabilities of the possible grades at each place; None where a logit was not finite."""
+    def _fill_in(
+        self, prompts: list[list[int]], between: Sequence[list[int]], choices: Sequence[torch.Tensor]
+    ) -> list[Reply | None]:
+        """Of each prompt the reply's ids, one of each of the `choices` (token ids (V,)) with the fixed text
+        between them, and the choices' probabilities; None where a logit was not finite."""
         num_rows = len(prompts)
         rows = [torch.tensor(prompt) for prompt in prompts]
         ones = [torch.ones_like(row) for row in rows]
@@ -144,7 +146,7 @@ class VerdictModel:
         cache: Any = None
         reply: list[torch.Tensor] = []
         probabilities: list[torch.Tensor] = []
-        for fixed in [*between, []]:
+        for choices_V, fixed in zip(choices, [*between, []], strict=True):
             output = self._model(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -154,10 +156,10 @@ class VerdictModel:
                 logits_to_keep=1,
             )
             cache = output.past_key_values
-            logits_BV = output.logits[:, -1, self._grades_V].float()
+            logits_BV = output.logits[:, -1, choices_V].float()
             finite_B &= logits_BV.isfinite().all(-1)
             probabilities.append(logits_BV.double().softmax(-1))
-            ids_BT = self._grades_V[logits_BV.argmax(-1)][:, None]
+            ids_BT = choices_V[logits_BV.argmax(-1)][:, None]
             if fixed:
                 fixed_BT = torch.tensor(fixed, device=self._device).expand(num_rows, -1)
                 ids_BT = torch.cat([ids_BT, fixed_BT], 1)
@@ -169,7 +171,7 @@ class VerdictModel:
             positions_BT = positions_BT.clamp(max=self._model.config.max_position_embeddings - 1)
         rounded_B = [
             tuple(tuple(round(p, _DECIMALS) for p in place) for place in row)
-            for row in torch.stack(probabilities, 1).tolist()
+            for row in zip(*(place.tolist() for place in probabilities), strict=True)
         ]
         ids_B = torch.cat(reply, 1).tolist()
         return [

@@ -21,9 +21,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
+from workers.actor_logs import actor_log, print_to
 from workers.reservation import Slot
 from workers.rollout.engine import Engine, Request, Sample, Sampling
-from workers.runtime import Runtime, process_environment
+from workers.runtime import Limit, Runtime, process_environment
 
 __all__ = ["Request", "RolloutActor", "RolloutPool", "Sample", "Sampling"]
 
@@ -37,8 +38,14 @@ class RolloutActor:
     called."""
 
     def __init__(
-        self, engine: RolloutEngine, tensor_parallel: int, runtime: Runtime, sleeps: bool = False
+        self,
+        engine: RolloutEngine,
+        tensor_parallel: int,
+        runtime: Runtime,
+        sleeps: bool = False,
+        replica: int = 0,
     ) -> None:
+        print_to(actor_log(runtime.logs, "rollout", replica))
         self.engine: Engine
         self.has_weights = False
         if engine.engine is EngineKind.vllm:
@@ -122,7 +129,8 @@ class RolloutActor:
 class RolloutPool:
     """`pool.replicas` rollout actors. The constructor returns when all are up (they start in parallel).
 
-    A wait of `runtime.start_timeout_seconds` without progress ends with a TimeoutError that says for what.
+    A wait longer than the runtime's limit for it (of starting, loading, taking weights, or a completion) ends
+    with a TimeoutError that says for what, with the limit's key.
     Actors in `slots`, one each, have the GPUs of policy ranks: every call that uses them begins with `turn`,
     and between turns the pool sleeps.
     """
@@ -141,10 +149,10 @@ class RolloutPool:
                 f"placement.rollout.gpus: {pool.gpus}; use at most 1, or a whole number with "
                 "rollout.engine=vllm (tensor parallel)"
             )
-        self._timeout = runtime.start_timeout_seconds
+        self._runtime = runtime
         self._turn = turn
         self._start: Callable[[int], Any] = lambda replica: _start_actor(
-            pool, engine, runtime, slots[replica] if slots else None
+            pool, engine, runtime, replica, slots[replica] if slots else None
         )
         self._model_path: str | None = None
         # Object reference of the tensors, and their version; None while the model's own are in use.
@@ -153,7 +161,8 @@ class RolloutPool:
         self._actors = [self._start(replica) for replica in range(pool.replicas)]
         with ExitStack() as stack:
             stack.callback(self.shutdown)  # where one does not come up
-            self._wait([actor.ready.remote() for actor in self._actors], "to start")
+            starting = [actor.ready.remote() for actor in self._actors]
+            self._wait(starting, "to start", runtime.start_limit)
             stack.pop_all()
 
     def load(self, model_path: str) -> None:
@@ -172,21 +181,22 @@ class RolloutPool:
         """The present ones, to every replica."""
         path, weights = self._model_path, self._weights
         if weights is None:
-            self._on_all(lambda actor, _: actor.load.remote(path), f"to load {path}")
+            limit, purpose = self._runtime.load_limit, f"to load {path}"
+            self._on_all(lambda actor, _: actor.load.remote(path), purpose, limit)
         else:
-            purpose = f"to take weights version {weights[1]}"
-            self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose)
+            limit, purpose = self._runtime.sync_limit, f"to take weights version {weights[1]}"
+            self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose, limit)
         self._weights_gone = False
 
     def sleep(self) -> None:
         """Every replica leaves its GPUs to others; its weights are dropped."""
         self._weights_gone = self._model_path is not None
-        self._on_all(lambda actor, _: actor.sleep.remote(), "to fall asleep")
+        self._on_all(lambda actor, _: actor.sleep.remote(), "to fall asleep", self._runtime.sync_limit)
 
     def wake_up(self) -> None:
         """Every replica takes its GPUs again. The pool's present weights come back with the first call that
         needs them; other ones may come before."""
-        self._on_all(lambda actor, _: actor.wake_up.remote(), "to wake up")
+        self._on_all(lambda actor, _: actor.wake_up.remote(), "to wake up", self._runtime.sync_limit)
 
     @contextmanager
     def _turn_with_weights(self) -> Iterator[None]:
@@ -208,21 +218,22 @@ class RolloutPool:
         longest = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
         shares = _split(requests, longest, len(self._actors))
         restarts = [0] * len(shares)
+        limit = self._runtime.step_limit
         running = {}  # an actor's stream of samples -> replica
         for replica, share in enumerate(shares):
             if share:
                 running[self._actors[replica].generate.remote(share, sampling)] = replica
         while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=self._timeout)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=limit.seconds)
             if not ready:
                 raise TimeoutError(
                     f"rollout: no completion from replicas {sorted(running.values())} for "
-                    f"{self._timeout:.0f} s ({len(open_requests)} of {len(requests)} requests open; "
-                    "placement.start_timeout_seconds)"
+                    f"{limit.seconds:g} s ({len(open_requests)} of {len(requests)} requests open): if they "
+                    f"only need longer, raise {limit.key}"
                 )
             replica = running[ready[0]]
             try:
-                samples = cast(list[Sample], _get(next(ready[0]), self._timeout))
+                samples = cast(list[Sample], _get(next(ready[0]), limit.seconds))
             except StopIteration:
                 del running[ready[0]]
                 continue
@@ -257,14 +268,15 @@ class RolloutPool:
             return actor.log_probs.remote(prompts, completions)
 
         with self._turn_with_weights():
-            return list(itertools.chain.from_iterable(self._on_all(ask, "to compute log-probabilities")))
+            answers = self._on_all(ask, "to compute log-probabilities", self._runtime.step_limit)
+            return list(itertools.chain.from_iterable(answers))
 
     def shutdown(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
-    def _on_all(self, call: Callable[[Any, int], Any], purpose: str) -> list[Any]:
+    def _on_all(self, call: Callable[[Any, int], Any], purpose: str, limit: Limit) -> list[Any]:
         """The results of `call(actor, replica)` on every replica at once, asked again of those that die."""
         refs = [call(actor, replica) for replica, actor in enumerate(self._actors)]
         results: list[Any] = []
@@ -272,7 +284,7 @@ class RolloutPool:
         while len(results) < len(refs):
             replica = len(results)
             try:
-                results += self._wait([refs[replica]], purpose)
+                results += self._wait([refs[replica]], purpose, limit)
                 restarts = 0
             except RayActorError as error:
                 restarts += 1
@@ -282,31 +294,34 @@ class RolloutPool:
 
     def _restart(self, replica: int, times: int, error: RayActorError) -> None:
         if times > MAX_RESTARTS:
-            raise RuntimeError(
-                f"rollout replica {replica} died {times} times in one call; the last time: {error}"
-            ) from error
+            file = actor_log(self._runtime.logs, "rollout", replica)
+            printed = f" (what it printed: {file})" if file else ""
+            fault = f"rollout replica {replica} died {times} times in one call{printed}"
+            raise RuntimeError(f"{fault}; the last time: {error}") from error
         ray.kill(self._actors[replica])  # it may only be out of reach
         actor = self._actors[replica] = self._start(replica)
-        self._wait([actor.ready.remote()], f"to start again (replica {replica})")
+        purpose = f"to start again (replica {replica})"
+        self._wait([actor.ready.remote()], purpose, self._runtime.start_limit)
         if self._model_path is not None:
             purpose = f"to load {self._model_path} (replica {replica})"
-            self._wait([actor.load.remote(self._model_path)], purpose)
+            self._wait([actor.load.remote(self._model_path)], purpose, self._runtime.load_limit)
         if self._weights is not None:
             purpose = f"to take weights version {self._weights[1]} (replica {replica})"
-            self._wait([actor.update_weights.remote(*self._weights)], purpose)
+            self._wait([actor.update_weights.remote(*self._weights)], purpose, self._runtime.sync_limit)
 
-    def _wait(self, refs: list[Any], purpose: str) -> list[Any]:
-        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=self._timeout)
+    def _wait(self, refs: list[Any], purpose: str, limit: Limit) -> list[Any]:
+        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=limit.seconds)
         if waiting:
+            logs = self._runtime.logs or "the actors' logs"
             raise TimeoutError(
-                f"rollout: {len(waiting)} of {len(refs)} replicas took longer than {self._timeout:.0f} s "
-                f"{purpose}: see the actors' logs, check that the cluster has room for placement.rollout, or "
-                "raise placement.start_timeout_seconds"
+                f"rollout: {len(waiting)} of {len(refs)} replicas took longer than {limit.seconds:g} s "
+                f"{purpose}: see {logs}, check that the cluster has room for placement.rollout, or raise "
+                f"{limit.key}"
             )
-        return [_get(ref, self._timeout) for ref in refs]
+        return [_get(ref, limit.seconds) for ref in refs]
 
 
-def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime, slot: Slot | None) -> Any:
+def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime, replica: int, slot: Slot | None) -> Any:
     """A rollout actor. Ray must not restart or repeat anything by itself: a fresh process has no weights
     until the pool gives it some. In a slot it takes nothing that Ray counts but CPUs; its GPUs it is told."""
     vllm = engine.engine is EngineKind.vllm
@@ -326,7 +341,7 @@ def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime, slot: Slot
     actor = ray.remote(RolloutActor).options(
         **place, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": environment}
     )
-    return actor.remote(engine, tensor_parallel, runtime, slot is not None)
+    return actor.remote(engine, tensor_parallel, runtime, slot is not None, replica)
 
 
 def _get(ref: Any, timeout: float) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
@@ -24,7 +25,7 @@ from pns.errors import UserError
 from pns.files import read_json, write_json
 from workers.checkpoints import local_directory
 from workers.reservation import release, reserve
-from workers.runtime import VERL_CPU, Runtime, process_environment
+from workers.runtime import VERL_CPU, Limit, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias, with_means_by_sign
 from workers.training.rank import ModelSpec, actor_class
@@ -51,8 +52,9 @@ def _in_turn(
 class Policy:
     """The training processes, seen from the driver. Calls block until all ranks are done; one at a time.
 
-    A wait longer than the runtime's `start_timeout_seconds` (processes, model) or `step_timeout_seconds` (the
-    rest) raises TimeoutError with what was waited for; the exception of a rank is raised as it is.
+    A wait longer than the runtime's limit for it (of starting, loading, handing out weights, or a step)
+    raises TimeoutError with what was waited for and the limit's key; the exception of a rank is raised as it
+    is.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Policy:
         self._version = 0
         self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
         self._group = self._spawn(pool, process_environment("policy", runtime.device, pool.cpus), cuda)
+        up = [worker.__ray_ready__.remote() for worker in self._group.workers]
+        self._wait(up, runtime.start_limit, "the policy's processes to start")
 
     def _spawn(self, pool: config.Pool, environment: dict[str, str], cuda: bool) -> Any:
         if not cuda:
@@ -96,8 +100,9 @@ class Policy:
         resources.pgs = list(self._groups)
         first = PlacementGroupSchedulingStrategy(self._groups[0], placement_group_bundle_index=0)
         address = get_master_addr_port.options(scheduling_strategy=first, num_cpus=0).remote()
-        [(host, port)] = self._wait_to_start([address], "the address of the first policy process")
-        rank_class = RayClassWithInitArgs(ray.remote(actor_class()))
+        awaited = "the address of the first policy process"
+        [(host, port)] = self._wait([address], self._runtime.start_limit, awaited)
+        rank_class = RayClassWithInitArgs(ray.remote(actor_class()), self._runtime.logs)
         rank_class.update_options({"num_cpus": max(1.0, pool.cpus)})
         return RayWorkerGroup(
             resources,
@@ -122,7 +127,8 @@ class Policy:
         spec = ModelSpec(path, head, self.settings, optimizer, total_steps, seed, self._runtime)
         self._model = None  # where loading fails, neither model is there
         loading = self._group.load(spec)
-        self._vocab_size = self._wait_to_start(loading, f"the policy processes to load {path}")[0]
+        awaited = f"the policy's processes to load {path}"
+        self._vocab_size = self._wait(loading, self._runtime.load_limit, awaited)[0]
         self._model = spec
         self._version += 1
 
@@ -144,7 +150,8 @@ class Policy:
         if loaded.lora_rank and loaded.path == path:
             return
         loading = self._group.load_reference(replace(loaded, path=path, optimizer=None))
-        self._wait_to_start(loading, f"the policy processes to load the reference {path}")
+        awaited = f"the policy's processes to load the reference {path}"
+        self._wait(loading, self._runtime.load_limit, awaited)
 
     def reference_log_probs(self, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
         """`log_probs` under the model of `load_reference`."""
@@ -221,7 +228,8 @@ class Policy:
         """`(version, reference)`: float32 CPU tensors by their checkpoint names (a tied head left out), in
         rank 0's object store. The version rises with every change of the weights."""
         self._loaded()
-        [reference], *_ = self._wait_for_step(self._group.weights(), "the weights of the policy")
+        gathering = self._group.weights()
+        [reference], *_ = self._wait(gathering, self._runtime.sync_limit, "the weights of the policy")
         return self._version, reference
 
     @_in_turn
@@ -312,23 +320,28 @@ class Policy:
         planned = plan(batch, group_size, self._ranks, self.settings.max_tokens_per_micro_batch, layout)
         return [[micro_batch(batch, families, layout) for families in of_rank] for of_rank in planned]
 
-    def _wait_to_start(self, references: Sequence[Any], awaited: str) -> list[Any]:
-        return wait_for_all(references, self._runtime.start_timeout_seconds, awaited)
-
     def _wait_for_step(self, references: Sequence[Any], awaited: str) -> list[Any]:
-        return wait_for_all(references, self._runtime.step_timeout_seconds, awaited)
+        return self._wait(references, self._runtime.step_limit, awaited)
+
+    def _wait(self, references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
+        try:
+            return wait_for_all(references, limit, awaited)
+        except RayError as error:  # of a process that died, or of one that lost another
+            if self._runtime.logs:
+                error.add_note(f"what the policy's processes printed: {self._runtime.logs}/policy-*.log")
+            raise
 
 
-def wait_for_all(references: Sequence[Any], timeout_seconds: float, awaited: str) -> list[Any]:
+def wait_for_all(references: Sequence[Any], limit: Limit, awaited: str) -> list[Any]:
     """The results of all ranks; a failure is raised at once, as the other ranks may wait for the failed."""
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + limit.seconds
     pending = list(references)
     while pending:
         done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             raise TimeoutError(
-                f"waited {timeout_seconds:g} s for {awaited}; {len(pending)} of {len(references)} processes "
-                "have not answered"
+                f"waited {limit.seconds:g} s for {awaited}; {len(pending)} of {len(references)} processes "
+                f"have not answered: if they only need longer, raise {limit.key}"
             )
         ray.get(done)
     return ray.get(list(references))

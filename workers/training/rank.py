@@ -4,6 +4,7 @@ The driver imports this for the class of its actors, so verl is imported where i
 """
 
 import gc
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pns import config
+from workers.actor_logs import actor_log, print_to
 from workers.runtime import Runtime
 from workers.training.batching import MicroBatch
 from workers.training.objectives import Head, Objective
@@ -282,6 +284,10 @@ def actor_class() -> Any:
     on_each = register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)  # lists with one entry per rank
 
     class PolicyRank(Rank, Worker):
+        def __init__(self, logs: str) -> None:
+            print_to(actor_log(logs, "policy", int(os.environ["RANK"])))  # verl gives each its number so
+            super().__init__()
+
         load = on_all(Rank.load)
         load_reference = on_all(Rank.load_reference)
         infer = on_each(Rank.infer)

@@ -478,6 +478,18 @@ def test_pools_grow_and_shrink(
 def test_actors_that_cannot_start_are_named(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(
         TimeoutError,
-        match=r"greedy: waited 2 s for replica 1 of 1 to start with 0 GPU and 1000 CPU each; .* CPU free",
+        match=r"greedy: waited 2 s for replica 1 of 1 to start with 0 GPU and 1000 CPU each; .* CPU free: .* raise placement.start_t",
     ):
         ScoringPool("greedy", ServicePool(1, 0, 1000), Runtime(start_timeout_seconds=2), *scripted(tmp_path))
+
+
+def test_a_model_that_loads_too_long_names_its_own_limit(ray_session: None) -> None:
+    runtime = Runtime(start_timeout_seconds=1800, load_timeout_seconds=0.5)
+    hanging: ScoringPool[str, str] = ScoringPool(
+        "slow", ServicePool(), runtime, lambda path: time.sleep(60), len
+    )
+    try:
+        with pytest.raises(TimeoutError, match=r"waited 0.5 s .* to load -; .* raise placement.load_timeout"):
+            hanging.load("-")
+    finally:
+        hanging.shutdown()

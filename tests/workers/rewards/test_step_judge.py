@@ -11,7 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pns.algo.judging import Template
-from pns.algo.step_judging import VERDICTS, render_tiny, render_tiny_problem, step_nonce, verdict_parts
+from pns.algo.step_judging import (
+    NUM_NOTED,
+    VERDICTS,
+    render_tiny,
+    render_tiny_problem,
+    step_nonce,
+    verdict_parts,
+)
 from pns.errors import UserError
 from pns.tiny import world
 from pns.tiny.step_judge import solution_steps, step_agreement, step_candidates, step_labels
@@ -65,6 +72,7 @@ def test_each_step_gets_the_likelier_grade_whatever_the_batch(model_path: str) -
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
     tokenizer, names = build_tokenizer(), VERDICTS[Template.TINY]
     encode = tokenizer.encode
+    digits = [encode(digit)[0] for digit in "0123456789"]
     grades = [encode(name)[0] for name in names]
     for (problem, steps), own in list(zip(items(26), labels, strict=True))[11:14]:
         nonce = step_nonce(0, problem, steps, Template.TINY)
@@ -76,10 +84,11 @@ def test_each_step_gets_the_likelier_grade_whatever_the_batch(model_path: str) -
             ids.append(likeliest)
         text = tokenizer.decode(ids) + render_tiny(steps, nonce)
         for part, label in zip(verdict_parts(Template.TINY, nonce, len(steps)), own, strict=False):
-            text += part
-            ids = encode(text, add_special_tokens=False)
+            ids = encode(text + part, add_special_tokens=False)
+            for _ in range(NUM_NOTED[Template.TINY]):
+                ids.append(digits[model(torch.tensor([ids])).logits[0, -1, digits].argmax().item()])
             assert model(torch.tensor([ids])).logits[0, -1, grades].argmax().item() == label
-            text += names[label]
+            text = tokenizer.decode(ids) + names[label]
 
 
 def test_what_cannot_be_graded_is_missing_alone(model_path: str) -> None:
@@ -104,4 +113,4 @@ def test_the_shipped_judge_agrees_with_the_checker() -> None:
     quality = step_agreement(
         [(outcome.value or (), labels) for outcome, labels in zip(outcomes, exact, strict=True)]
     )
-    assert quality["balanced_accuracy"] > 0.65
+    assert quality["balanced_accuracy"] > 0.7
