@@ -11,8 +11,6 @@ problem, and notes each step's result and its own before the grade.
 import functools
 from collections.abc import Sequence
 
-import torch
-
 from pns.algo.judging import Template
 from pns.algo.step_judging import (
     NUM_NOTED,
@@ -44,8 +42,7 @@ class StepJudge(VerdictModel):
         super().__init__("step judge", model_path, runtime, seed, forward_tokens, VERDICTS)
         self._solved = functools.lru_cache(maxsize=4096)(self._solve)  # completions of a problem share it
         self._num_noted = NUM_NOTED[self._template]
-        digits = [self._encode(digit)[0] for digit in "0123456789"]
-        self._digits_V = torch.tensor(digits, device=self._device)
+        self._digits_V = self._tokens("0123456789")
         begun, grades = self._encode("1="), self._grades_V.tolist()
         if self._template is Template.TEXT and any(
             self._tokenizer.decode([*begun, grade]) != f"1={text}"

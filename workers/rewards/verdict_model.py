@@ -55,11 +55,11 @@ class VerdictModel:
         self._template = Template.TINY if "<judge>" in self._tokenizer.get_vocab() else Template.TEXT
         if self._template is Template.TEXT and not self._tokenizer.chat_template:
             raise UserError(f"{role} {model_path} has no chat template: name an instruction-tuned model")
-        grade_ids = [self._encode(grade) for grade in grades[self._template]]
-        if any(len(ids) != 1 for ids in grade_ids):
-            said = f"each of {', '.join(grades[self._template])} as one token"
+        own_grades = grades[self._template]
+        self._grades_V = self._tokens(own_grades)
+        if len(self._grades_V) != len(own_grades):
+            said = f"each of {', '.join(own_grades)} as one token"
             raise UserError(f"{role} {model_path} does not write {said}: name another model")
-        self._grades_V = torch.tensor([ids[0] for ids in grade_ids], device=self._device)
         # The tokenizer reads every token that was added to it anywhere in a text, special or not, and some
         # end a turn. Those of white space do not, and a single letter cannot be broken up.
         self._added = {
@@ -109,6 +109,11 @@ class VerdictModel:
                 broken = self._tokenizer.decode([number for number in ids if number not in found])
             text = broken
         return "[...]"
+
+    def _tokens(self, texts: Sequence[str]) -> torch.Tensor:
+        """The ids of those of `texts` that are single tokens."""
+        ids = [own[0] for own in map(self._encode, texts) if len(own) == 1]
+        return torch.tensor(ids, device=self._device)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []

@@ -61,12 +61,12 @@ def items(num: int) -> list[tuple[str, tuple[str, ...]]]:
 
 def test_each_step_gets_the_likelier_grade_whatever_the_batch(model_path: str) -> None:
     judge = StepJudge(model_path, Runtime())
-    outcomes = judge.score(items(26))
-    assert outcomes == judge.score(items(26)[::-1])[::-1]  # to the bit
+    outcomes = judge.score(items(14))
+    assert outcomes == judge.score(items(14)[::-1])[::-1]  # to the bit
     judge._batches = lambda lengths: [list(lengths)]  # together, with padding, as on a GPU
-    assert judge.score(items(26)) == outcomes
+    assert judge.score(items(14)) == outcomes
     labels = [outcome.value or () for outcome in outcomes]
-    assert [len(own) for own in labels] == [len(steps) for _, steps in items(26)]
+    assert [len(own) for own in labels] == [len(steps) for _, steps in items(14)]
     assert 0.1 < sum(map(sum, labels)) / sum(map(len, labels)) < 0.9
     # The same, without cache, padding or batch.
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
@@ -74,7 +74,7 @@ def test_each_step_gets_the_likelier_grade_whatever_the_batch(model_path: str) -
     encode = tokenizer.encode
     digits = [encode(digit)[0] for digit in "0123456789"]
     grades = [encode(name)[0] for name in names]
-    for (problem, steps), own in list(zip(items(26), labels, strict=True))[11:14]:
+    for (problem, steps), own in list(zip(items(14), labels, strict=True))[11:14]:
         nonce = step_nonce(0, problem, steps, Template.TINY)
         ids = encode(render_tiny_problem(problem), add_special_tokens=False)
         for _ in range(96):
