@@ -91,13 +91,13 @@ OWNERS = {
     },
     "torch": {
         "pns/algo/losses.py",
-        "pns/tiny/process_reward.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
         "workers/cluster.py",
         "workers/rewards/process_reward.py",
         "workers/rewards/reward_head.py",
         "workers/rewards/reward_model.py",
+        "workers/rewards/step_judge.py",
         "workers/rewards/verdict_model.py",
         "workers/rollout/engine.py",
         "workers/rollout/engine_transformers.py",
@@ -112,8 +112,6 @@ OWNERS = {
     },
     "transformers": {
         "pns/data/prompts.py",
-        "pns/tiny/process_reward.py",
-        "pns/data/sat.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",

@@ -105,7 +105,7 @@ def segment(
     ends_of_regions: list[int] = []
     ends_of_pieces: list[int] = []
     for position in _boundaries(text, split(text), parts):
-        edge = edges.nearest(position, must=position in at_tags)
+        edge = edges.nearest(position, must=text.startswith(_CLOSING, position))
         if edge is not None:
             ends = ends_of_regions if position in at_tags else ends_of_pieces
             ends += [edge] if edge not in (*ends[-1:], 0, edges.last) else []
