@@ -97,7 +97,6 @@ OWNERS = {
         "workers/rewards/process_reward.py",
         "workers/rewards/reward_head.py",
         "workers/rewards/reward_model.py",
-        "workers/rewards/step_judge.py",
         "workers/rewards/verdict_model.py",
         "workers/rollout/engine.py",
         "workers/rollout/engine_transformers.py",
