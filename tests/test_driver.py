@@ -226,7 +226,7 @@ WITHOUT_EFFECT = {
         "rollout.memory_fraction",
         "rollout.kv_cache_gib",
     ),
-    "the same sums in another order": ("policy.gradient_checkpointing", "policy.compile"),
+    "the same sums in another order": ("policy.gradient_checkpointing", "policy.compile", "policy.fsdp_size"),
     "whether a model is read, not what it is": ("models.trust_remote_code",),
     "where sets come from; their content counts": ("data.revisions",),
     "where metrics are shown": ("tracking.",),
