@@ -530,7 +530,7 @@ class PreferenceConfig:
 
 
 @dataclass
-class Segments:
+class SegmentRules:
     """How a wrong completion becomes steps (arXiv 2505.14403)."""
 
     splitter: SplitterKind = key(
@@ -542,7 +542,7 @@ class Segments:
 
 
 @dataclass
-class StepJudge:
+class StepJudgeConfig:
     """The language model that grades every step of a completion in one answer."""
 
     model: str = path_or_name("", "directory or Hub id; with an endpoint its name there")
@@ -551,7 +551,7 @@ class StepJudge:
 
 
 @dataclass
-class ProcessReward:
+class ProcessRewardConfig:
     """The process reward model: a probability that a step is correct, for each step."""
 
     model: str = path_or_name("", "directory or Hub id")
@@ -596,10 +596,10 @@ class Bcpg:
     )
     samples_per_problem: int = key(8, "completions drawn for each problem", at_least(1))
     temperature: float = key(1.0, "of sampling", above(0))
-    segments: Segments = section(Segments)
+    segments: SegmentRules = section(SegmentRules)
     rule: StepRule = key(StepRule.both, "whose word makes a step correct")
-    step_judge: StepJudge = section(StepJudge)
-    process_reward: ProcessReward = section(ProcessReward)
+    step_judge: StepJudgeConfig = section(StepJudgeConfig)
+    process_reward: ProcessRewardConfig = section(ProcessRewardConfig)
     arms: dict[str, BcpgArm] = key({"nsa": BcpgArm()}, "name -> objective; each trains a model of its own")
     steps: int = key(60, "training steps of each round", at_least(1))
     problems_per_step: int = key(24, "problems of one step, with all their completions", at_least(1))

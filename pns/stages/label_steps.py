@@ -15,10 +15,10 @@ from pns.config import (
     OWN,
     Config,
     Endpoint,
-    Segments,
+    SegmentRules,
     ServicePool,
     SplitterKind,
-    StepJudge,
+    StepJudgeConfig,
     StepRule,
     step_services,
 )
@@ -39,9 +39,9 @@ _TAGS = ("<think>", "</think>")  # they belong to steps, and say nothing
 
 @dataclass(frozen=True)
 class LabelSettings:
-    segments: Segments
+    segments: SegmentRules
     rule: StepRule
-    judge: StepJudge | None  # without its place; None: not asked
+    judge: StepJudgeConfig | None  # without its place; None: not asked
     process_reward: str | None  # the model; None: not asked
     threshold: float
     own_negatives: bool
@@ -134,7 +134,7 @@ def label_missing(
     ctx.track.end()
 
 
-def splitter(settings: Segments) -> Splitter:
+def splitter(settings: SegmentRules) -> Splitter:
     """Raises UserError where the Segment-any-Text model cannot be used."""
     if settings.splitter is SplitterKind.sentences:
         return sentences
@@ -144,7 +144,7 @@ def splitter(settings: Segments) -> Splitter:
 
 
 def in_steps(
-    prompts: Prompts, settings: Segments, split: Splitter, sample: OfflineSample, checker: Checker | None
+    prompts: Prompts, settings: SegmentRules, split: Splitter, sample: OfflineSample, checker: Checker | None
 ) -> LabelledCompletion:
     """The completion's steps, with the checker's word on each where there is a checker."""
     completion, problem = sample.rollout.completion, sample.rollout.problem
@@ -231,23 +231,23 @@ def quality(labels: Sequence[LabelledCompletion], threshold: float) -> dict[str,
     }
     annotators: dict[str, Sequence[bool | None]] = {
         "judge": [step.judge for step in steps],
-        "process_reward": [at_least(step.process_reward, threshold) for step in steps],
+        "process_reward": [says_correct(step.process_reward, threshold) for step in steps],
         "consensus": [step.correct for step in steps],
     }
-    asked = {name: known for name, own in annotators.items() if (known := whole(own)) is not None}
+    asked = {name: known for name, own in annotators.items() if (known := all_known(own)) is not None}
     if {"judge", "process_reward"} <= asked.keys():
         figures["agreement"] = agreement(asked["judge"], asked["process_reward"])
-    if exact := whole([step.exact for step in steps]):
+    if exact := all_known([step.exact for step in steps]):
         figures["exact"] = {name: label_quality(own, exact) for name, own in asked.items()}
         figures["exact_share"] = sum(exact) / len(exact)
     return figures
 
 
-def at_least(probability: float | None, threshold: float) -> bool | None:
+def says_correct(probability: float | None, threshold: float) -> bool | None:
     return None if probability is None else probability >= threshold
 
 
-def whole(labels: Sequence[bool | None]) -> list[bool] | None:
+def all_known(labels: Sequence[bool | None]) -> list[bool] | None:
     """`labels` where none is missing."""
     known = [label for label in labels if label is not None]
     return known if len(known) == len(labels) else None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pns.algo.masks import TooManyMaskedError
-from pns.config import Segments, SplitterKind, StepJudge, StepRule
+from pns.config import SegmentRules, SplitterKind, StepJudgeConfig, StepRule
 from pns.errors import UserError
 from pns.files import read_json, write_jsonl
 from pns.records import LabelledCompletion
@@ -19,8 +19,8 @@ from pns.stages.label_steps import LabelSettings, label_steps
 from pns.stages.sample import SampleSettings, sample
 from pns.tiny import world
 
-SEGMENTS = Segments(SplitterKind.sentences, min_tokens=1, max_tokens=40)
-BOTH = LabelSettings(SEGMENTS, StepRule.both, StepJudge(model="judge"), "prm", 0.5, True, 0.2)
+SEGMENTS = SegmentRules(SplitterKind.sentences, min_tokens=1, max_tokens=40)
+BOTH = LabelSettings(SEGMENTS, StepRule.both, StepJudgeConfig(model="judge"), "prm", 0.5, True, 0.2)
 WRONG = "<think>Cal has 12+7=19. Eve has 19*2=38. </think>\\boxed{38}"
 
 
@@ -178,7 +178,7 @@ def test_negatives_of_other_sources_are_labelled_under_their_source(bench: Any) 
     say(bench, lambda steps: (True,) * 3, lambda steps: (1.0,) * 3)
     labels = labelled(bench, BOTH, (samples, problems), pns=negatives)
     assert [row.completion_id for row in labels.labels()] == ["p0#1", "pns/p0#1"]
-    without = LabelSettings(SEGMENTS, StepRule.both, StepJudge(model="judge"), "prm", 0.5, False, 0.2)
+    without = LabelSettings(SEGMENTS, StepRule.both, StepJudgeConfig(model="judge"), "prm", 0.5, False, 0.2)
     with bench.making("others") as ctx:
         rows: list[LabelledCompletion] = label_steps.make(
             ctx, without, samples, {"pns": negatives}, problems
