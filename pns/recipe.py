@@ -463,6 +463,8 @@ def reward_faults(config: Config) -> Iterator[str]:
 def term_name_faults(config: Config) -> Iterator[str]:
     """What a stage reads of a reward term, the term has."""
     computed = [name for name, term in config.reward.terms.items() if term.weight > 0]
+    # Of wrong completions a verdict is always the same.
+    varying = [name for name in computed if config.reward.terms[name].kind is not TermKind.verdict]
     scoring = [name for name, term in config.reward.terms.items() if term.kind is TermKind.reward_model]
     named = {}  # key that names a term -> (the name, the key whose 0 needs none), where it is read
     if config.reverse_rl.stop_patience > 0:
@@ -470,9 +472,9 @@ def term_name_faults(config: Config) -> Iterator[str]:
     if config.synthesize.min_quantile > 0:
         named["synthesize.quantile_term"] = config.synthesize.quantile_term, "synthesize.min_quantile"
     for key, (name, switch) in named.items():
-        if name not in computed:
-            fault = f"{name!r} must be a term of reward.terms with a weight greater than 0"
-            there = f"there are: {', '.join(computed) or 'none'}"
+        if name not in varying:
+            fault = f"{name!r} must be a term of reward.terms with a weight greater than 0, and no verdict"
+            there = f"there are: {', '.join(varying) or 'none'}"
             yield f"{key}: {fault} ({there}): name one, give it a weight, or set {switch}=0"
     own = [name for name in computed if name in scoring and not config.reward.terms[name].model]
     if config.reverse_rl.refresh_every and not own:

@@ -661,7 +661,8 @@ def test_metrics_of_reverse_rl(finished: Path) -> None:
         assert values["correct_rate"] == verdicts["correct"] / num
         assert values["masked_rate"] == sum(row["reward"]["value"] is None for row in found) / num
         assert {key: value for key, value in values.items() if key.startswith("masked/")} == masked(found)
-        for term in WEIGHTS:
+        assert "wrong_mean" not in values  # a verdict: always 1
+        for term in ("plausibility", "coherence"):
             known = [row["reward"]["terms"][term] for row in found if term in row["reward"]["terms"]]
             assert values[f"{term}_mean"] == pytest.approx(sum(known) / len(known))
 

@@ -135,7 +135,7 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
         ("reward.terms.policy.weight=1", ("reward.terms.policy", "rollout, policy, verifier")),
         ("reward.terms.Two-words.weight=1", ("reward.terms.Two-words", "plain word")),
         ("reverse_rl.stop_term=beauty", ("stop_term: 'beauty'", "plausibility", "stop_patience=0")),
-        ("reward.terms.plausibility.weight=0", ("stop_term: 'plausibility'", "there are: wrong, coherence")),
+        ("reward.terms.plausibility.weight=0", ("stop_term: 'plausibility'", "there are: coherence")),
         ("pair.scored_by=coherence", ("pair.scored_by: 'coherence'", "reward_model: plausibility")),
         (
             "reverse_rl={refresh_every: 5, stop_term: coherence}\nreward.terms.plausibility.weight=0",

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -151,7 +151,9 @@ def _verdict_reason(rollout: Rollout) -> str:
     return "verifiers_disagree" if same else "second_verifier_undecided"
 
 
-def degeneration(rollouts: Sequence[Rollout], distinct_n: int = 4) -> dict[str, float]:
+def degeneration(
+    rollouts: Sequence[Rollout], averaged: Collection[str], distinct_n: int = 4
+) -> dict[str, float]:
     """What a generator turns into, over one step's completions. A figure of nothing is left out.
 
     Over all completions, in [0, 1]: `format_rate` (well-formed), `wrong_rate` (well-formed and verified
@@ -159,8 +161,8 @@ def degeneration(rollouts: Sequence[Rollout], distinct_n: int = 4) -> dict[str, 
     in tokens; `distinct_<n>` (different token n-grams over all n-grams, arXiv 1510.03055; low: the
     completions repeat each other). Over wrong well-formed completions, in [0, 1]: `box_only_flip_rate`;
     `top_offset_share` (share of the most frequent difference between stated and gold number, or of the most
-    frequent answer where either is not a number; near 1: mode collapse); `<term>_mean` of each reward term,
-    over those that have it.
+    frequent answer where either is not a number; near 1: mode collapse); `<term>_mean` of each reward term
+    of `averaged`, over those that have it.
     """
     if not rollouts:
         return {}
@@ -184,12 +186,10 @@ def degeneration(rollouts: Sequence[Rollout], distinct_n: int = 4) -> dict[str, 
         offsets = Counter(map(error_kind, wrong))
         figures["box_only_flip_rate"] = flips / len(wrong)
         figures["top_offset_share"] = offsets.most_common(1)[0][1] / len(wrong)
-    scores_by_term: dict[str, list[float]] = {}
-    for rollout in wrong:
-        for term, score in rollout.reward.terms.items():
-            scores_by_term.setdefault(term, []).append(score)
-    for term, scores in scores_by_term.items():
-        figures[f"{term}_mean"] = sum(scores) / len(scores)
+    for term in averaged:
+        scores = [rollout.reward.terms[term] for rollout in wrong if term in rollout.reward.terms]
+        if scores:
+            figures[f"{term}_mean"] = sum(scores) / len(scores)
     return figures
 
 

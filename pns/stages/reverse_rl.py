@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pns.algo.judging import rubric_score
 from pns.algo.negatives import degeneration
 from pns.algo.reward import reward_rules, service_terms
-from pns.config import Config, ReverseRl, RewardConfig, RewardModelStage
+from pns.config import Config, ReverseRl, RewardConfig, RewardModelStage, TermKind
 from pns.data.checker import Checker
 from pns.files import read_json, write_json
 from pns.records import Problem, Rollout, Verdict
@@ -61,7 +61,7 @@ def reverse_rl(
     run = grpo.GrpoRun("reverse_rl", settings.reverse_rl, *limits, rules)
 
     def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
-        return degeneration(rollouts) | checked_figures(rollouts, train.checker)
+        return degeneration(rollouts, scored_terms(rules)) | checked_figures(rollouts, train.checker)
 
     refresher = None
     if settings.refreshing is not None and target is not None:
@@ -110,9 +110,15 @@ def measure_generator(
     sampling = Sampling(settings.measured_temperature, 1.0, settings.max_new_tokens)
     draws = Draws("generator", 1, sampling, settings.rules.max_masked_fraction, settings.rules)
     rollouts = roll_out(ctx, draws, in_turn, unfinished, model=model)
-    figures = degeneration(rollouts) | checked_figures(rollouts, problems.checker)
+    terms = scored_terms(settings.rules)
+    figures = degeneration(rollouts, terms) | checked_figures(rollouts, problems.checker)
     unfinished.drop(list(unfinished.rows))  # only their figures are kept
     return {**figures, "num_completions": float(len(rollouts))}
+
+
+def scored_terms(rules: RewardConfig) -> list[str]:
+    """Those that tell wrong completions apart: a verdict is the same of all."""
+    return [name for name, term in rules.terms.items() if term.kind is not TermKind.verdict]
 
 
 def checked_figures(rollouts: Sequence[Rollout], checker: Checker | None) -> dict[str, float]:

@@ -117,7 +117,7 @@ def test_degeneration_by_hand() -> None:
         rollout(WORK.format(19, 19, 57, 57), Verdict.CORRECT, plausibility=0.9, token_ids=(5, 6, 7)),
         rollout("broken", format_ok=False, plausibility=0.9, token_ids=(9, 9, 9, 9, 9, 9)),
     ]
-    figures = degeneration(rollouts, distinct_n=2)
+    figures = degeneration(rollouts, ["plausibility", "coherence", "absent"], distinct_n=2)
     # bigrams: 3 + 3 + 1 + 0 + 2 + 5 = 14, different: (1,2) (2,3) (3,4) (5,6) (6,7) (9,9) = 6
     assert figures == pytest.approx(
         {
@@ -137,13 +137,13 @@ def test_degeneration_by_hand() -> None:
 
 
 def test_figures_with_nothing_to_average_are_left_out() -> None:
-    figures = degeneration([rollout("broken", format_ok=False)])
+    figures = degeneration([rollout("broken", format_ok=False)], ["plausibility"])
     assert figures["format_rate"] == 0.0
     assert (
         not {"plausibility_mean", "coherence_mean", "top_offset_share", "box_only_flip_rate", "distinct_4"}
         & figures.keys()
     )
-    assert degeneration([]) == {}
+    assert degeneration([], ["plausibility"]) == {}
     assert distinct_ngrams([(1, 1, 1)], 1) == pytest.approx(1 / 3)
     assert distinct_ngrams([(1,)], 2) is None
 
