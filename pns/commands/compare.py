@@ -126,7 +126,8 @@ def comparison_tables(
 ) -> list[Table]:
     """A row a model and a column a suite; then the differences from each reference, on the mean of the suites
     and on every suite."""
-    table = Table("model", *compared, title=f"Accuracy in % over {num_runs} runs [95 % interval]")
+    said = "1 run" if num_runs == 1 else f"{num_runs} runs"
+    table = Table("model", *compared, title=f"Accuracy in % over {said} [95 % interval]")
     for model in models:
         table.add_row(model, *(interval(of_suite[model]) for of_suite in compared.values()))
     made = [table]
