@@ -88,8 +88,8 @@ def label_steps(
     unfinished: Unfinished[LabelledCompletion] = Unfinished(
         ctx.directory / f"labels{UNFINISHED}", LabelledCompletion, lambda row: row.completion_id
     )
-    label_missing(ctx, settings, wrong, unfinished, problems.checker)
-    labels = [unfinished.rows[sample.id] for sample in wrong]
+    rows = label_missing(ctx, settings, wrong, unfinished, problems.checker)
+    labels = [rows[sample.id] for sample in wrong]
     check_missing([row.missing for row in labels], settings.max_masked_fraction, "label_steps")
     write_jsonl(artefact.labels_file, labels)
     figures = quality(labels, settings.threshold)
@@ -105,8 +105,10 @@ def label_missing(
     wrong: Sequence[OfflineSample],
     unfinished: Unfinished[LabelledCompletion],
     checker: Checker | None,
-) -> None:
-    """Add to `unfinished` what is not there yet. All are asked at once, and read in order."""
+) -> dict[str, LabelledCompletion]:
+    """The rows of all by their id: what is not in `unfinished` is asked at once, read in order, and kept
+    there; but for rows that a service failed for, which are asked again after an interruption."""
+    known = dict(unfinished.rows)
     split = splitter(settings.segments)
     missing = [sample for sample in wrong if sample.id not in unfinished.rows]
     chunks = [missing[first : first + _CHUNK] for first in range(0, len(missing), _CHUNK)]
@@ -128,10 +130,15 @@ def label_missing(
             with_labels(row, {name: of_rows[index] for name, of_rows in outcomes.items()}, settings)
             for index, row in enumerate(rows)
         ]
-        unfinished.add(labelled)
+        known |= {row.completion_id: row for row in labelled}
+        unfinished.add(row for row in labelled if not row.missing)
         steps = list(reasoning(labelled))
-        ctx.track.log(number, {"correct_share": sum(s.correct for s in steps) / max(1, len(steps))})
+        metrics = {"steps": float(len(steps))}
+        if steps:
+            metrics["correct_share"] = sum(step.correct for step in steps) / len(steps)
+        ctx.track.log(number, metrics)
     ctx.track.end()
+    return known
 
 
 def splitter(settings: SegmentRules) -> Splitter:
@@ -219,14 +226,14 @@ def quality(labels: Sequence[LabelledCompletion], threshold: float) -> dict[str,
     for (name, cause), count in sorted(causes.items()):
         missing.setdefault(name, {})[cause] = count
     num_tokens = sum(step.end_token - step.first_token for step in steps)
+    num_with_correct = sum(any(step.correct for step in row.steps) for row in labelled)
     figures: dict[str, Any] = {
         "completions": len(labels),
         "steps": len(steps),
-        "steps_per_completion": len(steps) / max(1, len(labelled)),
-        "tokens_per_step": num_tokens / max(1, len(steps)),
-        "correct_share": sum(step.correct for step in steps) / max(1, len(steps)),
-        "with_correct_step": sum(any(s.correct for s in row.steps) for row in labelled)
-        / max(1, len(labelled)),
+        "steps_per_completion": len(steps) / len(labelled) if labelled else None,
+        "tokens_per_step": num_tokens / len(steps) if steps else None,
+        "correct_share": sum(step.correct for step in steps) / len(steps) if steps else None,
+        "with_correct_step": num_with_correct / len(labelled) if labelled else None,
         "missing": missing,
     }
     annotators: dict[str, Sequence[bool | None]] = {

@@ -143,10 +143,15 @@ def test_a_failure_leaves_a_completion_unlabelled_and_too_many_stop_the_run(benc
     assert read_json(labels.quality_file)["missing"] == {"step_judge": {"too_long": 1}}
     say(bench, lambda steps: None, lambda steps: (1.0,) * 3)
     with (
-        bench.making("failing") as ctx,
         pytest.raises(TooManyMaskedError, match="step_judge failed for 6 of"),
+        bench.making("failing") as ctx,
     ):
         label_steps.make(ctx, BOTH, made[0], {}, made[1])
+    # Once the service answers, the same stage goes on: what failed is asked again.
+    say(bench, lambda steps: (True,) * 3, lambda steps: (1.0,) * 3)
+    with bench.making("failing") as ctx:
+        again = label_steps.make(ctx, BOTH, made[0], {}, made[1])
+    assert [row.missing for row in again.labels()] == [{}] * 6
 
 
 def test_an_interruption_asks_only_for_the_rest(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
