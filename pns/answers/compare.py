@@ -2,7 +2,7 @@ r"""An exact comparison of final answers, that shares no code with math-verify.
 
 The comparison is one of the two verifiers that must agree before an answer counts as wrong. It says "same"
 and "different" only where that is proved (`pns.answers.exact`); of everything else it says that it cannot
-tell. Conventions, where usage differs:
+tell. "Different" is said only of closed kinds (`pns.answers.closed`). Conventions, where usage differs:
 
 - a list without brackets is unordered ("1, -2", the usual way to state all solutions), `(1, -2)` is ordered,
   `\{1, -2\}` is a set;
@@ -10,7 +10,10 @@ tell. Conventions, where usage differs:
   `5 m`);
 - `50%` is `0.5` and `50`; `90^\circ` is `90` and `\pi/2`;
 - a base is part of the answer: `101_2` is neither `101_3` nor, decidedly, `5`;
-- `0.33` is not `1/3`, but a rounding is not called different either, unless a tolerance is given;
+- `0.33` is not `1/3`, but a rounding is not called different either, unless a tolerance is given; nor is `3`
+  beside `3.14` or `\pi`;
+- solutions are the same whatever their arbitrary constants and whole-numbered parameters are called
+  (`pns.answers.families`);
 - letters name choices: `(A)`, `\text{A}` and `A` are one answer; words are compared without case.
 """
 
@@ -22,24 +25,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+from pns.answers.closed import is_closed
 from pns.answers.exact import Budget, approximate, rational, same_value
+from pns.answers.families import is_same_family, is_same_up_to_constants
 from pns.answers.readings import MAX_CHARACTERS, readings
 from pns.answers.relations import (
     End,
     ascending,
     difference_of_sides,
     ends,
-    linear_root,
     named_value,
     subject,
     tree_of,
     with_argument_of,
+    with_primes_of,
 )
 from pns.answers.spelling import spelling, stable
 from pns.answers.tree import (
     EMPTY_SET,
-    INFINITY,
-    ONE,
     REALS,
     ZERO,
     Answer,
@@ -58,10 +61,9 @@ from pns.answers.tree import (
     Words,
     is_numeric,
     substitute,
-    walk,
     whole,
 )
-from pns.answers.units import UNIT_LETTERS, unit_size
+from pns.answers.units import unit_size
 from pns.records import AnswerRule
 
 _MAX_WRITTEN = 10**4300  # longer integers Python does not turn into text
@@ -98,6 +100,7 @@ class Finding:
 _SAME = Finding(True, "equal")
 _DIFFERENT = Finding(False, "different")
 _DIFFERENT_NUMBERS = Finding(False, "different numbers")
+_OPEN = Finding(None, "not proved equal, and not of a kind that may be called different", doubtful=True)
 _TWO_READINGS = Finding(None, "an expression that is read in different ways", doubtful=True)
 
 
@@ -196,6 +199,15 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
     """The gold answer and the prediction, or parts of them."""
     if a == b:
         return _SAME
+    finding = _compare_forms(basis, a, b)
+    if not finding.same and is_same_family(a, b):
+        return Finding(True, "the same family of values")
+    if finding.same is False and not (is_closed(a) and is_closed(b)):
+        return _OPEN
+    return finding
+
+
+def _compare_forms(basis: _Basis, a: Answer, b: Answer) -> Finding:
     for forms in _PRECEDENCE:
         for x, y in ((a, b), (b, a)):
             if compare := forms.get(type(x)):
@@ -205,6 +217,8 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
 
 def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding:
     x, y = a.tree, b.tree
+    if any(x.degrees and y.unit and not y.unit.startswith("degree") for x, y in ((a, b), (b, a))):
+        return _undecided("an angle and a quantity with a unit")
     if a.unit and b.unit:
         size_x, dimensions_x, is_known_x = unit_size(a.unit)
         size_y, dimensions_y, is_known_y = unit_size(b.unit)
@@ -225,18 +239,16 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         marked, plain = (x, y) if is_in_a else (y, x)
         if is_in_a != is_in_b and basis.same(marked, plain * factor):
             return Finding(True, reason)
-    are_numbers = not x.symbols and not y.symbols
-    if same is None:
-        kind = "numbers" if are_numbers else "expressions"
-        return _undecided(f"{kind} of which neither equality nor difference is proved")
-    if are_numbers:
+    if not (x.symbols or y.symbols):
+        if same is None:
+            return _undecided("numbers of which neither equality nor difference is proved")
         return _compare_numbers(basis, a, b, x, y)
+    if is_same_up_to_constants(x, y):
+        return Finding(True, "equal but for their arbitrary constants")
     if is_ambiguous:
         return _TWO_READINGS
-    ones = dict.fromkeys(UNIT_LETTERS, ONE)
-    is_number_and_letters = not (x.symbols and y.symbols) and x.symbols | y.symbols <= UNIT_LETTERS
-    if is_number_and_letters and basis.same(substitute(x, ones), substitute(y, ones)):
-        return _undecided("a symbol that may be a unit")
+    if same is None or x.symbols != y.symbols:
+        return _undecided("expressions of which neither equality nor difference is proved")
     return _DIFFERENT
 
 
@@ -261,12 +273,23 @@ def _distance(x: Tree, y: Tree) -> Fraction | None:
 
 
 def _is_rounding(rounded: Expression, other: Expression, distance: Fraction) -> bool:
-    """Whether a decimal may be the other number rounded to the nearest, or cut off."""
-    step = rounded.step
+    """Whether a decimal or an integer may be the other number rounded to the nearest, or cut off."""
+    step = rounded.step or _place_of_integer(rounded, other, distance)
     if not step or (other.step and other.step >= step):
         return False
     lost = approximate(Call((other.tree,), "abs") - Call((rounded.tree,), "abs"))
     return distance * 2 <= step or (distance < step and lost is not None and lost > 0)
+
+
+def _place_of_integer(rounded: Expression, other: Expression, distance: Fraction) -> Fraction | None:
+    """The place value of the last digit of an integer beside a decimal or an irrational number; zeros at its
+    end may be rounded where it is within 1 % of the other."""
+    value = rational(rounded.tree)
+    if value is None or value.denominator != 1 or not (other.step or rational(other.tree) is None):
+        return None
+    digits = str(abs(value.numerator)) if abs(value) < _MAX_WRITTEN else ""
+    zeros = len(digits) - len(digits.rstrip("0"))
+    return Fraction(10**zeros if distance * 100 <= abs(value) else 1)
 
 
 def _compare_group(basis: _Basis, a: Group, b: Answer) -> Finding:
@@ -364,6 +387,9 @@ def _joined(basis: _Basis, ascending_ends: list[End]) -> list[End]:
 
 
 def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Finding:
+    chains = [answer for answer in (relation, other) if isinstance(answer, Relation)]
+    if not all(_holds(basis, chain) for chain in chains):
+        return _undecided("a chain of equations whose sides are not proved equal")
     is_equation = relation.operators[0] in ("=", "in")
     if isinstance(other, Relation):
         if is_equation and other.operators[0] in ("=", "in"):
@@ -377,13 +403,17 @@ def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Findi
         return Finding(False, "an inequality and a number")
     if named := named_value(relation):  # x = 5 and 5
         return _compare(basis, named[1], other)
-    difference = difference_of_sides(relation, may_be_ambiguous=True)
-    if relation.operators == ("=",) and difference and is_numeric(other) and not other.ambiguous:
-        names = difference.symbols
-        at_number = substitute(difference, {min(names): other.tree}) if names else difference
-        if len(names) > 1 or (names and basis.same(at_number, ZERO) is False):
-            return Finding(False, "an equation and a number")
+    if set(relation.operators) == {"="} and all(map(is_numeric, relation.sides)):  # 2+3=5
+        return _compare(basis, relation.sides[-1], other)
     return _undecided("a relation and an answer of another kind")
+
+
+def _holds(basis: _Basis, relation: Relation) -> bool:
+    """Whether the numbers in a chain of equations are proved to be the same; `x = 5 + 5 = 11`: not."""
+    if set(relation.operators) != {"="}:
+        return True
+    numbers = [side for side in relation.sides if is_numeric(side)]
+    return all(_compare_expressions(basis, number, numbers[-1]).same for number in numbers[:-1])
 
 
 def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:
@@ -404,43 +434,33 @@ def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:
 
 
 def _compare_equations(basis: _Basis, a: Relation, b: Relation) -> Finding:
+    b = with_primes_of(a, b)
+    a = with_primes_of(b, a)
     named_a, named_b = named_value(a), named_value(b)
     if not named_a or not named_b:
         return _compare_solutions(basis, a, b)
     (name_a, x), (name_b, y) = named_a, named_b
     renamed = with_argument_of(name_a, name_b, y)  # f(x) = 2x and f(n) = 2n
     finding = _compare(basis, x, renamed or y)
-    has_same_name = name_a == name_b or renamed is not None
-    if has_same_name and (finding.same is not False or isinstance(x, Group) or name_a.endswith(")")):
-        return finding
-    if finding.same is False and is_numeric(x) and is_numeric(y):
-        return finding
+    if name_a == name_b or renamed is not None:
+        return finding if finding.same is not None else _compare_solutions(basis, a, b)
     if finding.same and (is_numeric(x) or not isinstance(x, Expression)):  # x = 5 and y = 5
         return _undecided("the same value under different names")
-    solutions = _compare_solutions(basis, a, b)
-    return finding if has_same_name and not solutions.same else solutions
+    return _compare_solutions(basis, a, b)
 
 
 def _compare_solutions(basis: _Basis, a: Relation, b: Relation) -> Finding:
-    """Two equations with the same solutions: proportional sides, or each linear in a variable and zero where
-    the other is."""
+    """Two equations, the same where their sides differ in proportion: then they have the same solutions."""
     x, y = difference_of_sides(a), difference_of_sides(b)
     if x is None or y is None or not a.operators == b.operators == ("=",):
         return _undecided("equations of a form that is not read here")
-    if x.symbols != y.symbols or not x.symbols:
-        is_apart = basis.same(x, y) is False and basis.same(x, -y) is False
-        reason = "equations in different variables"
-        return Finding(False, reason) if is_apart else _undecided(reason)
     point: dict[str, Tree] = {
-        name: whole(index + 7) / whole(3) for index, name in enumerate(sorted(x.symbols))
+        name: whole(index + 7) / whole(3) for index, name in enumerate(sorted(x.symbols | y.symbols))
     }
     x_at_point, y_at_point = substitute(x, point), substitute(y, point)
-    if basis.same(x_at_point, ZERO) is False and basis.same(x * y_at_point, y * x_at_point):
+    is_value_known = basis.same(x_at_point, ZERO) is False and basis.same(y_at_point, ZERO) is False
+    if x.symbols == y.symbols and is_value_known and basis.same(x * y_at_point, y * x_at_point):
         return Finding(True, "proportional equations")
-    for name in point:
-        zero_x, zero_y = linear_root(x, name, point), linear_root(y, name, point)
-        if zero_x and zero_y and zero_x[0] != zero_y[0]:
-            return Finding(False, "equations with different solutions")
     return _undecided("equations of which neither equality nor difference is proved")
 
 
@@ -462,30 +482,33 @@ def _compare_matrix(basis: _Basis, matrix: Matrix, other: Answer) -> Finding:
 
 def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:
     if isinstance(other, Based):
-        return Finding(False, "different bases" if based.base != other.base else "different digits")
-    if not isinstance(other, Expression) or (other.tree.symbols and other.ambiguous):
+        own_value, other_value = _based_value(based), _based_value(other)
+        if own_value is not None and other_value is not None and own_value != other_value:
+            return Finding(False, "different numbers, in bases")
+        return _undecided("one number in two bases")
+    if not is_numeric(other):
         return _undecided("a number in a base and an answer of another kind")
-    if other.tree.symbols:
-        return Finding(False, "a number in a base and an expression")
-    digits = based.digits[:_MAX_BASED_DIGITS]
-    bases = (10, based.base) if max(map(int, digits)) < based.base else (10,)
-    if all(basis.same(other.tree, whole(int(digits, base))) is False for base in bases):
+    readings_of_it = [whole(int(based.digits[:_MAX_BASED_DIGITS]))]
+    if (value := _based_value(based)) is not None:
+        readings_of_it.append(whole(value))
+    if all(basis.same(other.tree, reading) is False for reading in readings_of_it):
         return _DIFFERENT_NUMBERS
     return _undecided("the base is not stated on both sides")
 
 
+def _based_value(based: Based) -> int | None:
+    if len(based.digits) > _MAX_BASED_DIGITS or max(map(int, based.digits)) >= based.base:
+        return None
+    return int(based.digits, based.base)
+
+
 def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
-    first, second = map(tree_of, ratio.parts[:2])
     if not isinstance(other, Ratio):
-        if is_numeric(other) and all(map(is_numeric, ratio.parts)) and not other.ambiguous:
-            near = (first / second, second / first, first * whole(60) + second, first)
-            if all(basis.same(value, other.tree) is False for value in near):
-                return Finding(False, "a ratio or a time and another number")
         return _undecided("a ratio or a time and an answer of another kind")
     in_order = _compare_ordered(basis, ratio.parts, other.parts)
     if in_order.same or len(ratio.parts) != 2 or len(other.parts) != 2:
         return in_order
-    third, fourth = map(tree_of, other.parts)
+    first, second, third, fourth = map(tree_of, ratio.parts + other.parts)
     if basis.same(first, ZERO) is False and basis.same(first / second, third / fourth):
         are_clocks = ratio.clock and other.clock
         return _undecided("ratios that may be times") if are_clocks else Finding(True, "equal ratios")
@@ -498,17 +521,13 @@ def _compare_words(_basis: _Basis, words: Words, other: Answer) -> Finding:
         return _same_words(text, other.text)
     if (text in _NOTHING and other == EMPTY_SET) or (text in _EVERYTHING and other == REALS):
         return _SAME
-    if not isinstance(other, Expression) or not _VAGUE.isdisjoint(text.split()):
-        return _undecided("words that may state the same")
-    if len(text) > 1:
-        is_vague = other.unit or other.ambiguous or INFINITY in walk(other.tree)
-        return _undecided("words and a formula") if is_vague else Finding(False, "words and a formula")
-    match other.tree:
-        case Symbol(name) | Constant("e" | "i" as name):
-            if name == text:
-                return _SAME
-            return _undecided("two letters") if name.casefold() == text.casefold() else _DIFFERENT
-    return _undecided("a letter that may name a choice")
+    if isinstance(other, Expression) and len(text) == 1:
+        match other.tree:
+            case Symbol(name) | Constant("e" | "i" as name) if len(name) == 1:
+                if name.casefold() == text.casefold() and name != text:
+                    return _undecided("two letters")
+                return _SAME if name == text else _DIFFERENT
+    return _undecided("words or a letter that names a choice, and a formula")
 
 
 def _same_words(a: str, b: str) -> Finding:

@@ -3,7 +3,9 @@ digits at several points.
 
 A difference is proved by one point at which two exact values differ, or two numeric ones by far more than
 their error; equality by equal rationals, by equal residues modulo random primes (values too large to write
-down), or by agreement to 50 digits at every point. Values that differ only beyond the digits compared (2^1000
+down), or by agreement to 50 digits at every point. Points say nothing of absolute values, floors and
+ceilings: those are equal by what is in them alone, or where they are functions of one whole number at as many
+whole numbers as settle it. Values that differ only beyond the digits compared (2^1000
 + sqrt(2) and 2^1000 + sqrt(3)) are not decided. Every evaluation has a budget, and no intermediate value may
 grow without limit: `9^{9^{9^9}}` ends at once.
 """
@@ -11,17 +13,18 @@ grow without limit: `9^{9^{9^9}}` ends at once.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import mpmath
 
+from pns.answers.polynomials import WHOLE_NUMBERS
 from pns.answers.tree import (
     INFINITY,
     LOG_BASE,
@@ -30,6 +33,7 @@ from pns.answers.tree import (
     Constant,
     Negative,
     Number,
+    Operation,
     Power,
     Product,
     Quotient,
@@ -56,8 +60,7 @@ _DIGITS = 50
 _HUGE_BITS = 120  # of 50 digits' 166: values beyond are not called equal, as too little is left of a fraction
 # By three of 61 bits: two different numbers agree modulo all of them as good as never.
 _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
-_WHOLE = frozenset("nkmNjl")  # names that often stand for whole numbers
-_MAX_RENAMED = 3  # symbols whose renaming is tried
+_WHOLE_POINTS = 121  # from 0, at which functions of a whole number are compared
 _INFINITE = (INFINITY, MINUS_INFINITY)
 _ROUNDINGS: dict[str, Callable[..., Any]] = {"abs": abs, "floor": math.floor, "ceil": math.ceil}
 _LOG_BASES = (whole(1), Call((whole(10),), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
@@ -84,12 +87,17 @@ class Budget:
 
 def same_value(a: Tree, b: Tree, budget: Budget) -> bool | None:
     """Whether two expressions are equal for all values of their symbols. None: not decided, among others
-    where they would be equal with other names of the symbols, or only at whole numbers."""
+    where they would be equal only at whole numbers."""
     if a == b:
         return True
     for x, y in ((a, b), (b, a)):
         if x in _INFINITE and (y in _INFINITE or not (y.symbols or INFINITY in walk(y))):
             return False
+    if a.symbols or b.symbols:
+        if _is_same_of_whole_number(a, b, budget):
+            return True
+        steps = _Steps(budget)
+        a, b = steps.replaced(a), steps.replaced(b)
     names = sorted(a.symbols | b.symbols)
     if LOG_BASE in names:  # `log` without a base may be any of these: proved is what holds for all
         bases = [{LOG_BASE: base} for base in _LOG_BASES]
@@ -136,39 +144,91 @@ def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool |
     whole_points = [dict(zip(names, map(Fraction, values), strict=True)) for values in numbers]
     positive_points = [{name: Fraction(generator.uniform(0.2, 10)) for name in names} for _ in range(3)]
     negative_points = [{name: -value for name, value in point.items()} for point in positive_points[:2]]
-    at_whole = [_same_exactly(point, a, b, budget) for point in whole_points]
-    if False in at_whole:
-        return None if _renamed(a, b, whole_points, budget) else False
+    if False in [_same_exactly(point, a, b, budget) for point in whole_points]:
+        return False
     at_positive = [_same_at(point, a, b, budget) for point in positive_points]
-    if False in at_positive:
-        may_be_whole = True in at_whole and not _WHOLE.isdisjoint(names)
-        if may_be_whole or any(_is_of_whole_numbers(part) for part in (*walk(a), *walk(b))):
-            return None
-        return None if _renamed(a, b, positive_points[:1], budget) else False
     # \sqrt{x^2} and x differ at negative numbers only, where the problem may not go: not decided
     at_negative = [_same_at(point, a, b, budget, only_real=True) for point in negative_points]
-    return None if at_positive.count(True) < 2 or False in at_negative else True
+    is_same = at_positive.count(True) >= 2 and False not in at_positive + at_negative
+    return True if is_same else None
 
 
-def _is_of_whole_numbers(tree: Tree) -> bool:
-    """Whether its meaning may be limited to whole numbers, so that other points prove nothing."""
-    match tree:
-        case Series() | Call(_, "factorial" | "binomial" | "floor" | "ceil"):
-            return True
-        case Power((Negative(), exponent)):
-            return bool(exponent.symbols)
-    return False
-
-
-def _renamed(a: Tree, b: Tree, points: list[Point], budget: Budget) -> bool:
-    """Whether b equals a with its symbols called otherwise: 2n and 2k."""
-    if a.symbols == b.symbols or len(a.symbols) != len(b.symbols) or len(a.symbols) > _MAX_RENAMED:
+def _is_same_of_whole_number(a: Tree, b: Tree, budget: Budget) -> bool:
+    """Whether two expressions with floors or ceilings of one whole number are equal: they are polynomials of
+    each class of remainders, so that enough points from 0 on prove it."""
+    names = a.symbols | b.symbols
+    parts = [*walk(a), *walk(b)]
+    has_steps = any(isinstance(part, Call) and part.name in ("floor", "ceil") for part in parts)
+    if not has_steps or len(names) != 1 or names.isdisjoint(WHOLE_NUMBERS):
         return False
-    for names in itertools.permutations(sorted(a.symbols)):
-        renamed = substitute(b, dict(zip(sorted(b.symbols), map(Symbol, names), strict=True)))
-        if all(_same_exactly(point, a, renamed, budget) is True for point in points):
-            return True
-    return False
+    denominators = [part.parts[1] for part in parts if isinstance(part, Quotient)]
+    values = [part.value for part in denominators if isinstance(part, Number)]
+    values += [1 / part.value for part in parts if isinstance(part, Number) and part.value.denominator > 1]
+    period = math.lcm(*[value.numerator for value in map(Fraction, values)])
+    degrees = [_degree(tree) for tree in (a, b)]
+    if len(values) < len(denominators) or None in degrees:
+        return False
+    if 2 * period * (1 + max(degree or 0 for degree in degrees)) > _WHOLE_POINTS:
+        return False
+    (name,) = names
+    points = [{name: Fraction(value)} for value in range(_WHOLE_POINTS)]
+    try:
+        return all(_Exact(budget, point).value(a) == _Exact(budget, point).value(b) for point in points)
+    except ArithmeticError:
+        return False
+
+
+def _degree(tree: Tree) -> int | None:
+    """In its one symbol, of a polynomial of it and of floors and ceilings of linear terms, else None."""
+    if not tree.symbols:
+        return 0
+    match tree:
+        case Symbol():
+            return 1
+        case Sum(parts) | Negative(parts):
+            degrees = [_degree(part) for part in parts]
+            return None if None in degrees else max(degree or 0 for degree in degrees)
+        case Product(parts):
+            degrees = [_degree(part) for part in parts]
+            return None if None in degrees else sum(degree or 0 for degree in degrees)
+        case Quotient((numerator, Number())):
+            return _degree(numerator)
+        case Power((base, Number(exponent))) if exponent.denominator == 1 and 0 < exponent < 9:
+            degree = _degree(base)
+            return None if degree is None else degree * int(exponent)
+        case Call((part,), "floor" | "ceil"):
+            return _degree(part) if _degree(part) == 1 else None
+        case Power((base, exponent)) if base == whole(-1) or base == Negative((whole(1),)):
+            return 0 if _degree(exponent) == 1 else None
+    return None
+
+
+class _Steps:
+    """Puts symbols in the place of absolute values, floors and ceilings of what has symbols, the same one for
+    those that are equal by what is in them."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.known: list[Call] = []
+
+    def replaced(self, tree: Tree) -> Tree:
+        if not isinstance(tree, Operation) or not tree.symbols:
+            return tree
+        tree = replace(tree, parts=tuple(map(self.replaced, tree.parts)))
+        match tree:
+            case Root((Power((base, Number(Fraction(numerator=2, denominator=1)))), degree)) if (
+                degree == whole(2)
+            ):
+                tree = Call((base,), "abs")
+        if not isinstance(tree, Call) or tree.name not in _ROUNDINGS:
+            return tree
+        for index, call in enumerate(self.known):
+            inside, own = call.parts[0], tree.parts[0]
+            candidates = (own, -own) if tree.name == "abs" else (own,)
+            if call.name == tree.name and any(same_value(inside, x, self.budget) for x in candidates):
+                return Symbol(f"step {index}")
+        self.known.append(tree)
+        return Symbol(f"step {len(self.known) - 1}")
 
 
 def _same_exactly(point: Point, a: Tree, b: Tree, budget: Budget) -> bool | None:

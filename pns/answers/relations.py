@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from pns.answers.exact import approximate, rational
+from pns.answers.polynomials import is_polynomial
 from pns.answers.tree import (
     INFINITY,
     MINUS_INFINITY,
@@ -34,7 +35,9 @@ from pns.answers.tree import (
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _NO_TREE = Symbol("")
 _LOWEST, _HIGHEST = Expression(MINUS_INFINITY), Expression(INFINITY)
-_LINE = (Fraction(0), Fraction(1), Fraction(2), Fraction(1009, 3))  # the last is far from where |x - 5| bends
+_LINE = (Fraction(0), Fraction(1), Fraction(2), Fraction(1009, 3))
+
+_LEIBNIZ = re.compile(r"d(?:\^(?P<order>\d))?(?P<of>[A-Za-z])/d(?P<by>[A-Za-z])(?:\^(?P=order))?")
 
 End = tuple[Answer, bool]  # of an interval, and whether it belongs to it
 
@@ -94,23 +97,46 @@ def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
     return replace(value, tree=substitute(value.tree, {y[2]: Symbol(x[2])}))
 
 
-def difference_of_sides(relation: Relation, may_be_ambiguous: bool = False) -> Tree | None:
+def with_primes_of(primed: Relation, other: Relation) -> Relation:
+    r"""The other equation with Newton's and Lagrange's names of derivatives, where the first has these and
+    the other has Leibniz's: `\frac{d^2y}{dx^2}` as `y''`, `\frac{dx}{dt}` as `\dot x`."""
+    names = frozenset().union(*(tree_of(side).symbols for side in primed.sides))
+    written = frozenset().union(*(tree_of(side).symbols for side in other.sides))
+    renamed: dict[str, Tree] = {}
+    variables = set()
+    for name in written:
+        if leibniz := _LEIBNIZ.fullmatch(name):
+            order = int(leibniz["order"] or 1)
+            primes, dots = leibniz["of"] + "'" * order, f"{'d' * (order - 1)}dot {leibniz['of']}"
+            variables.add(leibniz["by"])
+            is_dotted = dots in names and leibniz["by"] == "t"
+            if primes in names or is_dotted:
+                renamed[name] = Symbol(dots if is_dotted else primes)
+    if not renamed or len(variables) > 1:
+        return other
+    sides = [
+        replace(side, tree=substitute(side.tree, renamed)) if isinstance(side, Expression) else side
+        for side in other.sides
+    ]
+    return replace(other, sides=tuple(sides))
+
+
+def difference_of_sides(relation: Relation) -> Tree | None:
     """Left minus right of two expressions; None where a side is none, or may be read in other ways."""
     match relation.sides:
-        case (Expression(left) as x, Expression(right) as y):
-            if may_be_ambiguous or not (x.ambiguous or y.ambiguous):
-                return left - right
+        case (Expression(left, ambiguous=False), Expression(right, ambiguous=False)):
+            return left - right
     return None
 
 
 def linear_root(tree: Tree, name: str, values: Mapping[str, Tree]) -> tuple[Fraction, Fraction] | None:
-    """Zero and slope of an expression in one of its symbols, with values for the others, if it
-    is linear, as some points show, and not constant."""
+    """Zero and slope of an expression in one of its symbols, with values for the others, if it is a
+    polynomial that is linear, as some points show, and not constant."""
     at_0, at_1, *others = [rational(substitute(tree, {**values, name: Number(x)})) for x in _LINE]
     if at_0 is None or at_1 is None or at_0 == at_1:
         return None
     slope = at_1 - at_0
-    is_linear = others == [at_0 + slope * x for x in _LINE[2:]]
+    is_linear = is_polynomial(tree) and others == [at_0 + slope * x for x in _LINE[2:]]
     return (-at_0 / slope, slope) if is_linear else None
 
 

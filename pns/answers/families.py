@@ -1,0 +1,174 @@
+r"""Answers that leave something open, compared as wholes: solutions with arbitrary constants, and families of
+angles such as `\frac{\pi}{4} + k\pi`."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+from pns.answers.exact import Budget, approximate, same_value
+from pns.answers.polynomials import WHOLE_NUMBERS, is_polynomial
+from pns.answers.tree import (
+    ONE,
+    ZERO,
+    Answer,
+    Constant,
+    Expression,
+    Group,
+    Sum,
+    Symbol,
+    Tree,
+    substitute,
+    walk,
+    whole,
+)
+
+Same = Callable[[Tree, Tree], bool]
+
+_CONSTANT = re.compile(r"[A-DKck](?:_\w+)?")
+_MAX_CONSTANTS = 3
+_OPERATIONS = 80_000  # of one comparison
+_MAX_BRANCHES = 60  # of a family in the common period
+_POINT = whole(7) / whole(3)
+_ACCURACY = Fraction(1, 10**40)  # of values known to 50 digits
+
+
+def is_same_up_to_constants(a: Tree, b: Tree) -> bool:
+    """Whether two expressions are equal for all values of their variables once the arbitrary constants of one
+    are called otherwise, exchanged, or multiplied by numbers: `C_1 e^x + C_2` and `-A + B e^x`."""
+    own, other = (sorted(filter(_CONSTANT.fullmatch, tree.symbols)) for tree in (a, b))
+    variables = a.symbols.difference(own)
+    if not variables or variables != b.symbols.difference(other):
+        return False
+    if not 0 < len(own) == len(other) <= _MAX_CONSTANTS:
+        return False
+    budget = Budget(_OPERATIONS)
+
+    def same(x: Tree, y: Tree) -> bool:
+        return bool(same_value(x, y, budget))
+
+    x, y = _in_constants(a, own, same), _in_constants(b, other, same)
+    if x and y:
+        return _is_rescaled(x, y, same)
+    values = [Symbol(name) for name in own]
+    for chosen in itertools.permutations(values):
+        for signs in itertools.product((False, True), repeat=len(own)):
+            signed = [-value if sign else value for value, sign in zip(chosen, signs, strict=True)]
+            if same(a, substitute(b, dict(zip(other, signed, strict=True)))):
+                return True
+    return False
+
+
+@dataclass(frozen=True)
+class _InConstants:
+    """`alone` + the sum of constants, each times its factor."""
+
+    alone: Tree
+    factors: list[Tree]
+
+
+def _in_constants(tree: Tree, constants: list[str], same: Same) -> _InConstants | None:
+    """The expression as a linear one in its constants; None where it is none."""
+    zeros: dict[str, Tree] = dict.fromkeys(constants, ZERO)
+    alone = substitute(tree, zeros)
+    factors = [substitute(tree, {**zeros, name: ONE}) - alone for name in constants]
+    terms = [Symbol(name) * factor for name, factor in zip(constants, factors, strict=True)]
+    return _InConstants(alone, factors) if same(tree, Sum((alone, *terms))) else None
+
+
+def _is_rescaled(x: _InConstants, y: _InConstants, same: Same) -> bool:
+    """Whether the constants' factors are proportional, and the rest is the same; where a constant is added by
+    itself, the rest may differ by a number."""
+
+    @cache
+    def is_proportional(i: int, j: int) -> bool:
+        at_x, at_y = _at_point(x.factors[i]), _at_point(y.factors[j])
+        is_known = not same(at_x, ZERO) and not same(at_y, ZERO)
+        return is_known and same(x.factors[i] * at_y, y.factors[j] * at_x)
+
+    places = range(len(x.factors))
+    orders = itertools.permutations(places)
+    if not any(all(map(is_proportional, places, order)) for order in orders):
+        return False
+    if same(x.alone, y.alone):
+        return True
+    left = x.alone - y.alone
+    has_added = any(same(factor, _at_point(factor)) for factor in x.factors)
+    return has_added and same(left, _at_point(left))
+
+
+def _at_point(tree: Tree) -> Tree:
+    return substitute(tree, dict.fromkeys(tree.symbols, _POINT))
+
+
+def is_same_family(a: Answer, b: Answer) -> bool:
+    """Whether two answers are the same numbers, all those of expressions `base + parameter * period` with a
+    whole-numbered parameter: compared as sets, modulo the common period."""
+    families = [_family(a), _family(b)]
+    if None in families:
+        return False
+    x, y = (family for family in families if family is not None)
+    period = _common_period([step for _, step in [*x, *y]])
+    if period is None:
+        return False
+    residues = [_residues(family, period) for family in (x, y)]
+    return all(
+        any(_is_multiple(value - other, period) for other in theirs)
+        for own, theirs in (residues, residues[::-1])
+        for value in own
+    ) and all(residues)
+
+
+def _family(answer: Answer) -> list[tuple[Fraction, Fraction]] | None:
+    """Base and period of each of its expressions; None for what is no family."""
+    items = answer.items if isinstance(answer, Group) and answer.brackets in ("", "or", "{}") else (answer,)
+    branches = []
+    for item in items:
+        if not isinstance(item, Expression) or item.ambiguous or item.unit or len(item.tree.symbols) != 1:
+            return None
+        (name,) = item.tree.symbols
+        has_pi = Constant("pi") in walk(item.tree)  # 2n and 2k may stand for one number each
+        if not has_pi or name not in WHOLE_NUMBERS or not is_polynomial(item.tree):
+            return None
+        values = [approximate(substitute(item.tree, {name: whole(at)})) for at in (0, 1, 2, 7)]
+        base, first, *others = values
+        if base is None or first is None or not all(value is not None for value in others):
+            return None
+        period = first - base
+        if not period or not all(
+            abs(value - base - at * period) < _ACCURACY
+            for at, value in zip((2, 7), others, strict=True)
+            if value is not None
+        ):
+            return None
+        branches.append((base, abs(period)))
+    return branches
+
+
+def _common_period(periods: list[Fraction]) -> Fraction | None:
+    """The least common multiple of the periods; None where they have none that is small."""
+    unit, multiple = periods[0], 1
+    for period in periods[1:]:
+        ratio = (period / unit).limit_denominator(_MAX_BRANCHES)
+        if not ratio or abs(period / unit - ratio) > _ACCURACY:
+            return None
+        multiple = math.lcm(multiple, ratio.numerator)
+    return unit * multiple if multiple <= _MAX_BRANCHES else None
+
+
+def _residues(family: list[tuple[Fraction, Fraction]], period: Fraction) -> list[Fraction]:
+    """One value of each of its branches within the period."""
+    return list(itertools.chain.from_iterable(_branch(base, step, period) for base, step in family))
+
+
+def _branch(base: Fraction, step: Fraction, period: Fraction) -> Iterator[Fraction]:
+    for index in range(min(_MAX_BRANCHES, round(period / step))):
+        yield base + index * step
+
+
+def _is_multiple(value: Fraction, period: Fraction) -> bool:
+    quotient = value / period
+    return abs(quotient - round(quotient)) < _ACCURACY
