@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from pns.answers.exact import approximate
 from pns.answers.spelling import GREEK
 from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
 from pns.answers.tree import (
     DEGREE,
+    REALS,
+    Answer,
     Based,
     Call,
+    Expression,
+    Group,
     Negative,
     Number,
     Product,
     Quotient,
+    Relation,
     Sum,
     Symbol,
     Tree,
+    Union,
     letter,
     product_of,
     walk,
@@ -29,11 +37,13 @@ from pns.answers.words import NUMBER_WORDS, SCALES
 
 _MAX_DIGITS = 2000  # of one number
 _MAX_EXPONENT = 3000  # of scientific notation; 1e999999999 is no number that could be written down
+_NUMBER_SETS = {*"NZQC", *("mathbb" + name for name in ("N", "Z", "Q", "R", "C"))}
 _COUNTING = ("C", "A", "P")  # what combinations and permutations are written with
 _FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a letter is a function, not a factor
 _SCALES = SCALES | {"hundred": 100}
-_DERIVATIVE = re.compile(r"(d|\\partial)(\^\d)?([A-Za-z]|\\[A-Za-z]+)?/(?:\1([A-Za-z]|\\[A-Za-z]+)(\^\d)?)+")
-_STOPS = (",", ";", ")", "]", "}", r"\}", "=", "<", ">")
+_NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?"
+_DERIVATIVE = re.compile(rf"(d|\\partial)(\^\d)?({_NAME}(?:\([A-Za-z]\))?)?/(?:\1{_NAME}(?:\^\d)?)+")
+_STOPS = (",", ";", ")", "]", "=", "<", ">")
 _AROUND_NUMBERS = ("$", r"\$", r"\%", "%", "{", "}")
 _DECIMAL = re.compile(
     r"\d*\.(?P<decimals>\d*)(?:[eE](?P<exponent>[+-]?\d+))?"
@@ -166,7 +176,7 @@ def _read_argument(cursor: Cursor, name: str) -> str:
 
 def read_derivative(cursor: Cursor) -> Symbol | None:
     r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel; of `\frac{d}{dt}`
-    with the name behind it. None where they are a fraction's, as those of `\frac{d}{2}` and `\frac{dk}{d+1}`."""
+    with the name behind it. None where they are a fraction's: `\frac{d}{2}`, `\frac{dk}{d+1}`."""
     start = cursor.position
     if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
         upper = cursor.raw_group()
@@ -204,8 +214,7 @@ def read_counted(cursor: Cursor, name: str, marks: Marks) -> Tree | None:
             break
     lower, upper = pairs.get("_"), pairs.get("^")
     if lower and upper and not cursor.at("(", "'", "^", "_"):
-        are_numbers = isinstance(lower, Number) and isinstance(upper, Number)
-        if are_numbers and _value(lower) >= max(2, _value(upper)):
+        if not lower.symbols and not upper.symbols and _value(lower) >= max(2, int(_value(upper))):
             return counted(name, lower, upper)
         if lower.symbols and (upper.symbols or name == "C") and isinstance(upper, Number | Symbol):
             marks.ambiguous = True  # a power of an indexed name
@@ -268,7 +277,9 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
             marks.ambiguous = True
         return 1
     if unit := at_unit(cursor):
-        marks.unit, marks.ambiguous, cursor.position = unit.name, unit.is_of_letters, unit.end
+        marks.unit = f"{marks.unit} {unit.name}".strip()
+        marks.ambiguous |= unit.is_of_letters
+        cursor.position = unit.end
         return 1
     scale = 1
     parts: list[str] = []
@@ -314,11 +325,12 @@ class Unit:
     name: str  # as `unit_size` reads it
     end: int  # the place behind its last token
     is_of_letters: bool  # that might be variables as well
+    is_one_letter: bool
 
 
 def at_unit(cursor: Cursor) -> Unit | None:
-    r"""The unit at a place behind a number, if all its names are known and nothing but the end follows: `5 m`,
-    `5 m/s^2`, `5 kg \cdot m/s^2`, `5 \frac{m}{s}`."""
+    r"""The unit at a place behind a number, if all its names are known and the end follows: `5 m`, `5 m/s^2`,
+    `5 kg \cdot m/s^2`, `5 \frac{m}{s}`."""
     start = cursor.position
     unit = None
     if cursor.peek().kind in ("letter", "word", "text") or cursor.at(r"\frac"):
@@ -343,9 +355,9 @@ def _known_unit(cursor: Cursor) -> Unit | None:
             token = cursor.peek()
             if token.kind not in ("letter", "word", "text") or token.word in SEPARATORS:
                 break
-            if token.kind == "letter" and not (operator or token.spaced):  # mg, in letters
-                if cursor.peek(1).kind == "letter" or parts:
-                    return None
+            is_run = cursor.peek(1).kind == "letter" or parts  # mg
+            if len(parts) > 8 or (token.kind == "letter" and not operator and not token.spaced and is_run):
+                return None
             cursor.take()
             power = _unit_power(cursor)
             parts += [operator] * (operator == "/") + [token.value.strip() + power]
@@ -357,10 +369,11 @@ def _known_unit(cursor: Cursor) -> Unit | None:
     name = " ".join(parts)
     if not (following.kind == "end" or following.value in _STOPS) or not parts:
         return None
-    is_known = unit_size(name)[2] and re.fullmatch(r"[A-Za-z0-9/^ .-]+", name)
-    if len(parts) == 1 and has_only_letters and first.value not in UNIT_LETTERS:
+    is_letter = len(parts) == 1 and has_only_letters
+    if is_letter and first.value not in UNIT_LETTERS:
         return None
-    return Unit(name, cursor.position, has_only_letters) if is_known else None
+    is_known = unit_size(name)[2] and re.fullmatch(r"[A-Za-z0-9/^ .-]+", name)
+    return Unit(name, cursor.position, has_only_letters, is_letter) if is_known else None
 
 
 def _words_of_group(cursor: Cursor) -> str:
@@ -401,3 +414,51 @@ def in_degrees(tree: Tree) -> Tree | None:
 
 def has_degrees(tree: Tree) -> bool:
     return DEGREE in walk(tree)
+
+
+def is_domain(answer: Answer) -> bool:
+    r"""Whether it says no more than where a name lies: `k \in \mathbb{Z}`."""
+    match answer:
+        case Relation(("in",), (Expression(Symbol()), Expression(Symbol(name)))):
+            return name in _NUMBER_SETS
+        case Relation(("in",), (Expression(Symbol()), place)):
+            return place == REALS
+    return False
+
+
+def both_hold(answer: Group) -> Answer:
+    """A lower and an upper bound of one name as a chain, where both can hold: `x > 2 and x < 5`."""
+    bounds: dict[str, tuple[str, Expression]] = {}
+    names = set()
+    for item in answer.items:
+        match item:
+            case Relation((operator,), (Expression(Symbol(name)), Expression() as bound)):
+                pass
+            case Relation((operator,), (Expression() as bound, Expression(Symbol(name)))):
+                operator = operator.translate(str.maketrans("<>", "><"))
+            case _:
+                return answer
+        names.add(name)
+        bounds[operator[:1]] = operator, bound
+    if answer.brackets or len(names) != 1 or len(answer.items) != 2 or set(bounds) != {"<", ">"}:
+        return answer
+    (over, low), (under, high) = bounds[">"], bounds["<"]
+    distance = approximate(high.tree - low.tree)
+    if distance is None:
+        return answer
+    if distance < 0:  # x < 1 and x > 2, for "or"
+        return Group("or", answer.items)
+    return Relation((over.replace(">", "<"), under), (low, Expression(Symbol(names.pop())), high))
+
+
+def without_points(parts: list[Answer], points: Answer) -> Answer:
+    r"""`\mathbb{R} \setminus \{0, 1\}` as a union of intervals; Unreadable for other differences of sets."""
+    items = points.items if isinstance(points, Group) and points.brackets == "{}" else ()
+    numbers = [
+        item for item in items if isinstance(item, Expression) and isinstance(item.tree, Number | Negative)
+    ]
+    if parts != [REALS] or not numbers or len(numbers) != len(items):
+        raise Unreadable
+    low, high = REALS.items
+    inner = sorted(numbers, key=lambda item: approximate(item.tree) or Fraction(0))
+    return Union(tuple(Group("()", pair) for pair in itertools.pairwise((low, *inner, high))))

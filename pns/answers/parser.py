@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 from pns.answers.atoms import (
     Marks,
     at_unit,
+    both_hold,
     counted,
     has_degrees,
     in_degrees,
+    is_domain,
     last_place,
     number_value,
     read_derivative,
@@ -23,6 +25,7 @@ from pns.answers.atoms import (
     read_symbol,
     read_unit,
     skip_set_builder,
+    without_points,
 )
 from pns.answers.spelling import FUNCTIONS, GREEK, STYLES, TRIGONOMETRIC, is_prose
 from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
@@ -103,7 +106,8 @@ class Parser(Cursor):
                 break
             kind = kind or separator
             items.append(self.relation())
-        return items[0] if len(items) == 1 else Group(kind, tuple(items))
+        items = [item for item in items if not is_domain(item)] or items  # k \in \mathbb{Z}
+        return items[0] if len(items) == 1 else both_hold(Group(kind, tuple(items)))
 
     def separator(self) -> str | None:
         kind = None
@@ -137,19 +141,24 @@ class Parser(Cursor):
         parts = [self.ratio()]
         while self.accept(r"\cup") or (isinstance(parts[-1], Group) and self.accept("U")):  # [0,1)U(2,3)
             parts.append(self.ratio())
+        if self.accept(r"\setminus", r"\backslash"):
+            return without_points(parts, self.ratio())
         return parts[0] if len(parts) == 1 else Union(tuple(parts))
 
     def ratio(self) -> Answer:
         parts = [self.quantity()]
-        minutes = self.peek(1).value
+        minutes = ""
         while self.at(":") and isinstance(parts[-1], Expression) and self.peek(1).value not in ("", "("):
             self.take()
+            minutes = self.peek().value
             parts.append(self.quantity())
             if not isinstance(parts[-1], Expression):
                 raise Unreadable
         if len(parts) == 1:
             return parts[0]
-        return Ratio(tuple(parts), clock=len(parts) == 2 and bool(re.fullmatch(r"[0-5]\d", minutes)))
+        are_numbers = all(isinstance(part, Expression) and isinstance(part.tree, Number) for part in parts)
+        is_clock = len(parts) == 2 and are_numbers and re.fullmatch(r"[0-5]\d", minutes)
+        return Ratio(tuple(parts), clock=bool(is_clock))
 
     def quantity(self) -> Answer:
         """A sum with its unit, or a bracket, a matrix, words."""
@@ -214,8 +223,11 @@ class Parser(Cursor):
         token = self.peek()
         are_numbers = not any(factor.symbols for factor in factors)
         if token.kind == "letter" or token.value == r"\frac":
-            parts = [part for factor in factors for part in walk(factor)]
-            return all(isinstance(part, _PLAIN) for part in parts) and at_unit(self) is not None
+            if not are_numbers or not (unit := at_unit(self)):
+                return False
+            allowed = (Number, Negative) if unit.is_one_letter else _PLAIN
+            is_one = len(factors) == 1 or not unit.is_one_letter
+            return is_one and all(isinstance(part, allowed) for factor in factors for part in walk(factor))
         if token.kind == "text":
             return token.value not in ("e", "i") and (len(token.value) != 1 or are_numbers)  # \text{e} is e
         return token.kind == "word" and are_numbers
@@ -238,10 +250,7 @@ class Parser(Cursor):
         base = self.atom()
         while True:
             if self.accept("^", "**"):
-                if self.accept(r"\circ"):
-                    base = as_tree(base) * DEGREE
-                else:
-                    base = as_tree(base) ** self.exponent()
+                base = as_tree(base) * DEGREE if self.accept(r"\circ") else as_tree(base) ** self.exponent()
             elif isinstance(base, Tree) and self.at("!") and self.peek(1).value != "=":  # 5!, not 5 != 6
                 self.take()
                 if self.at("!"):  # a double factorial
@@ -303,6 +312,8 @@ class Parser(Cursor):
         if name in ("C", "P") and self.at("(") and self.has_two_arguments():
             self.take()
             lower, upper = self.until(")", most=2)
+            if isinstance(lower, Number) and isinstance(upper, Number) and lower.value < upper.value:
+                raise Unreadable  # a point
             self.marks.ambiguous |= bool(lower.symbols or upper.symbols)
             return counted(name, lower, upper)
         return read_symbol(self, name, self.marks)

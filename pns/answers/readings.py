@@ -22,13 +22,16 @@ _GROUPED = re.compile(
     r"|(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,])"
 )
 _SPACED_IN_LIST = re.compile(rf"(?<![\w.,]){_SPACED}(?![\d,])")
-_DECIMAL_COMMA = re.compile(r"((?:[A-Za-z]\s*=\s*)?[-+]?)(\d+),(\d+)(?![\d.])([^,]*)")
+_DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d+)(?![\d.])([^,]*)")
 _TIME = re.compile(r"(\d{1,2}):([0-5]\d)\\text\{([aApP])meridiem\}")
 _POINT = re.compile(r"[A-Z](?:_\d)?'?\s*(\([^()]*,[^()]*\))")  # a point with its name
-_UNIT_IN_BRACKETS = re.compile(r"(.*[\d}])\s+\((?:\\(?:text|mathrm)\s*\{)?\s*([A-Za-z/^\d ]{1,30})\}?\)", re.DOTALL)
+_UNIT_IN_BRACKETS = re.compile(
+    r"(.*[\d}])\s+\((?:\\(?:text|mathrm)\s*\{)?\s*([A-Za-z/^\d ]{1,30})\}?\)", re.DOTALL
+)
 _CHOICE = re.compile(
-    rf"(?:\(([A-J])\)|{TEXT_OPENING}\s*\(([A-J])\)\s*\}}|([A-J])(?:[.)]|:(?=\s))|{TEXT_OPENING}\s*([A-J])[.:)]\s*\}})"
-    rf"\s*(?P<text>(?![-+*/^_=<>,.:;)(']|\\(?:cdot|times|in|le|ge|ne|cup|cap)).*)", re.DOTALL
+    rf"(?:\(([A-J])\)|{TEXT_OPENING} ?\(([A-J])\) ?\}}|{TEXT_OPENING} ?([A-J])[.:)] ?\}}"
+    r"|([A-J])(?:[.)]|:(?= )(?!.*:)))"
+    r" ?(?P<text>(?![-+*/^_=<>,.:;)(']|\\(?:cdot|times|in|le|ge|ne|cup|cap)(?![a-z])).*)"
 )
 _WITH_BASE = re.compile(r"(.*\d)\s*_?\s*[({]?\s*(?:base|\\text\{\s*base)\s*[-~]?\s*(\d+|[a-z]+)\s*[)}]*")
 
@@ -39,6 +42,8 @@ def readings(answer: str) -> list[Answer]:
     if len(answer) > MAX_CHARACTERS:
         return []
     text, is_rounded = without_phrases(clean(answer))
+    if len(text) > MAX_CHARACTERS:
+        return []
     if choice := _CHOICE.fullmatch(text):
         label = next(filter(None, choice.groups()))
         return [Words(label), *_distinct(map(_read, _spellings(choice["text"])))]

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+
 def _in_tex(character: str) -> str:
     """A vulgar fraction as `\frac`, a squared unit as text, a styled letter or digit without its style."""
     plain = unicodedata.normalize("NFKC", character)
@@ -30,7 +31,7 @@ _UNICODE = {
     "∓": r"\mp ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "ω": r"\omega ",
     "φ": r"\phi ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∠": r"\angle ",
     "’": "'", "′": "'", "″": "''", "∣": "|", "≈": r"\approx ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
-    "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\cbrt ", "Ω": r"\Omega ", "Ω": r"\Omega ", "µ": r"\mu ",
+    "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\cbrt ", "Ω": r"\Omega ", "\u2126": r"\Omega ", "µ": r"\mu ",
     "μ": r"\mu ", "℃": r"^\circ C", "℉": r"^\circ F", "∧": r"\land ", "∨": r"\lor ", "∖": r"\setminus ",
 }  # fmt: skip
 _TRANSLATION = str.maketrans(_UNICODE)
@@ -75,7 +76,7 @@ _SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replace
     (rf"\^\s*\\circ\s*(?:\\(?:{_TEXTS})\s*\{{\s*F\s*\}}|F(?!\w))", r"\\text{ fahrenheit}"),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
     (rf"^\s*(1?\d)\s*{_HALF_OF_DAY}\s*$", r"\1:00\\text{\2meridiem}"),
-    (rf"(?<!\d)(\d{{1,2}}:[0-5]\d)\s*{_HALF_OF_DAY}", r"\1\\text{\2meridiem}"),
+    (rf"(?<!\d)(\d{{1,2}}):\s*([0-5]\d)\s*{_HALF_OF_DAY}", r"\1:\2\\text{\3meridiem}"),
     (r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{ and }"),
     (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
     (r"\+/-", r"\\pm "),
@@ -83,8 +84,8 @@ _SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replace
     (rf"(?<![A-Za-z\\])d(\^{_INDEX})?\s?([A-Za-z])/d([A-Za-z])(\^{_INDEX})?(?![A-Za-z])",
      r"\\frac{d\1\3}{d\4\5}"),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (rf"(?<![\w)}}])(?:\{{\s*\}})?\s*[_^]\s*{_INDEX}\s*{_COUNTED}\s*_\s*{_INDEX}", r"\2(\1,\3)"),  # {}_5C_2
-    (r"(?<![\w.])(\d+)([CP])(\d+)(?!\w)", r"\2(\1,\3)"),  # 5C2
+    (rf"(?<![\w)}}])(?:\{{\s*\}})?\s*[_^]\s*{_INDEX}\s*{_COUNTED}\s*_\s*{_INDEX}", r"\2_\1^\3"),  # {}_5C_2
+    (r"(?<![\w.])(\d+)([CP])(\d+)(?!\w)", r"\2_{\1}^{\3}"),  # 5C2
     (r"(?<![\w)}])\(\s*(\d+)\s*\)\s*_", r"\1_"),  # (101)_2
     (r"^\s*([A-Za-z])\s*(\([^()\[\]]*\]|\[[^()\[\]]*\))\s*$", r"\1\\in \2"),  # t(0,4]
     (r"\s+", " "),
@@ -159,7 +160,7 @@ def is_prose(text: str) -> bool:
     variables."""
     if not re.fullmatch(r"[A-Za-z' .,;!?-]+", text):
         return False
-    for word in re.findall(r"[A-Za-z']+", text):
+    for word in re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)?", text):
         is_word = len(word) >= 4 or word.casefold() in SHORT_WORDS
         if is_word and word not in FUNCTIONS and word not in GREEK:
             return True

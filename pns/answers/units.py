@@ -44,7 +44,7 @@ _SIZES = """
 """  # size, its dimension or the units that it is measured in, the prefixes of its symbol, names
 _LONG_PREFIXES = {"milli": -3, "centi": -2, "kilo": 3, "mega": 6, "micro": -6, "nano": -9}
 _ALONE = """oz ounce rad radian ev kev mev gev au ly pc kpc mpc mph kph kmh gal gallon euro acre hp cc unit
-degree celsius fahrenheit cal kcal ameridiem pmeridiem"""  # compared with themselves only
+celsius fahrenheit cal kcal ameridiem pmeridiem"""  # compared with themselves only
 CURRENCIES = {r"\$": "dollar", r"\euro": "euro", r"\pounds": "pound sterling"}
 UNIT_LETTERS = frozenset("mgslLNJWVKCFhA")  # that are read as units behind a number and a space
 
@@ -90,9 +90,11 @@ for _row in _SIZES.strip().split("\n"):
     _size, _measure, _prefixes, *_names = _row.split()
     _factor, _dimensions, _is_known = unit_size(_measure)
     _powers = dict(_dimensions) if _is_known else {_measure: 1}
-    _scaled = {name: 0 for name in _names}
+    _scaled = dict.fromkeys(_names, 0)
     if _prefixes != "-":
         _scaled |= {prefix + _names[0]: _PREFIXES[prefix] for prefix in _prefixes}
         _words = [name for name in _names if len(name) > 3]
         _scaled |= {long + name: power for long, power in _LONG_PREFIXES.items() for name in _words}
-    UNITS |= {name: (_factor * Fraction(_size) * Fraction(10) ** power, _powers) for name, power in _scaled.items()}
+    UNITS |= {
+        name: (_factor * Fraction(_size) * Fraction(10) ** power, _powers) for name, power in _scaled.items()
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from pns.answers.spelling import TEXT
+from pns.answers.spelling import TEXT, is_prose
 
 _UNDER_TWENTY = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
 fifteen sixteen seventeen eighteen nineteen""".split()
@@ -29,15 +29,18 @@ _CONDITION_BEHIND = re.compile(
     rf"(?:\b(?:for|where|with)\s+(?:{_CONDITION}|{_OF_KIND}(?:{_CONDITION}|{_NAMES})?)"
     rf"|[,;(]\s*{_CONDITION})[\s).]*$|(?:\||\\mid|:)\s*{_CONDITION}\s*(?=\\\}}$)"
 )
-_CONNECTIVE = re.compile(rf"[,\s]*(?:(?:{'|'.join(_KIND.split())}|for|where|with|is|are|be|in|answer)\s*)+:?\s*")
+_CONNECTIVE = re.compile(
+    rf"[,\s]*(?:(?:{'|'.join(_KIND.split())}|for|where|with|is|are|be|in|answer)\s*)+:?\s*"
+)
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|exactly|precisely)\b[,:\s]*)?(?:(?:the|our|my)\s+)?"
-    r"(?:(?:final|correct|exact|required)\s+)?(?:answers?|result|solutions?|it|this|there|that|value)"
+    r"(?:(?:final|correct|exact|required)\s+)?(?:answers?|result|solutions?|it|there|value)"
     r"(?:\s+(?:is|are|equals)\b\s*:?|\s*[:=])\s*|(?:exactly|precisely)\s+",
     re.IGNORECASE,
 )
-_STATED = re.compile(r"([A-Za-z])\s+(?:is|equals|is equal to)\s+(?=[-\d\\.])")
+_STATED = re.compile(r"^([A-Za-z])\s+(?:is|equals|is equal to)\s+(?=[-\d\\.])")
 _ABOUT = r"(?:approximately|approx\.?|about|roughly|around|nearly|almost)"
+_ONLY_ABOUT = re.compile(rf"\s*\(?{_ABOUT}\)?\s*", re.IGNORECASE)
 _ROUNDED = re.compile(
     rf"{_ABOUT}\s+(?P<behind>.*)|(?P<before>.*?\S)\s*(?:{_ABOUT}|\({_ABOUT}\))", re.IGNORECASE | re.DOTALL
 )
@@ -95,20 +98,27 @@ def _cardinal(words: list[str]) -> Fraction | None:
 
 
 def without_phrases(text: str) -> tuple[str, bool]:
-    r"""The answer without what is said around it ("the answer is", "for all real x", `k \in \mathbb{Z}` behind
-    a comma), and whether it is said to be rounded ("about 5")."""
+    r"""The answer without what is said around it ("the answer is", "for all real x", `k \in \mathbb{Z}` behind a
+    comma), and whether it is said to be rounded ("about 5")."""
     if not re.search("[A-Za-z]", text):
         return text, False
     plain = re.sub(TEXT, lambda match: f" {match[1]} " if _is_said(match[1]) else match[0], text).strip()
-    plain = _LEAD.sub("", plain, count=1) if _LEAD.match(plain) else plain
-    plain = _STATED.sub(r"\1 = ", plain, count=1) if _STATED.match(plain) else plain
+    plain = _STATED.sub(r"\1 = ", plain[_end(_LEAD, plain) :], count=1)
     rounded = _ROUNDED.fullmatch(plain)
     plain = (rounded["behind"] or rounded["before"]) if rounded else plain
-    if (condition := _CONDITION_BEHIND.search(plain)) and plain[: condition.start()].strip():
+    condition = None if is_prose(plain) else _CONDITION_BEHIND.search(plain, 1)
+    if condition:
         plain = plain[: condition.start()].rstrip(" ,;") + plain[condition.end() :]
         plain += ")" if plain.count("(") > plain.count(")") else ""  # (x = 2k\pi, k \in \mathbb{Z})
     return plain or text, bool(rounded)
 
 
+def _end(pattern: re.Pattern[str], text: str) -> int:
+    """The end of what a pattern matches at the start of a text."""
+    match = pattern.match(text)
+    return match.end() if match else 0
+
+
 def _is_said(words: str) -> bool:
-    return bool(_CONNECTIVE.fullmatch(words) or _LEAD.fullmatch(words) or re.fullmatch(rf"\s*\(?{_ABOUT}\)?\s*", words))
+    r"""Whether words in `\text{...}` are no unit or word of the answer itself."""
+    return any(pattern.fullmatch(words) for pattern in (_CONNECTIVE, _LEAD, _ONLY_ABOUT))
