@@ -306,8 +306,6 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
             parts.append(" ".join(words) + power)
         cursor.accept(".")
     marks.unit = " ".join([marks.unit, *parts]).strip()
-    if marks.unit and marks.degrees:
-        raise Unreadable
     return scale
 
 

@@ -172,6 +172,8 @@ class Parser(Cursor):
             elif value.symbols and has_degrees(value):  # 90^\circ - x, where x may be in degrees too
                 self.marks.ambiguous = True
             scale = read_unit(self, self.marks, value)
+            if self.marks.unit and self.marks.degrees:
+                raise Unreadable
             tree = value if scale == 1 else value * whole(scale)
             value = Expression(tree, **vars(self.marks), step=last_place(self.tokens[start : self.position]))
         self.marks = outer

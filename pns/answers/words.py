@@ -98,8 +98,8 @@ def _cardinal(words: list[str]) -> Fraction | None:
 
 
 def without_phrases(text: str) -> tuple[str, bool]:
-    r"""The answer without what is said around it ("the answer is", "for all real x", `k \in \mathbb{Z}` behind a
-    comma), and whether it is said to be rounded ("about 5")."""
+    r"""The answer without what is said around it ("the answer is", "for all real x", `k \in
+    \mathbb{Z}` behind a comma), and whether it is said to be rounded ("about 5")."""
     if not re.search("[A-Za-z]", text):
         return text, False
     plain = re.sub(TEXT, lambda match: f" {match[1]} " if _is_said(match[1]) else match[0], text).strip()
