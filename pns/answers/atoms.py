@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from pns.answers.spelling import GREEK, NUMBER_WORDS
+from pns.answers.exact import approximate
+from pns.answers.spelling import GREEK
 from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
-from pns.answers.tree import Based, Number, Symbol, Tree, letter
-from pns.answers.units import CURRENCIES, UNIT_LETTERS
+from pns.answers.tree import (
+    DEGREE,
+    REALS,
+    Answer,
+    Based,
+    Call,
+    Expression,
+    Group,
+    Negative,
+    Number,
+    Product,
+    Quotient,
+    Relation,
+    Sum,
+    Symbol,
+    Tree,
+    Union,
+    letter,
+    product_of,
+    walk,
+)
+from pns.answers.units import CURRENCIES, UNIT_LETTERS, unit_size
+from pns.answers.words import NUMBER_WORDS, SCALES
 
 _MAX_DIGITS = 2000  # of one number
 _MAX_EXPONENT = 3000  # of scientific notation; 1e999999999 is no number that could be written down
+_NUMBER_SETS = {*"NZQC", *("mathbb" + name for name in ("N", "Z", "Q", "R", "C"))}
+_COUNTING = ("C", "A", "P")  # what combinations and permutations are written with
 _FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a letter is a function, not a factor
-_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALES = {"dozen": 12} | {name: 10**power for name, power in _POWERS.items()}
+_SCALES = SCALES | {"hundred": 100}
+_NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?"
+_DERIVATIVE = re.compile(rf"(d|\\partial)(\^\d)?({_NAME}(?:\([A-Za-z]\))?)?/(?:\1{_NAME}(?:\^\d)?)+")
+_STOPS = (",", ";", ")", "]", "=", "<", ">")
 _AROUND_NUMBERS = ("$", r"\$", r"\%", "%", "{", "}")
 _DECIMAL = re.compile(
     r"\d*\.(?P<decimals>\d*)(?:[eE](?P<exponent>[+-]?\d+))?"
@@ -107,6 +134,8 @@ def last_place(tokens: Sequence[Token]) -> Fraction | None:
 def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
     """The symbol that begins with `name`, with its index, its primes and the argument of a function."""
     plain = name
+    if plain in _COUNTING and (tree := read_counted(cursor, plain, marks)):
+        return tree
     if cursor.accept("_"):
         name += "_" + cursor.raw_group()
     while True:
@@ -146,15 +175,83 @@ def _read_argument(cursor: Cursor, name: str) -> str:
 
 
 def read_derivative(cursor: Cursor) -> Symbol | None:
-    r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel. None where they are
-    a fraction's."""
+    r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel; of `\frac{d}{dt}`
+    with the name behind it. None where they are a fraction's: `\frac{d}{2}`, `\frac{dk}{d+1}`."""
     start = cursor.position
     if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
         upper = cursor.raw_group()
-        if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
-            return Symbol(f"{upper}/{cursor.raw_group()}")
+        derivative = _DERIVATIVE.fullmatch(f"{upper}/{cursor.raw_group()}") if cursor.at("{") else None
+        if derivative and derivative[3]:
+            return Symbol(derivative[0])
+        if derivative:
+            is_in_brackets = bool(cursor.accept("("))
+            function = read_symbol(cursor, _function_name(cursor), Marks())
+            if is_in_brackets:
+                cursor.expect(")")
+            if isinstance(function, Symbol):
+                return Symbol(derivative[0].replace("/", function.name + "/", 1))
+            raise Unreadable
     cursor.position = start
     return None
+
+
+def _function_name(cursor: Cursor) -> str:
+    token = cursor.take()
+    if token.kind != "letter" and token.value[1:] not in GREEK:
+        raise Unreadable
+    return token.value
+
+
+def read_counted(cursor: Cursor, name: str, marks: Marks) -> Tree | None:
+    """`C_5^2`, `C_n^k`, `A_5^3`, `P_n^k` behind their letter: combinations and permutations. None where the
+    indices are rather those of a name: `C_1^2`."""
+    start = cursor.position
+    pairs = {}
+    for mark in "_^", "^_":
+        cursor.position = start
+        pairs = {sign: _index(cursor) for sign in mark if cursor.accept(sign)}
+        if len(pairs) == 2:
+            break
+    lower, upper = pairs.get("_"), pairs.get("^")
+    if lower and upper and not cursor.at("(", "'", "^", "_"):
+        if not lower.symbols and not upper.symbols and _value(lower) >= max(2, int(_value(upper))):
+            return counted(name, lower, upper)
+        if lower.symbols and (upper.symbols or name == "C") and isinstance(upper, Number | Symbol):
+            marks.ambiguous = True  # a power of an indexed name
+            return counted(name, lower, upper)
+    cursor.position = start
+    return None
+
+
+def counted(name: str, lower: Tree, upper: Tree) -> Tree:
+    """The ways to choose (C) or to arrange (A, P) `upper` of `lower` things."""
+    if name == "C":
+        return Call((lower, upper), "binomial")
+    return Call((lower,), "factorial") / Call((lower - upper,), "factorial")
+
+
+def _value(tree: Tree) -> Fraction:
+    return tree.value if isinstance(tree, Number) else Fraction(0)
+
+
+def _index(cursor: Cursor) -> Tree | None:
+    """A number, a letter or a group of one, or `n+1`, as an index."""
+    is_group = bool(cursor.accept("{"))
+    parts: list[Tree] = []
+    while True:
+        token = cursor.take() if cursor.peek().kind in ("number", "letter") else None
+        if not token or token.value == "e" or not (token.kind == "letter" or token.value.isdigit()):
+            return None
+        parts.append(Symbol(token.value) if token.kind == "letter" else Number(number_value(token.value)))
+        sign = cursor.accept("+", "-") if is_group else ""
+        if not sign:
+            break
+        if len(parts) > 1:
+            return None
+        is_negative = sign == "-"
+    if is_group and not cursor.accept("}"):
+        return None
+    return parts[0] if len(parts) == 1 else Sum((parts[0], -parts[1] if is_negative else parts[1]))
 
 
 def skip_set_builder(cursor: Cursor) -> None:
@@ -176,31 +273,35 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
     if tree.symbols:
         token = cursor.peek()
         if token.kind in ("text", "word") and token.word not in SEPARATORS:
-            marks.unit = cursor.take().word
+            marks.unit = cursor.take().value.strip()
             marks.ambiguous = True
+        return 1
+    if unit := at_unit(cursor):
+        marks.unit = f"{marks.unit} {unit.name}".strip()
+        marks.ambiguous |= unit.is_of_letters
+        cursor.position = unit.end
         return 1
     scale = 1
     parts: list[str] = []
     while True:
-        if parts and cursor.at("/") and cursor.peek(1).kind in ("text", "word", "letter"):  # km/h
+        if parts and cursor.at("/") and cursor.peek(1).kind in ("text", "word"):  # apples/day
             parts.append(cursor.take().value)
-        words = cursor.peek().word.split()
-        if not parts and at_unit_letter(cursor):
-            words = [cursor.peek().value.casefold()]
-            marks.ambiguous = True
-        if not words or (len(words) == 1 and words[0] in SEPARATORS):  # "5 and 6"
+        words = cursor.peek().value.split() if cursor.peek().word else []
+        if not words or (len(words) == 1 and words[0].casefold() in SEPARATORS):  # "5 and 6"
             break
         cursor.take()
-        if words[0].rstrip(".") in ("percent", "pct", "percentage") and not parts:
+        first = words[0].casefold().rstrip(".")
+        if first in ("percent", "pct", "percentage") and not parts:
             marks.percent = True
             continue
-        while words and words[0] in _SCALES:  # "5 million dollars"
-            scale *= _SCALES[words.pop(0)]
-        power = ""
-        if cursor.peek(1).value != r"\circ" and cursor.accept("^"):
-            power = "^" + cursor.accept("-") + cursor.raw_group()
-        if not re.fullmatch(r"(\^-?\d+)?", power):
-            raise Unreadable
+        if first in ("degree", "degrees", "deg") and not parts and not marks.unit:
+            if len(words) == 1 and not cursor.peek().word:
+                marks.degrees = True
+                break
+            words = words[1:]  # degrees Celsius
+        while words and words[0].casefold() in _SCALES:  # "5 million dollars"
+            scale *= _SCALES[words.pop(0).casefold()]
+        power = _unit_power(cursor)
         if words:
             parts.append(" ".join(words) + power)
         cursor.accept(".")
@@ -208,15 +309,154 @@ def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
     return scale
 
 
-def at_unit_letter(cursor: Cursor) -> bool:
-    """Whether a single letter after a number may be its unit: `5 m`, `5 m^2` and nothing behind it."""
-    token = cursor.peek()
-    if token.kind != "letter" or not token.spaced or token.value not in UNIT_LETTERS:
-        return False
-    behind = 1
-    if cursor.peek(1).value == "^":
-        behind += 4 if cursor.peek(2).value == "{" else 2  # m^{2}, m^2
-    following = cursor.peek(behind)
-    if following.value == "/":
-        return cursor.peek(behind + 1).kind in ("text", "letter")
-    return following.kind == "end" or following.value in (",", ";", ")", "]")
+def _unit_power(cursor: Cursor) -> str:
+    if cursor.peek(1).value == r"\circ" or not cursor.accept("^"):
+        return ""
+    power = cursor.accept("-") + cursor.raw_group()
+    if not re.fullmatch(r"-?\d+", power):
+        raise Unreadable
+    return "^" + power
+
+
+@dataclass(frozen=True)
+class Unit:
+    name: str  # as `unit_size` reads it
+    end: int  # the place behind its last token
+    is_of_letters: bool  # that might be variables as well
+    is_one_letter: bool
+
+
+def at_unit(cursor: Cursor) -> Unit | None:
+    r"""The unit at a place behind a number, if all its names are known and the end follows: `5 m`, `5 m/s^2`,
+    `5 kg \cdot m/s^2`, `5 \frac{m}{s}`."""
+    start = cursor.position
+    unit = None
+    if cursor.peek().kind in ("letter", "word", "text") or cursor.at(r"\frac"):
+        try:
+            unit = _known_unit(cursor)
+        except Unreadable:
+            unit = None
+    cursor.position = start
+    return unit
+
+
+def _known_unit(cursor: Cursor) -> Unit | None:
+    first = cursor.peek()
+    if cursor.accept(r"\frac"):
+        parts = [_words_of_group(cursor), "/", _words_of_group(cursor)]
+        has_only_letters = all(re.fullmatch(r"[A-Za-z](\^\d)?|/", part) for part in parts)
+        is_unit = True
+    else:
+        parts, has_only_letters, is_unit = [], True, False
+        while token := cursor.peek():
+            operator = cursor.accept("/", r"\cdot", "*") if parts else ""
+            token = cursor.peek()
+            if token.kind not in ("letter", "word", "text") or token.word in SEPARATORS:
+                break
+            is_run = cursor.peek(1).kind == "letter" or parts  # mg
+            if len(parts) > 8 or (token.kind == "letter" and not operator and not token.spaced and is_run):
+                return None
+            cursor.take()
+            power = _unit_power(cursor)
+            parts += [operator] * (operator == "/") + [token.value.strip() + power]
+            has_only_letters &= token.kind == "letter"
+            is_unit |= operator == "/" or power.startswith("^-")
+        if not (is_unit or (first.spaced and len(parts) == 1) or not has_only_letters):
+            return None
+    following = cursor.peek()
+    name = " ".join(parts)
+    if not (following.kind == "end" or following.value in _STOPS) or not parts:
+        return None
+    is_letter = len(parts) == 1 and has_only_letters
+    if is_letter and first.value not in UNIT_LETTERS:
+        return None
+    is_known = unit_size(name)[2] and re.fullmatch(r"[A-Za-z0-9/^ .-]+", name)
+    return Unit(name, cursor.position, has_only_letters, is_letter) if is_known else None
+
+
+def _words_of_group(cursor: Cursor) -> str:
+    """The names in a group, with spaces between."""
+    if not cursor.accept("{"):
+        return cursor.take().value
+    parts: list[str] = []
+    while not cursor.accept("}"):
+        if cursor.accept(r"\cdot", "*"):
+            continue
+        if cursor.peek().kind not in ("letter", "word", "text"):
+            raise Unreadable
+        parts.append(cursor.take().value.strip() + _unit_power(cursor))
+    return " ".join(parts)
+
+
+def in_degrees(tree: Tree) -> Tree | None:
+    """The number of degrees that an expression is as a whole; None where only a part of it is in degrees."""
+    match tree:
+        case Product((base, part)) if part == DEGREE:
+            return base
+        case Negative((part,)):
+            degrees = in_degrees(part)
+            return None if degrees is None else -degrees
+        case Quotient((numerator, denominator)) if not has_degrees(denominator):
+            degrees = in_degrees(numerator)
+            return None if degrees is None else degrees / denominator
+        case Product(parts):
+            values = [in_degrees(part) if has_degrees(part) else part for part in parts]
+            known = [value for value in values if value is not None]
+            is_linear = len(known) == len(parts) and sum(map(has_degrees, parts)) == 1
+            return product_of(known) if is_linear else None
+        case Sum(parts):
+            known = [value for part in parts if (value := in_degrees(part)) is not None]
+            return Sum(tuple(known)) if len(known) == len(parts) else None
+    return None
+
+
+def has_degrees(tree: Tree) -> bool:
+    return DEGREE in walk(tree)
+
+
+def is_domain(answer: Answer) -> bool:
+    r"""Whether it says no more than where a name lies: `k \in \mathbb{Z}`."""
+    match answer:
+        case Relation(("in",), (Expression(Symbol()), Expression(Symbol(name)))):
+            return name in _NUMBER_SETS
+        case Relation(("in",), (Expression(Symbol()), place)):
+            return place == REALS
+    return False
+
+
+def both_hold(answer: Group) -> Answer:
+    """A lower and an upper bound of one name as a chain, where both can hold: `x > 2 and x < 5`."""
+    bounds: dict[str, tuple[str, Expression]] = {}
+    names = set()
+    for item in answer.items:
+        match item:
+            case Relation((operator,), (Expression(Symbol(name)), Expression() as bound)):
+                pass
+            case Relation((operator,), (Expression() as bound, Expression(Symbol(name)))):
+                operator = operator.translate(str.maketrans("<>", "><"))
+            case _:
+                return answer
+        names.add(name)
+        bounds[operator[:1]] = operator, bound
+    if answer.brackets or len(names) != 1 or len(answer.items) != 2 or set(bounds) != {"<", ">"}:
+        return answer
+    (over, low), (under, high) = bounds[">"], bounds["<"]
+    distance = approximate(high.tree - low.tree)
+    if distance is None:
+        return answer
+    if distance < 0:  # x < 1 and x > 2, for "or"
+        return Group("or", answer.items)
+    return Relation((over.replace(">", "<"), under), (low, Expression(Symbol(names.pop())), high))
+
+
+def without_points(parts: list[Answer], points: Answer) -> Answer:
+    r"""`\mathbb{R} \setminus \{0, 1\}` as a union of intervals; Unreadable for other differences of sets."""
+    items = points.items if isinstance(points, Group) and points.brackets == "{}" else ()
+    numbers = [
+        item for item in items if isinstance(item, Expression) and isinstance(item.tree, Number | Negative)
+    ]
+    if parts != [REALS] or not numbers or len(numbers) != len(items):
+        raise Unreadable
+    low, high = REALS.items
+    inner = sorted(numbers, key=lambda item: approximate(item.tree) or Fraction(0))
+    return Union(tuple(Group("()", pair) for pair in itertools.pairwise((low, *inner, high))))

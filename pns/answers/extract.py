@@ -6,7 +6,11 @@ import re
 
 from pns.answers.spelling import is_prose
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<box>\{)|\\.|[{}]", re.DOTALL)
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:(?P<box>\{)|(?P<bare>-?\d+(?:[.,]\d+)*|\\[dt]?frac\s*(?:\d|\{[^{}]*\}){2}|[A-H]\b))"
+    r"|\\.|[{}]",
+    re.DOTALL,
+)
 _JOINED = re.compile(r"[,;]|\b(?:and|or)\b")
 _JOINT = re.compile(
     r"(?:[\s$,;]|\\[()\[\], ]|\\quad|\\qquad|\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}|\band\b|\bor\b)*"
@@ -19,8 +23,8 @@ _MAX_BARE = 500  # characters of a prediction without a box that is read as the 
 
 
 def extract_boxed(text: str, think_tags: tuple[str, str] = ("<think>", "</think>")) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` whose braces balance, stripped; None where there
-    is none or it is empty.
+    r"""The content of the last `\boxed{...}` or `\fbox{...}` whose braces balance or of `\boxed 5`,
+    stripped; None where there is none or it is empty.
 
     Boxes that are joined to the last one by nothing but commas, "and" or "or" state one answer: their
     contents, joined by ", ". A box inside a reasoning block that is never closed is not an answer. Where the
@@ -61,7 +65,7 @@ def extract_answer(text: str, think_tags: tuple[str, str] = ("<think>", "</think
 
 def boxed_span(text: str) -> tuple[int, int] | None:
     """Start and end of the content of the last box of `text` whose braces balance; `end` is the position of
-    its closing brace."""
+    its closing brace, if it has braces."""
     spans = _boxes(text)
     return spans[-1] if spans else None
 
@@ -80,6 +84,8 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     for match in _BOX.finditer(text):
         if match["box"]:
             opened.append(match.end())
+        elif match["bare"]:
+            spans.append(match.span("bare"))
         elif match[0] == "{":
             opened.append(None)
         elif match[0] == "}" and opened:
@@ -92,5 +98,5 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 def _is_joint(text: str, end: int, start: int) -> bool:
     """Whether a box whose content ends at `end` and one whose content starts at `start` state one answer."""
     command = text.rfind("\\", end, start)
-    between = text[end + 1 : command] if command > end else ""
+    between = text[end:command].removeprefix("}") if command >= end else ""
     return len(between) <= _MAX_JOINT and bool(_JOINED.search(between) and _JOINT.fullmatch(between))

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterable
 
 from pns.answers.atoms import (
     Marks,
-    at_unit_letter,
+    at_unit,
+    both_hold,
+    counted,
+    has_degrees,
+    in_degrees,
+    is_domain,
     last_place,
     number_value,
     read_derivative,
@@ -20,10 +25,12 @@ from pns.answers.atoms import (
     read_symbol,
     read_unit,
     skip_set_builder,
+    without_points,
 )
-from pns.answers.spelling import FUNCTIONS, GREEK, TRIGONOMETRIC, is_prose
+from pns.answers.spelling import FUNCTIONS, GREEK, STYLES, TRIGONOMETRIC, is_prose
 from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
 from pns.answers.tree import (
+    DEGREE,
     EMPTY_SET,
     INFINITY,
     LOG_BASE,
@@ -36,7 +43,9 @@ from pns.answers.tree import (
     Matrix,
     Negative,
     Number,
+    Power,
     Product,
+    Quotient,
     Ratio,
     Relation,
     Root,
@@ -49,6 +58,7 @@ from pns.answers.tree import (
     both_signs,
     letter,
     product_of,
+    walk,
     whole,
 )
 from pns.answers.units import CURRENCIES, UNITS
@@ -65,6 +75,7 @@ _TWO_SIGNS = {r"\pm": (False, True), r"\mp": (True, False)}  # whether the upper
 _SIGNS = {"+": (False, False), "-": (True, True), **_TWO_SIGNS}
 # Of each logarithm by its name, what the natural one is divided by.
 _LOGARITHMS = {"ln": None, "lg": Call((whole(10),), "ln"), "log": Symbol(LOG_BASE)}
+_PLAIN = (Number, Negative, Product, Power, Quotient)  # what a number before a unit of letters is made of
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 
@@ -95,7 +106,8 @@ class Parser(Cursor):
                 break
             kind = kind or separator
             items.append(self.relation())
-        return items[0] if len(items) == 1 else Group(kind, tuple(items))
+        items = [item for item in items if not is_domain(item)] or items  # k \in \mathbb{Z}
+        return items[0] if len(items) == 1 else both_hold(Group(kind, tuple(items)))
 
     def separator(self) -> str | None:
         kind = None
@@ -129,19 +141,24 @@ class Parser(Cursor):
         parts = [self.ratio()]
         while self.accept(r"\cup") or (isinstance(parts[-1], Group) and self.accept("U")):  # [0,1)U(2,3)
             parts.append(self.ratio())
+        if self.accept(r"\setminus", r"\backslash"):
+            return without_points(parts, self.ratio())
         return parts[0] if len(parts) == 1 else Union(tuple(parts))
 
     def ratio(self) -> Answer:
         parts = [self.quantity()]
+        minutes = ""
         while self.at(":") and isinstance(parts[-1], Expression) and self.peek(1).value not in ("", "("):
             self.take()
+            minutes = self.peek().value
             parts.append(self.quantity())
             if not isinstance(parts[-1], Expression):
                 raise Unreadable
         if len(parts) == 1:
             return parts[0]
-        has_minutes = re.fullmatch(r":[0-5]\d", self.peek(-2).value + self.peek(-1).value) is not None
-        return Ratio(tuple(parts), clock=len(parts) == 2 and has_minutes)
+        are_numbers = all(isinstance(part, Expression) and isinstance(part.tree, Number) for part in parts)
+        is_clock = len(parts) == 2 and are_numbers and re.fullmatch(r"[0-5]\d", minutes)
+        return Ratio(tuple(parts), clock=bool(is_clock))
 
     def quantity(self) -> Answer:
         """A sum with its unit, or a bracket, a matrix, words."""
@@ -149,7 +166,14 @@ class Parser(Cursor):
         start = self.position
         value: Tree | Answer = self.sum()
         if isinstance(value, Tree):
+            degrees = in_degrees(value) if has_degrees(value) else None
+            if degrees is not None:
+                value, self.marks.degrees = degrees, True
+            elif value.symbols and has_degrees(value):  # 90^\circ - x, where x may be in degrees too
+                self.marks.ambiguous = True
             scale = read_unit(self, self.marks, value)
+            if self.marks.unit and self.marks.degrees:
+                raise Unreadable
             tree = value if scale == 1 else value * whole(scale)
             value = Expression(tree, **vars(self.marks), step=last_place(self.tokens[start : self.position]))
         self.marks = outer
@@ -199,12 +223,13 @@ class Parser(Cursor):
 
     def starts_unit(self, factors: list[Tree]) -> bool:
         token = self.peek()
-        if token.kind == "letter":
-            first = factors[0]
-            while isinstance(first, Negative):
-                first = first.parts[0]
-            return len(factors) == 1 and isinstance(first, Number) and at_unit_letter(self)
         are_numbers = not any(factor.symbols for factor in factors)
+        if token.kind == "letter" or token.value == r"\frac":
+            if not are_numbers or not (unit := at_unit(self)):
+                return False
+            allowed = (Number, Negative) if unit.is_one_letter else _PLAIN
+            is_one = len(factors) == 1 or not unit.is_one_letter
+            return is_one and all(isinstance(part, allowed) for factor in factors for part in walk(factor))
         if token.kind == "text":
             return token.value not in ("e", "i") and (len(token.value) != 1 or are_numbers)  # \text{e} is e
         return token.kind == "word" and are_numbers
@@ -227,10 +252,7 @@ class Parser(Cursor):
         base = self.atom()
         while True:
             if self.accept("^", "**"):
-                if self.accept(r"\circ"):
-                    self.marks.degrees = True
-                else:
-                    base = as_tree(base) ** self.exponent()
+                base = as_tree(base) * DEGREE if self.accept(r"\circ") else as_tree(base) ** self.exponent()
             elif isinstance(base, Tree) and self.at("!") and self.peek(1).value != "=":  # 5!, not 5 != 6
                 self.take()
                 if self.at("!"):  # a double factorial
@@ -289,7 +311,23 @@ class Parser(Cursor):
         return Product(tuple(map(letter, written)))
 
     def symbol(self, name: str) -> Tree:
+        if name in ("C", "P") and self.at("(") and self.has_two_arguments():
+            self.take()
+            lower, upper = self.until(")", most=2)
+            if isinstance(lower, Number) and isinstance(upper, Number) and lower.value < upper.value:
+                raise Unreadable  # a point
+            self.marks.ambiguous |= bool(lower.symbols or upper.symbols)
+            return counted(name, lower, upper)
         return read_symbol(self, name, self.marks)
+
+    def has_two_arguments(self) -> bool:
+        """Whether the bracket here holds one comma, and no other bracket."""
+        inside: list[str] = []
+        for token in self.tokens[self.position + 1 :]:
+            if token.value in ("(", ")", "[", r"\{"):
+                return token.value == ")" and inside.count(",") == 1
+            inside.append(token.value)
+        return False
 
     def absolute(self, bar: str) -> Tree:
         if self.bars and bar == "|":  # it closes another
@@ -309,12 +347,11 @@ class Parser(Cursor):
         if not isinstance(answer, Expression):
             return answer
         self.marks.percent |= answer.percent
-        self.marks.degrees |= answer.degrees
         self.marks.ambiguous |= answer.ambiguous
         if self.marks.unit and answer.unit:
             raise Unreadable
         self.marks.unit = self.marks.unit or answer.unit
-        return answer.tree
+        return answer.tree * DEGREE if answer.degrees else answer.tree
 
     def bracket(self, written: str) -> Tree | Answer:
         opening = _OPENING[written]
@@ -444,9 +481,18 @@ def _matrix(parser: Parser, _name: str) -> Matrix:
             rows.append([])
         else:
             parser.expect("&")
-    if parser.raw_group() != name:
+    if parser.raw_group() != name or len({len(row) for row in rows}) > 1:
         raise Unreadable
     return Matrix(tuple(map(tuple, rows)))
+
+
+def _styled(parser: Parser, _name: str) -> Tree | Answer:
+    """What stands in bold: a name in letters, or any other expression."""
+    start = parser.position
+    if not parser.at_digit() and re.fullmatch("[A-Za-z]+", name := parser.raw_group()):
+        return parser.symbol(name)
+    parser.position = start
+    return parser.argument()
 
 
 def _angle(parser: Parser, _name: str) -> Tree:
@@ -473,7 +519,6 @@ def _named(names: Iterable[str], rule: _Rule) -> dict[str, _Rule]:
 
 _Rule = Callable[[Parser, str], Tree | Answer]  # what a token begins, by its value
 _SETS = {"R": REALS}
-_STYLES = "mathbf boldsymbol mathit mathcal mathsf bm"
 _ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow widehat underline"
 _WORDS: dict[str, _Rule] = {"letter": Parser.symbol, "text": Parser.text, "word": Parser.word}
 _OF_KIND: dict[str, _Rule] = {"number": read_number, **_WORDS}
@@ -483,7 +528,7 @@ _FACTORS: dict[str, _Rule] = {  # what may follow a factor without a sign betwee
     "{": Parser.group,
     **_named(GREEK, Parser.symbol),
     **_named(FUNCTIONS, _function),
-    **_named(_STYLES.split(), lambda parser, _name: parser.symbol(parser.raw_group())),
+    **_named(STYLES, _styled),
     **_named(_ACCENTS.split(), lambda parser, name: parser.symbol(f"{name} {parser.raw_group()}")),
     r"\pi": lambda _parser, _name: Constant("pi"),
     r"\infty": lambda _parser, _name: INFINITY,

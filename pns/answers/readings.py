@@ -4,11 +4,15 @@ Minerva, in one grammar."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 
 from pns.answers.parser import read_answer
-from pns.answers.spelling import NUMBER_WORDS, TEXT, clean, is_prose
+from pns.answers.spelling import TEXT, TEXT_OPENING, clean, is_prose
 from pns.answers.tokens import Unreadable, split_tokens
-from pns.answers.tree import INFINITY, Answer, Expression, Words, letter, whole
+from pns.answers.tree import INFINITY, Answer, Expression, Number, Words, letter
+from pns.answers.units import unit_size
+from pns.answers.words import NUMBER_WORDS, number_in_words, without_phrases
 
 MAX_CHARACTERS = 2000
 _SPACED = r"[1-9]\d{0,2}(?: +\d{3})+"
@@ -18,6 +22,17 @@ _GROUPED = re.compile(
     r"|(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,])"
 )
 _SPACED_IN_LIST = re.compile(rf"(?<![\w.,]){_SPACED}(?![\d,])")
+_DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d+)(?![\d.])([^,]*)")
+_TIME = re.compile(r"(\d{1,2}):([0-5]\d)\\text\{([aApP])meridiem\}")
+_POINT = re.compile(r"[A-Z](?:_\d)?'?\s*(\([^()]*,[^()]*\))")  # a point with its name
+_UNIT_IN_BRACKETS = re.compile(
+    r"(.*[\d}])\s+\((?:\\(?:text|mathrm)\s*\{)?\s*([A-Za-z/^\d ]{1,30})\}?\)", re.DOTALL
+)
+_CHOICE = re.compile(
+    rf"(?:\(([A-J])\)|{TEXT_OPENING} ?\(([A-J])\) ?\}}|{TEXT_OPENING} ?([A-J])[.:)] ?\}}"
+    r"|([A-J])(?:[.)]|:(?= )(?!.*:)))"
+    r" ?(?P<text>(?![-+*/^_=<>,.:;)(']|\\(?:cdot|times|in|le|ge|ne|cup|cap)(?![a-z])).*)"
+)
 _WITH_BASE = re.compile(r"(.*\d)\s*_?\s*[({]?\s*(?:base|\\text\{\s*base)\s*[-~]?\s*(\d+|[a-z]+)\s*[)}]*")
 
 
@@ -26,7 +41,30 @@ def readings(answer: str) -> list[Answer]:
     it cannot be read."""
     if len(answer) > MAX_CHARACTERS:
         return []
-    text = clean(answer)
+    text, is_rounded = without_phrases(clean(answer))
+    if len(text) > MAX_CHARACTERS:
+        return []
+    if choice := _CHOICE.fullmatch(text):
+        label = next(filter(None, choice.groups()))
+        return [Words(label), *_distinct(map(_read, _spellings(choice["text"])))]
+    found = _distinct(map(_read, _spellings(text)))
+    return [_as_rounded(reading) if is_rounded else reading for reading in found]
+
+
+def _distinct(readings: Iterable[Answer | None]) -> list[Answer]:
+    found: list[Answer] = []
+    for reading in readings:
+        if reading is not None and reading not in found:
+            found.append(reading)
+    return found
+
+
+def _as_rounded(reading: Answer) -> Answer:
+    return replace(reading, ambiguous=True) if isinstance(reading, Expression) else reading
+
+
+def _spellings(text: str) -> list[str]:
+    """The text with what is ambiguous in it written out, the likeliest first."""
     texts = [text]
     if not text.startswith(("(", "[", r"\{")):  # (1,234) is a pair
         joined = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
@@ -34,28 +72,34 @@ def readings(answer: str) -> list[Answer]:
             texts = [joined, text] if "," in text else [joined]
     elif not text.startswith(r"\{"):
         texts = [_SPACED_IN_LIST.sub(lambda match: match[0].replace(" ", ""), text)]
-    if pair := re.fullmatch(r"-?(\d+),(\d+)", text):
-        whole, decimals = pair.groups()
+    if decimal := _DECIMAL_COMMA.fullmatch(text):
+        before, whole, decimals, behind = decimal.groups()
         if whole == "0" or len(decimals) != 3:
-            texts.append(text.replace(",", "."))  # a decimal comma
-    answers: list[Answer] = []
-    for reading in map(_read, texts):
-        if reading is not None and reading not in answers:
-            answers.append(reading)
-    return answers
+            texts.append(f"{before}{whole}.{decimals}{behind}")
+    if time := _TIME.fullmatch(text):
+        hour, minutes, half = time.groups()
+        texts.append(f"{int(hour) % 12 + 12 * (half in 'pP')}:{minutes}")  # 19:30
+        texts = texts[:1] if half in "aA" and hour != "12" else texts
+    if point := _POINT.fullmatch(text):
+        texts.append(point[1])
+    if unit := _UNIT_IN_BRACKETS.fullmatch(text):
+        texts = [rf"{unit[1]}\text{{{unit[2]}}}"] if unit_size(unit[2])[2] else texts
+    return texts
 
 
 def _read(text: str) -> Answer | None:
     if not text or re.fullmatch(r"[-+*/^_=,.;:\s]*", text):
         return None
-    bare = re.sub(TEXT, r" \1 ", text).strip().strip("\"'`").strip()
+    bare = re.sub(TEXT, r" \1 ", text).strip()
+    if quoted := re.fullmatch(r"([\"'`])(.*)\1", bare):
+        bare = quoted[2].strip()
     word = bare.casefold()
     if match := re.fullmatch(r"(\(?)\s*([A-Za-z])\s*([.)]?)", bare):
         is_enclosed = match[1] and match[3]  # (a)
         is_choice = is_enclosed or match[2].isupper() or re.search(TEXT, text)
         return Words(match[2]) if is_choice else Expression(letter(match[2]))
-    if word in NUMBER_WORDS:
-        return Expression(whole(NUMBER_WORDS[word]))
+    if counted := _in_words(word):
+        return counted
     if word in ("infinity", "infinite"):
         return Expression(INFINITY)
     if is_prose(bare):
@@ -67,3 +111,16 @@ def _read(text: str) -> Answer | None:
         return read_answer(split_tokens(text))
     except (Unreadable, RecursionError):
         return None
+
+
+def _in_words(text: str) -> Expression | None:
+    """A number in words, alone or with a unit behind it: "twelve apples", "ten percent"."""
+    words = text.split()
+    for count in range(min(len(words), 12), max(len(words) - 4, 0), -1):
+        if (value := number_in_words(" ".join(words[:count]))) is not None:
+            unit = " ".join(words[count:])
+            if unit in ("percent", "per cent"):
+                return Expression(Number(value), percent=True)
+            is_unit = not unit or unit_size(unit)[2] or re.fullmatch(r"[a-z ]*[a-rt-z]s|people|feet", unit)
+            return Expression(Number(value), unit) if is_unit else None
+    return None

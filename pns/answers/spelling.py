@@ -3,29 +3,94 @@ r"""The text of an answer: without what carries no meaning, and in one spelling.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 
+
+def _in_tex(character: str) -> str:
+    """A vulgar fraction as `\frac`, a squared unit as text, a styled letter or digit without its style."""
+    plain = unicodedata.normalize("NFKC", character)
+    if "⁄" in plain:
+        return r"\frac{{{}}}{{{}}} ".format(*plain.split("⁄"))
+    is_unit = "\u3380" <= character <= "\u33df"
+    return r"\text{ " + re.sub(r"(\d)", r"^\1", plain).replace("μ", "u") + "}" if is_unit else plain
+
+
+_STYLED = [*range(0x1D400, 0x1D800), *range(0x3380, 0x33E0), *range(0xFF01, 0xFF5F), *range(0xBC, 0xBF)]
 _UNICODE = {
+    **{chr(code): _in_tex(chr(code)) for code in [*_STYLED, *range(0x2150, 0x215F)]},
     **dict.fromkeys("−–—", "-"),
     **dict.fromkeys("×✕", r"\times "),
     **dict.fromkeys("\u00a0\u2009\u202f\u2007\u2002\u2003\u3000\t\n\r", " "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
     **dict.fromkeys("·⋅∙", r"\cdot "),
     **dict.fromkeys("°º", r"^\circ "),
     **dict.fromkeys("∅⌀", r"\emptyset "),
     "€": r"\euro ", "£": r"\pounds ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ",
     "≥": r"\ge ", "≠": r"\ne ", "⩽": r"\le ", "⩾": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ",
     "∓": r"\mp ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "ω": r"\omega ",
-    "φ": r"\phi ", "ℝ": r"\mathbb{R}", "½": r"\frac12 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ",
-    "¾": r"\frac34 ", "²": "^2", "³": "^3", "⁻": "^-", "’": "'", "′": "'", "，": ",", "（": "(", "）": ")",
-    "∣": "|", "≈": r"\approx ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "φ": r"\phi ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∠": r"\angle ",
+    "’": "'", "′": "'", "″": "''", "∣": "|", "≈": r"\approx ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+    "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\cbrt ", "Ω": r"\Omega ", "\u2126": r"\Omega ", "µ": r"\mu ",
+    "μ": r"\mu ", "℃": r"^\circ C", "℉": r"^\circ F", "∧": r"\land ", "∨": r"\lor ", "∖": r"\setminus ",
 }  # fmt: skip
 _TRANSLATION = str.maketrans(_UNICODE)
+_RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
 _DECORATION = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|limits|nolimits|[bB]ig{1,2}[lrm]?)(?![A-Za-z])\s*\.?(?<!\d\.)"
+    r"|\\(?:bf|it|cal|bfseries|hline)(?![A-Za-z])|\\rm(?![A-Za-z]|\s*\{)"
     r"|\\!|(?<!\\)\\[()\[\]]|(?<!\\)\$"
 )
 _SPACING = re.compile(r"(?<!\\)\\(?:[,;: ]|quad(?![A-Za-z])|qquad(?![A-Za-z])|hspace\{[^{}]*\})|(?<!\\)~")
-TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mbox|operatorname|rm)\s*\{([^{}]*)\}"
+_TEXTS = "text|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|mbox|operatorname|rm"
+TEXT_OPENING = rf"\\(?:{_TEXTS})\s*\{{"
+TEXT = TEXT_OPENING + r"([^{}]*)\}"
+STYLES = "mathbf boldsymbol mathit mathcal mathsf mathtt bm bold".split()
+_INDEX = r"(\{[^{}]{1,9}\}|\w)"  # a short group, a digit or a letter
+_COUNTED = rf"(?:\\(?:{_TEXTS})\s*\{{\s*)?([CP])\s*\}}?"  # combinations and permutations
+_HALF_OF_DAY = rf"(?:\\(?:{_TEXTS})\s*\{{\s*)?([aApP])\.?\s?[mM]\b\.?\s*\}}?"
+_SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in (
+    (r"(?<=\d)\u066c(?=\d)", ","),
+    (r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|ex|em|mm|cm|in|mu)\s*\]", r"\\\\ "),  # the space behind a row
+    (r"\\(?:cr|tabularnewline)(?![A-Za-z])", r"\\\\ "),
+    (r"(?<!\d)(\d{1,3})\{,\}(?=\d{3}(?!\d))", r"\1,"),
+    (r"(?<![\d}.,])(-?\d+)\{,\}(?=\d+(?!\d|\{,))", r"\1."),  # the decimal comma of TeX
+    (r"\{,\}|,\\!\s*(?=\d)", ","),
+    (_DECORATION.pattern, ""),
+    (_SPACING.pattern, " "),
+    (r"^\s*#{1,6}\s+", ""),  # markdown
+    (r"(?<![\w)}\]*])\*\*(?=[^\s*])([^*]+)\*\*(?![\w({\\*])", r"\1"),
+    (r"^\s*(__|`{1,3}|[*_])(?=[^\s*_`])([^`*]*)\1\s*$", r"\2"),
+    (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"),
+    (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"),
+    (r"^\s*\\(?:boxed|fbox)(?![A-Za-z{])", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (rf"\\(?:{_TEXTS}|{'|'.join(STYLES)})\s*\{{([-+\d.,/\s]*\d[\d.,/\s]*)\}}", r" \1 "),  # \mathbf{5}
+    (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,20}})\\mu\s*", r"\1u"),  # \text{\mu m}
+    (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,20}})\\Omega\s*", r"\1ohm"),
+    (rf"(?<=[\d}} ])\\mu\s*\\(?:{_TEXTS})\s*\{{\s*", r"\\text{u"),
+    (r"(?<=[\d}])\s+\\mu\s*([mgsLAFCVW])$", r"\\text{ u\1}"),
+    (r"(?<=[\d} ])([kM]?)\s*\\Omega\s*$", r"\\text{ \1ohm}"),
+    (r"\\degrees?(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+    (rf"\^\s*\\circ\s*(?:\\(?:{_TEXTS})\s*\{{\s*C\s*\}}|C(?!\w))", r"\\text{ celsius}"),
+    (rf"\^\s*\\circ\s*(?:\\(?:{_TEXTS})\s*\{{\s*F\s*\}}|F(?!\w))", r"\\text{ fahrenheit}"),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
+    (rf"^\s*(1?\d)\s*{_HALF_OF_DAY}\s*$", r"\1:00\\text{\2meridiem}"),
+    (rf"(?<!\d)(\d{{1,2}}):\s*([0-5]\d)\s*{_HALF_OF_DAY}", r"\1:\2\\text{\3meridiem}"),
+    (r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{ and }"),
+    (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
+    (r"\+/-", r"\\pm "),
+    (r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)", r"\\"),
+    (rf"(?<![A-Za-z\\])d(\^{_INDEX})?\s?([A-Za-z])/d([A-Za-z])(\^{_INDEX})?(?![A-Za-z])",
+     r"\\frac{d\1\3}{d\4\5}"),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (rf"(?<![\w)}}])(?:\{{\s*\}})?\s*[_^]\s*{_INDEX}\s*{_COUNTED}\s*_\s*{_INDEX}", r"\2_\1^\3"),  # {}_5C_2
+    (r"(?<![\w.])(\d+)([CP])(\d+)(?!\w)", r"\2_{\1}^{\3}"),  # 5C2
+    (r"(?<![\w)}])\(\s*(\d+)\s*\)\s*_", r"\1_"),  # (101)_2
+    (r"^\s*([A-Za-z])\s*(\([^()\[\]]*\]|\[[^()\[\]]*\))\s*$", r"\1\\in \2"),  # t(0,4]
+    (r"\s+", " "),
+)]  # fmt: skip
+
 
 TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")
 FUNCTIONS = {  # as written: its name in a tree
@@ -39,27 +104,27 @@ phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hba
 nabla mho Re Im"""
 GREEK = frozenset(_GREEK.split())
 _SHORT_WORDS = """and or the of for are is not per yes no odd red one two six ten all any day man men cup
-pig cow hen pen dog cat egg box way km sq pct"""
+pig cow hen pen dog cat egg box way old km sq pct"""
 SHORT_WORDS = frozenset(_SHORT_WORDS.split())  # of under four letters, that are no product of variables
-_NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-fifteen sixteen seventeen eighteen nineteen twenty"""
-NUMBER_WORDS = {word: value for value, word in enumerate(_NUMBER_WORDS.split())}
 
 
 def clean(answer: str) -> str:
     """The text without wrappers and spacing commands that carry no meaning, in ASCII and LaTeX only."""
-    text = re.sub(r"(?<=\d)\u066c(?=\d)", ",", answer).translate(_TRANSLATION)
-    text = text.replace("{,}", ",").replace("+/-", r"\pm ")
-    text = re.sub(r",\\!\s*(?=\d)", ",", text)
-    text = _SPACING.sub(" ", _DECORATION.sub("", text))
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
-    text = re.sub(r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1", text, flags=re.DOTALL)
-    text = re.sub(r"\\degrees?(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
-    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times ", text)
-    text = re.sub(r"(?<=[\d ])([aApP])\.\s?[mM]\b\.?", r"\1m", text)
-    text = re.sub(r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)", r"\\", text)
-    text = re.sub(r"^([A-Za-z])\s*(\([^()\[\]]*\]|\[[^()\[\]]*\))$", r"\1\\in \2", text.strip())  # t(0,4]
-    return text.rstrip(".").strip()
+    if answer.isascii() and answer.isdigit():
+        return answer
+    text = answer
+    if not answer.isascii():
+        text = _RAISED.sub(lambda match: "^" + _index(match[0]), answer)
+        text = _LOWERED.sub(lambda match: "_" + _index(match[0]), text).translate(_TRANSLATION)
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text.strip().rstrip(".").strip()
+
+
+def _index(raised: str) -> str:
+    """Unicode's raised or lowered characters in their place: `-2 `, `{n+1}`."""
+    plain = unicodedata.normalize("NFKC", raised).replace("\u2212", "-")
+    return f"{plain} " if re.fullmatch(r"-?\d+", plain) else f"{{{plain}}}"
 
 
 def spelling(answer: str) -> str:
@@ -95,7 +160,7 @@ def is_prose(text: str) -> bool:
     variables."""
     if not re.fullmatch(r"[A-Za-z' .,;!?-]+", text):
         return False
-    for word in re.findall(r"[A-Za-z']+", text):
+    for word in re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)?", text):
         is_word = len(word) >= 4 or word.casefold() in SHORT_WORDS
         if is_word and word not in FUNCTIONS and word not in GREEK:
             return True

@@ -66,7 +66,8 @@ def _split_letters(run: str, spaced: bool) -> list[Token]:
     word = run.casefold()
     if word in ("inf", "oo", "infinity"):
         return [Token("command", r"\infty", spaced)]
-    if len(run) >= 4 or (len(run) > 1 and (word in SHORT_WORDS or word in UNITS)):
+    is_unit = run in UNITS and (spaced or (run.islower() and run[0] not in "nu"))
+    if len(run) >= 4 or (len(run) > 1 and (word in SHORT_WORDS or is_unit)):
         return [Token("word", run, spaced)]  # apples, cm
     return [Token("letter", letter, spaced and index == 0) for index, letter in enumerate(run)]
 

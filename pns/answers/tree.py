@@ -111,6 +111,7 @@ def whole(value: int) -> Number:
 ZERO, ONE = whole(0), whole(1)
 INFINITY = Constant("inf")
 MINUS_INFINITY = -INFINITY
+DEGREE = Constant("pi") / whole(180)  # in radians
 LOG_BASE = "log base"  # the symbol that stands for ln b, where b is the base that a logarithm leaves open
 
 

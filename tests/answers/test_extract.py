@@ -29,7 +29,15 @@ from pns.answers.extract import boxed_span, extract_answer, extract_boxed
         (r"<think>\boxed{5}</think>", "5"),
         (r"a</think>\boxed{5}", "5"),  # the prompt opened the block
         (r"\boxed{ }", None),
-        (r"\boxed 5", None),
+        (r"so \boxed 5.", "5"),
+        (r"\boxed57", "57"),
+        (r"\boxed{4} then \boxed -1,234$", "-1,234"),
+        (r"\boxed\frac12", r"\frac12"),
+        (r"$\boxed\frac{a}{2}$", r"\frac{a}{2}"),
+        (r"\boxed B", "B"),
+        (r"\boxed 1 and \boxed 2", "1, 2"),
+        (r"put it in \boxed and stop", None),
+        (r"\boxed x", None),
         ("57", None),
     ],
 )
