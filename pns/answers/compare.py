@@ -167,6 +167,9 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
     best = _first(findings, (True, None, False))
     if min(len(golds), len(predictions)) > 1 and findings[0].same is False and best.same:
         return _undecided("numbers with separators, or lists")  # 100,200 and 200,100
+    of_first_reading = findings[: len(predictions)]
+    if best.same and all(finding.same is False for finding in of_first_reading) and "," in gold:
+        return _undecided("a decimal comma in the gold answer, or a list")  # 1,5
     return best
 
 
@@ -309,6 +312,9 @@ def _compare_group(basis: _Basis, a: Group, b: Answer) -> Finding:
     if kinds <= _UNORDERED or (basis.rule.unordered and kinds & {"", "or"}):
         return _compare_unordered(basis, a.items, b.items)
     in_order = _compare_ordered(basis, a.items, b.items)
+    names = [*_named(a.items), *_named(b.items)]
+    if "" in kinds and names == sorted(names) and names and in_order.same:  # x=1, y=2 and (1, 2)
+        return in_order
     is_vector = kinds == {"()", "[]"}  # that is written with either
     if a.brackets == b.brackets or (is_vector and not in_order.same):
         return in_order
@@ -328,7 +334,10 @@ def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) 
         return _DIFFERENT
     if len(a) * len(b) > _MAX_PAIRS:
         return _undecided("lists too long to compare")
-    if _has_names(a) != _has_names(b):  # x=1, y=2 and 1, 2: the names give the order
+    names_a, names_b = _named(a), _named(b)
+    if names_a and names_b and names_a.keys() == names_b.keys():
+        return _first(_compare(basis, value, names_b[name]) for name, value in names_a.items())
+    if bool(names_a) != bool(names_b):  # x=1, y=2 and 1, 2: the names give the order
         in_order = _compare_ordered(basis, a, b)
         return in_order if in_order.same else _undecided("a list with names and one without")
     rows = [[_compare(basis, x, y).same for y in b] for x in a]
@@ -353,10 +362,11 @@ def _flat(items: Sequence[Answer]) -> list[Answer]:
     return flat
 
 
-def _has_names(items: Sequence[Answer]) -> bool:
-    """Whether equations give the items different names."""
-    equations = [item for item in items if isinstance(item, Relation) and item.operators[0] == "="]
-    return len({named[0] for equation in equations if (named := named_value(equation))}) > 1
+def _named(items: Sequence[Answer]) -> dict[str, Answer]:
+    """The values of items that are equations for different names; empty for others."""
+    named = [named_value(item) for item in items if isinstance(item, Relation)]
+    values = dict(filter(None, named))
+    return values if len(values) == len(items) > 1 else {}
 
 
 def _compare_sets(basis: _Basis, a: Answer, b: Answer) -> Finding:

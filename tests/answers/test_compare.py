@@ -195,6 +195,8 @@ def test_rules_of_a_benchmark() -> None:
     assert same_answer("45", "45 hours", AnswerRule(unit="minute")) is False
     assert same_answer("90", "90 degrees", AnswerRule(unit="^{\\circ}")) is True
     assert same_answer("(1, 2)", "2, 1") is None
+    assert same_answer("1.5", "1,5") is True
+    assert same_answer("1,5", "1.5") is None
     assert same_answer("(1, 2)", "2, 1", AnswerRule(unordered=True)) is True
     assert same_answer("(1, 2)", "(2, 1)", AnswerRule(unordered=True)) is False  # a point
 
@@ -293,7 +295,9 @@ def test_any_formula_is_compared_alike_in_both_directions_and_in_bounded_time(a:
     started = time.process_time()
     forth, back = same_answer(a, b), same_answer(b, a)
     assert time.process_time() - started < 1
-    assert forth is back
+    assert {forth, back} != {True, False}
+    if "," not in a + b:  # whether 1,5 is 1.5 or two numbers depends on who writes it
+        assert forth is back
     assert same_answer(a, a) is not False
 
 
