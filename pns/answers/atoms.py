@@ -351,6 +351,10 @@ def _known_unit(cursor: Cursor) -> Unit | None:
         while token := cursor.peek():
             operator = cursor.accept("/", r"\cdot", "*") if parts else ""
             token = cursor.peek()
+            if operator == "/" and cursor.at("("):  # J/(kg K)
+                parts += [operator, _words_of_group(cursor)]
+                is_unit = True
+                continue
             if token.kind not in ("letter", "word", "text") or token.word in SEPARATORS:
                 break
             is_run = cursor.peek(1).kind == "letter" or parts  # mg
@@ -360,7 +364,7 @@ def _known_unit(cursor: Cursor) -> Unit | None:
             power = _unit_power(cursor)
             parts += [operator] * (operator == "/") + [token.value.strip() + power]
             has_only_letters &= token.kind == "letter"
-            is_unit |= operator == "/" or power.startswith("^-")
+            is_unit |= operator == "/" or power.startswith("^-") or (parts[0] == "N" and len(parts) > 1)
         if not (is_unit or (first.spaced and len(parts) == 1) or not has_only_letters):
             return None
     following = cursor.peek()
@@ -376,10 +380,10 @@ def _known_unit(cursor: Cursor) -> Unit | None:
 
 def _words_of_group(cursor: Cursor) -> str:
     """The names in a group, with spaces between."""
-    if not cursor.accept("{"):
+    if not cursor.accept("{", "("):
         return cursor.take().value
     parts: list[str] = []
-    while not cursor.accept("}"):
+    while not cursor.accept("}", ")"):
         if cursor.accept(r"\cdot", "*"):
             continue
         if cursor.peek().kind not in ("letter", "word", "text"):

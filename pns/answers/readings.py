@@ -17,12 +17,14 @@ from pns.answers.words import NUMBER_WORDS, number_in_words, without_phrases
 MAX_CHARACTERS = 2000
 _SPACED = r"[1-9]\d{0,2}(?: +\d{3})+"
 _GROUPED = re.compile(
-    rf"(?<![\w.,}}'])(?:\d{{1,3}}(?:,\d{{3}})+|{_SPACED}|\d{{1,3}}(?:'\d{{3}})+|\d{{1,3}}(?:_\d{{3}})+"
+    rf"(?<![\w.,}}'])(?:[1-9]\d{{0,2}}(?:,\d{{3}})+|{_SPACED}|\d{{1,3}}(?:'\d{{3}})+|\d{{1,3}}(?:_\d{{3}})+"
     r"|\d{1,2}(?:,\d{2})+,\d{3})(?![\d,'_]|\.\d*,)"
     r"|(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,])"
 )
 _SPACED_IN_LIST = re.compile(rf"(?<![\w.,]){_SPACED}(?![\d,])")
 _DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d+)(?![\d.])([^,]*)")
+_EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3})+,\d+")
+_IN_LETTERS = re.compile(r"\d+[A-F][0-9A-F]*_\{?\d\d?\}?|0x[0-9A-Fa-f]+")  # digits above nine
 _TIME = re.compile(r"(\d{1,2}):([0-5]\d)\\text\{([aApP])meridiem\}")
 _POINT = re.compile(r"[A-Z](?:_\d)?'?\s*(\([^()]*,[^()]*\))")  # a point with its name
 _UNIT_IN_BRACKETS = re.compile(
@@ -31,7 +33,8 @@ _UNIT_IN_BRACKETS = re.compile(
 _CHOICE = re.compile(
     rf"(?:\(([A-J])\)|{TEXT_OPENING} ?\(([A-J])\) ?\}}|{TEXT_OPENING} ?([A-J])[.:)] ?\}}"
     r"|([A-J])(?:[.)]|:(?= )(?!.*:)))"
-    r" ?(?P<text>(?![-+*/^_=<>,.:;)(']|\\(?:cdot|times|in|le|ge|ne|cup|cap)(?![a-z])).*)"
+    r"(?! ?(?:[-+*/^_=<>,.:;)(']|\\(?:cdot|times|in|le|ge|ne|cup|cap)(?![a-z])|(?:\\text\{ ?)?(?:and|or)\b))"
+    r" ?(?P<text>(?!.*\([A-J]\)).*)"
 )
 _WITH_BASE = re.compile(r"(.*\d)\s*_?\s*[({]?\s*(?:base|\\text\{\s*base)\s*[-~]?\s*(\d+|[a-z]+)\s*[)}]*")
 
@@ -76,6 +79,9 @@ def _spellings(text: str) -> list[str]:
         before, whole, decimals, behind = decimal.groups()
         if whole == "0" or len(decimals) != 3:
             texts.append(f"{before}{whole}.{decimals}{behind}")
+    if "," in text and (";" in text or _EUROPEAN.fullmatch(text)):
+        points = re.sub(r"(?<=\d)\.(?=\d)", "", text)
+        texts.append(re.sub(r"(?<=\d),(?=\d)", ".", points))
     if time := _TIME.fullmatch(text):
         hour, minutes, half = time.groups()
         texts.append(f"{int(hour) % 12 + 12 * (half in 'pP')}:{minutes}")  # 19:30
@@ -88,7 +94,7 @@ def _spellings(text: str) -> list[str]:
 
 
 def _read(text: str) -> Answer | None:
-    if not text or re.fullmatch(r"[-+*/^_=,.;:\s]*", text):
+    if not text or re.fullmatch(r"[-+*/^_=,.;:\s]*", text) or _IN_LETTERS.fullmatch(text):
         return None
     bare = re.sub(TEXT, r" \1 ", text).strip()
     if quoted := re.fullmatch(r"([\"'`])(.*)\1", bare):

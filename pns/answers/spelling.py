@@ -31,7 +31,7 @@ _UNICODE = {
     "∓": r"\mp ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "ω": r"\omega ",
     "φ": r"\phi ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∠": r"\angle ",
     "’": "'", "′": "'", "″": "''", "∣": "|", "≈": r"\approx ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
-    "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\cbrt ", "Ω": r"\Omega ", "\u2126": r"\Omega ", "µ": r"\mu ",
+    "⁄": "/", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\cbrt ", "Ω": r"\Omega ", "\u2126": r"\Omega ", "µ": r"\mu ",
     "μ": r"\mu ", "℃": r"^\circ C", "℉": r"^\circ F", "∧": r"\land ", "∨": r"\lor ", "∖": r"\setminus ",
 }  # fmt: skip
 _TRANSLATION = str.maketrans(_UNICODE)
@@ -60,12 +60,15 @@ _SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replace
     (_SPACING.pattern, " "),
     (r"^\s*#{1,6}\s+", ""),  # markdown
     (r"(?<![\w)}\]*])\*\*(?=[^\s*])([^*]+)\*\*(?![\w({\\*])", r"\1"),
-    (r"^\s*(__|`{1,3}|[*_])(?=[^\s*_`])([^`*]*)\1\s*$", r"\2"),
+    (r"^\s*(__|`{1,3}|[*_\"])(?=[^\s*_`])([^`*\"]*)\1\s*$", r"\2"),
     (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"),
     (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"),
     (r"^\s*\\(?:boxed|fbox)(?![A-Za-z{])", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (rf"\\(?:{_TEXTS}|{'|'.join(STYLES)})\s*\{{([-+\d.,/\s]*\d[\d.,/\s]*)\}}", r" \1 "),  # \mathbf{5}
+    (rf"^\s*\\(?:{_TEXTS}|{'|'.join(STYLES)})\s*\{{([^{{}}]*\d[^{{}}]*)\}}\s*$", r"\1"),  # \text{x = 5}
+    (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,30}}\^)\{{(-?\d)\}}", r"\1\2 "),  # \text{m^{2}}
+    (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,30}}\^)\{{(-?\d)\}}", r"\1\2 "),
     (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,20}})\\mu\s*", r"\1u"),  # \text{\mu m}
     (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,20}})\\Omega\s*", r"\1ohm"),
     (rf"(?<=[\d}} ])\\mu\s*\\(?:{_TEXTS})\s*\{{\s*", r"\\text{u"),
@@ -76,12 +79,12 @@ _SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replace
     (rf"\^\s*\\circ\s*(?:\\(?:{_TEXTS})\s*\{{\s*F\s*\}}|F(?!\w))", r"\\text{ fahrenheit}"),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
     (rf"^\s*(1?\d)\s*{_HALF_OF_DAY}\s*$", r"\1:00\\text{\2meridiem}"),
-    (rf"(?<!\d)(\d{{1,2}}):\s*([0-5]\d)\s*{_HALF_OF_DAY}", r"\1:\2\\text{\3meridiem}"),
+    (rf"(?<!\d)(\d{{1,2}})\s*:\s*([0-5]\d)\s*{_HALF_OF_DAY}", r"\1:\2\\text{\3meridiem}"),
     (r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{ and }"),
     (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
     (r"\+/-", r"\\pm "),
     (r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)", r"\\"),
-    (rf"(?<![A-Za-z\\])d(\^{_INDEX})?\s?([A-Za-z])/d([A-Za-z])(\^{_INDEX})?(?![A-Za-z])",
+    (rf"(?<![A-Za-z\\])d(\^{_INDEX})?\s?([A-Za-z]|\\[a-z]+ ?)/d([A-Za-z]|\\[a-z]+ ?)(\^{_INDEX})?(?![A-Za-z])",
      r"\\frac{d\1\3}{d\4\5}"),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (rf"(?<![\w)}}])(?:\{{\s*\}})?\s*[_^]\s*{_INDEX}\s*{_COUNTED}\s*_\s*{_INDEX}", r"\2_\1^\3"),  # {}_5C_2
@@ -104,7 +107,7 @@ phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hba
 nabla mho Re Im"""
 GREEK = frozenset(_GREEK.split())
 _SHORT_WORDS = """and or the of for are is not per yes no odd red one two six ten all any day man men cup
-pig cow hen pen dog cat egg box way old km sq pct"""
+pig cow hen pen dog cat egg box way old km sq pct to we so if get cis rpm usd deg"""
 SHORT_WORDS = frozenset(_SHORT_WORDS.split())  # of under four letters, that are no product of variables
 
 

@@ -33,9 +33,10 @@ _CONNECTIVE = re.compile(
     rf"[,\s]*(?:(?:{'|'.join(_KIND.split())}|for|where|with|is|are|be|in|answer)\s*)+:?\s*"
 )
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|exactly|precisely)\b[,:\s]*)?(?:(?:the|our|my)\s+)?"
+    r"(?:(?:so|thus|hence|therefore|then)\b[,:\s]+)?(?:(?:(?:the|our|my)\s+)?"
     r"(?:(?:final|correct|exact|required)\s+)?(?:answers?|result|solutions?|it|there|value)"
-    r"(?:\s+(?:is|are|equals)\b\s*:?|\s*[:=])\s*|(?:exactly|precisely)\s+",
+    r"(?:\s+(?:is|are|equals)\b\s*:?|\s*[:=])\s*|[a-z][a-z' ]{2,40}?\s(?:is|are|equals)\s(?=[-\d\\.]))?"
+    r"(?:(?:exactly|precisely)\s+)?",
     re.IGNORECASE,
 )
 _STATED = re.compile(r"^([A-Za-z])\s+(?:is|equals|is equal to)\s+(?=[-\d\\.])")
