@@ -6,9 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from fractions import Fraction
 
 from pns.answers.parser import read_answer
-from pns.answers.spelling import TEXT, TEXT_OPENING, clean, is_prose
+from pns.answers.spelling import CHOSEN, TEXT, TEXT_OPENING, clean, counted, is_prose
 from pns.answers.tokens import Unreadable, split_tokens
 from pns.answers.tree import INFINITY, Answer, Expression, Number, Words, letter
 from pns.answers.units import unit_size
@@ -44,6 +45,8 @@ def readings(answer: str) -> list[Answer]:
     it cannot be read."""
     if len(answer) > MAX_CHARACTERS:
         return []
+    if answer.isascii() and answer.isdigit():
+        return [Expression(Number(Fraction(answer)))]
     text, is_rounded = without_phrases(clean(answer))
     if len(text) > MAX_CHARACTERS:
         return []
@@ -68,7 +71,7 @@ def _as_rounded(reading: Answer) -> Answer:
 
 def _spellings(text: str) -> list[str]:
     """The text with what is ambiguous in it written out, the likeliest first."""
-    texts = [text]
+    texts = [CHOSEN.sub(counted, text)]
     if not text.startswith(("(", "[", r"\{")):  # (1,234) is a pair
         joined = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
         if joined != text:
@@ -104,8 +107,8 @@ def _read(text: str) -> Answer | None:
         is_enclosed = match[1] and match[3]  # (a)
         is_choice = is_enclosed or match[2].isupper() or re.search(TEXT, text)
         return Words(match[2]) if is_choice else Expression(letter(match[2]))
-    if counted := _in_words(word):
-        return counted
+    if number := _in_words(word):
+        return number
     if word in ("infinity", "infinite"):
         return Expression(INFINITY)
     if is_prose(bare):
