@@ -82,9 +82,8 @@ def _spellings(text: str) -> list[str]:
         before, whole, decimals, behind = decimal.groups()
         if whole == "0" or len(decimals) != 3:
             texts.append(f"{before}{whole}.{decimals}{behind}")
-    if "," in text and (";" in text or _EUROPEAN.fullmatch(text)):
-        points = re.sub(r"(?<=\d)\.(?=\d)", "", text)
-        texts.append(re.sub(r"(?<=\d),(?=\d)", ".", points))
+    if _EUROPEAN.fullmatch(text) or (";" in text and "." not in text):
+        texts.append(re.sub(r"(?<=\d),(?=\d)", ".", text.replace(".", "")))
     if time := _TIME.fullmatch(text):
         hour, minutes, half = time.groups()
         texts.append(f"{int(hour) % 12 + 12 * (half in 'pP')}:{minutes}")  # 19:30
