@@ -370,7 +370,8 @@ def add_export(commands: Commands) -> None:
 
 def add_verify(commands: Commands) -> None:
     def handle(options: Namespace) -> None:
-        verify_file(options.cases, options.out, options.processes, options.seconds, options.force)
+        limits = options.processes, options.seconds
+        verify_file(options.cases, options.out, *limits, options.force, not options.evaluation)
 
     verify_help = "compare predictions with gold answers, with a reason for each"
     parser = add_command(commands, "verify", verify_help, handle)
@@ -381,8 +382,10 @@ def add_verify(commands: Commands) -> None:
     num_cores = len(os.sched_getaffinity(0))  # those this process may use, which `cpu_count` does not know
     processes_help = "worker processes (default: the cores, %(default)s)"
     parser.add_argument("--processes", type=int, default=num_cores, help=processes_help)
-    limit_help = "time limit of one case (default %(default)g)"
+    limit_help = "limit of one case, in processor time (default %(default)g)"
     parser.add_argument("--seconds", type=float, default=5.0, metavar="LIMIT", help=limit_help)
+    evaluation_help = "wrong by the exact comparison alone: many times faster, but not for negatives"
+    parser.add_argument("--evaluation", action="store_true", help=evaluation_help)
     parser.add_argument("--force", action="store_true", help="replace an existing --out file")
 
 

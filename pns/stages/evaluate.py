@@ -108,7 +108,7 @@ class AnswerScorer:
             rows.append(Answered(problem, ask.sample, ask.seed, *drawn, None, Verdict.UNVERIFIED, ""))
             keys.append(ask.key)
         answers = [(row.problem.answer, row.completion, row.problem.rule) for row in rows]
-        self._verifying.append((rows, keys, self._verifier.submit(answers)))
+        self._verifying.append((rows, keys, self._verifier.submit(answers, for_negatives=False)))
 
     def finished(self, wait: bool) -> list[tuple[str, Answered]]:
         whole, still_verifying = [], []
