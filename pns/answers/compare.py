@@ -378,6 +378,9 @@ def _compare_sets(basis: _Basis, a: Answer, b: Answer) -> Finding:
     if x is None or y is None:
         return _undecided("sets of a form that is not read here")
     x, y = _joined(basis, x), _joined(basis, y)
+    has_points = any(isinstance(answer, Group) and answer.brackets == "{}" for answer in (a, b))
+    if has_points and any(isinstance(answer, Relation) for answer in (a, b)):
+        return _undecided("a list of numbers and an inequality, which may be of whole numbers")
     if len(x) != len(y):
         if all(is_numeric(value) for value, _ in x + y):
             return Finding(False, "sets of different parts")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
 from pns.answers.exact import approximate, rational
-from pns.answers.polynomials import is_polynomial
+from pns.answers.polynomials import degree
 from pns.answers.tree import (
     INFINITY,
     MINUS_INFINITY,
@@ -92,8 +91,8 @@ def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
     x, y = (re.fullmatch(r"(.+)\((\w+)\)", function) for function in (name, other))
     if not x or not y or x[1] != y[1] or x[2] == y[2]:
         return None
-    if not isinstance(value, Expression):
-        return value
+    if not isinstance(value, Expression) or x[2] in value.tree.symbols:  # f(n) = n + x
+        return None
     return replace(value, tree=substitute(value.tree, {y[2]: Symbol(x[2])}))
 
 
@@ -107,7 +106,7 @@ def with_primes_of(primed: Relation, other: Relation) -> Relation:
     for name in written:
         if leibniz := _LEIBNIZ.fullmatch(name):
             order = int(leibniz["order"] or 1)
-            primes, dots = leibniz["of"] + "'" * order, f"{'d' * (order - 1)}dot {leibniz['of']}"
+            primes, dots = leibniz["of"] + "'" * order, f"\\{'d' * (order - 1)}dot {leibniz['of']}"
             variables.add(leibniz["by"])
             is_dotted = dots in names and leibniz["by"] == "t"
             if primes in names or is_dotted:
@@ -129,15 +128,17 @@ def difference_of_sides(relation: Relation) -> Tree | None:
     return None
 
 
-def linear_root(tree: Tree, name: str, values: Mapping[str, Tree]) -> tuple[Fraction, Fraction] | None:
-    """Zero and slope of an expression in one of its symbols, with values for the others, if it is a
-    polynomial that is linear, as some points show, and not constant."""
-    at_0, at_1, *others = [rational(substitute(tree, {**values, name: Number(x)})) for x in _LINE]
+def linear_root(tree: Tree, name: str) -> tuple[Fraction, Fraction] | None:
+    """Zero and slope of an expression in its one symbol, if it is a polynomial that is linear, as more points
+    show than it has a degree, and not constant."""
+    at_0, at_1, *others = [rational(substitute(tree, {name: Number(x)})) for x in _LINE]
     if at_0 is None or at_1 is None or at_0 == at_1:
         return None
     slope = at_1 - at_0
-    is_linear = is_polynomial(tree) and others == [at_0 + slope * x for x in _LINE[2:]]
-    return (-at_0 / slope, slope) if is_linear else None
+    highest = degree(tree)
+    if highest is None or highest >= len(_LINE) or others != [at_0 + slope * x for x in _LINE[2:]]:
+        return None
+    return -at_0 / slope, slope
 
 
 def subject(relation: Relation) -> Tree | None:
@@ -203,7 +204,7 @@ def _ends_of_solution(relation: Relation) -> list[End] | None:
         if difference is None or len(difference.symbols) != 1:
             return None
         about = Symbol(min(difference.symbols))
-        root_and_slope = linear_root(difference, about.name, {})
+        root_and_slope = linear_root(difference, about.name)
         if root_and_slope is None:
             return None
         sides = (Expression(about), Expression(Number(root_and_slope[0])))

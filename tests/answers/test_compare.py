@@ -78,6 +78,11 @@ SAME = [
     (r"\frac{\pi}{4}+k\pi", r"\frac{\pi}{4}+2k\pi, \frac{5\pi}{4}+2k\pi"),
     (r"x=\pm\frac{\pi}{3}+2k\pi", r"\frac{\pi}{3}+2k\pi, \frac{5\pi}{3}+2k\pi"),
     ("y''+y=0", r"\frac{d^2y}{dx^2}+y=0"),
+    (r"\dot x=2x", r"\frac{dx}{dt}=2x"),
+    (r"30^\circ+k\cdot 360^\circ", r"30^\circ+360^\circ n"),
+    (r"n\pi", r"k\pi"),
+    ("Ce^{kt}", "Ae^{kt}"),
+    (r"\{x|x<3\}", r"(-\infty,3)"),
     ("f(x)=x^2", "f(n)=n^2"),
     ("x = 5 + 5 = 10", "10"),
     ("2+3=5", "5"),
@@ -132,6 +137,18 @@ UNDECIDED = [  # and below, what is of no closed kind
     ("x^2+C", "x^2"),
     ("x^2+C", "x^3+C"),
     ("C e^x", "C^2 e^x"),  # never negative
+    (r"\frac12 kx^2", "kx^2"),  # the problem's own constants
+    ("Ax+B", "Ax-B"),
+    ("k_1x+k_2y", "k_2x+k_1y"),
+    ("Ce^{kt}", "Ce^{-kt}"),
+    (r"\frac12 CV^2", "CV^2"),
+    (r"\frac{C_1V}{C_1+C_2}", r"\frac{C_2V}{C_1+C_2}"),
+    (r"(n-2)\pi", r"n\pi"),  # angles of a polygon
+    (r"2\pi l", r"-2\pi l"),
+    (r"\sqrt{x^2-40x+400}", "20-x"),  # alike at all small numbers
+    (r"\sum_{k=1}^{3}|x-k|", "3|x-2|"),
+    (r"\{1,2,3\}", r"1\le n\le 3"),
+    ("f(x)=2x", "f(n)=n+x"),
     (r"\frac{\pi}{4}+k\pi", r"\frac{\pi}{4}+2k\pi"),
     (r"\frac{\pi}{4}+k\pi", r"\frac{\pi}{3}+n\pi"),
     ("x^2+y^2=1", "x^2+y^2=4"),
