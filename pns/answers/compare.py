@@ -36,6 +36,7 @@ from pns.answers.relations import (
     ends,
     named_value,
     subject,
+    symbols_of,
     tree_of,
     with_argument_of,
     with_primes_of,
@@ -387,7 +388,19 @@ def _compare_sets(basis: _Basis, a: Answer, b: Answer) -> Finding:
         return _undecided("unions of different length")
     if [is_closed for _, is_closed in x] != [is_closed for _, is_closed in y]:
         return Finding(False, "an end that belongs to one set only")
-    return _compare_ordered(basis, [value for value, _ in x], [value for value, _ in y])
+    finding = _compare_ordered(basis, [value for value, _ in x], [value for value, _ in y])
+    names = {about.symbols for part in _parts(a) + _parts(b) if (about := subject(part))}
+    return _undecided("the same set of different names") if finding.same and len(names) > 1 else finding
+
+
+def _parts(answer: Answer) -> list[Relation]:
+    """The inequalities that a set is stated by."""
+    match answer:
+        case Relation():
+            return [answer]
+        case Group("or", parts) | Union(parts):
+            return [relation for part in parts for relation in _parts(part)]
+    return []
 
 
 def _joined(basis: _Basis, ascending_ends: list[End]) -> list[End]:
@@ -403,6 +416,9 @@ def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Findi
     chains = [answer for answer in (relation, other) if isinstance(answer, Relation)]
     if not all(_holds(basis, chain) for chain in chains):
         return _undecided("a chain of equations whose sides are not proved equal")
+    are_long = all(len(chain.sides) > 2 and "=" in chain.operators for chain in chains)
+    if are_long and len(set(map(symbols_of, chains))) > 1:
+        return _undecided("chains of equations for different names")
     is_equation = relation.operators[0] in ("=", "in")
     if isinstance(other, Relation):
         if is_equation and other.operators[0] in ("=", "in"):
@@ -422,11 +438,13 @@ def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Findi
 
 
 def _holds(basis: _Basis, relation: Relation) -> bool:
-    """Whether the numbers in a chain of equations are proved to be the same; `x = 5 + 5 = 11`: not."""
+    """Whether the numbers in a chain of equations, or else its values, are proved to be the same; those of
+    `x = 5 + 5 = 11` and `y = 2x z = x` are not."""
     if set(relation.operators) != {"="}:
         return True
-    numbers = [side for side in relation.sides if is_numeric(side)]
-    return all(_compare_expressions(basis, number, numbers[-1]).same for number in numbers[:-1])
+    *values, last = relation.sides[1:]
+    numbers: list[Answer] = [side for side in relation.sides[:-1] if is_numeric(side)]
+    return all(_compare(basis, side, last).same for side in (numbers if is_numeric(last) else values))
 
 
 def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:

@@ -123,7 +123,8 @@ def is_same_family(a: Answer, b: Answer) -> bool:
     """Whether two answers are the same numbers, all those of expressions `base + parameter * period` with a
     whole-numbered parameter: compared as sets, modulo the common period."""
     x, y = _family(a), _family(b)
-    if x is None or y is None:
+    names = _names(a), _names(b)
+    if x is None or y is None or max(map(len, names)) > 1 or len(set().union(*names)) > 1:
         return False
     period = _common_period([step for _, step in [*x, *y]])
     if period is None:
@@ -160,11 +161,18 @@ def _family(answer: Answer) -> list[tuple[Fraction, Fraction]] | None:
 
 def _items(answer: Answer) -> tuple[Answer, ...]:
     r"""The expressions of a list, an equation `x = ...` or an expression."""
-    if isinstance(answer, Relation) and (named := named_value(answer)):
+    if isinstance(answer, Relation) and len(answer.sides) == 2 and (named := named_value(answer)):
         return _items(named[1])
     if isinstance(answer, Group) and answer.brackets in ("", "or", "{}"):
         return tuple(itertools.chain.from_iterable(map(_items, answer.items)))
     return (answer,)
+
+
+def _names(answer: Answer) -> set[str]:
+    if isinstance(answer, Group):
+        return set().union(*map(_names, answer.items))
+    named = named_value(answer) if isinstance(answer, Relation) else None
+    return {named[0]} if named else set()
 
 
 def _symbols(answer: Answer) -> frozenset[str]:

@@ -46,6 +46,12 @@ def tree_of(answer: Answer) -> Tree:
     return answer.tree if isinstance(answer, Expression) else _NO_TREE
 
 
+def symbols_of(answer: Answer) -> frozenset[str]:
+    """Of an expression, or of the sides of a relation."""
+    sides = answer.sides if isinstance(answer, Relation) else (answer,)
+    return frozenset().union(*[tree_of(side).symbols for side in sides])
+
+
 def named_value(relation: Relation) -> tuple[str, Answer] | None:
     r"""Name and value of `x = 5`, `f(x) = 2x`, `(p, q) = (3, 2)`, `5 = x`, `x \in [0, 1]`; of `x = 5 + 5 =
     10` the last value."""
@@ -88,7 +94,7 @@ def _is_part_of_name(tree: Tree) -> bool:
 def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
     """The value that `other` has, in the argument of `name`: of `f(n)` in x, where that is `f(x)`. None where
     the two are not the same function of one argument each."""
-    x, y = (re.fullmatch(r"(.+)\((\w+)\)", function) for function in (name, other))
+    x, y = (re.fullmatch(r"(.+)\(([A-Za-z]\w*)\)", function) for function in (name, other))
     if not x or not y or x[1] != y[1] or x[2] == y[2]:
         return None
     if not isinstance(value, Expression) or x[2] in value.tree.symbols:  # f(n) = n + x
@@ -99,8 +105,7 @@ def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
 def with_primes_of(primed: Relation, other: Relation) -> Relation:
     r"""The other equation with Newton's and Lagrange's names of derivatives, where the first has these and
     the other has Leibniz's: `\frac{d^2y}{dx^2}` as `y''`, `\frac{dx}{dt}` as `\dot x`."""
-    names = frozenset().union(*(tree_of(side).symbols for side in primed.sides))
-    written = frozenset().union(*(tree_of(side).symbols for side in other.sides))
+    names, written = symbols_of(primed), symbols_of(other)
     renamed: dict[str, Tree] = {}
     variables = set()
     for name in written:
