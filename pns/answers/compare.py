@@ -43,7 +43,9 @@ from pns.answers.relations import (
 )
 from pns.answers.spelling import spelling, stable
 from pns.answers.tree import (
+    DEGREE,
     EMPTY_SET,
+    ONE,
     REALS,
     ZERO,
     Answer,
@@ -62,6 +64,7 @@ from pns.answers.tree import (
     Words,
     is_numeric,
     substitute,
+    walk,
     whole,
 )
 from pns.answers.units import unit_size
@@ -84,7 +87,6 @@ _POLAR = ({"yes", "no"}, {"true", "false"})  # opposites, in each set
 _UNCLEAR = _VAGUE.union(*_POLAR)
 _UNORDERED = {"", "or", "{}"}
 _CONVERSIONS = {3, 7, 12, 24, 60, 3600}  # beside powers of ten: ratios that may be a change of unit
-_DEGREES = whole(180) / Constant("pi")  # of a radian
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class _Basis:
 
     rule: AnswerRule
     budget: Budget = field(default_factory=Budget)
+    in_list: bool = False  # constants are the same in all items
+    in_tuple: bool = False  # and so are parameters
 
     def same(self, x: Tree, y: Tree) -> bool | None:
         same = same_value(x, y, self.budget)
@@ -204,7 +208,7 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
     if a == b:
         return _SAME
     finding = _compare_forms(basis, a, b)
-    if not finding.same and is_same_family(a, b):
+    if not finding.same and not basis.in_tuple and is_same_family(a, b):
         return Finding(True, "the same family of values")
     if finding.same is False and not (is_closed(a) and is_closed(b)):
         return _OPEN
@@ -238,7 +242,7 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         return _undecided("a letter that may be a unit or a factor") if is_letter_unit else _SAME
     for is_in_a, is_in_b, factor, reason in (
         (a.percent, b.percent, whole(100), "equal as percentages"),  # 50% and 0.5
-        (a.degrees, b.degrees, _DEGREES, "equal as angles"),  # 90^\circ and \pi/2
+        (a.degrees, b.degrees, ONE / DEGREE, "equal as angles"),  # 90^\circ and \pi/2
     ):
         marked, plain = (x, y) if is_in_a else (y, x)
         if is_in_a != is_in_b and basis.same(marked, plain * factor):
@@ -247,7 +251,7 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         if same is None:
             return _undecided("numbers of which neither equality nor difference is proved")
         return _compare_numbers(basis, a, b, x, y)
-    if is_same_up_to_constants(x, y):
+    if not basis.in_list and is_same_up_to_constants(x, y):
         return Finding(True, "equal but for their arbitrary constants")
     if is_ambiguous:
         return _TWO_READINGS
@@ -266,6 +270,9 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
         factor = max(ratio, 1 / ratio)
         if factor in _CONVERSIONS or factor == 10 ** round(math.log10(factor.numerator)):  # 5 and 500 cm
             return _undecided("one number may be the other in another unit")
+    has_pi = [Constant("pi") in walk(tree) for tree in (x, y)]
+    if has_pi[0] != has_pi[1] and (basis.same(x * DEGREE, y) or basis.same(x, y * DEGREE)):
+        return _undecided("one number may be the other as an angle in degrees")
     if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
         return _TWO_READINGS
     return _DIFFERENT_NUMBERS
@@ -326,7 +333,8 @@ def _compare_group(basis: _Basis, a: Group, b: Answer) -> Finding:
 def _compare_ordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
     if len(a) != len(b):
         return Finding(False, "a different number of items")
-    return _first(_compare(basis, x, y) for x, y in zip(a, b, strict=True))
+    inside = replace(basis, in_list=True, in_tuple=True)
+    return _first(_compare(inside, x, y) for x, y in zip(a, b, strict=True))
 
 
 def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
@@ -335,6 +343,7 @@ def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) 
         return _DIFFERENT
     if len(a) * len(b) > _MAX_PAIRS:
         return _undecided("lists too long to compare")
+    basis = replace(basis, in_list=len(a) > 1 or basis.in_list)
     names_a, names_b = _named(a), _named(b)
     if names_a and names_b and names_a.keys() == names_b.keys():
         return _first(_compare(basis, value, names_b[name]) for name, value in names_a.items())
@@ -537,10 +546,11 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     if not isinstance(other, Ratio):
         return _undecided("a ratio or a time and an answer of another kind")
     in_order = _compare_ordered(basis, ratio.parts, other.parts)
-    if in_order.same or len(ratio.parts) != 2 or len(other.parts) != 2:
+    if in_order.same or len(ratio.parts) != len(other.parts):
         return in_order
-    first, second, third, fourth = map(tree_of, ratio.parts + other.parts)
-    if basis.same(first, ZERO) is False and basis.same(first / second, third / fourth):
+    x, y = list(map(tree_of, ratio.parts)), list(map(tree_of, other.parts))
+    is_known = all(basis.same(part, ZERO) is False for part in x + y)
+    if is_known and all(basis.same(u * y[0], v * x[0]) for u, v in zip(x, y, strict=True)):
         are_clocks = ratio.clock and other.clock
         return _undecided("ratios that may be times") if are_clocks else Finding(True, "equal ratios")
     return in_order

@@ -81,6 +81,7 @@ SAME = [
     (r"\dot x=2x", r"\frac{dx}{dt}=2x"),
     (r"30^\circ+k\cdot 360^\circ", r"30^\circ+360^\circ n"),
     (r"n\pi", r"k\pi"),
+    ("1:2:3", "2:4:6"),
     (r"x \in (1,2)", "1<x<2"),
     ("Ce^{kt}", "Ae^{kt}"),
     (r"\{x|x<3\}", r"(-\infty,3)"),
@@ -156,6 +157,10 @@ UNDECIDED = [  # and below, what is of no closed kind
     ("x = 5 + 5 = 11", "11"),
     ("2+3=6", "6"),
     ("Q(50)=47", "Q(57)=47"),
+    ("t+C, t^2+8+C", "t+C, t^2-8+C"),  # the same C
+    ("(C_1e^t+C_2, C_1e^t-C_2)", "(C_1e^t+C_2, C_1e^t+C_2)"),
+    (r"(k\pi, \frac{\pi}{3}+k\pi)", r"(k\pi, \frac{4\pi}{3}+k\pi)"),
+    ("30", r"\frac{\pi}{6}"),
     ("k>2 or k<-20", "b>2 or k<-20"),
     ("x=y=4", "x=a=4"),
     (r"y=\frac{cx^2}{1-cx} \quad y=-x", r"y=\frac{cx^3}{1-cx} \quad y=-x"),
