@@ -36,7 +36,6 @@ from pns.answers.relations import (
     ends,
     named_value,
     subject,
-    symbols_of,
     tree_of,
     with_argument_of,
     with_primes_of,
@@ -374,7 +373,7 @@ def _flat(items: Sequence[Answer]) -> list[Answer]:
 
 def _named(items: Sequence[Answer]) -> dict[str, Answer]:
     """The values of items that are equations for different names; empty for others."""
-    named = [named_value(item) for item in items if isinstance(item, Relation)]
+    named = [named_value(item) for item in items if isinstance(item, Relation) and not _middle(item)]
     values = dict(filter(None, named))
     return values if len(values) == len(items) > 1 else {}
 
@@ -425,8 +424,8 @@ def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Findi
     chains = [answer for answer in (relation, other) if isinstance(answer, Relation)]
     if not all(_holds(basis, chain) for chain in chains):
         return _undecided("a chain of equations whose sides are not proved equal")
-    are_long = all(len(chain.sides) > 2 and "=" in chain.operators for chain in chains)
-    if are_long and len(set(map(symbols_of, chains))) > 1:
+    middles = [_middle(chain) for chain in chains if len(chain.sides) > 2]
+    if len(middles) == 2 and any(middles) and not _compare_ordered(basis, *middles).same:
         return _undecided("chains of equations for different names")
     is_equation = relation.operators[0] in ("=", "in")
     if isinstance(other, Relation):
@@ -454,6 +453,12 @@ def _holds(basis: _Basis, relation: Relation) -> bool:
     *values, last = relation.sides[1:]
     numbers: list[Answer] = [side for side in relation.sides[:-1] if is_numeric(side)]
     return all(_compare(basis, side, last).same for side in (numbers if is_numeric(last) else values))
+
+
+def _middle(chain: Relation) -> list[Answer]:
+    """What a chain of equations says beside its first side, its last one and its numbers: the y of `x = y =
+    4`."""
+    return [side for side in chain.sides[1:-1] if "=" in chain.operators and not is_numeric(side)]
 
 
 def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:

@@ -126,9 +126,10 @@ def with_primes_of(primed: Relation, other: Relation) -> Relation:
 
 
 def difference_of_sides(relation: Relation) -> Tree | None:
-    """Left minus right of two expressions; None where a side is none, or may be read in other ways."""
+    """Left minus right of two expressions; None where a side is none, has a unit, or may be read in other
+    ways."""
     match relation.sides:
-        case (Expression(left, ambiguous=False), Expression(right, ambiguous=False)):
+        case (Expression(left, "", ambiguous=False), Expression(right, "", ambiguous=False)):
             return left - right
     return None
 

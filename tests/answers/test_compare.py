@@ -157,6 +157,8 @@ UNDECIDED = [  # and below, what is of no closed kind
     ("x = 5 + 5 = 11", "11"),
     ("2+3=6", "6"),
     ("Q(50)=47", "Q(57)=47"),
+    (r"T=5\text{ apples}", r"T=5\text{ pears}"),
+    ("x=y=4, z=2", "x=a=4, z=2"),
     ("t+C, t^2+8+C", "t+C, t^2-8+C"),  # the same C
     ("(C_1e^t+C_2, C_1e^t-C_2)", "(C_1e^t+C_2, C_1e^t+C_2)"),
     (r"(k\pi, \frac{\pi}{3}+k\pi)", r"(k\pi, \frac{4\pi}{3}+k\pi)"),
