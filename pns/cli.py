@@ -17,7 +17,7 @@ from pns.commands.services import scale, show_status
 from pns.commands.submit import STOP_SECONDS, SubmitOptions, list_jobs, show_logs, stop_job, submit_recipe
 from pns.commands.tiny import make_tiny
 from pns.commands.verify import verify_file
-from pns.config import ALL_STAGES
+from pns.config import ALL_STAGES, RewardConfig
 from pns.errors import UserError, did_you_mean
 from pns.planning.hardware import GPU_KINDS
 from pns.preflight import check_model
@@ -305,18 +305,31 @@ def add_rescore(commands: Commands) -> None:
 def add_evaluate(commands: Commands) -> None:
     evaluate_help = "score a model on benchmarks, or go on with it; needs no recipe"
     parser = add_command(commands, "evaluate", evaluate_help, handle_evaluate)
-    parser.add_argument("model", help="model directory or Hub id")
+    parser.add_argument("model", nargs="?", default="", help="model directory or Hub id")
     outputs = "out=DIR (default runs/evaluate-MODEL), data.root=DIR (local copies)"
     add_overrides(parser, f"benchmarks=[gsm8k,math500,...], {outputs}, any configuration key")
     recipe_help = "name or YAML file of a recipe whose suites, engine, placement and prompt are used"
     parser.add_argument("--recipe", help=recipe_help)
     against_help = "an earlier evaluation (DIR, or DIR/evaluate/MODEL.jsonl) to compare with"
     parser.add_argument("--against", type=Path, metavar="DIR", help=against_help)
+    rejudge_help = (
+        "judge the stored completions of a run or an evaluation again, and print what changed; no MODEL"
+    )
+    parser.add_argument("--rejudge", type=Path, metavar="DIR", help=rejudge_help)
     show_help = "print one prompt as the model reads it, and how suites are decoded"
     parser.add_argument("--show-prompt", action="store_true", help=show_help)
 
 
 def handle_evaluate(options: Namespace) -> None:
+    if options.rejudge:
+        if options.model:
+            raise UserError(f"--rejudge asks no model: leave {options.model} out")
+        from pns.commands.rejudge import rejudge
+
+        rejudge(options.rejudge, len(os.sched_getaffinity(0)), RewardConfig().verify_seconds)
+        return
+    if not options.model:
+        raise UserError("name a MODEL (a directory or a Hub id), or --rejudge DIR for stored completions")
     out = Path("runs") / f"evaluate-{Path(options.model).name}"
     settings = [f"models.backbone={options.model}"]
     if not options.recipe:
@@ -357,7 +370,8 @@ def add_export(commands: Commands) -> None:
 
 def add_verify(commands: Commands) -> None:
     def handle(options: Namespace) -> None:
-        verify_file(options.cases, options.out, options.processes, options.seconds, options.force)
+        limits = options.processes, options.seconds
+        verify_file(options.cases, options.out, *limits, options.force, not options.evaluation)
 
     verify_help = "compare predictions with gold answers, with a reason for each"
     parser = add_command(commands, "verify", verify_help, handle)
@@ -368,8 +382,10 @@ def add_verify(commands: Commands) -> None:
     num_cores = len(os.sched_getaffinity(0))  # those this process may use, which `cpu_count` does not know
     processes_help = "worker processes (default: the cores, %(default)s)"
     parser.add_argument("--processes", type=int, default=num_cores, help=processes_help)
-    limit_help = "time limit of one case (default %(default)g)"
+    limit_help = "limit of one case, in processor time (default %(default)g)"
     parser.add_argument("--seconds", type=float, default=5.0, metavar="LIMIT", help=limit_help)
+    evaluation_help = "wrong by the exact comparison alone: many times faster, but not for negatives"
+    parser.add_argument("--evaluation", action="store_true", help=evaluation_help)
     parser.add_argument("--force", action="store_true", help="replace an existing --out file")
 
 

@@ -18,13 +18,56 @@ def score(num_correct: float, n: int) -> Score:
     over samples). Raises ValueError for an empty sample or a count outside [0, n]."""
     if n <= 0 or not 0 <= num_correct <= n:
         raise ValueError(f"{num_correct} of {n} is not a share")
-    share, z2 = num_correct / n, _Z95**2
+    return Score(num_correct / n, *_wilson(num_correct / n, n), n)
+
+
+def _wilson(share: float, n: float) -> tuple[float, float]:
+    z2 = _Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     # At the ends the limit is exact, where rounding would leave 1e-17.
-    low = 0.0 if num_correct == 0 else max(0.0, centre - half)
-    high = 1.0 if num_correct == n else min(1.0, centre + half)
-    return Score(share, low, high, n)
+    low = 0.0 if share == 0 else max(0.0, centre - half)
+    high = 1.0 if share == 1 else min(1.0, centre + half)
+    return low, high
+
+
+def score_of_shares(shares: Sequence[float], num_samples: int) -> Score:
+    """avg@k: the mean over problems of their share of right samples, of `num_samples` each, with a 95 %
+    interval; of one sample that of `score`.
+
+    With several, a problem says more than one answer does. The interval is Wilson's of the effective number
+    of problems, the one whose binomial variance p (1 - p) / n is that of the mean of the shares, s^2 / n
+    (the design effect of Kish, Survey Sampling, 1965, section 8.2), which lies between the number of problems
+    and that of samples. Raises ValueError for no share or one outside [0, 1].
+    """
+    n = len(shares)
+    if not n or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"{n} shares of right samples: they must be in [0, 1], at least one")
+    mean = math.fsum(shares) / n
+    effective = effective_problems(shares, num_samples)
+    return Score(mean, *_wilson(mean, effective), n)
+
+
+def effective_problems(shares: Sequence[float], num_samples: int) -> float:
+    """As many problems, asked once, tell as much as these, asked `num_samples` times."""
+    n = len(shares)
+    mean = math.fsum(shares) / n
+    if n < 2 or num_samples < 2 or not 0 < mean < 1:
+        return n
+    variance = math.fsum((share - mean) ** 2 for share in shares) / (n - 1)
+    most = n * num_samples
+    return max(n, min(most, n * mean * (1 - mean) / variance)) if variance else most
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected so that the chance of any false finding stays below the level that
+    each is held against (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, p_values[index] * (len(p_values) - place)))
+        corrected[index] = highest
+    return corrected
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -56,12 +99,11 @@ class Difference:
     high: float
     p_value: float
 
-    @property
-    def verdict(self) -> str:
-        """ "better" or "worse" where the interval excludes 0 and p < 0.05, else "not distinguishable". The
-        interval alone says too much on few problems: from four problems that all turn right it is [1, 1], and
-        p is 1/8."""
-        if self.p_value >= 0.05 or self.low <= 0 <= self.high:
+    def verdict(self, p_value: float) -> str:
+        """ "better" or "worse" where the interval excludes 0 and `p_value`, its own or one that is corrected,
+        is below 0.05, else "not distinguishable". The interval alone says too much on few problems: from four
+        problems that all turn right it is [1, 1], and p is 1/8."""
+        if p_value >= 0.05 or self.low <= 0 <= self.high:
             return "not distinguishable"
         return "better" if self.difference > 0 else "worse"
 

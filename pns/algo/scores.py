@@ -4,8 +4,18 @@ from collections.abc import Mapping, Sequence
 from math import fsum  # sums that do not depend on the order
 from typing import Any
 
-from pns.algo.metrics import majority, mean_score, paired_difference, pass_at_k, score
+from pns.algo.metrics import (
+    Difference,
+    effective_problems,
+    holm,
+    majority,
+    mean_score,
+    paired_difference,
+    pass_at_k,
+    score_of_shares,
+)
 from pns.answers.compare import same_answer
+from pns.answers.qwen_harness import counts_as_right
 from pns.config import Decoding
 from pns.records import Answered, AnswerRule, Score, Verdict, to_json
 
@@ -24,9 +34,9 @@ def summarise(
     """Figures per suite and model, and under "mean" their unweighted mean over suites.
 
     `accuracy` (pass@1: the mean over problems of the share of right samples) with its 95 % interval [`low`,
-    `high`] (Wilson over the n problems, which is on the safe side with several samples), counts of
-    completions, how they were decoded; with several samples `pass_at` and `majority_at`; `by_subject` and
-    `by_level` where the problems have them; `against` earlier models: `Difference` and verdict.
+    `high`] (`score_of_shares`), `qwen_accuracy` (as `pns.answers.qwen_harness` counts), counts, how they were
+    decoded; with several samples `effective_n` (problems), `pass_at` and `majority_at`; `by_subject` and
+    `by_level` where the problems have them; `against` earlier models: `described`.
     """
     scores: SuiteScores = {suite: {} for suite in [*decodings, MEAN]}
     accuracies: dict[str, dict[str, list[float]]] = {}
@@ -48,13 +58,27 @@ def summarise(
 def add_difference(scores: SuiteScores, accuracies: Accuracies, earlier: str, name: str) -> None:
     """Add to the figures of `name` its difference from `earlier` on the same problems in the same order."""
     suites = [suite for suite in scores if suite != MEAN]
+    differences = {}
     for suite in scores:
         compared = suites if suite == MEAN else [suite]
         before = [accuracies[earlier][own] for own in compared]
         after = [accuracies[name][own] for own in compared]
-        difference = paired_difference(before, after)
-        against = scores[suite][name].setdefault("against", {})
-        against[earlier] = vars(difference) | {"verdict": difference.verdict}
+        differences[suite] = paired_difference(before, after)
+    for suite, figures in described(differences).items():
+        scores[suite][name].setdefault("against", {})[earlier] = figures
+
+
+def described(differences: Mapping[str, Difference]) -> dict[str, Figures]:
+    """The figures of one model's differences from another, by suite, with `p_corrected` and the `verdict`
+    that rests on it. The suites are so many chances to find something: their p-values are corrected
+    (`holm`). The mean over them is one test of its own."""
+    suites = [suite for suite in differences if suite != MEAN]
+    corrected = dict(zip(suites, holm([differences[suite].p_value for suite in suites]), strict=True))
+    found = {}
+    for suite, difference in differences.items():
+        p_value = corrected.get(suite, difference.p_value)
+        found[suite] = vars(difference) | {"p_corrected": p_value, "verdict": difference.verdict(p_value)}
+    return found
 
 
 def suite_figures(rows: Sequence[Answered]) -> Figures:
@@ -62,14 +86,18 @@ def suite_figures(rows: Sequence[Answered]) -> Figures:
     by_problem = grouped_by_problem(rows)
     shares = right_shares(rows)
     unverified = [row.problem.id for row in rows if row.verdict is Verdict.UNVERIFIED]
-    figures: Figures = to_json(score(fsum(shares.values()), len(shares))) | {"completions": len(rows)}
+    num_samples = len(rows) // len(by_problem)
+    in_order = list(shares.values())
+    figures: Figures = to_json(score_of_shares(in_order, num_samples)) | {"completions": len(rows)}
     for reason in COUNTED[:-1]:
         figures[reason] = sum(row.reason == reason for row in rows)
     figures["unverified"] = len(unverified)
     figures["unverified_problems"] = list(dict.fromkeys(unverified))
+    published = [counts_as_right(row.problem.answer, row.completion) for row in rows]
+    figures["qwen_accuracy"] = sum(published) / len(rows)
     figures["mean_tokens"] = sum(row.num_tokens for row in rows) / len(rows)
-    num_samples = len(rows) // len(by_problem)
     if num_samples > 1:
+        figures["effective_n"] = effective_problems(in_order, num_samples)
         figures |= figures_of_samples(list(by_problem.values()), num_samples)
     for what in ("subject", "level"):
         groups: dict[str, list[float]] = {}
@@ -78,7 +106,7 @@ def suite_figures(rows: Sequence[Answered]) -> Figures:
                 groups.setdefault(group, []).append(shares[identity])
         if groups:
             figures[f"by_{what}"] = {
-                group: to_json(score(fsum(groups[group]), len(groups[group]))) for group in sorted(groups)
+                group: to_json(score_of_shares(groups[group], num_samples)) for group in sorted(groups)
             }
     return figures
 
@@ -131,3 +159,18 @@ def right_shares(rows: Sequence[Answered]) -> dict[str, float]:
     for identity, own in grouped_by_problem(rows).items():
         shares[identity] = sum(row.verdict is Verdict.CORRECT for row in own) / len(own)
     return shares
+
+
+def final_verdict(
+    verdict: Verdict, cause: str | None, extracted: str | None, finish_reason: str
+) -> tuple[Verdict, str]:
+    """The verdict that counts, and its reason, from the verifier's."""
+    if finish_reason == "length":
+        return Verdict.WRONG, "truncated"
+    if finish_reason != "stop":  # the engine failed: that is no answer of the model's
+        return Verdict.UNVERIFIED, finish_reason or "no_finish_reason"
+    if extracted is None:
+        return Verdict.WRONG, "no_answer"
+    if verdict is Verdict.UNVERIFIED:
+        return verdict, cause or "unknown"
+    return verdict, "equal" if verdict is Verdict.CORRECT else "different"

@@ -16,7 +16,6 @@ from pns.answers.tree import (
     REALS,
     Answer,
     Based,
-    Call,
     Expression,
     Group,
     Negative,
@@ -38,7 +37,6 @@ from pns.answers.words import NUMBER_WORDS, SCALES
 _MAX_DIGITS = 2000  # of one number
 _MAX_EXPONENT = 3000  # of scientific notation; 1e999999999 is no number that could be written down
 _NUMBER_SETS = {*"NZQC", *("mathbb" + name for name in ("N", "Z", "Q", "R", "C"))}
-_COUNTING = ("C", "A", "P")  # what combinations and permutations are written with
 _FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a letter is a function, not a factor
 _SCALES = SCALES | {"hundred": 100}
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?"
@@ -134,8 +132,6 @@ def last_place(tokens: Sequence[Token]) -> Fraction | None:
 def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
     """The symbol that begins with `name`, with its index, its primes and the argument of a function."""
     plain = name
-    if plain in _COUNTING and (tree := read_counted(cursor, plain, marks)):
-        return tree
     if cursor.accept("_"):
         name += "_" + cursor.raw_group()
     while True:
@@ -200,58 +196,6 @@ def _function_name(cursor: Cursor) -> str:
     if token.kind != "letter" and token.value[1:] not in GREEK:
         raise Unreadable
     return token.value
-
-
-def read_counted(cursor: Cursor, name: str, marks: Marks) -> Tree | None:
-    """`C_5^2`, `C_n^k`, `A_5^3`, `P_n^k` behind their letter: combinations and permutations. None where the
-    indices are rather those of a name: `C_1^2`."""
-    start = cursor.position
-    pairs = {}
-    for mark in "_^", "^_":
-        cursor.position = start
-        pairs = {sign: _index(cursor) for sign in mark if cursor.accept(sign)}
-        if len(pairs) == 2:
-            break
-    lower, upper = pairs.get("_"), pairs.get("^")
-    if lower and upper and not cursor.at("(", "'", "^", "_"):
-        if not lower.symbols and not upper.symbols and _value(lower) >= max(2, int(_value(upper))):
-            return counted(name, lower, upper)
-        if lower.symbols and (upper.symbols or name == "C") and isinstance(upper, Number | Symbol):
-            marks.ambiguous = True  # a power of an indexed name
-            return counted(name, lower, upper)
-    cursor.position = start
-    return None
-
-
-def counted(name: str, lower: Tree, upper: Tree) -> Tree:
-    """The ways to choose (C) or to arrange (A, P) `upper` of `lower` things."""
-    if name == "C":
-        return Call((lower, upper), "binomial")
-    return Call((lower,), "factorial") / Call((lower - upper,), "factorial")
-
-
-def _value(tree: Tree) -> Fraction:
-    return tree.value if isinstance(tree, Number) else Fraction(0)
-
-
-def _index(cursor: Cursor) -> Tree | None:
-    """A number, a letter or a group of one, or `n+1`, as an index."""
-    is_group = bool(cursor.accept("{"))
-    parts: list[Tree] = []
-    while True:
-        token = cursor.take() if cursor.peek().kind in ("number", "letter") else None
-        if not token or token.value == "e" or not (token.kind == "letter" or token.value.isdigit()):
-            return None
-        parts.append(Symbol(token.value) if token.kind == "letter" else Number(number_value(token.value)))
-        sign = cursor.accept("+", "-") if is_group else ""
-        if not sign:
-            break
-        if len(parts) > 1:
-            return None
-        is_negative = sign == "-"
-    if is_group and not cursor.accept("}"):
-        return None
-    return parts[0] if len(parts) == 1 else Sum((parts[0], -parts[1] if is_negative else parts[1]))
 
 
 def skip_set_builder(cursor: Cursor) -> None:
@@ -351,6 +295,10 @@ def _known_unit(cursor: Cursor) -> Unit | None:
         while token := cursor.peek():
             operator = cursor.accept("/", r"\cdot", "*") if parts else ""
             token = cursor.peek()
+            if operator == "/" and cursor.at("("):  # J/(kg K)
+                parts += [operator, _words_of_group(cursor)]
+                is_unit = True
+                continue
             if token.kind not in ("letter", "word", "text") or token.word in SEPARATORS:
                 break
             is_run = cursor.peek(1).kind == "letter" or parts  # mg
@@ -360,7 +308,7 @@ def _known_unit(cursor: Cursor) -> Unit | None:
             power = _unit_power(cursor)
             parts += [operator] * (operator == "/") + [token.value.strip() + power]
             has_only_letters &= token.kind == "letter"
-            is_unit |= operator == "/" or power.startswith("^-")
+            is_unit |= operator == "/" or power.startswith("^-") or (parts[0] == "N" and len(parts) > 1)
         if not (is_unit or (first.spaced and len(parts) == 1) or not has_only_letters):
             return None
     following = cursor.peek()
@@ -376,10 +324,10 @@ def _known_unit(cursor: Cursor) -> Unit | None:
 
 def _words_of_group(cursor: Cursor) -> str:
     """The names in a group, with spaces between."""
-    if not cursor.accept("{"):
+    if not cursor.accept("{", "("):
         return cursor.take().value
     parts: list[str] = []
-    while not cursor.accept("}"):
+    while not cursor.accept("}", ")"):
         if cursor.accept(r"\cdot", "*"):
             continue
         if cursor.peek().kind not in ("letter", "word", "text"):

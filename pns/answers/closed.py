@@ -36,6 +36,8 @@ def is_closed(answer: Answer) -> bool:
         case Relation():
             if named := named_value(answer):
                 return is_closed(named[1])
+            if all(map(is_numeric, answer.sides)):  # 2+3=5
+                return True
             own_ends = ends(answer)
             return own_ends is not None and all(is_numeric(end) for end, _ in own_ends)
     return isinstance(answer, Based)

@@ -264,8 +264,8 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
     distance = None if basis.rule.tolerance else _distance(x, y)
     if distance is not None and (_is_rounding(a, b, distance) or _is_rounding(b, a, distance)):
         return _undecided("one number may be a rounding of the other")
-    ratio = rational(Call((x / y,), "abs"))
-    if ratio and bool(a.unit) != bool(b.unit):
+    ratio = rational(x / y)
+    if ratio and ratio > 0 and bool(a.unit) != bool(b.unit):
         factor = max(ratio, 1 / ratio)
         if factor in _CONVERSIONS or factor == 10 ** round(math.log10(factor.numerator)):  # 5 and 500 cm
             return _undecided("one number may be the other in another unit")

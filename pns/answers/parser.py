@@ -14,7 +14,6 @@ from pns.answers.atoms import (
     Marks,
     at_unit,
     both_hold,
-    counted,
     has_degrees,
     in_degrees,
     is_domain,
@@ -311,23 +310,7 @@ class Parser(Cursor):
         return Product(tuple(map(letter, written)))
 
     def symbol(self, name: str) -> Tree:
-        if name in ("C", "P") and self.at("(") and self.has_two_arguments():
-            self.take()
-            lower, upper = self.until(")", most=2)
-            if isinstance(lower, Number) and isinstance(upper, Number) and lower.value < upper.value:
-                raise Unreadable  # a point
-            self.marks.ambiguous |= bool(lower.symbols or upper.symbols)
-            return counted(name, lower, upper)
         return read_symbol(self, name, self.marks)
-
-    def has_two_arguments(self) -> bool:
-        """Whether the bracket here holds one comma, and no other bracket."""
-        inside: list[str] = []
-        for token in self.tokens[self.position + 1 :]:
-            if token.value in ("(", ")", "[", r"\{"):
-                return token.value == ")" and inside.count(",") == 1
-            inside.append(token.value)
-        return False
 
     def absolute(self, bar: str) -> Tree:
         if self.bars and bar == "|":  # it closes another
@@ -452,6 +435,12 @@ def _binomial(parser: Parser, _name: str) -> Tree:
     return Call((top, *rest), "binomial")
 
 
+def _arrangements(parser: Parser, _name: str) -> Tree:
+    """The ways to put some of so many things into an order."""
+    things, places = parser.argument(), parser.argument()
+    return Call((things,), "factorial") / Call((things - places,), "factorial")
+
+
 def _series(parser: Parser, kind: str) -> Tree:
     parser.expect("_")
     parser.expect("{")
@@ -537,6 +526,7 @@ _FACTORS: dict[str, _Rule] = {  # what may follow a factor without a sign betwee
     **_named(("binom", "dbinom", "tbinom"), _binomial),
     r"\lfloor": lambda parser, _name: Call(parser.until(r"\rfloor"), "floor"),
     r"\lceil": lambda parser, _name: Call(parser.until(r"\rceil"), "ceil"),
+    r"\perm": _arrangements,
     **_named(("sum", "prod"), _series),
     r"\begin": _matrix,
     r"\mathbb": lambda parser, _name: _SETS.get(name := parser.raw_group()) or Symbol("mathbb" + name),

@@ -6,9 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from fractions import Fraction
 
 from pns.answers.parser import read_answer
-from pns.answers.spelling import TEXT, TEXT_OPENING, clean, is_prose
+from pns.answers.spelling import CHOSEN, TEXT, TEXT_OPENING, clean, counted, is_prose
 from pns.answers.tokens import Unreadable, split_tokens
 from pns.answers.tree import INFINITY, Answer, Expression, Number, Words, letter
 from pns.answers.units import unit_size
@@ -17,12 +18,14 @@ from pns.answers.words import NUMBER_WORDS, number_in_words, without_phrases
 MAX_CHARACTERS = 2000
 _SPACED = r"[1-9]\d{0,2}(?: +\d{3})+"
 _GROUPED = re.compile(
-    rf"(?<![\w.,}}'])(?:\d{{1,3}}(?:,\d{{3}})+|{_SPACED}|\d{{1,3}}(?:'\d{{3}})+|\d{{1,3}}(?:_\d{{3}})+"
+    rf"(?<![\w.,}}'])(?:[1-9]\d{{0,2}}(?:,\d{{3}})+|{_SPACED}|\d{{1,3}}(?:'\d{{3}})+|\d{{1,3}}(?:_\d{{3}})+"
     r"|\d{1,2}(?:,\d{2})+,\d{3})(?![\d,'_]|\.\d*,)"
     r"|(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,])"
 )
 _SPACED_IN_LIST = re.compile(rf"(?<![\w.,]){_SPACED}(?![\d,])")
 _DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d+)(?![\d.])([^,]*)")
+_EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3})+,\d+")
+_IN_LETTERS = re.compile(r"\d+[A-F][0-9A-F]*_\{?\d\d?\}?|0x[0-9A-Fa-f]+")  # digits above nine
 _TIME = re.compile(r"(\d{1,2}):([0-5]\d)\\text\{([aApP])meridiem\}")
 _POINT = re.compile(r"[A-Z](?:_\d)?'?\s*(\([^()]*,[^()]*\))")  # a point with its name
 _UNIT_IN_BRACKETS = re.compile(
@@ -31,7 +34,8 @@ _UNIT_IN_BRACKETS = re.compile(
 _CHOICE = re.compile(
     rf"(?:\(([A-J])\)|{TEXT_OPENING} ?\(([A-J])\) ?\}}|{TEXT_OPENING} ?([A-J])[.:)] ?\}}"
     r"|([A-J])(?:[.)]|:(?= )(?!.*:)))"
-    r" ?(?P<text>(?![-+*/^_=<>,.:;)(']|\\(?:cdot|times|in|le|ge|ne|cup|cap)(?![a-z])).*)"
+    r"(?! ?(?:[-+*/^_=<>,.:;)(']|\\(?:cdot|times|in|le|ge|ne|cup|cap)(?![a-z])|(?:\\text\{ ?)?(?:and|or)\b))"
+    r" ?(?P<text>(?!.*\([A-J]\)).*)"
 )
 _WITH_BASE = re.compile(r"(.*\d)\s*_?\s*[({]?\s*(?:base|\\text\{\s*base)\s*[-~]?\s*(\d+|[a-z]+)\s*[)}]*")
 
@@ -41,6 +45,8 @@ def readings(answer: str) -> list[Answer]:
     it cannot be read."""
     if len(answer) > MAX_CHARACTERS:
         return []
+    if answer.isascii() and answer.isdigit():
+        return [Expression(Number(Fraction(answer)))]
     text, is_rounded = without_phrases(clean(answer))
     if len(text) > MAX_CHARACTERS:
         return []
@@ -65,7 +71,7 @@ def _as_rounded(reading: Answer) -> Answer:
 
 def _spellings(text: str) -> list[str]:
     """The text with what is ambiguous in it written out, the likeliest first."""
-    texts = [text]
+    texts = [CHOSEN.sub(counted, text)]
     if not text.startswith(("(", "[", r"\{")):  # (1,234) is a pair
         joined = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
         if joined != text:
@@ -76,6 +82,8 @@ def _spellings(text: str) -> list[str]:
         before, whole, decimals, behind = decimal.groups()
         if whole == "0" or len(decimals) != 3:
             texts.append(f"{before}{whole}.{decimals}{behind}")
+    if _EUROPEAN.fullmatch(text) or (";" in text and "." not in text):
+        texts.append(re.sub(r"(?<=\d),(?=\d)", ".", text.replace(".", "")))
     if time := _TIME.fullmatch(text):
         hour, minutes, half = time.groups()
         texts.append(f"{int(hour) % 12 + 12 * (half in 'pP')}:{minutes}")  # 19:30
@@ -88,7 +96,7 @@ def _spellings(text: str) -> list[str]:
 
 
 def _read(text: str) -> Answer | None:
-    if not text or re.fullmatch(r"[-+*/^_=,.;:\s]*", text):
+    if not text or re.fullmatch(r"[-+*/^_=,.;:\s]*", text) or _IN_LETTERS.fullmatch(text):
         return None
     bare = re.sub(TEXT, r" \1 ", text).strip()
     if quoted := re.fullmatch(r"([\"'`])(.*)\1", bare):
@@ -98,8 +106,8 @@ def _read(text: str) -> Answer | None:
         is_enclosed = match[1] and match[3]  # (a)
         is_choice = is_enclosed or match[2].isupper() or re.search(TEXT, text)
         return Words(match[2]) if is_choice else Expression(letter(match[2]))
-    if counted := _in_words(word):
-        return counted
+    if number := _in_words(word):
+        return number
     if word in ("infinity", "infinite"):
         return Expression(INFINITY)
     if is_prose(bare):

@@ -31,8 +31,9 @@ _UNICODE = {
     "∓": r"\mp ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "ω": r"\omega ",
     "φ": r"\phi ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∠": r"\angle ",
     "’": "'", "′": "'", "″": "''", "∣": "|", "≈": r"\approx ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
-    "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\cbrt ", "Ω": r"\Omega ", "\u2126": r"\Omega ", "µ": r"\mu ",
-    "μ": r"\mu ", "℃": r"^\circ C", "℉": r"^\circ F", "∧": r"\land ", "∨": r"\lor ", "∖": r"\setminus ",
+    "⁄": "/", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\cbrt ", "Ω": r"\Omega ", "\u2126": r"\Omega ",
+    "µ": r"\mu ", "μ": r"\mu ", "℃": r"^\circ C", "℉": r"^\circ F", "∧": r"\land ",
+    "∨": r"\lor ", "∖": r"\setminus ",
 }  # fmt: skip
 _TRANSLATION = str.maketrans(_UNICODE)
 _RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
@@ -47,9 +48,25 @@ TEXT_OPENING = rf"\\(?:{_TEXTS})\s*\{{"
 TEXT = TEXT_OPENING + r"([^{}]*)\}"
 STYLES = "mathbf boldsymbol mathit mathcal mathsf mathtt bm bold".split()
 _INDEX = r"(\{[^{}]{1,9}\}|\w)"  # a short group, a digit or a letter
-_COUNTED = rf"(?:\\(?:{_TEXTS})\s*\{{\s*)?([CP])\s*\}}?"  # combinations and permutations
+_LETTER = r"([A-Za-z]|\\[a-z]+ ?)"
+_N, _K = (rf"\s*(?P<{name}>\{{[^{{}}]{{1,9}}\}}|\w)" for name in "nk")
+_COUNTED = rf"(?:\\(?:{_TEXTS})\s*\{{\s*)?(?P<kind>[CAP])\s*\}}?\s*"  # combinations and permutations
 _HALF_OF_DAY = rf"(?:\\(?:{_TEXTS})\s*\{{\s*)?([aApP])\.?\s?[mM]\b\.?\s*\}}?"
-_SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in (
+CHOSEN = re.compile(r"(?<![A-Za-z\\])(?P<kind>[CP])\((?P<n>[\dnmNp+-]{1,9}), ?(?P<k>[\dkrmn+-]{1,9})\)")
+
+
+def counted(match: re.Match[str]) -> str:
+    r"""`\binom{5}{2}` or `\perm{5}{2}` for combinations or permutations in another notation; the notation
+    where it rather is a power of a name, as `C_1^2`, or a point."""
+    n, k, kind = match["n"].strip("{}"), match["k"].strip("{}"), match["kind"]
+    is_number = n.isdigit() and k.isdigit() and int(n) >= max(3, int(k))
+    if not (is_number or (not n.isdigit() and (kind == "C" or not k.isdigit()))):
+        return match[0]
+    return rf"\{'binom' if kind == 'C' else 'perm'}{{{n}}}{{{k}}}"
+
+
+_Change = tuple[str, str | Callable[[re.Match[str]], str]]
+_SPELLINGS: tuple[_Change, ...] = (
     (r"(?<=\d)\u066c(?=\d)", ","),
     (r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|ex|em|mm|cm|in|mu)\s*\]", r"\\\\ "),  # the space behind a row
     (r"\\(?:cr|tabularnewline)(?![A-Za-z])", r"\\\\ "),
@@ -60,12 +77,15 @@ _SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replace
     (_SPACING.pattern, " "),
     (r"^\s*#{1,6}\s+", ""),  # markdown
     (r"(?<![\w)}\]*])\*\*(?=[^\s*])([^*]+)\*\*(?![\w({\\*])", r"\1"),
-    (r"^\s*(__|`{1,3}|[*_])(?=[^\s*_`])([^`*]*)\1\s*$", r"\2"),
+    (r"^\s*(__|`{1,3}|[*_\"])(?=[^\s*_`])([^`*\"]*)\1\s*$", r"\2"),
     (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"),
     (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"),
     (r"^\s*\\(?:boxed|fbox)(?![A-Za-z{])", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (rf"\\(?:{_TEXTS}|{'|'.join(STYLES)})\s*\{{([-+\d.,/\s]*\d[\d.,/\s]*)\}}", r" \1 "),  # \mathbf{5}
+    (rf"^\s*\\(?:{_TEXTS}|{'|'.join(STYLES)})\s*\{{([^{{}}]*\d[^{{}}]*)\}}\s*$", r"\1"),  # \text{x = 5}
+    (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,30}}\^)\{{(-?\d)\}}", r"\1\2 "),  # \text{m^{2}}
+    (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,30}}\^)\{{(-?\d)\}}", r"\1\2 "),
     (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,20}})\\mu\s*", r"\1u"),  # \text{\mu m}
     (rf"(\\(?:{_TEXTS})\s*\{{[^{{}}]{{0,20}})\\Omega\s*", r"\1ohm"),
     (rf"(?<=[\d}} ])\\mu\s*\\(?:{_TEXTS})\s*\{{\s*", r"\\text{u"),
@@ -76,20 +96,23 @@ _SPELLINGS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replace
     (rf"\^\s*\\circ\s*(?:\\(?:{_TEXTS})\s*\{{\s*F\s*\}}|F(?!\w))", r"\\text{ fahrenheit}"),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
     (rf"^\s*(1?\d)\s*{_HALF_OF_DAY}\s*$", r"\1:00\\text{\2meridiem}"),
-    (rf"(?<!\d)(\d{{1,2}}):\s*([0-5]\d)\s*{_HALF_OF_DAY}", r"\1:\2\\text{\3meridiem}"),
+    (rf"(?<!\d)(\d{{1,2}})\s*:\s*([0-5]\d)\s*{_HALF_OF_DAY}", r"\1:\2\\text{\3meridiem}"),
     (r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{ and }"),
     (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
     (r"\+/-", r"\\pm "),
     (r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)", r"\\"),
-    (rf"(?<![A-Za-z\\])d(\^{_INDEX})?\s?([A-Za-z])/d([A-Za-z])(\^{_INDEX})?(?![A-Za-z])",
+    (rf"(?<![A-Za-z\\])d(\^{_INDEX})?\s?{_LETTER}/d{_LETTER}(\^{_INDEX})?(?![A-Za-z])",
      r"\\frac{d\1\3}{d\4\5}"),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (rf"(?<![\w)}}])(?:\{{\s*\}})?\s*[_^]\s*{_INDEX}\s*{_COUNTED}\s*_\s*{_INDEX}", r"\2_\1^\3"),  # {}_5C_2
-    (r"(?<![\w.])(\d+)([CP])(\d+)(?!\w)", r"\2_{\1}^{\3}"),  # 5C2
+    (rf"(?<![\w)}}])(?:\{{\s*\}})?\s*[_^]{_N}\s*{_COUNTED}_{_K}", counted),  # {}_5C_2
+    (r"(?<![\w.])(?P<n>\d+)(?P<kind>[CP])(?P<k>\d+)(?!\w)", counted),  # 5C2
+    (rf"(?<![A-Za-z\\]){_COUNTED}(?:_{_N}\s*\^{_K})(?!\s*[\^_'(])", counted),  # C_5^2
+    (rf"(?<![A-Za-z\\]){_COUNTED}(?:\^{_K}\s*_{_N})(?!\s*[\^_'(])", counted),  # C^2_5
     (r"(?<![\w)}])\(\s*(\d+)\s*\)\s*_", r"\1_"),  # (101)_2
     (r"^\s*([A-Za-z])\s*(\([^()\[\]]*\]|\[[^()\[\]]*\))\s*$", r"\1\\in \2"),  # t(0,4]
     (r"\s+", " "),
-)]  # fmt: skip
+)  # fmt: skip
+_PATTERNS = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in _SPELLINGS]
 
 
 TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")
@@ -104,19 +127,17 @@ phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hba
 nabla mho Re Im"""
 GREEK = frozenset(_GREEK.split())
 _SHORT_WORDS = """and or the of for are is not per yes no odd red one two six ten all any day man men cup
-pig cow hen pen dog cat egg box way old km sq pct"""
+pig cow hen pen dog cat egg box way old km sq pct to we so if get cis rpm usd deg"""
 SHORT_WORDS = frozenset(_SHORT_WORDS.split())  # of under four letters, that are no product of variables
 
 
 def clean(answer: str) -> str:
     """The text without wrappers and spacing commands that carry no meaning, in ASCII and LaTeX only."""
-    if answer.isascii() and answer.isdigit():
-        return answer
     text = answer
     if not answer.isascii():
         text = _RAISED.sub(lambda match: "^" + _index(match[0]), answer)
         text = _LOWERED.sub(lambda match: "_" + _index(match[0]), text).translate(_TRANSLATION)
-    for pattern, replacement in _SPELLINGS:
+    for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text.strip().rstrip(".").strip()
 

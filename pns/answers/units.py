@@ -39,12 +39,21 @@ _SIZES = """
 0.001 m^3 md l L liter litre
 1 J*s/m^2/C mn T tesla
 0.0001 T - gauss
+1 mi/h - mph
+1 km/h - kph kmh
+1.602176634e-19 J kMG eV ev
+4.184 J k cal calorie
+149597870700 m - au
+9460730472580800 m - ly
+4046.8564224 m^2 - acre
+3.785411784 L - gal gallon
+0.000001 m^3 - cc
 0.01 dollar - cent penny pennies
 1 dollar - dollar usd buck
 """  # size, its dimension or the units that it is measured in, the prefixes of its symbol, names
 _LONG_PREFIXES = {"milli": -3, "centi": -2, "kilo": 3, "mega": 6, "micro": -6, "nano": -9}
-_ALONE = """oz ounce rad radian ev kev mev gev au ly pc kpc mpc mph kph kmh gal gallon euro acre hp cc unit
-celsius fahrenheit cal kcal ameridiem pmeridiem"""  # compared with themselves only
+_ALONE = """oz ounce rad radian pc kpc mpc euro hp unit celsius fahrenheit ameridiem
+pmeridiem"""  # compared with themselves only
 CURRENCIES = {r"\$": "dollar", r"\euro": "euro", r"\pounds": "pound sterling"}
 UNIT_LETTERS = frozenset("mgslLNJWVKCFhA")  # that are read as units behind a number and a space
 

@@ -13,9 +13,17 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBER_WORDS = {word: value for value, word in enumerate(_UNDER_TWENTY)}
 NUMBER_WORDS |= {word: 10 * value for value, word in enumerate(_TENS, 2)}
 SCALES = {"dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth".split()
-_PARTS = {"half": 2, "halve": 2, "quarter": 4} | {word: value for value, word in enumerate(_ORDINALS, 3)}
-_MOST_WORDS = 12
+_PARTS = "half third quarter fourth fifth sixth seventh eighth ninth tenth".split()
+_PART_SIZES = dict(zip(_PARTS, (2, 3, 4, 4, 5, 6, 7, 8, 9, 10), strict=True)) | {"halve": 2}
+_ONES = "|".join(_UNDER_TWENTY[1:10])
+_SEVERAL = _ONES.removeprefix("one|")
+_SMALL = rf"(?:(?:{'|'.join(_TENS)})(?: (?:{_ONES}))?|{'|'.join(_UNDER_TWENTY[1:])})"
+_HUNDREDS = rf"(?:(?:a|{_ONES}) hundred(?: (?:and )?{_SMALL})?|{_SMALL})"
+_WHOLE = rf"(?:(?:(?:a|{_HUNDREDS}) )?(?:{'|'.join(SCALES)})(?: (?:and )?{_HUNDREDS})?|{_HUNDREDS}|zero)"
+_NUMBER = re.compile(
+    rf"(?P<sign>(?:minus|negative) )?(?:(?P<whole>{_WHOLE})|half|(?:(?P<before>{_WHOLE}) and )?"
+    rf"(?:(?:a|one) (?P<part>{'|'.join(_PARTS)})|(?P<count>{_SEVERAL}) (?P<parts>{'|'.join(_PART_SIZES)})s))"
+)
 
 _NAME = r"[A-Za-z](?:_\{?\w\}?)?"
 _NAMES = rf"{_NAME}(?:\s*(?:,|\band\b)\s*{_NAME})*"
@@ -33,9 +41,10 @@ _CONNECTIVE = re.compile(
     rf"[,\s]*(?:(?:{'|'.join(_KIND.split())}|for|where|with|is|are|be|in|answer)\s*)+:?\s*"
 )
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|exactly|precisely)\b[,:\s]*)?(?:(?:the|our|my)\s+)?"
+    r"(?:(?:so|thus|hence|therefore|then)\b[,:\s]+)?(?:(?:(?:the|our|my)\s+)?"
     r"(?:(?:final|correct|exact|required)\s+)?(?:answers?|result|solutions?|it|there|value)"
-    r"(?:\s+(?:is|are|equals)\b\s*:?|\s*[:=])\s*|(?:exactly|precisely)\s+",
+    r"(?:\s+(?:is|are|equals)\b\s*:?|\s*[:=])\s*|[a-z][a-z' ]{2,40}?\s(?:is|are|equals)\s(?=[-\d\\.]))?"
+    r"(?:(?:exactly|precisely)\s+)?",
     re.IGNORECASE,
 )
 _STATED = re.compile(r"^([A-Za-z])\s+(?:is|equals|is equal to)\s+(?=[-\d\\.])")
@@ -47,54 +56,28 @@ _ROUNDED = re.compile(
 
 
 def number_in_words(text: str) -> Fraction | None:
-    """The number under a million millions that words in lower case state, with halves, thirds, quarters: "two
-    hundred and five", "two thirds", "one and a half". None where they state none."""
-    words = text.replace("-", " ").split()[: _MOST_WORDS + 1]
-    if words[:1] in (["minus"], ["negative"]):
-        value = number_in_words(" ".join(words[1:]))
-        return None if value is None else -value
-    if not words or len(words) > _MOST_WORDS:
+    """The number that words in lower case state, with halves, thirds, quarters: "two hundred and five", "two
+    thirds", "one and a half". None where they state none: "third" alone is a place."""
+    number = _NUMBER.fullmatch(text.replace("-", " "))
+    if not number:
         return None
-    *before, last = words
-    parts = _PARTS.get(last) or _PARTS.get(last.removesuffix("s"))
-    if not parts:
-        return _cardinal(words)
-    if before in ([], ["one"], ["a"]):  # "third" alone is a place
-        return Fraction(1, parts) if before or last == "half" else None
-    if before[-1:] == ["and"] or (before[-1] not in NUMBER_WORDS and before[-1] != "a"):
-        return None
-    count = 1 if before[-1] == "a" else NUMBER_WORDS[before[-1]]
-    whole = _cardinal(before[:-2]) if before[-2:-1] == ["and"] else None if before[:-1] else Fraction(0)
-    if whole is None or count < 1 or (count > 1) != (last.removesuffix("s") != last):
-        return None
-    return whole + Fraction(count, parts)
+    if number["whole"]:
+        value = Fraction(_whole(number["whole"]))
+    else:
+        part = number["part"] or number["parts"] or "half"
+        value = _whole(number["before"] or "") + Fraction(_whole(number["count"] or "a"), _PART_SIZES[part])
+    return -value if number["sign"] else value
 
 
-def _cardinal(words: list[str]) -> Fraction | None:
-    """A whole number: hundreds with tens and ones, times a scale."""
-    for scale in ("trillion", "billion", "million", "thousand", "dozen"):
-        if scale in words:
-            place = words.index(scale)
-            count = _cardinal(words[:place]) if words[:place] not in ([], ["a"]) else Fraction(1)
-            rest = _cardinal(words[place + 1 :]) if words[place + 1 :] else Fraction(0)
-            if count is None or rest is None or rest >= SCALES[scale] or (rest and scale == "dozen"):
-                return None
-            return count * SCALES[scale] + rest
-    hundreds = 0
-    if words[1:2] == ["hundred"]:
-        hundreds = 1 if words[0] == "a" else NUMBER_WORDS.get(words[0], 0)
-        words = words[3:] if words[2:3] == ["and"] and words[3:] else words[2:]
-        if not 0 < hundreds < 10:
-            return None
-    values = [NUMBER_WORDS.get(word, -1) for word in words]
-    match values:
-        case []:
-            return Fraction(100 * hundreds) if hundreds else None
-        case [value] if value >= 0 and (value or not hundreds):
-            return Fraction(100 * hundreds + value)
-        case [tens, ones] if tens >= 20 and 0 < ones < 10:
-            return Fraction(100 * hundreds + tens + ones)
-    return None
+def _whole(text: str) -> int:
+    """The value of a whole number in words."""
+    total = part = 0
+    for word in text.split():
+        if word in SCALES:
+            total, part = (part or 1) * SCALES[word], 0
+        else:
+            part = part * 100 if word == "hundred" else part + NUMBER_WORDS.get(word, word == "a")
+    return total + part
 
 
 def without_phrases(text: str) -> tuple[str, bool]:

@@ -8,8 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pns.algo.across import Resampled, SuiteRuns, resample
-from pns.algo.scores import MEAN, right_shares
+from pns.algo.across import SuiteRuns, resample
+from pns.algo.scores import MEAN, described, right_shares
 from pns.errors import UserError, did_you_mean
 from pns.files import read_json, write_json
 from pns.records import to_json
@@ -27,8 +27,8 @@ def compare_runs(
     from those named in `against`; write them to `file`, if any.
 
     Keys: `<suite>.<model>.{accuracy,low,high,n}` (with "mean", the unweighted mean over suites), `runs` (the
-    accuracy in each), and `against.<model>.{difference,low,high,p_value,verdict}`. Raises UserError unless
-    all runs have the same models, and suites that compare.
+    accuracy in each), and `against.<model>.{difference,low,high,p_value,p_corrected,verdict}`. Raises
+    UserError unless all runs have the same models, and suites that compare.
     """
     evaluations = [finished_evaluation(run) for run in runs]
     models = list(evaluations[0].scores()[MEAN])
@@ -104,21 +104,18 @@ def comparison(
 ) -> Comparison:
     found, mean = resample(suites)
     every = found | {MEAN: mean}
-    return {
-        suite: {model: model_figures(own, models, model, references) for model in models}
-        for suite, own in every.items()
-    }
-
-
-def model_figures(own: Resampled, models: Sequence[str], model: str, references: Sequence[str]) -> Figures:
-    index = models.index(model)
-    figures: Figures = to_json(own.accuracy(index)) | {"runs": own.observed_RM[:, index].tolist()}
-    for other in references:
-        if other != model:
-            difference = own.difference(models.index(other), index)
-            against = figures.setdefault("against", {})
-            against[other] = vars(difference) | {"verdict": difference.verdict}
-    return figures
+    compared: Comparison = {suite: {} for suite in every}
+    for index, model in enumerate(models):
+        for suite, own in every.items():
+            accuracy = to_json(own.accuracy(index)) | {"runs": own.observed_RM[:, index].tolist()}
+            compared[suite][model] = accuracy
+        for other in references:
+            if other != model:
+                before = models.index(other)
+                differences = {suite: own.difference(before, index) for suite, own in every.items()}
+                for suite, figures in described(differences).items():
+                    compared[suite][model].setdefault("against", {})[other] = figures
+    return compared
 
 
 def comparison_tables(
@@ -133,13 +130,14 @@ def comparison_tables(
     made = [table]
     in_order = [MEAN, *(suite for suite in compared if suite != MEAN)]
     for reference in references:
-        heads = ("model", "suite", "difference % [95 %]", "p", "")
+        heads = ("model", "suite", "difference % [95 %]", "p", "p corrected", "")
         table = Table(*heads, title=f"Against {reference}, paired")
         for model in (other for other in models if other != reference):
             for suite in in_order:
                 own = compared[suite][model]["against"][reference]
                 difference, low, high = (f"{100 * own[what]:+.1f}" for what in ("difference", "low", "high"))
-                row = (suite, f"{difference} [{low}, {high}]", f"{own['p_value']:.3f}", own["verdict"])
+                p_values = (f"{own[key]:.3f}" for key in ("p_value", "p_corrected"))
+                row = (suite, f"{difference} [{low}, {high}]", *p_values, own["verdict"])
                 table.add_row(model if suite == MEAN else "", *row, end_section=suite == in_order[-1])
         made += [table] if table.row_count else []
     return made

@@ -120,24 +120,30 @@ def compare_evaluations(
 def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> list[Table]:
     """Terminal tables of one model: the suites, differences from other models, and by subject and level where
     the problems have them."""
-    heads = ["suite", "n", "k", "accuracy % [95 %]", "pass@k", "maj@k", "cut", "none", "long", "?"]
+    heads = ["suite", "n", "k", "accuracy % [95 %]", "as Qwen", "pass@k", "maj@k", "cut", "none", "long", "?"]
     meaning = "cut at the token limit, without an answer, not asked (prompt too long), undecided (?)"
-    table = Table(*heads, title=name, caption=f"k samples a problem; completions {meaning}")
+    caption = f"k samples a problem; as Qwen: as published figures count; completions {meaning}"
+    if "minerva_math" in scores:
+        caption += "; minerva_math: graders of published figures cannot read scientific notation (3.83e35)"
+    table = Table(*heads, title=name, caption=caption)
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for suite, models in scores.items():
         found = models[name]
         # Of the largest k alone: the figures rise with it, and a table has no room for all.
         best = [list(found.get(key, {}).values())[-1:] for key in ("pass_at", "majority_at")]
+        best.insert(0, [found["qwen_accuracy"]] if "qwen_accuracy" in found else [])
         shares = [f"{100 * share[0]:.1f}" if share else "" for share in best]
         row = [suite, found["n"], found.get("samples_per_problem", ""), interval(found), *shares]
         cells = [str(cell) for cell in (*row, *(found[what] for what in COUNTED))]
         table.add_row(*cells, end_section=suite == list(scores)[-2])  # a line above the mean
     shown = [table]
     for other in scores["mean"][name].get("against", {}):
-        differences = Table("suite", "difference % [95 %]", "p", "", title=f"{name} against {other}")
+        columns = ("suite", "difference % [95 %]", "p", "p corrected", "")
+        differences = Table(*columns, title=f"{name} against {other}")
+        differences.caption = "p of the suites corrected for their number (Holm); the mean is one test"
         for suite, models in scores.items():
             d = models[name]["against"][other]
-            differences.add_row(suite, difference_interval(d), f"{d['p_value']:.4f}", d["verdict"])
+            differences.add_row(suite, difference_interval(d), *p_values(d), d["verdict"])
         shown.append(differences)
     for what in ("subject", "level"):
         groups = Table("suite", what, "n", "accuracy % [95 %]")
@@ -147,3 +153,7 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
         if groups.row_count:
             shown.append(groups)
     return shown
+
+
+def p_values(difference: Mapping[str, float]) -> tuple[str, str]:
+    return f"{difference['p_value']:.4f}", f"{difference['p_corrected']:.4f}"

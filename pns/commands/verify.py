@@ -15,7 +15,9 @@ from pns.records import AnswerRule
 _IN_FLIGHT = 4096  # cases read ahead of the verdicts
 
 
-def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, force: bool) -> dict[str, int]:
+def verify_file(
+    cases: Path, out: Path, processes: int, limit_seconds: float, force: bool, for_negatives: bool = True
+) -> dict[str, int]:
     r"""Verify every line of `cases` and write one line each to `out`, in order; returns the number of lines
     per verdict.
 
@@ -24,8 +26,8 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
     prediction is a whole completion, whose last box is the answer, or a bare answer
     (`pns.answers.extract.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
     `verdict` (correct, wrong, unverified), `extracted` (null: no final answer, which is unverified), `reason`
-    and `seconds` (a worker's time). Raises UserError with the line's number for input of another form; `out`
-    then holds verdicts of lines before it.
+    and `seconds` (a worker's processor time). `for_negatives`: wrong is what two readers call so. Raises
+    UserError with the line's number for input of another form; `out` then holds verdicts of lines before it.
     """
     if processes < 1 or limit_seconds <= 0:
         raise UserError(f"--processes {processes} and --seconds {limit_seconds:g} must be positive")
@@ -47,7 +49,7 @@ def verify_file(cases: Path, out: Path, processes: int, limit_seconds: float, fo
                 gold, prediction, rule = _checked_case(case, f"{cases}, line {number}")
                 answer = extract_answer(gold) if "\\boxed" in gold else gold
                 request = (answer or gold, extract_answer(prediction), rule)
-                waiting.append(verifier.submit_extracted([request]))
+                waiting.append(verifier.submit_extracted([request], for_negatives))
                 while waiting and (len(waiting) >= _IN_FLIGHT or verifier.done(waiting[0])):
                     _write(file, verifier.collect(waiting.popleft())[0], counts)
             while waiting:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pns.algo.scores import COUNTED, MEAN, summarise
+from pns.algo.scores import COUNTED, MEAN, final_verdict, summarise
 from pns.config import Decoding
 from pns.data.prompts import context_tokens
 from pns.files import read_jsonl, write_json, write_jsonl
@@ -108,7 +108,7 @@ class AnswerScorer:
             rows.append(Answered(problem, ask.sample, ask.seed, *drawn, None, Verdict.UNVERIFIED, ""))
             keys.append(ask.key)
         answers = [(row.problem.answer, row.completion, row.problem.rule) for row in rows]
-        self._verifying.append((rows, keys, self._verifier.submit(answers)))
+        self._verifying.append((rows, keys, self._verifier.submit(answers, for_negatives=False)))
 
     def finished(self, wait: bool) -> list[tuple[str, Answered]]:
         whole, still_verifying = [], []
@@ -130,18 +130,3 @@ def not_asked(problem: Problem, sample: int, seed: int) -> Answered:
     """What stands for a sample of a problem whose prompt leaves no room for an answer."""
     reason, asked = "prompt_too_long", replace(problem, solution=None)
     return Answered(asked, sample, seed, "", 0, reason, None, Verdict.WRONG, reason)
-
-
-def final_verdict(
-    verdict: Verdict, cause: str | None, extracted: str | None, finish_reason: str
-) -> tuple[Verdict, str]:
-    """The verdict that counts, and its reason, from the verifier's."""
-    if finish_reason == "length":
-        return Verdict.WRONG, "truncated"
-    if finish_reason != "stop":  # the engine failed: that is no answer of the model's
-        return Verdict.UNVERIFIED, finish_reason or "no_finish_reason"
-    if extracted is None:
-        return Verdict.WRONG, "no_answer"
-    if verdict is Verdict.UNVERIFIED:
-        return verdict, cause or "unknown"
-    return verdict, "equal" if verdict is Verdict.CORRECT else "different"

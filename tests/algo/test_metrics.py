@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from pns.algo.metrics import (
     auroc,
+    effective_problems,
     expected_calibration_error,
+    holm,
     majority,
     mean_score,
     paired_difference,
     pass_at_k,
     rank_correlation,
     score,
+    score_of_shares,
 )
 from pns.records import Score
 
@@ -64,11 +67,13 @@ def test_paired_difference() -> None:
     assert found.low == pytest.approx(0.19, abs=0.01)
     assert found.high == pytest.approx(0.31, abs=0.01)
     assert found.p_value == 1 / 10_001  # 50 heads in a row: 2 ** -49
-    assert found.verdict == "better"
-    assert paired_difference([after], [before], seed=3).verdict == "worse"
+    assert found.verdict(found.p_value) == "better"
+    worse = paired_difference([after], [before], seed=3)
+    assert worse.verdict(worse.p_value) == "worse"
+    assert worse.verdict(0.05) == "not distinguishable"  # corrected for other tests
     assert paired_difference([before], [after], seed=3) == found
     same = paired_difference([before], [before])
-    assert (same.difference, same.low, same.high, same.p_value, same.verdict) == (
+    assert (same.difference, same.low, same.high, same.p_value, same.verdict(1.0)) == (
         0.0,
         0.0,
         0.0,
@@ -80,13 +85,50 @@ def test_paired_difference() -> None:
             paired_difference(*bad)
 
 
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx(
+        [0.03, 0.06, 0.06]
+    )  # 3 x .01; 2 x .03; no less than that
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_several_samples_count_as_more_problems() -> None:
+    assert score_of_shares([1.0, 0.0, 1.0], 1) == score(2, 3)
+    same = [0.5] * 10  # every problem half right: as many coins as samples
+    assert effective_problems(same, 8) == 80
+    assert score_of_shares(same, 8).low == score(40, 80).low
+    sure = [1.0, 0.0] * 50  # no problem is ever in doubt: samples tell nothing
+    assert effective_problems(sure, 8) == 100
+    shares = [0.25, 0.75] * 50
+    assert effective_problems(shares, 16) == pytest.approx(0.25 / 0.0625 * 99)
+    assert effective_problems([0.0] * 9, 4) == 9
+    with pytest.raises(ValueError, match="0 shares"):
+        score_of_shares([], 4)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (2.0, 2.0)])
+def test_intervals_of_several_samples_cover(alpha: float, beta: float) -> None:
+    """In tests/bench/interval_coverage.py for more populations."""
+    random = np.random.default_rng(0)
+    hits, narrower = 0, []
+    for _ in range(400):
+        shares = random.binomial(16, random.beta(alpha, beta, 100)) / 16
+        found = score_of_shares(shares.tolist(), 16)
+        hits += found.low <= alpha / (alpha + beta) <= found.high
+        wilson = score(math.fsum(shares), 100)
+        narrower.append((wilson.high - wilson.low) / (found.high - found.low))
+    assert 0.92 <= hits / 400 <= 0.98
+    assert np.mean(narrower) > 1.2
+
+
 def test_few_problems_tell_nothing() -> None:
     """Four problems that all turn right: the bootstrap interval is [1, 1], by chance alone it happens once in
     2 ** 3 (either way)."""
     found = paired_difference([[0.0] * 4], [[1.0] * 4])
     assert (found.low, found.high) == (1.0, 1.0)
     assert found.p_value == pytest.approx(1 / 8, abs=0.02)
-    assert found.verdict == "not distinguishable"
+    assert found.verdict(found.p_value) == "not distinguishable"
 
 
 def test_permutation_p_value_by_enumeration() -> None:

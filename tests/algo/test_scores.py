@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from pns.algo.scores import answer_classes, suite_figures, summarise
+from pns.algo.metrics import Difference
+from pns.algo.scores import answer_classes, described, suite_figures, summarise
 from pns.config import Decoding
 from pns.records import Answered, Problem, Verdict
 
@@ -97,3 +98,11 @@ def test_the_mean_is_over_suites() -> None:
     rows = [*greedy(["correct"] * 2), *greedy(["wrong"] * 10, suite="t", problem="q")]
     scores = summarise({"m": rows}, {"s": GREEDY, "t": GREEDY}, seed=0)
     assert (scores["mean"]["m"]["accuracy"], scores["mean"]["m"]["n"]) == (0.5, 12)
+
+
+def test_suites_are_so_many_tests() -> None:
+    """One of ten suites differs by chance: corrected, it tells nothing; the mean is a test of its own."""
+    weak, none = Difference(0.1, 0.01, 0.19, 0.03), Difference(0.0, -0.1, 0.1, 0.9)
+    found = described({**{f"s{i}": none for i in range(9)}, "t": weak, "mean": weak})
+    assert (found["t"]["p_value"], found["t"]["p_corrected"]) == (0.03, pytest.approx(0.3))
+    assert (found["t"]["verdict"], found["mean"]["verdict"]) == ("not distinguishable", "better")

@@ -13,7 +13,9 @@ from pns.answers.compare import same_answer
 from pns.answers.extract import extract_answer
 from pns.records import AnswerRule
 
-CASES = Path(__file__).parents[1] / "cases" / "answers.jsonl"
+FOLDER = Path(__file__).parents[1] / "cases"
+CASES = FOLDER / "answers.jsonl"
+READINGS = FOLDER / "readings.jsonl"  # a class of notation or of kinds at a time
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -28,26 +30,36 @@ def fits(case: dict[str, Any], verdict: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of them in one file."""
+    file = tmp_path_factory.mktemp("cases") / "cases.jsonl"
+    file.write_text(
+        CASES.read_text(encoding="utf-8") + READINGS.read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def verdicts(cases: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("verify") / "verdicts.jsonl"
-    assert cli.main(["verify", str(CASES), "--out", str(out), "--processes", "2", "--seconds", "3"]) == 0
+    assert cli.main(["verify", str(cases), "--out", str(out), "--processes", "2", "--seconds", "3"]) == 0
     return rows(out)
 
 
-def test_every_case_of_the_table_has_its_verdict(verdicts: list[dict[str, Any]]) -> None:
-    cases = rows(CASES)
-    assert len(cases) >= 300
-    assert len({json.dumps(case, sort_keys=True) for case in cases}) == len(cases)
-    assert all(case["reason"] for case in cases)
-    assert len(verdicts) == len(cases)
+def test_every_case_of_the_table_has_its_verdict(cases: Path, verdicts: list[dict[str, Any]]) -> None:
+    table = rows(cases)
+    assert len(table) >= 700
+    assert len({json.dumps(case, sort_keys=True) for case in table}) == len(table)
+    assert all(case["reason"] for case in table)
+    assert len(verdicts) == len(table)
     missed = [
-        (case, found) for case, found in zip(cases, verdicts, strict=True) if not fits(case, found["verdict"])
+        (case, found) for case, found in zip(table, verdicts, strict=True) if not fits(case, found["verdict"])
     ]
     assert missed == []
 
 
-def test_verdicts_carry_what_they_rest_on(verdicts: list[dict[str, Any]]) -> None:
-    for case, found in zip(rows(CASES), verdicts, strict=True):
+def test_verdicts_carry_what_they_rest_on(cases: Path, verdicts: list[dict[str, Any]]) -> None:
+    for case, found in zip(rows(cases), verdicts, strict=True):
         assert list(found) == ["verdict", "extracted", "reason", "seconds"]
         assert found["extracted"] == extract_answer(case["prediction"])
         assert found["reason"]
@@ -55,8 +67,8 @@ def test_verdicts_carry_what_they_rest_on(verdicts: list[dict[str, Any]]) -> Non
     assert {found["verdict"] for found in verdicts} == {"correct", "wrong", "unverified"}
 
 
-def test_the_exact_comparison_alone_is_never_against_the_table() -> None:
-    for case in rows(CASES):
+def test_the_exact_comparison_alone_is_never_against_the_table(cases: Path) -> None:
+    for case in rows(cases):
         answer = extract_answer(case["prediction"])
         rule = AnswerRule(case.get("unordered", False), case.get("tolerance", 0.0), case.get("unit", ""))
         same = same_answer(case["gold"], answer, rule) if answer else None

@@ -199,7 +199,9 @@ def test_what_is_no_answer_is_not_read(text: str) -> None:
         (r"5 \text{ m^2}", "5 ㎡"),
         (r"5 \text{ cm}", "5 cm", "5 (cm)", r"5\ (\text{cm})"),
         (r"5 \text{ m / s^2}", r"5 \frac{\text{m}}{\text{s}^2}"),
-        ("x = 5", "x is 5", "x equals 5"),
+        ("x = 5", "x is 5", "x equals 5", "Thus, x = 5"),
+        ("12 square units", "The area is 12 square units."),
+        ("A, C", "(A), (C)", "(A) and (C)"),
         ("101_2", "101_{2}", "(101)_2", r"101_{\text{two}}", "101 base 2", r"101_{(2)}"),
         (r"90^\circ", "90°", "90 degrees", r"90^{\circ}", r"90 \text{ degrees}"),
         ("(2,3)", "M(2,3)", "P(2,3)"),
@@ -267,6 +269,9 @@ def test_what_looks_like_another_notation_is_not_read_so(text: str, answer: Answ
         r"\begin{pmatrix} 1 & 2 \\ 3 \end{pmatrix}",
         r"\mathbb{R}\setminus\mathbb{Q}",
         "at least 5",
+        "1A_{16}",  # digits above nine
+        "0x1A",
+        "5 to 6",
         "30 degrees + x",
         r"30^\circ \text{ cm}",
         "5 hours 30 minutes",
@@ -313,6 +318,9 @@ def test_numbers_with_commas_have_two_readings() -> None:
     assert pair == Group("", (Expression(ONE), Expression(whole(234))))
     assert len(readings("3,5 cm")) == len(readings("3,5")) == 2
     assert readings("3{,}5") == readings("3.5")
+    assert readings("(0,5; 1)")[1:] == readings("(0.5, 1)")
+    assert readings("1.234,5")[1:] == readings("1234.5")
+    assert Expression(ONE) not in readings("0,001")
     assert readings("1{,}234") == readings("1,234")
 
 

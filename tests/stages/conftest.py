@@ -120,7 +120,9 @@ class FakeVerifier:
         self.late = False
         self.asked: list[tuple[Any, ...]] = []
 
-    def submit(self, items: Sequence[tuple[Any, ...]]) -> list[Future[VerifierResult]]:
+    def submit(
+        self, items: Sequence[tuple[Any, ...]], for_negatives: bool = True
+    ) -> list[Future[VerifierResult]]:
         self.asked += items
         return [soon(self.verify(gold, extract_boxed(text)), self.late) for gold, text, _ in items]
 

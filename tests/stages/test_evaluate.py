@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pns.algo.scores import final_verdict
 from pns.config import Config, Data, Decoding
 from pns.data.problems import Identity
 from pns.files import read_json
@@ -15,7 +16,7 @@ from pns.records import Problem, Verdict
 from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
-from pns.stages.evaluate import AnswerScorer, evaluate, final_verdict
+from pns.stages.evaluate import AnswerScorer, evaluate
 from pns.stages.stream import Ask
 from workers.rollout.engine import Sample, Sampling
 

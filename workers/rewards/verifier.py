@@ -1,22 +1,24 @@
 r"""Verdicts on final answers in killable processes: one that never ends costs its own limit, nothing else.
 
-Two verifiers look at every answer: the exact comparison of `pns.answers.compare`, and math-verify. CORRECT
-needs a proof of equality by the first, or math-verify's word on a notation the first cannot read. WRONG needs
-both to say "different". Anything else is UNVERIFIED.
+The exact comparison of `pns.answers.compare` looks at every answer. CORRECT needs its proof of equality, or
+math-verify's word on a notation that it cannot read. WRONG needs its proof of difference and, where the
+verdict is for negatives, a second reader that also says "different": that of plain numbers, or math-verify.
+Anything else is UNVERIFIED. math-verify, which takes nearly all of the time, is asked only where its answer
+can change the verdict. Plain numbers are decided in the calling process.
 
 Sampled answers are untrusted: `9^{9^{9}}` keeps sympy busy for ever, and other input exhausts memory or
 crashes the interpreter. One *template* process has math-verify imported and forks workers in milliseconds.
-Items go in batches to the workers of the quick lanes, whose patience is a quarter of a second of processor
-time; what takes longer is killed there and starts again, with the whole limit, in a slow lane of low
-priority. So items that never end delay each other, not the rest. The limit counts from the moment a worker
-begins the item. Workers die with the template, and the template with its caller.
+Items go in batches to the workers of the quick lanes, whose patience is a quarter of a second; what takes
+longer is killed there and starts again, with the whole limit, in a slow lane of low priority. So items that
+never end delay each other, not the rest. Both count the worker's processor time for the item, so a busy
+machine changes no verdict; nor does what a worker did before. Workers die with the template, and the template
+with its caller.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import os
 import queue
@@ -28,26 +30,29 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from pns.answers.compare import compare_answers
 from pns.answers.extract import extract_boxed
-from pns.answers.spelling import is_prose
+from pns.answers.plain_numbers import read_plain
+from pns.errors import UserError
 from pns.records import AnswerRule, Verdict
+from workers.rewards.decide import EXACT, Decision, Question, decide, decide_by_reading, what_is_broken
 
 _START_SECONDS = 120.0  # for the template to import math-verify and fork a worker
 _SAY_SECONDS = 30.0  # of waiting for verdicts, before it is said what for
-# Of a quick lane, in processor time, so that a busy machine sends no ordinary item to the slow lanes.
-_PATIENCE_SECONDS = 0.25
+_PATIENCE_SECONDS = 0.25  # of a quick lane, in processor time
+_STALLED = 20  # limits of wall-clock time after which a worker is taken for stopped
+_KEPT = 20_000  # decisions that are remembered
 _BATCH = 16  # items handed to a worker at once, at most
 _MEMORY_GIB = 3  # address space of a worker: beyond it an answer fails, not the machine
-# Decimals that math-verify compares, digits that it computes; with 6, 1/2^99 equals 1/2^98.
-_ROUNDING, _PRECISION = 60, 80
+_GROWTH_GIB = 0.25  # of that, since its start, after which a worker has had its day
 _NICENESS = 5  # of a slow lane's worker: more would starve it on a busy machine
 # Answers of every kind, two spaces apart, read by the template, so that no worker, whose patience is short,
 # meets a rule of math-verify's grammar for the first time.
@@ -58,9 +63,7 @@ _WARMING = r"""\frac{1}{2}  0.5  -\frac{\sqrt{3}}{2}+2\pi  \left(\frac{1}{3}, -2
 5\text{ cm}  \sqrt[3]{2}"""
 _MAX_CHARACTERS = 2000  # of an answer; longer ones are not parsed
 _INTEGER = re.compile(r"[+-]?\d{1,100}")  # Python refuses to read integers of over 4,300 digits
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")  # not a command, nor a product of a few variables
-_EXACT = AnswerRule()  # of an answer that brings no rule of its own
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
+_READY = "ready"  # says the template, or what is wrong
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,18 @@ class VerifierResult:
 
     no_answer     no boxed answer in the prediction
     too_long      the answer has over 2,000 characters
-    timeout       over the limit, the worker was killed
-    crashed       the worker died
+    timeout       over the limit in processor time, the worker was killed
+    stalled       twice no verdict in 20 limits of wall-clock time
+    crashed       the worker died, and so did a fresh one
     not_started   no worker could be started
     gold          math-verify cannot read the gold answer
     unparsable    math-verify cannot read the prediction's answer
     comparison    math-verify failed while comparing
     disagreement  one verifier says equal, the other different
-    undecided     one verifier says different, the other cannot tell
+    undecided     no verifier proves either, or one says different and the other cannot tell
 
     `extracted` is the prediction's boxed answer as written, None where there is none; `reason` says in words
-    what the verdict rests on; `seconds` is the worker's time for the item, 0 where no worker was needed.
+    what the verdict rests on; `seconds` is a worker's processor time for the item, 0 where none was needed.
     """
 
     verdict: Verdict
@@ -91,11 +95,11 @@ class VerifierResult:
 
 VerifierHandle = list[Future[VerifierResult]]
 VerifierItem = tuple[str, str] | tuple[str, str, AnswerRule]
-Decision = tuple[Verdict, str | None, str]
 
 
 class Verifier:
-    """Compares predictions with gold answers in `processes` processes, at most `limit_seconds` of work each.
+    """Compares predictions with gold answers in `processes` processes; an item may take `limit_seconds` of
+    processor time. Raises UserError where math-verify is missing or broken.
 
     Needs no main guard in the calling script: workers are started from this module, not from the caller's.
     """
@@ -104,7 +108,9 @@ class Verifier:
         self._processes, self._limit_seconds = processes, limit_seconds
         self._open: dict[Future[VerifierResult], _Job] = {}  # without a verdict
         self._last_verdict = time.monotonic()
+        self._decided = _Decided()
         self._template = _Template()
+        self._template.start()
         self._closing = threading.Event()
         self._quick: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._slow: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -118,13 +124,22 @@ class Verifier:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, items: Sequence[VerifierItem]) -> VerifierHandle:
-        """Begin verifying (gold answer, prediction text[, rule]) items without waiting, for `collect`."""
-        return [self._begin(gold, extract_boxed(text), *rule) for gold, text, *rule in items]
+    def submit(self, items: Sequence[VerifierItem], for_negatives: bool = True) -> VerifierHandle:
+        """Begin verifying (gold answer, prediction text[, rule]) items without waiting, for `collect`.
 
-    def submit_extracted(self, items: Sequence[tuple[str, str | None, AnswerRule]]) -> VerifierHandle:
+        `for_negatives`: what is WRONG may become a rejected side or a reward, so that a second reader must
+        say so too; False: the exact comparison's proof is enough, which is many times faster.
+        """
+        return [
+            self._begin(gold, extract_boxed(text), rule[0] if rule else EXACT, for_negatives)
+            for gold, text, *rule in items
+        ]
+
+    def submit_extracted(
+        self, items: Sequence[tuple[str, str | None, AnswerRule]], for_negatives: bool = True
+    ) -> VerifierHandle:
         """Like `submit`, of answers that are already taken out of their texts (None: there is none)."""
-        return [self._begin(*item) for item in items]
+        return [self._begin(*item, for_negatives) for item in items]
 
     def done(self, handle: VerifierHandle) -> bool:
         """Whether `collect` would not wait."""
@@ -136,16 +151,16 @@ class Verifier:
         """The results of one `submit`, in order. Says every `say_seconds` what it waits for.
 
         Raises TimeoutError where no item at all, of any `submit`, got a verdict for `most_seconds`; None: the
-        longest that an item can take in a quick and then in a slow lane, a process started in each.
+        longest that an item can take in a quick lane, in a slow one and asked again, a process started each.
         """
-        longest = most_seconds or 2 * (self._limit_seconds + _START_SECONDS)
+        longest = most_seconds or 3 * (_STALLED * self._limit_seconds + _START_SECONDS)
         began = time.monotonic()
         while late := wait(handle, timeout=min(say_seconds, longest)).not_done:
             silent = time.monotonic() - max(began, self._last_verdict)
             first = next(
                 (self._open[future] for future in handle if future in late & self._open.keys()), None
             )
-            name = f", the first on {first.extracted[:60]!r}" if first else ""
+            name = f", the first on {first.question[1][:60]!r}" if first else ""
             awaited = f"verifier: waiting for {len(late)} of {len(handle)} verdicts{name}"
             state = f"{len(self._open)} are open in all, the last verdict came {silent:.0f} s ago"
             if silent >= longest:
@@ -163,27 +178,33 @@ class Verifier:
                         job.future.cancel()
             for _ in range(self._processes):
                 jobs.put(None)
-        deadline = time.monotonic() + self._limit_seconds + _START_SECONDS
+        deadline = time.monotonic() + _STALLED * self._limit_seconds + _START_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 raise TimeoutError(f"verifier: thread {thread.name} did not stop its process")
         self._template.stop()
 
-    def _begin(self, gold: str, extracted: str | None, rule: AnswerRule = _EXACT) -> Future[VerifierResult]:
+    def _begin(
+        self, gold: str, extracted: str | None, rule: AnswerRule, for_negatives: bool
+    ) -> Future[VerifierResult]:
         future: Future[VerifierResult] = Future()
-        if decided := decide_without_process(gold, extracted, rule):
+        question = gold, extracted or "", rule, for_negatives
+        decided = self._decided.get(question) or decide_without_process(gold, extracted, rule, for_negatives)
+        if decided:
+            self._decided.put(question, decided)
             future.set_result(decided)
         else:
-            assert extracted is not None
-            self._open[future] = job = _Job(gold, extracted, rule, future)
+            self._open[future] = job = _Job(question, future)
             future.add_done_callback(self._settled)
             self._quick.put(job)
         return future
 
     def _settled(self, future: Future[VerifierResult]) -> None:
         self._last_verdict = time.monotonic()
-        del self._open[future]
+        job = self._open.pop(future)
+        if not future.cancelled():
+            self._decided.put(job.question, future.result())
 
     def _serve(self, waiting: queue.SimpleQueue[_Job | None], patience: float | None) -> None:
         """A lane: answer what waits; what outlasts the patience goes to the slow lanes."""
@@ -200,11 +221,13 @@ class Verifier:
                 jobs = jobs[answered:]
                 if cause is None:
                     continue
-                if cause == "timeout" and patience:
+                worker = None if slow else self._template.spawn()
+                if cause != "timeout" and not jobs[0].is_asked_again:
+                    jobs[0].is_asked_again = True  # of a fresh worker
+                elif cause == "timeout" and patience:
                     self._slow.put(jobs.pop(0))
                 else:
                     jobs.pop(0).settle(_KILLED[cause], self._limit_seconds if cause == "timeout" else 0.0)
-                worker = None if slow else self._template.spawn()
             for job in jobs:
                 job.future.cancel()
         if worker:
@@ -230,11 +253,11 @@ class Verifier:
 
 
 def decide_without_process(
-    gold: str, extracted: str | None, rule: AnswerRule = _EXACT
+    gold: str, extracted: str | None, rule: AnswerRule = EXACT, for_negatives: bool = True
 ) -> VerifierResult | None:
-    """The verdict on an answer that needs no parser; None where it takes one."""
+    """The verdict on an answer that costs too little for a process; None where it takes one."""
     gold = gold.strip()
-    if extracted is None:
+    if not extracted:
         return VerifierResult(Verdict.UNVERIFIED, "no_answer", None, "no final answer in the prediction")
     if not gold:
         return VerifierResult(Verdict.UNVERIFIED, "gold", extracted, "the gold answer is empty")
@@ -243,31 +266,62 @@ def decide_without_process(
     if max(len(extracted), len(gold)) > _MAX_CHARACTERS:
         reason = f"an answer of over {_MAX_CHARACTERS} characters"
         return VerifierResult(Verdict.UNVERIFIED, "too_long", extracted, reason)
-    if rule == _EXACT and _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(extracted):
+    if rule != EXACT:
+        return None
+    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(extracted):
         if int(gold) == int(extracted):
             return VerifierResult(Verdict.CORRECT, None, extracted, "equal integers")
         return VerifierResult(Verdict.WRONG, None, extracted, "different integers")
+    plain = read_plain(gold), read_plain(extracted)
+    if all(answer and answer.is_number for answer in plain):
+        finding = compare_answers(gold, extracted, rule)
+        if decision := decide_by_reading(finding, gold, extracted, rule, for_negatives):
+            verdict, cause, reason = decision
+            return VerifierResult(verdict, cause, extracted, reason)
     return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    gold: str
-    extracted: str
-    rule: AnswerRule
+    question: Question
     future: Future[VerifierResult]
+    is_asked_again: bool = False  # after a worker that died or stalled
 
     def settle(self, decision: Decision, seconds: float = 0.0) -> None:
         verdict, cause, reason = decision
         if self.future.set_running_or_notify_cancel():
-            self.future.set_result(VerifierResult(verdict, cause, self.extracted, reason, seconds))
+            self.future.set_result(VerifierResult(verdict, cause, self.question[1], reason, seconds))
+
+
+class _Decided:
+    """The latest decisions, for several threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._results = threading.Lock(), OrderedDict[Question, VerifierResult]()
+
+    def get(self, question: Question) -> VerifierResult | None:
+        with self._lock:
+            if result := self._results.get(question):
+                self._results.move_to_end(question)
+            return result
+
+    def put(self, question: Question, result: VerifierResult) -> None:
+        if result.cause in _NOT_KEPT:
+            return
+        with self._lock:
+            self._results[question] = replace(result, seconds=0.0)
+            if len(self._results) > _KEPT:
+                self._results.popitem(last=False)
 
 
 _KILLED: dict[str, Decision] = {
     "timeout": (Verdict.UNVERIFIED, "timeout", "over the time limit"),
+    "stalled": (Verdict.UNVERIFIED, "stalled", f"no verdict in {_STALLED} time limits of wall-clock time"),
     "crashed": (Verdict.UNVERIFIED, "crashed", "the worker process died"),
 }
 _NOT_STARTED: Decision = (Verdict.UNVERIFIED, "not_started", "no worker process could be started")
+# Causes of the moment, not of the question, and such as need no memory.
+_NOT_KEPT = ("stalled", "crashed", "not_started", "no_answer", "too_long")
 
 
 class _Template:
@@ -283,11 +337,10 @@ class _Template:
             ours, theirs = socket.socketpair()
             with self._lock, theirs:
                 try:
-                    if not self._running or self._running[0].poll() is not None:
-                        self._start()
+                    self._ensure()
                     assert self._running
                     socket.send_fds(self._running[1], [b"n" if nice else b"."], [theirs.fileno()])
-                except OSError:  # no memory or no process left, or the template just died
+                except (OSError, UserError):  # no memory or process left, or the template just died
                     self._discard()
                     ours.close()
                     continue
@@ -299,11 +352,18 @@ class _Template:
             self.stop()
         return None
 
+    def start(self) -> None:
+        """Raises UserError where math-verify is missing or broken."""
+        with self._lock, contextlib.suppress(OSError):  # which is tried again, and told, for each item
+            self._ensure()
+
     def stop(self) -> None:
         with self._lock:
             self._discard()
 
-    def _start(self) -> None:
+    def _ensure(self) -> None:
+        if self._running and self._running[0].poll() is None:
+            return
         self._discard()
         ours, theirs = socket.socketpair()
         root = str(Path(__file__).resolve().parents[2])
@@ -315,9 +375,16 @@ class _Template:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # an interrupt of the terminal is the caller's to handle
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                # The order of sets, which sympy's results depend on, is the same in every run.
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
             )
         self._running = process, ours
+        ours.settimeout(_START_SECONDS)
+        said = ours.recv(4096).decode()
+        ours.settimeout(None)
+        if said != _READY:
+            self._discard()
+            raise UserError(said) if said else OSError("the template ended")
 
     def _discard(self) -> None:
         if self._running:
@@ -342,17 +409,20 @@ class _Worker:
         patience_seconds: float | None = None,
     ) -> tuple[int, str | None]:
         """Settle the jobs in order, each within the limit and the patience (seconds of processor time).
-        Returns how many were settled, and why the next was not: "timeout" (the worker is killed), "crashed",
-        or None at the end. After a cause the worker is gone."""
+        Returns how many were settled, and why the next was not: "timeout" or "stalled" (the worker is
+        killed), "crashed", or None at the end. After a cause the worker is gone."""
         answered = 0
         try:
-            self._connection.send([(job.gold, job.extracted, job.rule) for job in jobs])
+            began = self._processor_seconds()
+            self._connection.send([job.question for job in jobs])
             for job in jobs:
-                if not self._answers_within(limit_seconds, patience_seconds):
+                if cause := self._waits_in_vain(began + (patience_seconds or limit_seconds), limit_seconds):
                     self.stop()
-                    return answered, "timeout"
-                decision, seconds = self._connection.recv()
-                job.settle(decision, seconds)
+                    return answered, cause
+                decision, ended = self._connection.recv()
+                seconds, began = ended - began, ended
+                # A caller that did not get the processor sees what was over the limit only now.
+                job.settle(decision if seconds <= limit_seconds else _KILLED["timeout"], seconds)
                 answered += 1
                 if closing.is_set() and answered < len(jobs):
                     self.stop()  # it works on the next one already
@@ -362,18 +432,16 @@ class _Worker:
             return answered, "crashed"
         return answered, None
 
-    def _answers_within(self, limit_seconds: float, patience_seconds: float | None) -> bool:
-        if patience_seconds is None:
-            return self._connection.poll(limit_seconds)
-        end = time.monotonic() + limit_seconds
-        spent = self._processor_seconds()
+    def _waits_in_vain(self, until: float, limit_seconds: float) -> str | None:
+        """Wait for an answer until the worker's processor time is `until`; why there is none."""
+        end = time.monotonic() + _STALLED * limit_seconds
         while (left := end - time.monotonic()) > 0:
-            patience = patience_seconds - (self._processor_seconds() - spent)
-            if patience <= 0:
-                break
-            if self._connection.poll(min(left, max(patience, 0.01))):
-                return True
-        return self._connection.poll(0)  # it may have answered since
+            budget = until - self._processor_seconds()
+            if self._connection.poll(min(left, max(budget, 0.01)) if budget > 0 else 0):
+                return None
+            if budget <= 0:
+                return "timeout"
+        return "stalled"
 
     def _processor_seconds(self) -> float:
         """Processor time of the worker so far. Raises OSError if it is gone."""
@@ -387,90 +455,6 @@ class _Worker:
         self._connection.close()
 
 
-def decide(gold: str, extracted: str, rule: AnswerRule = _EXACT) -> Decision:
-    """Verdict, cause and reason of both verifiers together. Without a limit: for a killable process."""
-    finding = compare_answers(gold, extracted, rule)
-    if finding.same:
-        return Verdict.CORRECT, None, finding.reason
-    equal, cause = math_verify_says(gold, extracted)
-    if equal is None:
-        reason = f"math-verify cannot decide ({cause}); exact comparison: {finding.reason}"
-        return Verdict.UNVERIFIED, cause, reason
-    if finding.same is False and not equal:
-        return Verdict.WRONG, None, finding.reason
-    undecided = finding.same is None and not finding.doubtful
-    # math-verify leaves out the words beside a number: to it five apples are five pears.
-    if equal and undecided and not _WORD.search(gold + " " + extracted):
-        return Verdict.CORRECT, None, "math-verify says equal"
-    said, cause = ("equal", "disagreement") if equal else ("different", "undecided")
-    return Verdict.UNVERIFIED, cause, f"math-verify says {said}, exact comparison: {finding.reason}"
-
-
-def math_verify_says(gold: str, extracted: str) -> tuple[bool | None, str | None]:
-    """Whether math-verify calls them equal; None where it cannot tell: gold, unparsable or comparison."""
-    from math_verify import verify
-
-    gold_parsed = _parse(gold)
-    if not gold_parsed:
-        return None, "gold"
-    parsed = _parse(extracted)
-    if not parsed:
-        return None, "unparsable"
-    try:
-        if _differ(gold_parsed, parsed) is True:
-            return False, None
-        same = verify(
-            list(gold_parsed),
-            list(parsed),
-            float_rounding=_ROUNDING,
-            numeric_precision=_PRECISION,
-            timeout_seconds=None,  # its own limit is a signal, which C code can outlast: the parent kills
-            raise_on_error=True,
-        )
-        return bool(same), None
-    except Exception:  # sympy raises anything at all on odd input; whatever it is, nothing was decided
-        return None, "comparison"
-
-
-def _differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether two expressions, as math-verify reads them, take different values: sympy's evaluation at two
-    points decides in a millisecond where its simplification may take for ever."""
-    import sympy
-
-    if not (len(a) == len(b) == 1 and isinstance(a[0], sympy.Expr) and isinstance(b[0], sympy.Expr)):
-        return False
-    names = sorted(a[0].free_symbols | b[0].free_symbols, key=str)
-    for first in (17, 41):
-        point = {name: sympy.Rational(first + 12 * index, 13) for index, name in enumerate(names)}
-        x, y = a[0].evalf(30, subs=point), b[0].evalf(30, subs=point)
-        for value in (x, y):
-            if not (value.is_number and value.is_finite and value.is_comparable is not None):
-                return False
-        if not abs(x - y) > sympy.Float("1e-12") * max(abs(x), abs(y)):
-            return False
-    return True
-
-
-@functools.lru_cache(maxsize=64)  # the completions of one problem share its gold answer
-def _parse(answer: str) -> tuple[Any, ...]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    text = answer.strip().strip("$").strip().replace("\\%", "%").replace("**", "^")
-    if is_prose(text):  # else every letter would be a variable
-        text = rf"\text{{{text}}}"
-    # What models write and LaTeX has no word for: 1.2e5, np.sqrt, 5. and \mathrm{x}.
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", re.sub(r"\b(?:np|math)\.(?=[a-z])", r"\\", text))
-    text = re.sub(r"\\mathrm\s*\{\s*([A-Za-z])\s*\}", r"\1", re.sub(r"(?<=\d)\.(?!\d)", "", text))
-    # Plain expressions are looked for anywhere in the text, so only where the number is all there is (LaTeX
-    # reads no percents).
-    config = ExprExtractionConfig() if re.fullmatch(r"[+-]?[\d.,]+\s*%", text) else LatexExtractionConfig()
-    options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
-    try:
-        return tuple(parse(f"${text}$", [config], **options))
-    except Exception:  # as above
-        return ()
-
-
 def _die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent, process `parent`, ends."""
     pr_set_pdeathsig = 1
@@ -480,16 +464,22 @@ def _die_with(parent: int) -> None:
 
 
 def _work(connection: Connection) -> None:
+    """Answer until the caller is gone or has no more use for this worker. Too little memory ends it: the item
+    is asked again of a fresh one."""
     connection.send(os.getpid())
-    while True:
-        try:
-            jobs = connection.recv()
-            for job in jobs:
-                begin = time.perf_counter()
-                decision = decide(*job)
-                connection.send((decision, time.perf_counter() - begin))
-        except (EOFError, OSError):  # the caller is gone, or has no more use for this worker
-            os._exit(0)
+    most = _address_space() + int(_GROWTH_GIB * 2**30)
+    with contextlib.suppress(EOFError, OSError, MemoryError):
+        while True:
+            for question in connection.recv():
+                connection.send((decide(*question), time.process_time()))
+                if _address_space() > most:
+                    os._exit(0)
+    os._exit(0)
+
+
+def _address_space() -> int:
+    """Bytes, of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _serve_forks(control: socket.socket, parent: int) -> None:
@@ -502,6 +492,10 @@ def _serve_forks(control: socket.socket, parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_GIB << 30, _MEMORY_GIB << 30))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
+    problem = what_is_broken()
+    control.send((problem or _READY).encode())
+    if problem:
+        return
     for gold, extracted in itertools.pairwise(re.split("  |\n", _WARMING)):
         decide(gold, extracted)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead workers leave no zombie
