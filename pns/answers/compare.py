@@ -42,7 +42,9 @@ from pns.answers.relations import (
 )
 from pns.answers.spelling import spelling, stable
 from pns.answers.tree import (
+    DEGREE,
     EMPTY_SET,
+    ONE,
     REALS,
     ZERO,
     Answer,
@@ -61,6 +63,7 @@ from pns.answers.tree import (
     Words,
     is_numeric,
     substitute,
+    walk,
     whole,
 )
 from pns.answers.units import unit_size
@@ -83,7 +86,6 @@ _POLAR = ({"yes", "no"}, {"true", "false"})  # opposites, in each set
 _UNCLEAR = _VAGUE.union(*_POLAR)
 _UNORDERED = {"", "or", "{}"}
 _CONVERSIONS = {3, 7, 12, 24, 60, 3600}  # beside powers of ten: ratios that may be a change of unit
-_DEGREES = whole(180) / Constant("pi")  # of a radian
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class _Basis:
 
     rule: AnswerRule
     budget: Budget = field(default_factory=Budget)
+    in_list: bool = False  # constants are the same in all items
+    in_tuple: bool = False  # and so are parameters
 
     def same(self, x: Tree, y: Tree) -> bool | None:
         same = same_value(x, y, self.budget)
@@ -203,7 +207,7 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
     if a == b:
         return _SAME
     finding = _compare_forms(basis, a, b)
-    if not finding.same and is_same_family(a, b):
+    if not finding.same and not basis.in_tuple and is_same_family(a, b):
         return Finding(True, "the same family of values")
     if finding.same is False and not (is_closed(a) and is_closed(b)):
         return _OPEN
@@ -237,7 +241,7 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         return _undecided("a letter that may be a unit or a factor") if is_letter_unit else _SAME
     for is_in_a, is_in_b, factor, reason in (
         (a.percent, b.percent, whole(100), "equal as percentages"),  # 50% and 0.5
-        (a.degrees, b.degrees, _DEGREES, "equal as angles"),  # 90^\circ and \pi/2
+        (a.degrees, b.degrees, ONE / DEGREE, "equal as angles"),  # 90^\circ and \pi/2
     ):
         marked, plain = (x, y) if is_in_a else (y, x)
         if is_in_a != is_in_b and basis.same(marked, plain * factor):
@@ -246,7 +250,7 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         if same is None:
             return _undecided("numbers of which neither equality nor difference is proved")
         return _compare_numbers(basis, a, b, x, y)
-    if is_same_up_to_constants(x, y):
+    if not basis.in_list and is_same_up_to_constants(x, y):
         return Finding(True, "equal but for their arbitrary constants")
     if is_ambiguous:
         return _TWO_READINGS
@@ -265,6 +269,9 @@ def _compare_numbers(basis: _Basis, a: Expression, b: Expression, x: Tree, y: Tr
         factor = max(ratio, 1 / ratio)
         if factor in _CONVERSIONS or factor == 10 ** round(math.log10(factor.numerator)):  # 5 and 500 cm
             return _undecided("one number may be the other in another unit")
+    has_pi = [Constant("pi") in walk(tree) for tree in (x, y)]
+    if has_pi[0] != has_pi[1] and (basis.same(x * DEGREE, y) or basis.same(x, y * DEGREE)):
+        return _undecided("one number may be the other as an angle in degrees")
     if (a.ambiguous or b.ambiguous) and not (a.unit and b.unit):
         return _TWO_READINGS
     return _DIFFERENT_NUMBERS
@@ -325,7 +332,8 @@ def _compare_group(basis: _Basis, a: Group, b: Answer) -> Finding:
 def _compare_ordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
     if len(a) != len(b):
         return Finding(False, "a different number of items")
-    return _first(_compare(basis, x, y) for x, y in zip(a, b, strict=True))
+    inside = replace(basis, in_list=True, in_tuple=True)
+    return _first(_compare(inside, x, y) for x, y in zip(a, b, strict=True))
 
 
 def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
@@ -334,6 +342,7 @@ def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) 
         return _DIFFERENT
     if len(a) * len(b) > _MAX_PAIRS:
         return _undecided("lists too long to compare")
+    basis = replace(basis, in_list=len(a) > 1 or basis.in_list)
     names_a, names_b = _named(a), _named(b)
     if names_a and names_b and names_a.keys() == names_b.keys():
         return _first(_compare(basis, value, names_b[name]) for name, value in names_a.items())
@@ -364,7 +373,7 @@ def _flat(items: Sequence[Answer]) -> list[Answer]:
 
 def _named(items: Sequence[Answer]) -> dict[str, Answer]:
     """The values of items that are equations for different names; empty for others."""
-    named = [named_value(item) for item in items if isinstance(item, Relation)]
+    named = [named_value(item) for item in items if isinstance(item, Relation) and not _middle(item)]
     values = dict(filter(None, named))
     return values if len(values) == len(items) > 1 else {}
 
@@ -378,13 +387,28 @@ def _compare_sets(basis: _Basis, a: Answer, b: Answer) -> Finding:
     if x is None or y is None:
         return _undecided("sets of a form that is not read here")
     x, y = _joined(basis, x), _joined(basis, y)
+    has_points = any(isinstance(answer, Group) and answer.brackets == "{}" for answer in (a, b))
+    if has_points and any(isinstance(answer, Relation) for answer in (a, b)):
+        return _undecided("a list of numbers and an inequality, which may be of whole numbers")
     if len(x) != len(y):
         if all(is_numeric(value) for value, _ in x + y):
             return Finding(False, "sets of different parts")
         return _undecided("unions of different length")
     if [is_closed for _, is_closed in x] != [is_closed for _, is_closed in y]:
         return Finding(False, "an end that belongs to one set only")
-    return _compare_ordered(basis, [value for value, _ in x], [value for value, _ in y])
+    finding = _compare_ordered(basis, [value for value, _ in x], [value for value, _ in y])
+    names = {about.symbols for part in _parts(a) + _parts(b) if (about := subject(part))}
+    return _undecided("the same set of different names") if finding.same and len(names) > 1 else finding
+
+
+def _parts(answer: Answer) -> list[Relation]:
+    """The inequalities that a set is stated by."""
+    match answer:
+        case Relation():
+            return [answer]
+        case Group("or", parts) | Union(parts):
+            return [relation for part in parts for relation in _parts(part)]
+    return []
 
 
 def _joined(basis: _Basis, ascending_ends: list[End]) -> list[End]:
@@ -400,6 +424,9 @@ def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Findi
     chains = [answer for answer in (relation, other) if isinstance(answer, Relation)]
     if not all(_holds(basis, chain) for chain in chains):
         return _undecided("a chain of equations whose sides are not proved equal")
+    middles = [_middle(chain) for chain in chains if len(chain.sides) > 2]
+    if len(middles) == 2 and any(middles) and not _compare_ordered(basis, *middles).same:
+        return _undecided("chains of equations for different names")
     is_equation = relation.operators[0] in ("=", "in")
     if isinstance(other, Relation):
         if is_equation and other.operators[0] in ("=", "in"):
@@ -419,11 +446,19 @@ def _compare_relation(basis: _Basis, relation: Relation, other: Answer) -> Findi
 
 
 def _holds(basis: _Basis, relation: Relation) -> bool:
-    """Whether the numbers in a chain of equations are proved to be the same; `x = 5 + 5 = 11`: not."""
+    """Whether the numbers in a chain of equations, or else its values, are proved to be the same; those of
+    `x = 5 + 5 = 11` and `y = 2x z = x` are not."""
     if set(relation.operators) != {"="}:
         return True
-    numbers = [side for side in relation.sides if is_numeric(side)]
-    return all(_compare_expressions(basis, number, numbers[-1]).same for number in numbers[:-1])
+    *values, last = relation.sides[1:]
+    numbers: list[Answer] = [side for side in relation.sides[:-1] if is_numeric(side)]
+    return all(_compare(basis, side, last).same for side in (numbers if is_numeric(last) else values))
+
+
+def _middle(chain: Relation) -> list[Answer]:
+    """What a chain of equations says beside its first side, its last one and its numbers: the y of `x = y =
+    4`."""
+    return [side for side in chain.sides[1:-1] if "=" in chain.operators and not is_numeric(side)]
 
 
 def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:
@@ -516,10 +551,11 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     if not isinstance(other, Ratio):
         return _undecided("a ratio or a time and an answer of another kind")
     in_order = _compare_ordered(basis, ratio.parts, other.parts)
-    if in_order.same or len(ratio.parts) != 2 or len(other.parts) != 2:
+    if in_order.same or len(ratio.parts) != len(other.parts):
         return in_order
-    first, second, third, fourth = map(tree_of, ratio.parts + other.parts)
-    if basis.same(first, ZERO) is False and basis.same(first / second, third / fourth):
+    x, y = list(map(tree_of, ratio.parts)), list(map(tree_of, other.parts))
+    is_known = all(basis.same(part, ZERO) is False for part in x + y)
+    if is_known and all(basis.same(u * y[0], v * x[0]) for u, v in zip(x, y, strict=True)):
         are_clocks = ratio.clock and other.clock
         return _undecided("ratios that may be times") if are_clocks else Finding(True, "equal ratios")
     return in_order

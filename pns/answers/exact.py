@@ -24,7 +24,7 @@ from typing import Any
 
 import mpmath
 
-from pns.answers.polynomials import WHOLE_NUMBERS
+from pns.answers.polynomials import WHOLE_NUMBERS, degree
 from pns.answers.tree import (
     INFINITY,
     LOG_BASE,
@@ -147,6 +147,10 @@ def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool |
     if False in [_same_exactly(point, a, b, budget) for point in whole_points]:
         return False
     at_positive = [_same_at(point, a, b, budget) for point in positive_points]
+    if any(isinstance(part, Root) and part.symbols for part in (*walk(a), *walk(b))):
+        # \sqrt{x^2 - 40x + 400} is 20 - x up to 20 only
+        far_points = [{name: 90 * value for name, value in point.items()} for point in positive_points[:1]]
+        at_positive += [_same_at(point, a, b, budget) for point in far_points]
     # \sqrt{x^2} and x differ at negative numbers only, where the problem may not go: not decided
     at_negative = [_same_at(point, a, b, budget, only_real=True) for point in negative_points]
     is_same = at_positive.count(True) >= 2 and False not in at_positive + at_negative
@@ -165,7 +169,7 @@ def _is_same_of_whole_number(a: Tree, b: Tree, budget: Budget) -> bool:
     values = [part.value for part in denominators if isinstance(part, Number)]
     values += [1 / part.value for part in parts if isinstance(part, Number) and part.value.denominator > 1]
     period = math.lcm(*[value.numerator for value in map(Fraction, values)])
-    degrees = [_degree(tree) for tree in (a, b)]
+    degrees = [degree(tree, with_steps=True) for tree in (a, b)]
     if len(values) < len(denominators) or None in degrees:
         return False
     if 2 * period * (1 + max(degree or 0 for degree in degrees)) > _WHOLE_POINTS:
@@ -176,31 +180,6 @@ def _is_same_of_whole_number(a: Tree, b: Tree, budget: Budget) -> bool:
         return all(_Exact(budget, point).value(a) == _Exact(budget, point).value(b) for point in points)
     except ArithmeticError:
         return False
-
-
-def _degree(tree: Tree) -> int | None:
-    """In its one symbol, of a polynomial of it and of floors and ceilings of linear terms, else None."""
-    if not tree.symbols:
-        return 0
-    match tree:
-        case Symbol():
-            return 1
-        case Sum(parts) | Negative(parts):
-            degrees = [_degree(part) for part in parts]
-            return None if None in degrees else max(degree or 0 for degree in degrees)
-        case Product(parts):
-            degrees = [_degree(part) for part in parts]
-            return None if None in degrees else sum(degree or 0 for degree in degrees)
-        case Quotient((numerator, Number())):
-            return _degree(numerator)
-        case Power((base, Number(exponent))) if exponent.denominator == 1 and 0 < exponent < 9:
-            degree = _degree(base)
-            return None if degree is None else degree * int(exponent)
-        case Call((part,), "floor" | "ceil"):
-            return _degree(part) if _degree(part) == 1 else None
-        case Power((base, exponent)) if base == whole(-1) or base == Negative((whole(1),)):
-            return 0 if _degree(exponent) == 1 else None
-    return None
 
 
 class _Steps:
@@ -214,6 +193,9 @@ class _Steps:
     def replaced(self, tree: Tree) -> Tree:
         if not isinstance(tree, Operation) or not tree.symbols:
             return tree
+        if isinstance(tree, Series):  # of its terms nothing is known but how they are written
+            has_steps = any(isinstance(part, Call) and part.name in _ROUNDINGS for part in walk(tree))
+            return Symbol(f"step {tree!r}") if has_steps else tree
         tree = replace(tree, parts=tuple(map(self.replaced, tree.parts)))
         match tree:
             case Root((Power((base, Number(Fraction(numerator=2, denominator=1)))), degree)) if (

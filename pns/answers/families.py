@@ -10,14 +10,17 @@ from fractions import Fraction
 from functools import cache
 
 from pns.answers.exact import Budget, approximate, same_value
-from pns.answers.polynomials import WHOLE_NUMBERS, is_polynomial
+from pns.answers.polynomials import degree
+from pns.answers.relations import named_value, tree_of
 from pns.answers.tree import (
+    DEGREE,
     ONE,
     ZERO,
     Answer,
     Constant,
     Expression,
     Group,
+    Relation,
     Sum,
     Symbol,
     Tree,
@@ -29,6 +32,11 @@ from pns.answers.tree import (
 Same = Callable[[Tree, Tree], bool]
 
 _CONSTANT = re.compile(r"[A-DKck](?:_\w+)?")
+# Under one name on both sides a letter may be the problem's own (a spring's k, a line's A and B): only these
+# are then arbitrary, and only beside nothing but the variables of solutions.
+_ARBITRARY = re.compile(r"C|[Cc]_\w+")
+_VARIABLES = frozenset({*"xyztsu", r"\theta"})
+_PARAMETERS = frozenset("nkm")  # of families
 _MAX_CONSTANTS = 3
 _OPERATIONS = 80_000  # of one comparison
 _MAX_BRANCHES = 60  # of a family in the common period
@@ -39,9 +47,16 @@ _ACCURACY = Fraction(1, 10**40)  # of values known to 50 digits
 def is_same_up_to_constants(a: Tree, b: Tree) -> bool:
     """Whether two expressions are equal for all values of their variables once the arbitrary constants of one
     are called otherwise, exchanged, or multiplied by numbers: `C_1 e^x + C_2` and `-A + B e^x`."""
-    own, other = (sorted(filter(_CONSTANT.fullmatch, tree.symbols)) for tree in (a, b))
+    shared = a.symbols & b.symbols
+    is_pure = all(name in _VARIABLES or _CONSTANT.fullmatch(name) for name in a.symbols | b.symbols)
+    fixed = {name for name in shared if not (is_pure and _ARBITRARY.fullmatch(name))}
+    own, other = (
+        sorted(name for name in tree.symbols - fixed if _CONSTANT.fullmatch(name)) for tree in (a, b)
+    )
     variables = a.symbols.difference(own)
-    if not variables or variables != b.symbols.difference(other):
+    if variables.isdisjoint(_VARIABLES) or variables != b.symbols.difference(other):
+        return False
+    if any(name[:1].isupper() and not _CONSTANT.fullmatch(name) for name in variables):  # C_1 V, of physics
         return False
     if not 0 < len(own) == len(other) <= _MAX_CONSTANTS:
         return False
@@ -107,12 +122,15 @@ def _at_point(tree: Tree) -> Tree:
 def is_same_family(a: Answer, b: Answer) -> bool:
     """Whether two answers are the same numbers, all those of expressions `base + parameter * period` with a
     whole-numbered parameter: compared as sets, modulo the common period."""
-    families = [_family(a), _family(b)]
-    if None in families:
+    x, y = _family(a), _family(b)
+    names = _names(a), _names(b)
+    if x is None or y is None or max(map(len, names)) > 1 or len(set().union(*names)) > 1:
         return False
-    x, y = (family for family in families if family is not None)
     period = _common_period([step for _, step in [*x, *y]])
     if period is None:
+        return False
+    is_multiple_alone = len(x) == len(y) == 1 and all(_is_multiple(*branch) for branch in (*x, *y))
+    if is_multiple_alone and _symbols(a) == _symbols(b):  # n\pi and (n - 2)\pi, of a polygon
         return False
     residues = [_residues(family, period) for family in (x, y)]
     return all(
@@ -124,28 +142,41 @@ def is_same_family(a: Answer, b: Answer) -> bool:
 
 def _family(answer: Answer) -> list[tuple[Fraction, Fraction]] | None:
     """Base and period of each of its expressions; None for what is no family."""
-    items = answer.items if isinstance(answer, Group) and answer.brackets in ("", "or", "{}") else (answer,)
     branches = []
-    for item in items:
+    for item in _items(answer):
         if not isinstance(item, Expression) or item.ambiguous or item.unit or len(item.tree.symbols) != 1:
             return None
         (name,) = item.tree.symbols
-        has_pi = Constant("pi") in walk(item.tree)  # 2n and 2k may stand for one number each
-        if not has_pi or name not in WHOLE_NUMBERS or not is_polynomial(item.tree):
+        has_pi = item.degrees or Constant("pi") in walk(item.tree)  # 2n and 2k may stand for one number each
+        if not has_pi or name not in _PARAMETERS:
             return None
-        values = [approximate(substitute(item.tree, {name: whole(at)})) for at in (0, 1, 2, 7)]
-        base, first, *others = values
-        if base is None or first is None or not all(value is not None for value in others):
+        tree = item.tree * DEGREE if item.degrees else item.tree
+        values = [approximate(substitute(tree, {name: whole(at)})) for at in (0, 1)]
+        base, first = values
+        if base is None or first is None or base == first or degree(tree) != 1:
             return None
-        period = first - base
-        if not period or not all(
-            abs(value - base - at * period) < _ACCURACY
-            for at, value in zip((2, 7), others, strict=True)
-            if value is not None
-        ):
-            return None
-        branches.append((base, abs(period)))
+        branches.append((base, abs(first - base)))
     return branches
+
+
+def _items(answer: Answer) -> tuple[Answer, ...]:
+    r"""The expressions of a list, an equation `x = ...` or an expression."""
+    if isinstance(answer, Relation) and len(answer.sides) == 2 and (named := named_value(answer)):
+        return _items(named[1])
+    if isinstance(answer, Group) and answer.brackets in ("", "or", "{}"):
+        return tuple(itertools.chain.from_iterable(map(_items, answer.items)))
+    return (answer,)
+
+
+def _names(answer: Answer) -> set[str]:
+    if isinstance(answer, Group):
+        return set().union(*map(_names, answer.items))
+    named = named_value(answer) if isinstance(answer, Relation) else None
+    return {named[0]} if named else set()
+
+
+def _symbols(answer: Answer) -> frozenset[str]:
+    return frozenset().union(*[tree_of(item).symbols for item in _items(answer)])
 
 
 def _common_period(periods: list[Fraction]) -> Fraction | None:

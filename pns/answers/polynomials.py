@@ -1,13 +1,28 @@
 """Polynomials and rational functions, by the form of their trees."""
 
 import re
+from fractions import Fraction
 
-from pns.answers.tree import Constant, Negative, Number, Power, Product, Quotient, Sum, Symbol, Tree, walk
+from pns.answers.tree import (
+    Call,
+    Constant,
+    Negative,
+    Number,
+    Operation,
+    Power,
+    Product,
+    Quotient,
+    Sum,
+    Symbol,
+    Tree,
+    walk,
+)
 
 _NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?")  # of a variable; f(x), y' and dy/dx are none
 _CONSTANT = re.compile(r"[CKck]_\w+|[CK]")  # free constants, beside any variable
 _VARIABLES = frozenset("xyztuv")  # beside them these are constants, too:
 _CONSTANTS = frozenset("ckABDE")
+_MAX_POWER = 1000
 WHOLE_NUMBERS = frozenset("nkmljN")  # names that often stand for them; beside pi, of a family of solutions
 
 
@@ -36,15 +51,30 @@ def _is_rational(tree: Tree) -> bool:
     return False
 
 
-def is_polynomial(tree: Tree) -> bool:
-    """Whether it is written as a polynomial in its symbols: sums, products and powers, divided by numbers."""
+def degree(tree: Tree, with_steps: bool = False) -> int | None:
+    """At least the degree of a polynomial in its symbols, written as sums, products and powers, divided by
+    numbers; None for anything else. `with_steps`: floors and ceilings of linear terms and powers of -1 with
+    such exponents may be among its terms, for one whole number."""
     if not tree.symbols:
-        return True
+        return 0
+    parts = tree.parts if isinstance(tree, Operation) else ()
+    degrees = [degree(part, with_steps) for part in parts]
+    known = [value for value in degrees if value is not None]
+    if len(known) < len(parts):
+        return None
     match tree:
-        case Quotient((numerator, denominator)):
-            return not denominator.symbols and is_polynomial(numerator)
-        case Power((base, Number(exponent))):
-            return exponent >= 0 and exponent.denominator == 1 and is_polynomial(base)
-        case Sum(parts) | Product(parts) | Negative(parts):
-            return all(map(is_polynomial, parts))
-    return isinstance(tree, Symbol)
+        case Symbol():
+            return 1
+        case Sum() | Negative():
+            return max(known)
+        case Product():
+            return sum(known)
+        case Quotient((_, denominator)) if not denominator.symbols:
+            return known[0]
+        case Power((_, Number(exponent))) if exponent.denominator == 1 and 0 <= exponent <= _MAX_POWER:
+            return known[0] * int(exponent)
+        case Call(_, "floor" | "ceil") if with_steps and known == [1]:
+            return 1
+        case Power((Negative((Number(Fraction(numerator=1, denominator=1)),)), _)) if with_steps:
+            return 0 if known[1] == 1 else None
+    return None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
 from pns.answers.exact import approximate, rational
-from pns.answers.polynomials import is_polynomial
+from pns.answers.polynomials import degree
 from pns.answers.tree import (
     INFINITY,
     MINUS_INFINITY,
@@ -45,6 +44,12 @@ End = tuple[Answer, bool]  # of an interval, and whether it belongs to it
 def tree_of(answer: Answer) -> Tree:
     """The tree of an expression, a symbol without a name for any other answer."""
     return answer.tree if isinstance(answer, Expression) else _NO_TREE
+
+
+def symbols_of(answer: Answer) -> frozenset[str]:
+    """Of an expression, or of the sides of a relation."""
+    sides = answer.sides if isinstance(answer, Relation) else (answer,)
+    return frozenset().union(*[tree_of(side).symbols for side in sides])
 
 
 def named_value(relation: Relation) -> tuple[str, Answer] | None:
@@ -89,25 +94,24 @@ def _is_part_of_name(tree: Tree) -> bool:
 def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
     """The value that `other` has, in the argument of `name`: of `f(n)` in x, where that is `f(x)`. None where
     the two are not the same function of one argument each."""
-    x, y = (re.fullmatch(r"(.+)\((\w+)\)", function) for function in (name, other))
+    x, y = (re.fullmatch(r"(.+)\(([A-Za-z]\w*)\)", function) for function in (name, other))
     if not x or not y or x[1] != y[1] or x[2] == y[2]:
         return None
-    if not isinstance(value, Expression):
-        return value
+    if not isinstance(value, Expression) or x[2] in value.tree.symbols:  # f(n) = n + x
+        return None
     return replace(value, tree=substitute(value.tree, {y[2]: Symbol(x[2])}))
 
 
 def with_primes_of(primed: Relation, other: Relation) -> Relation:
     r"""The other equation with Newton's and Lagrange's names of derivatives, where the first has these and
     the other has Leibniz's: `\frac{d^2y}{dx^2}` as `y''`, `\frac{dx}{dt}` as `\dot x`."""
-    names = frozenset().union(*(tree_of(side).symbols for side in primed.sides))
-    written = frozenset().union(*(tree_of(side).symbols for side in other.sides))
+    names, written = symbols_of(primed), symbols_of(other)
     renamed: dict[str, Tree] = {}
     variables = set()
     for name in written:
         if leibniz := _LEIBNIZ.fullmatch(name):
             order = int(leibniz["order"] or 1)
-            primes, dots = leibniz["of"] + "'" * order, f"{'d' * (order - 1)}dot {leibniz['of']}"
+            primes, dots = leibniz["of"] + "'" * order, f"\\{'d' * (order - 1)}dot {leibniz['of']}"
             variables.add(leibniz["by"])
             is_dotted = dots in names and leibniz["by"] == "t"
             if primes in names or is_dotted:
@@ -122,22 +126,25 @@ def with_primes_of(primed: Relation, other: Relation) -> Relation:
 
 
 def difference_of_sides(relation: Relation) -> Tree | None:
-    """Left minus right of two expressions; None where a side is none, or may be read in other ways."""
+    """Left minus right of two expressions; None where a side is none, has a unit, or may be read in other
+    ways."""
     match relation.sides:
-        case (Expression(left, ambiguous=False), Expression(right, ambiguous=False)):
+        case (Expression(left, "", ambiguous=False), Expression(right, "", ambiguous=False)):
             return left - right
     return None
 
 
-def linear_root(tree: Tree, name: str, values: Mapping[str, Tree]) -> tuple[Fraction, Fraction] | None:
-    """Zero and slope of an expression in one of its symbols, with values for the others, if it is a
-    polynomial that is linear, as some points show, and not constant."""
-    at_0, at_1, *others = [rational(substitute(tree, {**values, name: Number(x)})) for x in _LINE]
+def linear_root(tree: Tree, name: str) -> tuple[Fraction, Fraction] | None:
+    """Zero and slope of an expression in its one symbol, if it is a polynomial that is linear, as more points
+    show than it has a degree, and not constant."""
+    at_0, at_1, *others = [rational(substitute(tree, {name: Number(x)})) for x in _LINE]
     if at_0 is None or at_1 is None or at_0 == at_1:
         return None
     slope = at_1 - at_0
-    is_linear = is_polynomial(tree) and others == [at_0 + slope * x for x in _LINE[2:]]
-    return (-at_0 / slope, slope) if is_linear else None
+    highest = degree(tree)
+    if highest is None or highest >= len(_LINE) or others != [at_0 + slope * x for x in _LINE[2:]]:
+        return None
+    return -at_0 / slope, slope
 
 
 def subject(relation: Relation) -> Tree | None:
@@ -203,7 +210,7 @@ def _ends_of_solution(relation: Relation) -> list[End] | None:
         if difference is None or len(difference.symbols) != 1:
             return None
         about = Symbol(min(difference.symbols))
-        root_and_slope = linear_root(difference, about.name, {})
+        root_and_slope = linear_root(difference, about.name)
         if root_and_slope is None:
             return None
         sides = (Expression(about), Expression(Number(root_and_slope[0])))
