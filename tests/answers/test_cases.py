@@ -14,6 +14,7 @@ from pns.answers.extract import extract_answer
 from pns.records import AnswerRule
 
 CASES = Path(__file__).parents[1] / "cases" / "answers.jsonl"
+READING = CASES.with_name("reading.jsonl")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -21,9 +22,13 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def fits(case: dict[str, Any], verdict: str) -> bool:
-    """Whether the verdict is the expected one; "not correct" leaves open whether both verifiers can tell."""
+    """
+    Whether the verdict is the expected one. "not correct" leaves open whether both verifiers can tell;
+    "undecided" is a pair that usage leaves open: neither "correct" nor "wrong" may be claimed of it.
+    """
     return verdict == case["expected"] or (
-        case["expected"] == "not correct" and verdict in ("wrong", "unverified")
+        (case["expected"] == "not correct" and verdict in ("wrong", "unverified"))
+        or (case["expected"] == "undecided" and verdict == "unverified")
     )
 
 
@@ -61,6 +66,18 @@ def test_the_exact_comparison_alone_is_never_against_the_table() -> None:
         rule = AnswerRule(case.get("unordered", False), case.get("tolerance", 0.0), case.get("unit", ""))
         same = same_answer(case["gold"], answer, rule) if answer else None
         assert same is not (case["expected"] != "correct"), case
+
+
+def test_every_case_of_reading_has_its_verdict(tmp_path: Path) -> None:
+    out, cases = tmp_path / "verdicts.jsonl", rows(READING)
+    assert len({json.dumps(case, sort_keys=True) for case in cases}) == len(cases)
+    assert cli.main(["verify", str(READING), "--out", str(out), "--processes", "2", "--seconds", "3"]) == 0
+    missed = [
+        (case, found["verdict"])
+        for case, found in zip(cases, rows(out), strict=True)
+        if not fits(case, found["verdict"])
+    ]
+    assert missed == []
 
 
 @pytest.mark.parametrize(
