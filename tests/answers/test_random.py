@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from random_answers import mutations, rewritings
 
 from pns.answers.compare import compare_answers
-from tests.random_answers import mutations, rewritings
 
 DATA = Path(os.environ["PNS_DATA"])
 NUM = 500

@@ -16,11 +16,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "answers"))
 
-from pns.answers.compare import compare_answers  # noqa: E402
-from pns.records import AnswerRule  # noqa: E402
-from tests.random_answers import mutations, rewritings  # noqa: E402
+from random_answers import mutations, rewritings
+
+from pns.answers.compare import compare_answers
+from pns.records import AnswerRule
 
 
 def same(gold: str, answer: str, rule: AnswerRule, whole: bool) -> bool | None:
