@@ -29,7 +29,7 @@ def same(gold: str, answer: str, rule: AnswerRule, whole: bool) -> bool | None:
         return compare_answers(gold, answer, rule).same
     from workers.rewards.verifier import decide
 
-    verdict = decide(gold, rf"\boxed{{{answer}}}", rule)[0]
+    verdict = decide(gold, answer, rule)[0]
     return {"correct": True, "wrong": False}.get(str(getattr(verdict, "value", verdict)))
 
 
