@@ -75,8 +75,25 @@ def value(latex: str) -> Fraction | complex | None:
     return found if isinstance(found, Fraction) else complex(found)
 
 
+def items(latex: str) -> list[str]:
+    """The items of a bracketed list without inner brackets; none where it is not one."""
+    found = re.fullmatch(r"\$?\s*(?:\\left)?\(([^()\[\]]+,[^()\[\]]+?)(?:\\right)?\)\s*\$?", latex)
+    return found[1].split(",") if found else []
+
+
+HALF_OPEN = re.compile(r"\$?\s*(\[.*\)|\(.*\])\s*\$?")
+
+
 def differ(left: str, right: str) -> bool:
-    """Whether both are read and their values are not the same."""
+    """Whether both are read and their values are not the same; two lists, where one has a value that the other
+    has not; two intervals, where only the brackets differ."""
+    if HALF_OPEN.fullmatch(left) and re.sub(r"[\[(]", "(", left) == re.sub(r"[\[(]", "(", right):
+        return left != right
+    many, others = items(left), items(right)
+    if many and others:
+        return any(all(differ(one, other) for other in others) for one in many) or any(
+            all(differ(other, one) for one in many) for other in others
+        )
     a, b = value(left), value(right)
     if a is None or b is None:
         return False
@@ -85,9 +102,13 @@ def differ(left: str, right: str) -> bool:
     return abs(complex(a) - complex(b)) > 1e-9 * (1 + abs(complex(a)))
 
 
-def mutate(gold: str, chance: random.Random) -> tuple[str, str]:
+def mutate(
+    gold: str, chance: random.Random
+) -> tuple[str, str]:
     """The kind of the change and the changed gold (the gold itself where the kind does not apply)."""
-    kind = chance.choice(["digit", "sign", "swap", "exponent", "digit lost", "digit more", "operator"])
+    kind = chance.choice(
+        ["digit", "sign", "swap", "exponent", "digit lost", "digit more", "operator", "item", "bracket"]
+    )
     numbers = list(re.finditer(r"\d", gold))
     if not numbers:
         return kind, gold
@@ -101,6 +122,10 @@ def mutate(gold: str, chance: random.Random) -> tuple[str, str]:
         return kind, before + digit + chance.choice("0123456789") + after
     if kind == "swap":
         return kind, re.sub(r"frac\{([^{}]*)\}\{([^{}]*)\}", r"frac{\2}{\1}", gold, count=1)
+    if kind == "item":
+        return kind, re.sub(r",[^,()]*(?=(\\right)?\))", "", gold, count=1)
+    if kind == "bracket":
+        return kind, gold.replace("(", "[", 1) if "]" in gold else gold.replace("[", "(", 1)
     if kind == "exponent":
         return kind, re.sub(r"\^\{?(\d)\}?", lambda power: f"^{{{int(power[1]) + 1}}}", gold, count=1)
     if kind == "operator":
@@ -124,7 +149,7 @@ def rewrite(  # noqa: C901
         kinds += ["permuted"] * 6
     if (
         value(gold) is not None
-        and re.fullmatch(r"[^+\-]+(\+[^+\-]+)+", inner)
+        and re.fullmatch(r"[^+\-=]+(\+[^+\-=]+)+", inner)
         and "{" not in inner
         and "(" not in inner
     ):
