@@ -12,6 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import sympy
+from sympy.parsing.sympy_parser import implicit_multiplication, parse_expr, standard_transformations
+
 from pns.records import AnswerRule
 
 SETS = (
@@ -81,6 +84,7 @@ def items(latex: str) -> list[str]:
     return found[1].split(",") if found else []
 
 
+PLAIN_LEFT_OUT = 0.7  # of the draws that are plain numbers, which are most of six sets
 HALF_OPEN = re.compile(r"\$?\s*(\[.*\)|\(.*\])\s*\$?")
 
 
@@ -102,9 +106,7 @@ def differ(left: str, right: str) -> bool:
     return abs(complex(a) - complex(b)) > 1e-9 * (1 + abs(complex(a)))
 
 
-def mutate(
-    gold: str, chance: random.Random
-) -> tuple[str, str]:
+def mutate(gold: str, chance: random.Random) -> tuple[str, str]:
     """The kind of the change and the changed gold (the gold itself where the kind does not apply)."""
     kind = chance.choice(
         ["digit", "sign", "swap", "exponent", "digit lost", "digit more", "operator", "item", "bracket"]
@@ -154,7 +156,11 @@ def rewrite(  # noqa: C901
         and "(" not in inner
     ):
         kinds += ["terms"] * 6
+    if re.fullmatch(r"[-+\da-z^{}()\s]+", inner) and len(set(re.findall("[a-z]", inner))) == 1:
+        kinds += ["factor", "expand"] * 3
     kind = chance.choice(kinds)
+    if kind in ("factor", "expand"):
+        return kind, _polynomial(inner, kind) or gold
     if kind == "dollars":
         return kind, f"${inner}$" if "$" not in inner else gold
     if kind == "period":
@@ -197,6 +203,15 @@ def rewrite(  # noqa: C901
     return kind, "+".join(reversed(inner.split("+")))
 
 
+def _polynomial(inner: str, kind: str) -> str | None:
+    """A polynomial in one letter factored or expanded by sympy; None where its value was not kept."""
+    text = inner.replace("{", "(").replace("}", ")").replace("^", "**")
+    rules = (*standard_transformations, implicit_multiplication)
+    read = parse_expr(text, transformations=rules)
+    changed = sympy.latex(sympy.factor(read) if kind == "factor" else sympy.expand(read))
+    return changed if value(inner) is not None and value(inner) == value(changed) else None
+
+
 def mutations(data: Path, num: int, seed: int = 0) -> Iterator[Changed]:
     """`num` golds whose value was changed, drawn over the sets evenly."""
     yield from _drawn(data, num, seed, keeps=False)
@@ -215,6 +230,8 @@ def _drawn(data: Path, num: int, seed: int, keeps: bool) -> Iterator[Changed]:
     made = 0
     while made < num:
         name, gold, rule = chance.choice(by_set[chance.choice(SETS)])
+        if re.fullmatch(r"[-$\s\d.,]*", gold) and chance.random() < PLAIN_LEFT_OUT:
+            continue
         kind, changed = rewrite(gold, rule, chance) if keeps else mutate(gold, chance)
         if changed != gold and (keeps or differ(gold, changed)):
             made += 1
