@@ -1,4 +1,4 @@
-"""Gold answers changed at random: mutations, whose value is shown to differ by an evaluation that shares nothing
+"""Gold answers changed at random: mutations, whose value is shown to differ by an evaluation that shares no code
 with the verifier, and rewritings, which keep the value by construction."""
 
 from __future__ import annotations
