@@ -1,5 +1,5 @@
-"""Gold answers changed at random: mutations, whose value is shown to differ by an evaluation that shares no code
-with the verifier, and rewritings, which keep the value by construction."""
+"""Gold answers changed at random: mutations, whose value is shown to differ by an evaluation that shares no
+code with the verifier, and rewritings, which keep the value by construction."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ HALF_OPEN = re.compile(r"\$?\s*(\[.*\)|\(.*\])\s*\$?")
 
 
 def differ(left: str, right: str) -> bool:
-    """Whether both are read and their values are not the same; two lists, where one has a value that the other
-    has not; two intervals, where only the brackets differ."""
+    """Whether both are read and their values are not the same; two lists, where one has a value that the
+    other has not; two intervals, where only the brackets differ."""
     if HALF_OPEN.fullmatch(left) and re.sub(r"[\[(]", "(", left) == re.sub(r"[\[(]", "(", right):
         return left != right
     many, others = items(left), items(right)

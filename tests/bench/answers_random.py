@@ -3,8 +3,8 @@
     PNS_DATA=... python tests/bench/answers_random.py [--num 10000] [--seed 0] [--failures FILE]
 
 By set: `false_correct` counts mutations called the same, `false_wrong` rewritings called different,
-`undecided_mutations` and `undecided_rewritings` those of which nothing was claimed. The exact comparison alone
-is asked; with `--whole` the two verifiers together (`workers.rewards.verifier.decide`).
+`undecided_mutations` and `undecided_rewritings` those of which nothing was claimed. The exact comparison
+alone is asked; with `--whole` the two verifiers together (`workers.rewards.verifier.decide`).
 """
 
 from __future__ import annotations
