@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pns.answers.extract import extract_answer
 from pns.records import AnswerRule, Verdict
 from workers.rewards.verifier import Verifier, VerifierItem, VerifierResult, decide_without_process
 
@@ -219,7 +220,8 @@ def cases(number: int) -> list[VerifierItem]:
     file = Path(__file__).parents[2] / "cases/answers.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     pairs = list(zip(rows, rows[1:] + rows[:1], strict=True))
-    own: list[VerifierItem] = [(row["gold"], row["prediction"]) for row in rows]
+    answers = [extract_answer(row["prediction"]) or "" for row in rows]
+    own: list[VerifierItem] = [(row["gold"], box(answer)) for row, answer in zip(rows, answers, strict=True)]
     others: list[VerifierItem] = [(row["gold"], box(other["gold"])) for row, other in pairs]
     items = [item for pair in zip(own, others, strict=True) for item in pair]
     return items[:: max(1, len(items) // number)][:number]
@@ -227,7 +229,7 @@ def cases(number: int) -> list[VerifierItem]:
 
 def test_verdicts_do_not_depend_on_load() -> None:
     """`tests/bench/verdicts_under_load.py` asks a thousand."""
-    items = [*cases(40), ("5", box(POISON))]
+    items = [*cases(300), ("5", box(POISON))]
     quiet = decided(items)
     with busy(20):
         assert decided(items) == quiet
