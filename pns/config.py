@@ -412,7 +412,7 @@ class RewardConfig:
         "answer is missing",
         above(0),
     )
-    verify_seconds: float = key(5.0, "seconds of one verification, from its start", above(0))
+    verify_seconds: float = key(5.0, "processor seconds of one verification", above(0))
 
 
 @dataclass

@@ -317,7 +317,7 @@ def _compare_group(basis: _Basis, a: Group, b: Answer) -> Finding:
     if kinds & {"[)", "(]"} or ("or" in kinds and has_inequality):  # x < 1 or x > 2
         return _compare_sets(basis, a, b)
     if kinds <= _UNORDERED or (basis.rule.unordered and kinds & {"", "or"}):
-        return _compare_unordered(basis, a.items, b.items)
+        return _compare_unordered(basis, a.items, b.items, are_sets=kinds == {"{}"})
     in_order = _compare_ordered(basis, a.items, b.items)
     names = [*_named(a.items), *_named(b.items)]
     if "" in kinds and names == sorted(names) and names and in_order.same:  # x=1, y=2 and (1, 2)
@@ -336,7 +336,10 @@ def _compare_ordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) ->
     return _first(_compare(inside, x, y) for x, y in zip(a, b, strict=True))
 
 
-def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) -> Finding:
+def _compare_unordered(
+    basis: _Basis, a: Sequence[Answer], b: Sequence[Answer], are_sets: bool = False
+) -> Finding:
+    """Two lists; of sets, an item may be written several times."""
     a, b = _flat(a), _flat(b)
     if not a or not b:
         return _DIFFERENT
@@ -358,6 +361,8 @@ def _compare_unordered(basis: _Basis, a: Sequence[Answer], b: Sequence[Answer]) 
     if not free and len(a) == len(b):
         return _SAME
     columns = [list(column) for column in zip(*rows, strict=True)]
+    if are_sets and all(True in line for line in rows + columns):
+        return _SAME
     if any({False}.issuperset(line) for line in rows + columns):
         return Finding(False, "an item that the other list lacks")
     return _undecided("lists with items that may be the same, or that repeat them differently")

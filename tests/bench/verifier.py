@@ -2,13 +2,15 @@
 
     python tests/bench/verifier.py [--processes 2] [--items 2000] [--poison 2.0] [--limit 5]
 
-`single_per_second` is the rate of `workers.rewards.verifier.decide` in this process on ordinary answers (a
-mixture of numbers, fractions, roots, tuples, intervals, expressions and words, a third of them right),
-`pool_per_second` that of the pool, start-up left out; `efficiency` = pool / (processes * single).
-`independent_per_second` is the rate of as many processes that share nothing and run `decide` on their part:
-what the machine can give at that moment; `share_of_independent` = pool / independent. `poisoned_per_second`
-is the rate of the same ordinary answers when every so many items one that never ends is mixed in,
-`poisoned_share` its ratio to the clean pool; `poison_killed_seconds` how long one such item takes alone.
+Ordinary answers are a mixture of numbers, fractions, roots, tuples, intervals, expressions and words, a third
+of them right. `evaluation_per_second` and `negatives_per_second` are the rates of a `Verifier` of one process
+on them, start-up left out, for the two kinds of request; `asked_always_per_second` that of one process that
+asks math-verify wherever equality is not proved, on the same answers, in turn with the others.
+`never_asked_evaluation` and `never_asked_negatives` are the shares of answers that never ask math-verify,
+`no_process` the share that takes no process. `pool_per_second` is the rate of `--processes` processes for
+negatives, `efficiency` = pool / (processes * negatives). `poisoned_per_second` is the rate of the same
+answers in that pool when every so many items one that never ends is mixed in, `poisoned_share` its ratio to
+the clean pool; `poison_killed_seconds` how long one such item takes alone.
 """
 
 from __future__ import annotations
@@ -17,15 +19,21 @@ import argparse
 import itertools
 import json
 import logging
-import multiprocessing
+import platform
 import random
+import re
 import statistics
 import time
-from typing import Any
+from importlib.metadata import version
 
-from workers.rewards.verifier import _WARMING, Verifier, decide
+from pns.answers.compare import compare_answers
+from workers.rewards.decide import EXACT, decide, decide_by_reading, math_verify_says
+from workers.rewards.verifier import _WARMING, Verifier, decide_without_process
 
-POISON = r"\boxed{9^{9^{9^{9}}}}"
+
+def poison(number: int) -> str:
+    """A prediction that never ends, another for each number: what was decided is remembered."""
+    return rf"\boxed{{\int_0^1 9^{{9^{{9^{{{9 + number}}}}}}} dx}}"
 
 
 def ordinary(num: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -54,49 +62,38 @@ def ordinary(num: int, seed: int = 0) -> list[tuple[str, str]]:
     return items
 
 
-def plain(items: list[tuple[str, str]], ready: Any, go: Any) -> None:
-    """A process that decides its part alone."""
-    warm_up()
-    ready.release()
-    go.wait()
-    decide_all(items)
-
-
 def warm_up() -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    for gold, extracted in itertools.pairwise(_WARMING.split("\n")):
+    for gold, extracted in itertools.pairwise(re.split("  |\n", _WARMING)):
         decide(gold, extracted)
 
 
-def decide_all(items: list[tuple[str, str]]) -> float:
-    """Decide in this process; the rate."""
+def answer_of(text: str) -> str:
+    return text.partition("{")[2].rpartition("}")[0]
+
+
+def asking_always(items: list[tuple[str, str]]) -> float:
+    """Ask math-verify in this process wherever equality is not proved; the rate."""
     begin = time.monotonic()
     for gold, text in items:
-        decide(gold, text.partition("{")[2].rpartition("}")[0])
+        if not compare_answers(gold, answer_of(text)).same:
+            math_verify_says(gold, answer_of(text))
     return len(items) / (time.monotonic() - begin)
 
 
-def independent(items: list[tuple[str, str]], processes: int) -> float:
-    context = multiprocessing.get_context("spawn")
-    ready, go = context.Semaphore(0), context.Event()
-    parts = [
-        context.Process(target=plain, args=(items[part::processes], ready, go)) for part in range(processes)
+def never_asked(items: list[tuple[str, str]], for_negatives: bool) -> float:
+    """The share that is decided without math-verify."""
+    pairs = [(gold, answer_of(text)) for gold, text in items]
+    decided = [
+        decide_by_reading(compare_answers(*pair), *pair, EXACT, for_negatives) is not None for pair in pairs
     ]
-    for part in parts:
-        part.start()
-    for _ in parts:
-        ready.acquire()
-    begin = time.monotonic()
-    go.set()
-    for part in parts:
-        part.join()
-    return len(items) / (time.monotonic() - begin)
+    return decided.count(True) / len(items)
 
 
-def rate(verifier: Verifier, items: list[tuple[str, str]]) -> float:
-    """Items a second of the pool; `items` are ordinary ones."""
+def rate(verifier: Verifier, items: list[tuple[str, str]], for_negatives: bool) -> float:
+    """Items a second."""
     begin = time.monotonic()
-    verifier.collect(verifier.submit(items))
+    verifier.collect(verifier.submit(items, for_negatives))
     return len(items) / (time.monotonic() - begin)
 
 
@@ -110,46 +107,58 @@ def main() -> None:
     items = ordinary(options.items)
     warm_up()
 
-    verifier = Verifier(options.processes, options.limit)
-    single, clean, alone = [], [], []
+    one, pool = Verifier(1, options.limit), Verifier(options.processes, options.limit)
+    rates: dict[str, list[float]] = {name: [] for name in ("evaluation", "negatives", "always", "pool")}
     try:
-        verifier.collect(verifier.submit(items[:200]))
-        for part in range(3):  # in turn, so that a busy machine slows both
-            chosen = items[part::3]
-            single.append(decide_all(chosen))
-            clean.append(rate(verifier, chosen))
-            alone.append(independent(chosen, options.processes))
+        for verifier in (one, pool):
+            verifier.collect(verifier.submit(ordinary(100, seed=1)))
+        for part in range(5):  # in turn, so that a busy machine slows all of them
+            chosen = items[part::5]
+            rates["evaluation"].append(rate(one, chosen, for_negatives=False))
+            rates["negatives"].append(rate(one, chosen, for_negatives=True))
+            rates["always"].append(asking_always(chosen))
+            rates["pool"].append(rate(pool, chosen, for_negatives=True))
         begin = time.monotonic()
-        verifier.collect(verifier.submit([("5", POISON)]))
+        pool.collect(pool.submit([("5", poison(0))]))
         killed = time.monotonic() - begin
 
         every = round(100 / options.poison)
+        fresh = ordinary(options.items, seed=2)  # the others are remembered
         handles, begin = [], time.monotonic()
-        poison = []
-        for start in range(0, len(items), every):
-            poison += verifier.submit([("5", POISON)])
-            handles.append(verifier.submit(items[start : start + every]))
+        poisons = []
+        for start in range(0, len(fresh), every):
+            poisons += pool.submit([("5", poison(1 + start))])
+            handles.append(pool.submit(fresh[start : start + every]))
         for handle in handles:
-            verifier.collect(handle)
-        poisoned = len(items) / (time.monotonic() - begin)
+            pool.collect(handle)
+        poisoned = len(fresh) / (time.monotonic() - begin)
     finally:
-        verifier.shutdown()
-    one, pool, ideal = statistics.median(single), statistics.median(clean), statistics.median(alone)
+        one.shutdown()
+        pool.shutdown()
+    median = {name: statistics.median(each) for name, each in rates.items()}
+    alone = [decide_without_process(gold, answer_of(text)) is not None for gold, text in items]
     print(
         json.dumps(
             {
                 "items": len(items),
+                "evaluation_per_second": round(median["evaluation"], 1),
+                "negatives_per_second": round(median["negatives"], 1),
+                "asked_always_per_second": round(median["always"], 1),
+                "evaluation_speedup": round(median["evaluation"] / median["always"], 2),
+                "negatives_speedup": round(median["negatives"] / median["always"], 2),
+                "never_asked_evaluation": round(never_asked(items, for_negatives=False), 3),
+                "never_asked_negatives": round(never_asked(items, for_negatives=True), 3),
+                "no_process": round(alone.count(True) / len(items), 3),
                 "processes": options.processes,
-                "single_per_second": round(one, 1),
-                "pool_per_second": round(pool, 1),
-                "efficiency": round(pool / (options.processes * one), 3),
-                "independent_per_second": round(ideal, 1),
-                "share_of_independent": round(pool / ideal, 3),
+                "pool_per_second": round(median["pool"], 1),
+                "efficiency": round(median["pool"] / (options.processes * median["negatives"]), 3),
                 "poison_per_cent": options.poison,
                 "poisoned_per_second": round(poisoned, 1),
-                "poisoned_share": round(poisoned / pool, 3),
+                "poisoned_share": round(poisoned / median["pool"], 3),
                 "limit_seconds": options.limit,
                 "poison_killed_seconds": round(killed, 2),
+                "versions": {name: version(name) for name in ("math-verify", "sympy")}
+                | {"python": platform.python_version()},
             }
         )
     )
