@@ -1,6 +1,8 @@
 """Problems to token ids through the model's chat template, and back; how each family is asked."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pns.algo.formatting import THINK_TAGS
@@ -121,11 +123,6 @@ class Prompts:
         # Clean-up would take spaces away that the model reads.
         return self.tokenizer.decode(list(self.encode(problem)), clean_up_tokenization_spaces=False)
 
-    def until_stop(self, text: str) -> tuple[str, bool]:
-        """`text` up to `data.stop`, and whether that was in it."""
-        head, stop, _ = text.partition(self.data.stop) if self.data.stop else (text, "", "")
-        return head, bool(stop)
-
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Completion ids (T,) with the end token, of a text as `decode` gives it: `prefix` is part of the
         prompt."""
@@ -198,6 +195,17 @@ def context_tokens(path: str, trust_remote_code: bool = False) -> int:
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     return int(config.get_text_config().max_position_embeddings)
+
+
+def generation_config(path: str) -> dict[str, Any] | None:
+    """generation_config.json of a model directory or Hub id; None where it has none."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        file = cached_file(path, "generation_config.json")
+    except OSError:
+        return None
+    return json.loads(Path(file).read_text()) if file else None
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
