@@ -116,7 +116,7 @@ class Data:
         "whether completions begin with <think>...</think> (the format gate asks for it); auto: where the "
         "prompt opens the block or the tokenizer has a token for it",
     )
-    stop: str = key("", "evaluation cuts at this text (a base model's next problem); empty: none")
+    stop: str = key("", "ends a completion of evaluation (a base model's next problem); empty: none")
     max_prompt_tokens: int = key(
         1024, "tokens; training drops longer prompts and counts them, evaluation asks all", at_least(1)
     )
@@ -616,13 +616,51 @@ class Decoding:
     temperature: float | None = key(None, "0: greedy; null: the benchmark's, else 0", at_least(0))
     top_p: float | None = key(None, "nucleus of sampling; null: the benchmark's, else 1", up_to(1))
     max_new_tokens: int | None = key(None, "tokens; null: the benchmark's, else rollout's", at_least(1))
+    top_k: int | None = key(None, "draw from so many likeliest tokens; 0 or null: from all", at_least(0))
+    min_p: float | None = key(
+        None,
+        "draw from tokens of at least this share of the likeliest one's probability; 0 or null: from all",
+        between(0, 1),
+    )
+    presence_penalty: float | None = key(
+        None, "taken off the logits of tokens in the completion; 0 or null: none", FINITE
+    )
+    frequency_penalty: float | None = key(
+        None, "taken off once for each time that they are in it; 0 or null: none", FINITE
+    )
+    repetition_penalty: float | None = key(
+        None,
+        "divides positive logits of tokens in prompt or completion, multiplies others; 1 or null: none",
+        above(0),
+    )
+    stop: list[str] | None = key(None, "texts that end a completion, beside data.stop; null: none")
+
+
+# What the keys beyond the first four are where they change nothing.
+DECODING_OFF: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "stop": [],
+}
+
+
+def described_decoding(decoding: Decoding) -> dict[str, Any]:
+    """A complete decoding without the keys that change nothing: equal where samples are."""
+    stated = vars(decoding)
+    return {name: value for name, value in stated.items() if value not in (None, DECODING_OFF.get(name))}
 
 
 @dataclass
 class Evaluate(Decoding):
     """The suites, and the generator before and after reverse RL."""
 
-    per_suite: dict[str, Decoding] = key({}, "suite -> those of these four keys that it has of its own")
+    per_suite: dict[str, Decoding] = key({}, "suite -> those of these keys that it has of its own")
+    from_generation_config: bool = key(
+        False, "what is null comes from the model's generation_config.json before the benchmark"
+    )
     generator_samples: int = key(512, "of the generator before and after reverse RL", at_least(1))
     generator_temperature: float = key(1.0, "sampling temperature of those; 0: greedy", at_least(0))
 

@@ -229,6 +229,7 @@ WITHOUT_EFFECT = {
     "the same sums in another order": ("policy.gradient_checkpointing", "policy.compile", "policy.fsdp_size"),
     "whether a model is read, not what it is": ("models.trust_remote_code",),
     "where sets come from; their content counts": ("data.revisions",),
+    "where a decoding comes from; what it says counts": ("evaluate.from_generation_config",),
     "where metrics are shown": ("tracking.",),
 }
 
@@ -293,6 +294,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "data.root": str(tmp_path / "elsewhere"),
         "data.revisions": {"own": "main"},
         "data.jsonl.suites": {"first": other},
+        "evaluate.stop": ["\n\n"],
         "evaluate.per_suite": {"short": Decoding(max_new_tokens=3)},
         "mixture.sources": ["rs"],
         "mixture.starts": [GeneratorStart.backbone],

@@ -6,7 +6,7 @@ from typing import Any
 
 from pns.algo.metrics import majority, mean_score, paired_difference, pass_at_k, score
 from pns.answers.compare import same_answer
-from pns.config import Decoding
+from pns.config import Decoding, described_decoding
 from pns.records import Answered, AnswerRule, Score, Verdict, to_json
 
 COUNTED = ("truncated", "no_answer", "prompt_too_long", "unverified")  # reasons, then a verdict
@@ -34,7 +34,7 @@ def summarise(
         accuracies[name] = {}
         for suite, decoding in decodings.items():
             own = [row for row in rows if row.problem.suite == suite]
-            scores[suite][name] = suite_figures(own) | vars(decoding) | {"seed": seed}
+            scores[suite][name] = suite_figures(own) | described_decoding(decoding) | {"seed": seed}
             accuracies[name][suite] = list(right_shares(own).values())
         of_suites = [scores[suite][name] for suite in decodings]
         mean = mean_score([Score(f["accuracy"], f["low"], f["high"], f["n"]) for f in of_suites])

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pns import driver
 from pns.algo.scores import COUNTED, SuiteScores, add_difference, right_shares
-from pns.config import Config
+from pns.config import Config, described_decoding
 from pns.data.benchmarks import decoding, decodings
 from pns.data.problems import load_suites
 from pns.errors import UserError
@@ -38,6 +38,9 @@ def evaluate_model(config: Config, against: Path | None = None) -> Path:
     suite_problems, identities = load_suites(config)
     prompts = driver.load_prompts(config)
     suites = Suites(suite_problems, identities, decodings(config, suite_problems), config.data)
+    if config.evaluate.from_generation_config:
+        for suite, how in suites.decodings.items():
+            print(f"{suite}: decoded as generation_config.json says: {described_decoding(how)}")
     model = Path(config.models.backbone).name
     with RunPage.open(Path(config.runs) / config.name) as page:
         plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
@@ -70,7 +73,7 @@ def show_prompt(config: Config) -> None:
     num_tokens = len(prompts.encode(problem))
     print(f"--- data.prompt={config.data.prompt}, {num_tokens} tokens, problem {problem.id}")
     for suite in suites:
-        print(f"{suite}: {vars(decoding(config, suite))}")
+        print(f"{suite}: {described_decoding(decoding(config, suite))}")
 
 
 def read_other(path: Path, evaluation: Evaluation, suites: Suites) -> tuple[str, list[Answered]]:

@@ -60,13 +60,14 @@ def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: 
     asks: list[Ask] = []
     for suite, problems in suites.problems.items():
         decoding = suites.decodings[suite]
+        sampling = decoding_sampling(decoding, ctx.prompts.data.stop)
         for problem in problems:
             fits = len(ctx.prompts.encode(problem)) < longest  # room for one token at least
             for sample in range(decoding.samples_per_problem or 1):
                 seed = stable_seed(ctx.seed, "evaluate", problem.id, sample)
                 row = not_asked(problem, sample, seed)
                 if fits:
-                    asks.append(Ask(answered_key(row), problem, sample, seed, decoding_sampling(decoding)))
+                    asks.append(Ask(answered_key(row), problem, sample, seed, sampling))
                 rows[answered_key(row)] = row  # keeps its place, also where an answer replaces it
     file = evaluation.completions_file(name)
     unfinished: Unfinished[Answered] = Unfinished(file.with_suffix(UNFINISHED), Answered, answered_key)
@@ -82,16 +83,27 @@ def answered_key(row: Answered) -> str:
     return f"{row.problem.suite}/{row.problem.id}#{row.sample}"
 
 
-def decoding_sampling(decoding: Decoding) -> Sampling:
-    """Of a decoding whose gaps are filled (`pns.data.benchmarks.decodings`)."""
+def decoding_sampling(decoding: Decoding, stop: str = "") -> Sampling:
+    """Of a decoding whose gaps are filled (`pns.data.benchmarks.decodings`); `stop` is the prompt's."""
     assert decoding.temperature is not None
     assert decoding.top_p is not None
     assert decoding.max_new_tokens is not None
-    return Sampling(decoding.temperature, decoding.top_p, decoding.max_new_tokens)
+    stops = tuple(dict.fromkeys([*([stop] if stop else []), *(decoding.stop or [])]))
+    return Sampling(
+        decoding.temperature,
+        decoding.top_p,
+        decoding.max_new_tokens,
+        decoding.top_k or 0,
+        decoding.min_p or 0.0,
+        decoding.presence_penalty or 0.0,
+        decoding.frequency_penalty or 0.0,
+        decoding.repetition_penalty or 1.0,
+        stops,
+    )
 
 
 class AnswerScorer:
-    """Gives every completion, up to `data.stop`, its verdict and the reason."""
+    """Gives every completion, up to the first stop text, its verdict and the reason."""
 
     def __init__(self, ctx: Context) -> None:
         self._verifier, self._prompts = ctx.fleet.verifier, ctx.prompts
@@ -100,7 +112,7 @@ class AnswerScorer:
     def submit(self, samples: Sequence[tuple[Ask, Sample]]) -> None:
         rows, keys = [], []
         for ask, sample in samples:
-            text, stopped = self._prompts.until_stop(self._prompts.decode(sample.token_ids))
+            text, stopped = until_stop(self._prompts.decode(sample.token_ids), ask.sampling.stop)
             reason = "stop" if stopped else sample.finish_reason
             problem = replace(ask.problem, solution=None)  # rows are read by people: a solution is long
             drawn = text, len(sample.token_ids), reason
@@ -124,6 +136,13 @@ class AnswerScorer:
                 whole.append((key, judged))
         self._verifying = still_verifying
         return whole
+
+
+def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """`text` up to the first of `stops`, and whether one was in it. Engines end completions with a stop: the
+    text of the token that completed it goes beyond."""
+    found = [begin for stop in stops if (begin := text.find(stop)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
 
 
 def not_asked(problem: Problem, sample: int, seed: int) -> Answered:

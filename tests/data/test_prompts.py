@@ -91,18 +91,6 @@ def test_the_instruction_is_the_known_one() -> None:
     assert BOXED == r"Please reason step by step, and put your final answer within \boxed{}."
 
 
-def test_a_base_model_is_read_until_it_goes_on() -> None:
-    data = Data(prompt="base")
-    apply_family(data, None)
-    prompts = Prompts(tokenizer(None), data)
-    assert prompts.until_stop(" It is \\boxed{2}.\nQuestion: What is 2+2?\nAnswer: \\boxed{4}") == (
-        " It is \\boxed{2}.",
-        True,
-    )
-    assert prompts.until_stop(" It is \\boxed{2}.") == (" It is \\boxed{2}.", False)
-    assert Prompts(tokenizer(QWEN), Data()).until_stop("a\nQuestion:") == ("a\nQuestion:", False)
-
-
 def test_a_base_prompt_may_be_asked_of_a_chat_model() -> None:
     data = Data(prompt="base")
     assert apply_family(data, QWEN) == "base"

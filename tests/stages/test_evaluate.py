@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from pns.config import Config, Data, Decoding
+from pns.config import DECODING_OFF, Config, Data, Decoding
 from pns.data.problems import Identity
+from pns.data.prompts import apply_family
 from pns.files import read_json
 from pns.records import Problem, Verdict
 from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
-from pns.stages.evaluate import AnswerScorer, evaluate, final_verdict
+from pns.stages.evaluate import AnswerScorer, decoding_sampling, evaluate, final_verdict, until_stop
 from pns.stages.stream import Ask
 from workers.rollout.engine import Sample, Sampling
 
@@ -71,6 +72,25 @@ def test_each_suite_is_decoded_in_its_way_and_every_model_is_asked(bench: Any) -
     decoded = {(s.temperature, s.top_p, s.max_new_tokens) for s in bench.fleet.rollout.samplings}
     assert decoded == {(0.9, 0.95, 40), (0.0, 1.0, 20)}
     assert [Path(model).name for model in bench.fleet.rollout.loaded] == ["qwen2", "qwen3"]
+
+
+def test_a_completion_ends_before_the_first_stop() -> None:
+    data = Data(prompt="base")
+    apply_family(data, None)
+    stops = decoding_sampling(replace(GREEDY, stop=["Q:", data.stop]), data.stop).stop
+    assert stops == ("\nQuestion:", "Q:")
+    text = " It is \\boxed{2}.\nQuestion: What is 2+2?\nAnswer: \\boxed{4} Q: "
+    assert until_stop(text, stops) == (" It is \\boxed{2}.", True)
+    assert until_stop(" It is \\boxed{2}.", stops) == (" It is \\boxed{2}.", False)
+    assert until_stop(text, ()) == (text, False)
+
+
+def test_what_changes_nothing_is_not_part_of_a_decoding(bench: Any) -> None:
+    suites = suites_of(bench)
+    off = {suite: replace(how, **DECODING_OFF) for suite, how in suites.decodings.items()}
+    same, other = replace(suites, decodings=off), {**off, "hard": replace(off["hard"], min_p=0.05)}
+    assert (same.digest, same.described()) == (suites.digest, suites.described())
+    assert replace(suites, decodings=other).digest != suites.digest
 
 
 def test_seeds_belong_to_samples_not_to_order_or_neighbours(bench: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pns.data.prompts import find_tokenizer
 from pns.errors import UserError
 
 
@@ -136,14 +137,11 @@ def stop_watch(model_path: Path, sampling: Sampling, trust_remote_code: bool) ->
     """None where nothing is to be watched. Raises UserError for a checkpoint without a tokenizer."""
     if not sampling.stop:
         return None
-    # Imported where it is used: training asks for no stops.
-    from transformers import AutoTokenizer
-
-    if not any(model_path.glob("tokenizer*")):
+    tokenizer = find_tokenizer(str(model_path), trust_remote_code)
+    if tokenizer is None:
         raise UserError(
             f"{model_path} has no tokenizer, which data.stop and evaluate.stop need: save it there"
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     return StopWatch(tokenizer, sampling.stop)
 
 
