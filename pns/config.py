@@ -36,6 +36,8 @@ OWN = "own"  # source of negatives of `bcpg`: the wrong completions among a roun
 DataSource = StrEnum("DataSource", ["tiny", "jsonl"])
 # `pns.data.prompts` has what each fills in.
 PromptFamily = StrEnum("PromptFamily", ["none", "auto", "qwen", "llama", "deepseek", "base"])
+# What the variable enable_thinking of a chat template (Qwen3's) is told; auto: nothing.
+Thinking = StrEnum("Thinking", ["auto", "on", "off"])
 # Whether completions begin with <think>...</think>.
 ReasoningBlock = StrEnum("ReasoningBlock", ["auto", "tags", "none"])
 EngineKind = StrEnum("EngineKind", ["vllm", "transformers"])
@@ -115,6 +117,13 @@ class Data:
         ReasoningBlock.auto,
         "whether completions begin with <think>...</think> (the format gate asks for it); auto: where the "
         "prompt opens the block or the tokenizer has a token for it",
+    )
+    thinking: Thinking = key(
+        Thinking.auto, "tells the chat template's enable_thinking; a template without it takes auto alone"
+    )
+    think_tags: list[str] = key(
+        ["<think>", "</think>"],
+        "what opens and closes the model's reasoning block; stored texts have <think>...</think> for it",
     )
     stop: str = key("", "ends a completion of evaluation (a base model's next problem); empty: none")
     max_prompt_tokens: int = key(

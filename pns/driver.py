@@ -6,8 +6,9 @@ are made.
 
 from pathlib import Path
 
+from pns.algo.formatting import THINK_TAGS
 from pns.algo.reward import reads_tokens
-from pns.config import OWN, Config, Data, TermKind, external_pairs
+from pns.config import OWN, Config, Data, TermKind, Thinking, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import PROMPT_KEYS, Prompts, apply_family, check_vocabulary, load_tokenizer
@@ -138,6 +139,11 @@ def prompts_digest(prompts: Prompts) -> str:
     data, tokenizer = prompts.data, prompts.tokenizer
     keys = [getattr(data, key) for key in (*PROMPT_KEYS, "max_prompt_tokens")]
     keys += [prompts.prefix, prompts.reasoning_block]
+    # Only where they are set: what was made before there were such keys stays.
+    if data.thinking is not Thinking.auto:
+        keys.append(data.thinking)
+    if tuple(data.think_tags) != THINK_TAGS:
+        keys.append(data.think_tags)
     special = to_json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
     # The backend's text has merges and normaliser as well; slow tokenizers have none.
     vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()

@@ -230,6 +230,7 @@ WITHOUT_EFFECT = {
     "whether a model is read, not what it is": ("models.trust_remote_code",),
     "where sets come from; their content counts": ("data.revisions",),
     "where a decoding comes from; what it says counts": ("evaluate.from_generation_config",),
+    "the tiny models' chat templates have no switch (tests/data/test_prompts.py)": ("data.thinking",),
     "where metrics are shown": ("tracking.",),
 }
 
@@ -290,6 +291,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "data.source": DataSource.jsonl,
         "data.prompt": PromptFamily.base,
         "data.reasoning": ReasoningBlock.none,
+        "data.think_tags": ["[THINK]", "[/THINK]"],
         "data.benchmarks": ["own"],
         "data.root": str(tmp_path / "elsewhere"),
         "data.revisions": {"own": "main"},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pns.algo.formatting import THINK_TAGS
-from pns.config import Data, PromptFamily, ReasoningBlock
+from pns.config import Data, PromptFamily, ReasoningBlock, Thinking
 from pns.errors import UserError
 from pns.records import Problem
 
@@ -78,13 +78,25 @@ class Prompts:
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self.tokenizer = tokenizer
         self.data = data
+        self._template_arguments: dict[str, Any] = dict(_TEMPLATE_ARGUMENTS)
+        if data.thinking is not Thinking.auto:
+            if not data.chat_template or "enable_thinking" not in (tokenizer.chat_template or ""):
+                fault = f"{data.thinking}, and the model's chat template names no enable_thinking"
+                raise UserError(f"data.thinking: {fault}: leave it auto")
+            self._template_arguments["enable_thinking"] = data.thinking is Thinking.on
+        self._tags = _think_tags(data)
+        # Tags that decoding would leave out with the other special tokens.
+        added = tokenizer.added_tokens_decoder.items()
+        own_tags = {number: str(token) for number, token in added if token.special}
+        self._special_tags = {number: tag for number, tag in own_tags.items() if tag in self._tags}
         begun = self._begun_turn()
-        opening, closing = THINK_TAGS
+        opening, closing = self._tags
         block_is_open = begun.rfind(opening) > begun.rfind(closing)
         # What completions begin with although the prompt holds it: the prefix, and before it the opening of
         # the reasoning block where the template itself writes it.
         opened_by_template = block_is_open and opening not in data.assistant_prefix
-        self.prefix = (begun[begun.rfind(opening) :] if opened_by_template else "") or data.assistant_prefix
+        prefix = (begun[begun.rfind(opening) :] if opened_by_template else "") or data.assistant_prefix
+        self.prefix = _replaced(prefix, self._tags, THINK_TAGS)
         # Whether completions begin with a reasoning block. A prompt that closes one (Qwen3 told not to
         # think) leaves none to be written.
         writes_block = block_is_open or (opening not in begun and opening in tokenizer.get_vocab())
@@ -109,7 +121,7 @@ class Prompts:
         if not self.data.chat_template:
             return messages[-1]["content"] + prefix
         turns = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
+            messages, add_generation_prompt=True, tokenize=False, **self._template_arguments
         )
         return turns + prefix
 
@@ -126,19 +138,35 @@ class Prompts:
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Completion ids (T,) with the end token, of a text as `decode` gives it: `prefix` is part of the
         prompt."""
-        completion = text.removeprefix(self.prefix)
+        completion = _replaced(text.removeprefix(self.prefix), THINK_TAGS, self._tags)
         return (*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id)
 
     def token_starts(self, text: str) -> list[int]:
         """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
         end token."""
         completion = text.removeprefix(self.prefix)
-        encoded = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
-        return [start + len(text) - len(completion) for start, _ in encoded["offset_mapping"]]
+        own = _replaced(completion, THINK_TAGS, self._tags)
+        encoded = self.tokenizer(own, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        if self._tags != THINK_TAGS:
+            # A start is where the text before it ends; in a tag of several tokens, somewhere in it.
+            starts = [len(_replaced(own[:start], self._tags, THINK_TAGS)) for start in starts]
+        return [start + len(text) - len(completion) for start in starts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of completion ids, without the end token and other special tokens, with `prefix` before it."""
-        return self.prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """Text of completion ids, without the end token and other special tokens, with `prefix` before it and
+        <think>, </think> for `data.think_tags`."""
+        begin, text = 0, ""
+        for i, token in enumerate(token_ids if self._special_tags else ()):
+            if token in self._special_tags:
+                text += self._decode(token_ids[begin:i]) + self._special_tags[token]
+                begin = i + 1
+        text += self._decode(token_ids[begin:])
+        return self.prefix + _replaced(text, self._tags, THINK_TAGS)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
 
     def fitting(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
@@ -150,6 +178,17 @@ class Prompts:
             shortest = f"the shortest of {len(problems)} prompts has {min(lengths)}"
             raise UserError(f"data.max_prompt_tokens: {limit}; {shortest}: raise it")
         return kept, len(problems) - len(kept)
+
+
+def _think_tags(data: Data) -> tuple[str, str]:
+    if len(data.think_tags) != 2 or not all(data.think_tags) or data.think_tags[0] == data.think_tags[1]:
+        fault = f"{data.think_tags} are not two different texts, an opening and a closing one"
+        raise UserError(f"data.think_tags: {fault}")
+    return data.think_tags[0], data.think_tags[1]
+
+
+def _replaced(text: str, tags: tuple[str, str], by: tuple[str, str]) -> str:
+    return text if tags == by else text.replace(tags[0], by[0]).replace(tags[1], by[1])
 
 
 def break_added_tokens(tokenizer: Any, text: str) -> str:

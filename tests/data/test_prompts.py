@@ -9,8 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from pns import driver
 from pns.algo.formatting import check_format
-from pns.config import Data, ReasoningBlock
+from pns.answers.extract import extract_boxed
+from pns.config import Data, ReasoningBlock, Thinking
 from pns.data.prompts import (
     BOXED,
     FAMILIES,
@@ -243,3 +245,46 @@ def test_a_model_of_another_vocabulary_is_refused_in_one_line(tmp_path: Path, fa
     assert "\n" not in message
     with pytest.raises(UserError, match=r"models.reward_model: .*: name a model of the backbone's family$"):
         check_vocabulary(path, backbone, "models.reward_model")
+
+
+# As Qwen3's ends: told not to think, it closes the block at once.
+QWEN3 = QWEN.replace(
+    "assistant\\n' }}{%- endif %}",
+    "assistant\\n' }}{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
+)
+
+
+def test_the_thinking_switch() -> None:
+    own = tokenizer(QWEN3)
+    own.add_tokens(["<think>", "</think>"])
+    ends = {}
+    for thinking in Thinking:
+        prompts = Prompts(own, Data(thinking=thinking))
+        ends[thinking] = (prompts.render(PROBLEM).rpartition("assistant\n")[2], prompts.reasoning_block)
+    block = "<think>\n\n</think>\n\n"
+    assert ends == {Thinking.auto: ("", True), Thinking.on: ("", True), Thinking.off: (block, False)}
+    digests = {driver.prompts_digest(Prompts(own, Data(thinking=thinking))) for thinking in Thinking}
+    assert len(digests) == 3
+    with pytest.raises(UserError, match=r"data\.thinking: off, and the model's chat template names no"):
+        Prompts(tokenizer(QWEN), Data(thinking=Thinking.off))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_models_own_tags_are_the_usual_ones_in_texts(special: bool) -> None:
+    own = tokenizer(QWEN)
+    own.add_tokens(["[THINK]", "[/THINK]"], special_tokens=special)
+    prompts = Prompts(own, Data(think_tags=["[THINK]", "[/THINK]"]))
+    assert prompts.reasoning_block
+    token_ids = own.encode("[THINK]1+1=2.[/THINK]It is \\boxed{2}.<|im_end|>", add_special_tokens=False)
+    text = prompts.decode(token_ids)
+    assert text == "<think>1+1=2.</think>It is \\boxed{2}."
+    assert check_format(text, "stop").ok
+    assert list(prompts.encode_completion(text)) == token_ids
+    starts = prompts.token_starts(text)
+    assert [text[start] for start in starts[1:7]] == list("1+1=2.")
+    assert text[starts[7] :].startswith("</think>")
+    assert text[starts[8] :] == "It is \\boxed{2}."
+    unclosed = prompts.decode(own.encode("[THINK]So \\boxed{2}", add_special_tokens=False))
+    assert extract_boxed(unclosed) is None
+    with pytest.raises(UserError, match=r"data\.think_tags"):
+        Prompts(own, Data(think_tags=["[THINK]"]))
