@@ -334,10 +334,13 @@ def handle_evaluate(options: Namespace) -> None:
     check_model("MODEL", options.model)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
+    # A recipe is asked as it says; so is rollout.max_new_tokens.
+    said = options.recipe or any(word.startswith("rollout.max_new_tokens=") for word in options.overrides)
+    choose_limit = not said and config.evaluate.max_new_tokens is None
     if options.show_prompt:
-        evaluate.show_prompt(config)
+        evaluate.show_prompt(config, choose_limit)
     else:
-        evaluate.evaluate_model(config, options.against)
+        evaluate.evaluate_model(config, options.against, choose_limit)
 
 
 def add_export(commands: Commands) -> None:

@@ -624,7 +624,9 @@ class Decoding:
     samples_per_problem: int | None = key(None, "completions; null: the benchmark's, else 1", at_least(1))
     temperature: float | None = key(None, "0: greedy; null: the benchmark's, else 0", at_least(0))
     top_p: float | None = key(None, "nucleus of sampling; null: the benchmark's, else 1", up_to(1))
-    max_new_tokens: int | None = key(None, "tokens; null: the benchmark's, else rollout's", at_least(1))
+    max_new_tokens: int | None = key(
+        None, "tokens; null: rollout's, or with pns evaluate by the model", at_least(1)
+    )
     top_k: int | None = key(None, "draw from so many likeliest tokens; 0 or null: from all", at_least(0))
     min_p: float | None = key(
         None,

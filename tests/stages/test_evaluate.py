@@ -67,6 +67,17 @@ def test_every_completion_has_a_row_with_its_verdict(bench: Any) -> None:
     assert read_json(evaluation.suites_file)["easy"]["decoding"]["max_new_tokens"] == 20
 
 
+def test_many_cut_off_completions_are_warned_of_and_boxed_ones_counted_apart(bench: Any) -> None:
+    texts = ["It is \\boxed{2} so...", "So \\boxed{2...", bench.solution(10), bench.solution(10)]
+    bench.fleet.rollout.write = lambda problem, sample, model: texts[sample] if problem != "p3" else texts[2]
+    scores = made(bench, suites_of(bench)).scores()
+    found = scores["hard"]["m"]
+    assert (found["truncated"], found["boxed_truncated"], scores["mean"]["m"]["boxed_truncated"]) == (6, 3, 3)
+    cut = "50.0 % of completions were cut off at 40 tokens (3 of 6 had an answer in a box)"
+    assert found["warning"] == f"{cut}: raise evaluate.max_new_tokens"
+    assert "warning" not in scores["easy"]["m"]
+
+
 def test_each_suite_is_decoded_in_its_way_and_every_model_is_asked(bench: Any) -> None:
     made(bench, suites_of(bench), backbone=MODEL, result=ModelFiles(ROOT / "recipes/tiny/qwen3"))
     decoded = {(s.temperature, s.top_p, s.max_new_tokens) for s in bench.fleet.rollout.samplings}
