@@ -665,6 +665,18 @@ def described_decoding(decoding: Decoding) -> dict[str, Any]:
 
 
 @dataclass
+class ModelEndpoint:
+    """An OpenAI-compatible server that `pns evaluate` asks in the place of an engine: models.backbone is the
+    model's name there. It need not honour seeds."""
+
+    url: str = key("", "base URL, such as http://HOST:8000/v1; empty: rollout's engine samples")
+    key_variable: str = key("OPENAI_API_KEY", "environment variable that holds the key; unset: none is sent")
+    concurrency: int = key(64, "requests at once", at_least(1))
+    retries: int = key(5, "times that a request is repeated after an error of the server", at_least(0))
+    deadline_seconds: float = key(3600.0, "seconds for one completion", above(0))
+
+
+@dataclass
 class Evaluate(Decoding):
     """The suites, and the generator before and after reverse RL."""
 
@@ -672,6 +684,7 @@ class Evaluate(Decoding):
     from_generation_config: bool = key(
         False, "what is null comes from the model's generation_config.json before the benchmark"
     )
+    endpoint: ModelEndpoint = section(ModelEndpoint)
     generator_samples: int = key(512, "of the generator before and after reverse RL", at_least(1))
     generator_temperature: float = key(1.0, "sampling temperature of those; 0: greedy", at_least(0))
 

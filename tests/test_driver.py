@@ -221,6 +221,9 @@ WITHOUT_EFFECT = {
         for service in SERVICES
         for key in ("key_variable", "concurrency", "retries", "price_in", "price_out")
     ),
+    "how a model's endpoint is asked": tuple(
+        f"evaluate.endpoint.{key}" for key in ("key_variable", "concurrency", "retries", "deadline_seconds")
+    ),
     "a sample depends on its seed, not on its neighbours": (
         "rollout.max_batch",
         "rollout.memory_fraction",

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +13,7 @@ from pns.algo.scores import BOXED_TRUNCATED, COUNTED, SuiteScores, add_differenc
 from pns.config import Config, described_decoding
 from pns.data.benchmarks import decoding, decodings
 from pns.data.problems import load_suites
-from pns.data.prompts import Prompts, context_tokens
+from pns.data.prompts import Messages, Prompts, context_tokens
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl, write_json
 from pns.records import Answered, from_json
@@ -52,21 +52,19 @@ def evaluate_model(config: Config, against: Path | None = None, choose_limit: bo
     inputs are wrong.
     """
     suite_problems, identities = load_suites(config)
-    prompts = driver.load_prompts(config)
-    if choose_limit:
-        choose_max_new_tokens(config, prompts)
+    messages, digest = messages_of(config, choose_limit)
     suites = Suites(suite_problems, identities, decodings(config, suite_problems), config.data)
     if config.evaluate.from_generation_config:
         for suite, how in suites.decodings.items():
             print(f"{suite}: decoded as generation_config.json says: {described_decoding(how)}")
     model = Path(config.models.backbone).name
     with RunPage.open(Path(config.runs) / config.name) as page:
-        plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
+        plan = Plan(page.path / STORE, config, digest, page.attempts)
         evaluation = plan(evaluate, {model: ModelFiles(config.models.backbone)}, suites)
         earlier = read_other(against, evaluation, suites) if against else None
         (step,) = plan.steps
         if not step.is_done():
-            with session(config, page, [step], prompts, page.attempts) as making:
+            with session(config, page, [step], cast(Prompts, messages), page.attempts) as making:
                 making.make(step)
         scores = evaluation.scores()
         if earlier is not None:
@@ -85,16 +83,30 @@ def evaluate_model(config: Config, against: Path | None = None, choose_limit: bo
         return page.path
 
 
-def show_prompt(config: Config, choose_limit: bool = False) -> None:
-    """Print the first prompt as the model reads it, special tokens included, and how suites are decoded."""
-    suites, _ = load_suites(config)
+def messages_of(config: Config, choose_limit: bool) -> tuple[Messages, str]:
+    """How problems are asked, and its digest."""
+    if config.evaluate.endpoint.url:
+        messages = driver.load_messages(config)
+        return messages, driver.messages_digest(messages)
     prompts = driver.load_prompts(config)
     if choose_limit:
         choose_max_new_tokens(config, prompts)
+    return prompts, driver.prompts_digest(prompts)
+
+
+def show_prompt(config: Config, choose_limit: bool = False) -> None:
+    """Print the first prompt as the model reads it, special tokens included, and how suites are decoded."""
+    suites, _ = load_suites(config)
+    prompts, _ = messages_of(config, choose_limit)
     problem = next(iter(suites.values()))[0]
-    print(prompts.render(problem))
-    num_tokens = len(prompts.encode(problem))
-    print(f"--- data.prompt={config.data.prompt}, {num_tokens} tokens, problem {problem.id}")
+    said = ""
+    if isinstance(prompts, Prompts):
+        print(prompts.render(problem))
+        said = f" {len(prompts.encode(problem))} tokens,"
+    else:
+        for turn in prompts.messages(problem):
+            print(f"[{turn['role']}] {turn['content']}")
+    print(f"--- data.prompt={config.data.prompt},{said} problem {problem.id}")
     for suite in suites:
         print(f"{suite}: {described_decoding(decoding(config, suite))}")
 
@@ -146,8 +158,8 @@ def compare_evaluations(
 def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> list[Table]:
     """Terminal tables of one model: the suites, differences from other models, and by subject and level where
     the problems have them."""
-    heads = ["suite", "n", "k", "accuracy % [95 %]", "pass@k", "maj@k", "cut", "none", "long", "?", "cut+box"]
-    meaning = "cut at the token limit (cut+box: after a box), without an answer, not "
+    heads = ["suite", "n", "k", "accuracy % [95 %]", "pass@k", "maj@k", "cut", "none", "long", "?"]
+    meaning = "cut at the token limit (in brackets: after a box), without an answer, not "
     meaning += "asked (prompt too long), undecided (?)"
     table = Table(*heads, title=name, caption=f"k samples a problem; completions {meaning}")
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
@@ -157,7 +169,10 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
         best = [list(found.get(key, {}).values())[-1:] for key in ("pass_at", "majority_at")]
         shares = [f"{100 * share[0]:.1f}" if share else "" for share in best]
         row = [suite, found["n"], found.get("samples_per_problem", ""), interval(found), *shares]
-        cells = [str(cell) for cell in (*row, *(found[what] for what in (*COUNTED, BOXED_TRUNCATED)))]
+        counted = {what: str(found[what]) for what in COUNTED}
+        if found.get(BOXED_TRUNCATED):
+            counted["truncated"] += f" ({found[BOXED_TRUNCATED]})"
+        cells = [*map(str, row), *counted.values()]
         table.add_row(*cells, end_section=suite == list(scores)[-2])  # a line above the mean
     shown = [table]
     for other in scores["mean"][name].get("against", {}):

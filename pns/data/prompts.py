@@ -67,7 +67,25 @@ def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
     return name
 
 
-class Prompts:
+class Messages:
+    """Problems as conversations, for a server that has tokenizer and chat template itself."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self._tags = _think_tags(data)
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The conversation before the assistant's turn."""
+        data = self.data
+        system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
+        return [*system, {"role": "user", "content": data.problem_prefix + problem.prompt + data.instruction}]
+
+    def canonical(self, text: str) -> str:
+        """With <think>, </think> for `data.think_tags`."""
+        return _replaced(text, self._tags, THINK_TAGS)
+
+
+class Prompts(Messages):
     """Renders problems with a tokenizer's chat template.
 
     The prompt is [system turn] + user turn (`data.problem_prefix`, problem, `data.instruction`) + generation
@@ -76,15 +94,14 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
+        super().__init__(data)
         self.tokenizer = tokenizer
-        self.data = data
         self._template_arguments: dict[str, Any] = dict(_TEMPLATE_ARGUMENTS)
         if data.thinking is not Thinking.auto:
             if not data.chat_template or "enable_thinking" not in (tokenizer.chat_template or ""):
                 fault = f"{data.thinking}, and the model's chat template names no enable_thinking"
                 raise UserError(f"data.thinking: {fault}: leave it auto")
             self._template_arguments["enable_thinking"] = data.thinking is Thinking.on
-        self._tags = _think_tags(data)
         # Tags that decoding would leave out with the other special tokens.
         added = tokenizer.added_tokens_decoder.items()
         own_tags = {number: str(token) for number, token in added if token.special}
@@ -103,12 +120,6 @@ class Prompts:
         self.reasoning_block = data.reasoning is ReasoningBlock.tags or (
             data.reasoning is ReasoningBlock.auto and writes_block
         )
-
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The conversation before the assistant's turn."""
-        data = self.data
-        system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
-        return [*system, {"role": "user", "content": data.problem_prefix + problem.prompt + data.instruction}]
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
@@ -162,7 +173,7 @@ class Prompts:
                 text += self._decode(token_ids[begin:i]) + self._special_tags[token]
                 begin = i + 1
         text += self._decode(token_ids[begin:])
-        return self.prefix + _replaced(text, self._tags, THINK_TAGS)
+        return self.prefix + self.canonical(text)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
