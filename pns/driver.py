@@ -153,7 +153,7 @@ def messages_digest(messages: Messages) -> str:
     """Of everything that makes messages of a problem."""
     data = messages.data
     keys = [*PROMPT_KEYS, "thinking", "think_tags"]
-    return sha256_of_json(to_json([getattr(data, key) for key in keys]))
+    return sha256_of_json(to_json([*(getattr(data, key) for key in keys), messages.examples]))
 
 
 def prompts_digest(prompts: Prompts) -> str:
@@ -166,6 +166,8 @@ def prompts_digest(prompts: Prompts) -> str:
         keys.append(data.thinking)
     if tuple(data.think_tags) != THINK_TAGS:
         keys.append(data.think_tags)
+    if prompts.examples:
+        keys.append(prompts.examples)
     special = to_json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
     # The backend's text has merges and normaliser as well; slow tokenizers have none.
     vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()

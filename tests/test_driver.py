@@ -283,7 +283,11 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     in_files += [f"data.jsonl.suites.first={suites['first']}", f"data.root={own.parent}"]
     sampled = ["evaluate.temperature=0.5", "evaluate.samples_per_problem=2"]
     sampled += ["reverse_rl.start=path", f"models.generator={LLAMA}"]
+    examples = tmp_path / "examples.jsonl"
+    lines = [{"problem": f"Double {i}.", "solution": f"It is {2 * i}."} for i in range(3)]
+    examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
     configs = [
+        tiny(*in_files, *sampled, f"data.few_shot={examples}"),
         tiny(*in_files, *sampled),
         tiny(*in_files, *sampled, "negatives=mixed"),
         tiny(*in_files, *sampled, "data.source=jsonl"),
@@ -297,6 +301,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "data.think_tags": ["[THINK]", "[/THINK]"],
         "data.benchmarks": ["own"],
         "data.root": str(tmp_path / "elsewhere"),
+        "data.few_shot": str(examples),
         "data.revisions": {"own": "main"},
         "data.jsonl.suites": {"first": other},
         "evaluate.stop": ["\n\n"],

@@ -8,6 +8,7 @@ from typing import Any
 from pns.algo.formatting import THINK_TAGS
 from pns.config import Data, PromptFamily, ReasoningBlock, Thinking
 from pns.errors import UserError
+from pns.files import json_lines
 from pns.records import Problem
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -73,12 +74,21 @@ class Messages:
     def __init__(self, data: Data) -> None:
         self.data = data
         self._tags = _think_tags(data)
+        self.examples = read_examples(data)
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The conversation before the assistant's turn."""
-        data = self.data
-        system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
-        return [*system, {"role": "user", "content": data.problem_prefix + problem.prompt + data.instruction}]
+        """The conversation before the assistant's turn; an example is a turn of each side."""
+        system = self.data.system_prompt
+        turns = [{"role": "system", "content": system}] if system else []
+        for text, solution in self.examples:
+            turns += [
+                {"role": "user", "content": self._asked(text)},
+                {"role": "assistant", "content": solution},
+            ]
+        return [*turns, {"role": "user", "content": self._asked(problem.prompt)}]
+
+    def _asked(self, problem: str) -> str:
+        return self.data.problem_prefix + problem + self.data.instruction
 
     def canonical(self, text: str) -> str:
         """With <think>, </think> for `data.think_tags`."""
@@ -130,11 +140,17 @@ class Prompts(Messages):
         """The prompt's text, without the first token that a plain one gets from the tokenizer."""
         prefix = self.data.assistant_prefix
         if not self.data.chat_template:
-            return messages[-1]["content"] + prefix
+            return self._shown(messages) + prefix
         turns = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **self._template_arguments
         )
         return turns + prefix
+
+    def _shown(self, messages: list[dict[str, str]]) -> str:
+        """Of a plain text: the examples, a blank line after each, and the problem."""
+        asked = [message["content"] for message in messages if message["role"] != "system"]
+        pairs = zip(asked[:-1:2], asked[1::2], strict=True)
+        return "".join(f"{text} {solution}\n\n" for text, solution in pairs) + asked[-1]
 
     def _begun_turn(self) -> str:
         """What stands between a question and its completion."""
@@ -189,6 +205,22 @@ class Prompts(Messages):
             shortest = f"the shortest of {len(problems)} prompts has {min(lengths)}"
             raise UserError(f"data.max_prompt_tokens: {limit}; {shortest}: raise it")
         return kept, len(problems) - len(kept)
+
+
+def read_examples(data: Data) -> list[tuple[str, str]]:
+    """(problem, solution) of `data.few_shot`. Raises UserError with file and line."""
+    if not data.few_shot:
+        return []
+    examples = []
+    for number, record in json_lines(Path(data.few_shot)):
+        if not (isinstance(record, dict) and record.get("problem") and record.get("solution")):
+            fault = f"{data.few_shot}, line {number}: an example needs problem and solution"
+            raise UserError(f"data.few_shot: {fault}")
+        examples.append((str(record["problem"]), str(record["solution"])))
+    if len(examples) < max(1, data.few_shot_count):
+        fault = f"{data.few_shot} has {len(examples)} examples"
+        raise UserError(f"data.few_shot: {fault}; set data.few_shot_count to at most as many")
+    return examples[: data.few_shot_count or None]
 
 
 def _think_tags(data: Data) -> tuple[str, str]:

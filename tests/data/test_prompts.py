@@ -288,3 +288,25 @@ def test_a_models_own_tags_are_the_usual_ones_in_texts(special: bool) -> None:
     assert extract_boxed(unclosed) is None
     with pytest.raises(UserError, match=r"data\.think_tags"):
         Prompts(own, Data(think_tags=["[THINK]"]))
+
+
+def test_examples_stand_before_the_problem(tmp_path: Path) -> None:
+    file = tmp_path / "examples.jsonl"
+    lines = [{"problem": f"What is {i}+{i}?", "solution": f"It is \\boxed{{{2 * i}}}."} for i in range(3)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = Data(prompt="base", few_shot=str(file), few_shot_count=2)
+    apply_family(data, None)
+    prompts = Prompts(tokenizer(None), data)
+    assert prompts.render(PROBLEM) == (
+        f"<s>Question: What is 0+0?\n{BOXED}\nAnswer: It is \\boxed{{0}}.\n\n"
+        f"Question: What is 1+1?\n{BOXED}\nAnswer: It is \\boxed{{2}}.\n\n"
+        f"Question: What is $1+1$?\n{BOXED}\nAnswer:"
+    )
+    chat = Prompts(tokenizer(LLAMA), Data(few_shot=str(file)))
+    assert [turn["role"] for turn in chat.messages(PROBLEM)] == ["user", "assistant"] * 3 + ["user"]
+    assert chat.render(PROBLEM).count("assistant<|end_header_id|>\n\nIt is") == 3
+    with pytest.raises(UserError, match="has 3 examples; set data"):
+        Prompts(tokenizer(None), Data(few_shot=str(file), few_shot_count=4))
+    file.write_text('{"problem": "What?"}\n')
+    with pytest.raises(UserError, match="line 1: an example needs problem and solution"):
+        Prompts(tokenizer(None), Data(few_shot=str(file)))
