@@ -305,7 +305,11 @@ def add_rescore(commands: Commands) -> None:
 def add_evaluate(commands: Commands) -> None:
     evaluate_help = "score a model on benchmarks, or go on with it; needs no recipe"
     parser = add_command(commands, "evaluate", evaluate_help, handle_evaluate)
-    parser.add_argument("model", nargs="?", default="", help="model directory or Hub id")
+    parser.add_argument(
+        "model", nargs="?", default="", help="model directory, Hub id, or http://HOST:PORT/v1 of a server"
+    )
+    name_help = "name of the model at the server; its key is in the environment (evaluate.endpoint)"
+    parser.add_argument("--model", dest="served", metavar="NAME", help=name_help)
     outputs = "out=DIR (default runs/evaluate-MODEL), data.root=DIR (local copies)"
     add_overrides(parser, f"benchmarks=[gsm8k,math500,...], {outputs}, any configuration key")
     recipe_help = "name or YAML file of a recipe whose suites, engine, placement and prompt are used"
@@ -330,8 +334,14 @@ def handle_evaluate(options: Namespace) -> None:
         return
     if not options.model:
         raise UserError("name a MODEL (a directory or a Hub id), or --rejudge DIR for stored completions")
-    out = Path("runs") / f"evaluate-{Path(options.model).name}"
-    settings = [f"models.backbone={options.model}"]
+    at_endpoint = options.model.startswith(("http://", "https://"))
+    if at_endpoint != bool(options.served):
+        raise UserError("pns evaluate: a server's address (http://HOST:PORT/v1) and --model NAME go together")
+    model = options.served or options.model
+    out = Path("runs") / f"evaluate-{Path(model).name}"
+    settings = [f"models.backbone={model}"]
+    if at_endpoint:
+        settings.append(f"evaluate.endpoint.url={options.model}")
     if not options.recipe:
         settings += ["data.source=jsonl", "data.prompt=auto"]
     for word in options.overrides:
@@ -344,13 +354,17 @@ def handle_evaluate(options: Namespace) -> None:
             settings.append(word)
     recipe = find_recipe(options.recipe) if options.recipe else None
     config = load(recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
-    check_model("MODEL", options.model)
+    if not at_endpoint:
+        check_model("MODEL", options.model)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
+    # A recipe is asked as it says; so is rollout.max_new_tokens.
+    said = options.recipe or any(word.startswith("rollout.max_new_tokens=") for word in options.overrides)
+    choose_limit = not (said or at_endpoint) and config.evaluate.max_new_tokens is None
     if options.show_prompt:
-        evaluate.show_prompt(config)
+        evaluate.show_prompt(config, choose_limit)
     else:
-        evaluate.evaluate_model(config, options.against)
+        evaluate.evaluate_model(config, options.against, choose_limit)
 
 
 def add_export(commands: Commands) -> None:

@@ -36,6 +36,8 @@ OWN = "own"  # source of negatives of `bcpg`: the wrong completions among a roun
 DataSource = StrEnum("DataSource", ["tiny", "jsonl"])
 # `pns.data.prompts` has what each fills in.
 PromptFamily = StrEnum("PromptFamily", ["none", "auto", "qwen", "llama", "deepseek", "base"])
+# What the variable enable_thinking of a chat template (Qwen3's) is told; auto: nothing.
+Thinking = StrEnum("Thinking", ["auto", "on", "off"])
 # Whether completions begin with <think>...</think>.
 ReasoningBlock = StrEnum("ReasoningBlock", ["auto", "tags", "none"])
 EngineKind = StrEnum("EngineKind", ["vllm", "transformers"])
@@ -110,13 +112,26 @@ class Data:
     system_prompt: str = key("", "system turn put before every problem; empty: none")
     problem_prefix: str = key("", "text put before every problem in the user turn; empty: none")
     instruction: str = key("", "text appended to every problem in the user turn; empty: none")
+    few_shot: str = path_key(
+        "",
+        "file of worked examples (JSON lines with problem and solution) before every problem, each as the "
+        "problem is put and then its solution; empty: none",
+    )
+    few_shot_count: int = key(0, "the first so many of data.few_shot; 0: all", at_least(0))
     assistant_prefix: str = key("", "text that completions begin with, part of the prompt; empty: none")
     reasoning: ReasoningBlock = key(
         ReasoningBlock.auto,
         "whether completions begin with <think>...</think> (the format gate asks for it); auto: where the "
         "prompt opens the block or the tokenizer has a token for it",
     )
-    stop: str = key("", "evaluation cuts at this text (a base model's next problem); empty: none")
+    thinking: Thinking = key(
+        Thinking.auto, "tells the chat template's enable_thinking; a template without it takes auto alone"
+    )
+    think_tags: list[str] = key(
+        ["<think>", "</think>"],
+        "what opens and closes the model's reasoning block; stored texts have <think>...</think> for it",
+    )
+    stop: str = key("", "ends a completion of evaluation (a base model's next problem); empty: none")
     max_prompt_tokens: int = key(
         1024, "tokens; training drops longer prompts and counts them, evaluation asks all", at_least(1)
     )
@@ -615,14 +630,67 @@ class Decoding:
     samples_per_problem: int | None = key(None, "completions; null: the benchmark's, else 1", at_least(1))
     temperature: float | None = key(None, "0: greedy; null: the benchmark's, else 0", at_least(0))
     top_p: float | None = key(None, "nucleus of sampling; null: the benchmark's, else 1", up_to(1))
-    max_new_tokens: int | None = key(None, "tokens; null: the benchmark's, else rollout's", at_least(1))
+    max_new_tokens: int | None = key(
+        None, "tokens; null: rollout's, or with pns evaluate by the model", at_least(1)
+    )
+    top_k: int | None = key(None, "draw from so many likeliest tokens; 0 or null: from all", at_least(0))
+    min_p: float | None = key(
+        None,
+        "draw from tokens of at least this share of the likeliest one's probability; 0 or null: from all",
+        between(0, 1),
+    )
+    presence_penalty: float | None = key(
+        None, "taken off the logits of tokens in the completion; 0 or null: none", FINITE
+    )
+    frequency_penalty: float | None = key(
+        None, "taken off once for each time that they are in it; 0 or null: none", FINITE
+    )
+    repetition_penalty: float | None = key(
+        None,
+        "divides positive logits of tokens in prompt or completion, multiplies others; 1 or null: none",
+        above(0),
+    )
+    stop: list[str] | None = key(None, "texts that end a completion, beside data.stop; null: none")
+
+
+# What the keys beyond the first four are where they change nothing.
+DECODING_OFF: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "stop": [],
+}
+
+
+def described_decoding(decoding: Decoding) -> dict[str, Any]:
+    """A complete decoding without the keys that change nothing: equal where samples are."""
+    stated = vars(decoding)
+    return {name: value for name, value in stated.items() if value not in (None, DECODING_OFF.get(name))}
+
+
+@dataclass
+class ModelEndpoint:
+    """An OpenAI-compatible server that `pns evaluate` asks in the place of an engine: models.backbone is the
+    model's name there. It need not honour seeds."""
+
+    url: str = key("", "base URL, such as http://HOST:8000/v1; empty: rollout's engine samples")
+    key_variable: str = key("OPENAI_API_KEY", "environment variable that holds the key; unset: none is sent")
+    concurrency: int = key(64, "requests at once", at_least(1))
+    retries: int = key(5, "times that a request is repeated after an error of the server", at_least(0))
+    deadline_seconds: float = key(3600.0, "seconds for one completion", above(0))
 
 
 @dataclass
 class Evaluate(Decoding):
     """The suites, and the generator before and after reverse RL."""
 
-    per_suite: dict[str, Decoding] = key({}, "suite -> those of these four keys that it has of its own")
+    per_suite: dict[str, Decoding] = key({}, "suite -> those of these keys that it has of its own")
+    from_generation_config: bool = key(
+        False, "what is null comes from the model's generation_config.json before the benchmark"
+    )
+    endpoint: ModelEndpoint = section(ModelEndpoint)
     generator_samples: int = key(512, "of the generator before and after reverse RL", at_least(1))
     generator_temperature: float = key(1.0, "sampling temperature of those; 0: greedy", at_least(0))
 

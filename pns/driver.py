@@ -6,11 +6,12 @@ are made.
 
 from pathlib import Path
 
+from pns.algo.formatting import THINK_TAGS
 from pns.algo.reward import reads_tokens
-from pns.config import OWN, Config, Data, TermKind, external_pairs
+from pns.config import OWN, Config, Data, PromptFamily, TermKind, Thinking, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
-from pns.data.prompts import PROMPT_KEYS, Prompts, apply_family, check_vocabulary, load_tokenizer
+from pns.data.prompts import PROMPT_KEYS, Messages, Prompts, apply_family, check_vocabulary, load_tokenizer
 from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json
 from pns.methods import METHODS
@@ -30,6 +31,8 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
     Returns the run's page. Raises UserError before anything is started or written where the inputs are wrong.
     """
     check_source(config)
+    if config.evaluate.endpoint.url:
+        raise UserError("evaluate.endpoint.url: pns evaluate alone asks a server: leave it empty in a run")
     problem_sets = load_problem_sets(config)
     prompts = load_prompts(config)
     check_token_readers(config, prompts)
@@ -133,11 +136,38 @@ def check_token_readers(config: Config, prompts: Prompts) -> None:
             check_vocabulary(path, prompts.tokenizer, key, config.models.trust_remote_code)
 
 
+def load_messages(config: Config) -> Messages:
+    """What a server is asked, whose tokenizer is not known here: with prompt auto, the problem and then the
+    instruction in one turn, which every chat model reads. Raises UserError for what only a text can have."""
+    data = config.data
+    if data.prompt is PromptFamily.auto:
+        data.prompt = PromptFamily.llama
+    data.prompt = apply_family(data, "")
+    if not data.chat_template or data.assistant_prefix:
+        fault = "evaluate.endpoint takes turns: no data.assistant_prefix, and data.chat_template is true"
+        raise UserError(f"{fault}: set data.prompt=auto, or evaluate the model's directory")
+    return Messages(data)
+
+
+def messages_digest(messages: Messages) -> str:
+    """Of everything that makes messages of a problem."""
+    data = messages.data
+    keys = [*PROMPT_KEYS, "thinking", "think_tags"]
+    return sha256_of_json(to_json([*(getattr(data, key) for key in keys), messages.examples]))
+
+
 def prompts_digest(prompts: Prompts) -> str:
     """Of everything that makes token ids of a problem, and text of token ids."""
     data, tokenizer = prompts.data, prompts.tokenizer
     keys = [getattr(data, key) for key in (*PROMPT_KEYS, "max_prompt_tokens")]
     keys += [prompts.prefix, prompts.reasoning_block]
+    # Only where they are set: what was made before there were such keys stays.
+    if data.thinking is not Thinking.auto:
+        keys.append(data.thinking)
+    if tuple(data.think_tags) != THINK_TAGS:
+        keys.append(data.think_tags)
+    if prompts.examples:
+        keys.append(prompts.examples)
     special = to_json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
     # The backend's text has merges and normaliser as well; slow tokenizers have none.
     vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()

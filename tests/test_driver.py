@@ -221,6 +221,9 @@ WITHOUT_EFFECT = {
         for service in SERVICES
         for key in ("key_variable", "concurrency", "retries", "price_in", "price_out")
     ),
+    "how a model's endpoint is asked": tuple(
+        f"evaluate.endpoint.{key}" for key in ("key_variable", "concurrency", "retries", "deadline_seconds")
+    ),
     "a sample depends on its seed, not on its neighbours": (
         "rollout.max_batch",
         "rollout.memory_fraction",
@@ -229,6 +232,8 @@ WITHOUT_EFFECT = {
     "the same sums in another order": ("policy.gradient_checkpointing", "policy.compile", "policy.fsdp_size"),
     "whether a model is read, not what it is": ("models.trust_remote_code",),
     "where sets come from; their content counts": ("data.revisions",),
+    "where a decoding comes from; what it says counts": ("evaluate.from_generation_config",),
+    "the tiny models' chat templates have no switch (tests/data/test_prompts.py)": ("data.thinking",),
     "where metrics are shown": ("tracking.",),
 }
 
@@ -278,7 +283,11 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     in_files += [f"data.jsonl.suites.first={suites['first']}", f"data.root={own.parent}"]
     sampled = ["evaluate.temperature=0.5", "evaluate.samples_per_problem=2"]
     sampled += ["reverse_rl.start=path", f"models.generator={LLAMA}"]
+    examples = tmp_path / "examples.jsonl"
+    lines = [{"problem": f"Double {i}.", "solution": f"It is {2 * i}."} for i in range(3)]
+    examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
     configs = [
+        tiny(*in_files, *sampled, f"data.few_shot={examples}"),
         tiny(*in_files, *sampled),
         tiny(*in_files, *sampled, "negatives=mixed"),
         tiny(*in_files, *sampled, "data.source=jsonl"),
@@ -289,10 +298,13 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "data.source": DataSource.jsonl,
         "data.prompt": PromptFamily.base,
         "data.reasoning": ReasoningBlock.none,
+        "data.think_tags": ["[THINK]", "[/THINK]"],
         "data.benchmarks": ["own"],
         "data.root": str(tmp_path / "elsewhere"),
+        "data.few_shot": str(examples),
         "data.revisions": {"own": "main"},
         "data.jsonl.suites": {"first": other},
+        "evaluate.stop": ["\n\n"],
         "evaluate.per_suite": {"short": Decoding(max_new_tokens=3)},
         "mixture.sources": ["rs"],
         "mixture.starts": [GeneratorStart.backbone],

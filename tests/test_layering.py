@@ -46,6 +46,7 @@ ROOMS = (
     "workers/metric_backends.py",
     "workers/node_memory.py",
     "workers/actor_logs.py",
+    "workers/http_client.py",
     "workers/checkpoints.py",
     "workers/runtime.py",
     "pns/data/",
@@ -75,7 +76,7 @@ OWNERS = {
         "workers/training/verl_engine.py",
     },
     "vllm": {"workers/rollout/engine_vllm.py"},
-    "openai": {"workers/rewards/endpoint.py"},
+    "openai": {"workers/http_client.py"},
     "wtpsplit": {"pns/data/sat.py"},
     "ray": {
         "workers/cluster.py",

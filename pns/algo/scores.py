@@ -15,11 +15,14 @@ from pns.algo.metrics import (
     score_of_shares,
 )
 from pns.answers.compare import same_answer
+from pns.answers.extract import boxed_span
 from pns.answers.qwen_harness import counts_as_right
-from pns.config import Decoding
+from pns.config import Decoding, described_decoding
 from pns.records import Answered, AnswerRule, Score, Verdict, to_json
 
 COUNTED = ("truncated", "no_answer", "prompt_too_long", "unverified")  # reasons, then a verdict
+BOXED_TRUNCATED = "boxed_truncated"  # of the truncated: a whole box stands before the cut
+MAX_TRUNCATED = 0.05  # share of completions above which a suite's figures carry a warning
 MEAN = "mean"  # beside the suites' names
 
 Figures = dict[str, Any]
@@ -34,7 +37,8 @@ def summarise(
     """Figures per suite and model, and under "mean" their unweighted mean over suites.
 
     `accuracy` (pass@1: the mean over problems of the share of right samples) with its 95 % interval [`low`,
-    `high`] (`score_of_shares`), `qwen_accuracy` (as `pns.answers.qwen_harness` counts), counts, how they were
+    `high`] (`score_of_shares`), `qwen_accuracy` (as `pns.answers.qwen_harness` counts), counts of completions
+    (`boxed_truncated` are among the truncated) and a `warning` where many were cut off, how they were
     decoded; with several samples `effective_n` (problems), `pass_at` and `majority_at`; `by_subject` and
     `by_level` where the problems have them; `against` earlier models: `described`.
     """
@@ -44,15 +48,28 @@ def summarise(
         accuracies[name] = {}
         for suite, decoding in decodings.items():
             own = [row for row in rows if row.problem.suite == suite]
-            scores[suite][name] = suite_figures(own) | vars(decoding) | {"seed": seed}
+            figures = suite_figures(own) | described_decoding(decoding) | {"seed": seed}
+            scores[suite][name] = figures | truncation_warning(figures)
             accuracies[name][suite] = list(right_shares(own).values())
         of_suites = [scores[suite][name] for suite in decodings]
         mean = mean_score([Score(f["accuracy"], f["low"], f["high"], f["n"]) for f in of_suites])
-        totals = {what: sum(f[what] for f in of_suites) for what in ("completions", *COUNTED)}
+        totals = {
+            what: sum(f[what] for f in of_suites) for what in ("completions", *COUNTED, BOXED_TRUNCATED)
+        }
         scores[MEAN][name] = to_json(mean) | totals
         for earlier in list(accuracies)[:-1]:
             add_difference(scores, accuracies, earlier, name)
     return scores
+
+
+def truncation_warning(figures: Figures) -> Figures:
+    """`warning` where more than MAX_TRUNCATED of a suite's completions were cut off; else nothing."""
+    share = figures["truncated"] / figures["completions"]
+    if share <= MAX_TRUNCATED:
+        return {}
+    boxed = f"{figures[BOXED_TRUNCATED]} of {figures['truncated']} had an answer in a box"
+    cut = f"{100 * share:.1f} % of completions were cut off at {figures['max_new_tokens']} tokens ({boxed})"
+    return {"warning": f"{cut}: raise evaluate.max_new_tokens"}
 
 
 def add_difference(scores: SuiteScores, accuracies: Accuracies, earlier: str, name: str) -> None:
@@ -91,6 +108,8 @@ def suite_figures(rows: Sequence[Answered]) -> Figures:
     figures: Figures = to_json(score_of_shares(in_order, num_samples)) | {"completions": len(rows)}
     for reason in COUNTED[:-1]:
         figures[reason] = sum(row.reason == reason for row in rows)
+    cut = [row for row in rows if row.reason == "truncated"]
+    figures[BOXED_TRUNCATED] = sum(boxed_span(row.completion) is not None for row in cut)
     figures["unverified"] = len(unverified)
     figures["unverified_problems"] = list(dict.fromkeys(unverified))
     published = [counts_as_right(row.problem.answer, row.completion) for row in rows]

@@ -3,16 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from pns import driver
-from pns.algo.scores import COUNTED, SuiteScores, add_difference, right_shares
-from pns.config import Config
+from pns.algo.scores import BOXED_TRUNCATED, COUNTED, SuiteScores, add_difference, right_shares
+from pns.config import Config, described_decoding
 from pns.data.benchmarks import decoding, decodings
 from pns.data.problems import load_suites
+from pns.data.prompts import Messages, Prompts, context_tokens
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl, write_json
 from pns.records import Answered, from_json
@@ -26,26 +27,44 @@ from pns.stages.context import Suites
 from pns.stages.evaluate import evaluate
 from pns.stages.session import session
 
+# The longest completion by what writes it, tokens, where no key says it: reasoning models are published with
+# this limit, and instruct models seldom write more.
+MAX_NEW_TOKENS = {"a reasoning model": 32768, "an instruct model": 4096, "a base model": 2048}
 
-def evaluate_model(config: Config, against: Path | None = None) -> Path:
+
+def choose_max_new_tokens(config: Config, prompts: Prompts) -> None:
+    """Set evaluate.max_new_tokens by what the model is, at most its context, and say so."""
+    kind = "an instruct model" if config.data.chat_template else "a base model"
+    if prompts.reasoning_block:
+        kind = "a reasoning model"
+    context = context_tokens(config.models.backbone, config.models.trust_remote_code)
+    tokens = config.evaluate.max_new_tokens = min(MAX_NEW_TOKENS[kind], context)
+    print(f"evaluate.max_new_tokens={tokens}, for {kind} with a context of {context}")
+
+
+def evaluate_model(config: Config, against: Path | None = None, choose_limit: bool = False) -> Path:
     """Evaluate `config.models.backbone` on the suites of `config.data` and print the table; returns the
     directory, <runs>/<name>.
 
     A finished evaluation is not run again; an interrupted one asks for the missing completions. `against` is
-    the directory of another evaluation of the same suites: its paired differences are added. Raises UserError
-    before anything starts where the inputs are wrong.
+    the directory of another evaluation of the same suites: its paired differences are added. `choose_limit`:
+    the longest completion follows from what the model is. Raises UserError before anything starts where the
+    inputs are wrong.
     """
     suite_problems, identities = load_suites(config)
-    prompts = driver.load_prompts(config)
+    messages, digest = messages_of(config, choose_limit)
     suites = Suites(suite_problems, identities, decodings(config, suite_problems), config.data)
+    if config.evaluate.from_generation_config:
+        for suite, how in suites.decodings.items():
+            print(f"{suite}: decoded as generation_config.json says: {described_decoding(how)}")
     model = Path(config.models.backbone).name
     with RunPage.open(Path(config.runs) / config.name) as page:
-        plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
+        plan = Plan(page.path / STORE, config, digest, page.attempts)
         evaluation = plan(evaluate, {model: ModelFiles(config.models.backbone)}, suites)
         earlier = read_other(against, evaluation, suites) if against else None
         (step,) = plan.steps
         if not step.is_done():
-            with session(config, page, [step], prompts, page.attempts) as making:
+            with session(config, page, [step], cast(Prompts, messages), page.attempts) as making:
                 making.make(step)
         scores = evaluation.scores()
         if earlier is not None:
@@ -54,6 +73,9 @@ def evaluate_model(config: Config, against: Path | None = None) -> Path:
             write_json(page.path / "comparison.json", differences)
         for table in evaluation_tables(scores, model):
             Console().print(table)
+        for suite, models in scores.items():
+            if warning := models[model].get("warning"):
+                print(f"{suite}: {warning}")
         for suite, identity in identities.items():
             if identity.without_answer:
                 print(f"{suite}: not asked, the source has no answer: {', '.join(identity.without_answer)}")
@@ -61,16 +83,32 @@ def evaluate_model(config: Config, against: Path | None = None) -> Path:
         return page.path
 
 
-def show_prompt(config: Config) -> None:
+def messages_of(config: Config, choose_limit: bool) -> tuple[Messages, str]:
+    """How problems are asked, and its digest."""
+    if config.evaluate.endpoint.url:
+        messages = driver.load_messages(config)
+        return messages, driver.messages_digest(messages)
+    prompts = driver.load_prompts(config)
+    if choose_limit:
+        choose_max_new_tokens(config, prompts)
+    return prompts, driver.prompts_digest(prompts)
+
+
+def show_prompt(config: Config, choose_limit: bool = False) -> None:
     """Print the first prompt as the model reads it, special tokens included, and how suites are decoded."""
     suites, _ = load_suites(config)
-    prompts = driver.load_prompts(config)
+    prompts, _ = messages_of(config, choose_limit)
     problem = next(iter(suites.values()))[0]
-    print(prompts.render(problem))
-    num_tokens = len(prompts.encode(problem))
-    print(f"--- data.prompt={config.data.prompt}, {num_tokens} tokens, problem {problem.id}")
+    said = ""
+    if isinstance(prompts, Prompts):
+        print(prompts.render(problem))
+        said = f" {len(prompts.encode(problem))} tokens,"
+    else:
+        for turn in prompts.messages(problem):
+            print(f"[{turn['role']}] {turn['content']}")
+    print(f"--- data.prompt={config.data.prompt},{said} problem {problem.id}")
     for suite in suites:
-        print(f"{suite}: {vars(decoding(config, suite))}")
+        print(f"{suite}: {described_decoding(decoding(config, suite))}")
 
 
 def read_other(path: Path, evaluation: Evaluation, suites: Suites) -> tuple[str, list[Answered]]:
@@ -121,7 +159,8 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
     """Terminal tables of one model: the suites, differences from other models, and by subject and level where
     the problems have them."""
     heads = ["suite", "n", "k", "accuracy % [95 %]", "as Qwen", "pass@k", "maj@k", "cut", "none", "long", "?"]
-    meaning = "cut at the token limit, without an answer, not asked (prompt too long), undecided (?)"
+    meaning = "cut at the token limit (in brackets: after a box), without an answer, not "
+    meaning += "asked (prompt too long), undecided (?)"
     caption = f"k samples a problem; as Qwen: as published figures count; completions {meaning}"
     if "minerva_math" in scores:
         caption += "; minerva_math: graders of published figures cannot read scientific notation (3.83e35)"
@@ -134,7 +173,10 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
         best.insert(0, [found["qwen_accuracy"]] if "qwen_accuracy" in found else [])
         shares = [f"{100 * share[0]:.1f}" if share else "" for share in best]
         row = [suite, found["n"], found.get("samples_per_problem", ""), interval(found), *shares]
-        cells = [str(cell) for cell in (*row, *(found[what] for what in COUNTED))]
+        counted = {what: str(found[what]) for what in COUNTED}
+        if found.get(BOXED_TRUNCATED):
+            counted["truncated"] += f" ({found[BOXED_TRUNCATED]})"
+        cells = [*map(str, row), *counted.values()]
         table.add_row(*cells, end_section=suite == list(scores)[-2])  # a line above the mean
     shown = [table]
     for other in scores["mean"][name].get("against", {}):

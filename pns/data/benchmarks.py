@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pns.answers.extract import boxed_span
-from pns.config import Config, Decoding
+from pns.config import DECODING_OFF, Config, Decoding
+from pns.data.prompts import generation_config
 from pns.errors import UserError
 
 
@@ -67,12 +68,13 @@ class Hub:
 @dataclass(frozen=True)
 class ProblemSet:
     """`count` records whose `content_hash` is `sha256`; `hub` None: local files only. `decoding` is complete
-    but for max_new_tokens."""
+    but for max_new_tokens. `parts`: files that are the set together, where it has none of its own name."""
 
     count: int
     sha256: str
     hub: Hub | None = None
     decoding: Decoding = field(default_factory=lambda: _GREEDY)
+    parts: tuple[str, ...] = ()
 
 
 # Fields of a record here, by their names there.
@@ -87,6 +89,7 @@ _OLYMPIAD = {"problem": "question", "answer": "final_answer", "subject": "subfie
     "error": "error",  # an absolute tolerance
 }
 _GSM8K = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
+_MATH_REVISION = "EleutherAI/hendrycks_math", "21a5633873b6a120296cce3e2df9d5550074f4a3"
 _MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 
 BENCHMARKS: dict[str, ProblemSet] = {
@@ -99,6 +102,12 @@ BENCHMARKS: dict[str, ProblemSet] = {
         500,
         "9b34dbfc465f4c3ddea6135a4bf4a00deb26430c2576d244b9747b4cf79b7bec",
         Hub("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", _MATH500),
+    ),
+    "math": ProblemSet(  # the whole test split
+        5000,
+        "6baf2cbe7e45d6be98977e2b0a8d3e2598e3cfde4423f428e784981c8594586d",
+        Hub(*_MATH_REVISION, _MATH_TRAIN, _boxed, tuple(_MATH.split())),
+        parts=("math500", "math_test_minus_math500"),
     ),
     "amc23": ProblemSet(
         40,
@@ -141,14 +150,7 @@ TRAINING_SETS: dict[str, ProblemSet] = {
     "math_train": ProblemSet(
         7500,
         "a895859a390e8720903abdb3db93fc2979b950e03517fa0e9a6aa0251bd4d25c",
-        Hub(
-            "EleutherAI/hendrycks_math",
-            "21a5633873b6a120296cce3e2df9d5550074f4a3",
-            _MATH_TRAIN,
-            _boxed,
-            tuple(_MATH.split()),
-            "train",
-        ),
+        Hub(*_MATH_REVISION, _MATH_TRAIN, _boxed, tuple(_MATH.split()), "train"),
     ),
     "dapo_math_17k": ProblemSet(17917, "2f6680a6f81627ee59a6af0a4814a179452e0f5fbff6d8e7455c428c7a03cc58"),
 }
@@ -181,9 +183,10 @@ def decoding(config: Config, suite: str) -> Decoding:
     for several greedy samples, which would be the same."""
     named = suite in config.data.benchmarks
     own = config.evaluate.per_suite.get(suite, Decoding())
-    chain = (own, config.evaluate, BENCHMARKS[suite].decoding if named else _GREEDY)
-    values = {}
-    for name in ("samples_per_problem", "temperature", "top_p"):
+    models_own = generation_decoding(config) if config.evaluate.from_generation_config else Decoding()
+    chain = (own, config.evaluate, models_own, BENCHMARKS[suite].decoding if named else _GREEDY)
+    values: dict[str, Any] = {}
+    for name in ("samples_per_problem", "temperature", "top_p", *DECODING_OFF):
         stated = (getattr(layer, name) for layer in chain)
         values[name] = next((value for value in stated if value is not None), None)  # 0 is a temperature
     tokens = own.max_new_tokens or config.evaluate.max_new_tokens or config.rollout.max_new_tokens
@@ -194,4 +197,21 @@ def decoding(config: Config, suite: str) -> Decoding:
         raise UserError(f"evaluate: {fault}, which would all be the same: {way_out}")
     if complete.top_p == 0:
         raise UserError(f"evaluate: top_p of {suite} is 0; it lies in (0, 1]")
+    if "" in (values["stop"] or []):
+        raise UserError(f"evaluate: a stop of {suite} is empty, and would end every completion: leave it out")
     return complete
+
+
+def generation_decoding(config: Config) -> Decoding:
+    """What the backbone's generation_config.json says of sampling; without do_sample it is greedy. Raises
+    UserError where there is no such file."""
+    said = generation_config(config.models.backbone)
+    if said is None:
+        fault = f"{config.models.backbone} has no generation_config.json"
+        raise UserError(f"evaluate.from_generation_config: {fault}; leave it false, and set evaluate.*")
+    if not said.get("do_sample"):
+        return Decoding(temperature=0.0, repetition_penalty=said.get("repetition_penalty"))
+    # What a file leaves out is what transformers takes.
+    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return Decoding(**{name: said.get(name, defaults.get(name)) for name in names})

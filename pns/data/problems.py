@@ -114,10 +114,15 @@ def load_named(
         raise UserError(f"{name}: no set of that name; there are {', '.join(table)} (own files: data.jsonl)")
     expected = table[name]
     if data.root:
-        path = _local_file(name, Path(data.root))
-        if not path.is_file():
-            raise UserError(f"{name}: {path} does not exist; data.root names a directory that has the file")
-        source, records, pinned, count = str(path), list(read_records(path)), False, expected.count
+        root = Path(data.root)
+        path = _local_file(name, root)
+        files = [path] if path.is_file() else [_local_file(part, root) for part in expected.parts]
+        if not files or not all(file.is_file() for file in files):
+            parts = f" (nor are all of {', '.join(map(str, files))})" if files else ""
+            way_out = "data.root names a directory that has the file"
+            raise UserError(f"{name}: {path} does not exist{parts}; {way_out}")
+        records = [record for file in files for record in read_records(file)]
+        source, pinned, count = " and ".join(map(str, files)), False, expected.count
     else:
         if expected.hub is None:
             way_out = f"name a directory that has {name}.jsonl with data.root=DIR"

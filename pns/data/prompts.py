@@ -1,11 +1,14 @@
 """Problems to token ids through the model's chat template, and back; how each family is asked."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pns.algo.formatting import THINK_TAGS
-from pns.config import Data, PromptFamily, ReasoningBlock
+from pns.config import Data, PromptFamily, ReasoningBlock, Thinking
 from pns.errors import UserError
+from pns.files import json_lines
 from pns.records import Problem
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -65,7 +68,34 @@ def apply_family(data: Data, chat_template: str | None) -> PromptFamily:
     return name
 
 
-class Prompts:
+class Messages:
+    """Problems as conversations, for a server that has tokenizer and chat template itself."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self._tags = _think_tags(data)
+        self.examples = read_examples(data)
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The conversation before the assistant's turn; an example is a turn of each side."""
+        system = self.data.system_prompt
+        turns = [{"role": "system", "content": system}] if system else []
+        for text, solution in self.examples:
+            turns += [
+                {"role": "user", "content": self._asked(text)},
+                {"role": "assistant", "content": solution},
+            ]
+        return [*turns, {"role": "user", "content": self._asked(problem.prompt)}]
+
+    def _asked(self, problem: str) -> str:
+        return self.data.problem_prefix + problem + self.data.instruction
+
+    def canonical(self, text: str) -> str:
+        """With <think>, </think> for `data.think_tags`."""
+        return _replaced(text, self._tags, THINK_TAGS)
+
+
+class Prompts(Messages):
     """Renders problems with a tokenizer's chat template.
 
     The prompt is [system turn] + user turn (`data.problem_prefix`, problem, `data.instruction`) + generation
@@ -74,27 +104,32 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
+        super().__init__(data)
         self.tokenizer = tokenizer
-        self.data = data
+        self._template_arguments: dict[str, Any] = dict(_TEMPLATE_ARGUMENTS)
+        if data.thinking is not Thinking.auto:
+            if not data.chat_template or "enable_thinking" not in (tokenizer.chat_template or ""):
+                fault = f"{data.thinking}, and the model's chat template names no enable_thinking"
+                raise UserError(f"data.thinking: {fault}: leave it auto")
+            self._template_arguments["enable_thinking"] = data.thinking is Thinking.on
+        # Tags that decoding would leave out with the other special tokens.
+        added = tokenizer.added_tokens_decoder.items()
+        own_tags = {number: str(token) for number, token in added if token.special}
+        self._special_tags = {number: tag for number, tag in own_tags.items() if tag in self._tags}
         begun = self._begun_turn()
-        opening, closing = THINK_TAGS
+        opening, closing = self._tags
         block_is_open = begun.rfind(opening) > begun.rfind(closing)
         # What completions begin with although the prompt holds it: the prefix, and before it the opening of
         # the reasoning block where the template itself writes it.
         opened_by_template = block_is_open and opening not in data.assistant_prefix
-        self.prefix = (begun[begun.rfind(opening) :] if opened_by_template else "") or data.assistant_prefix
+        prefix = (begun[begun.rfind(opening) :] if opened_by_template else "") or data.assistant_prefix
+        self.prefix = _replaced(prefix, self._tags, THINK_TAGS)
         # Whether completions begin with a reasoning block. A prompt that closes one (Qwen3 told not to
         # think) leaves none to be written.
         writes_block = block_is_open or (opening not in begun and opening in tokenizer.get_vocab())
         self.reasoning_block = data.reasoning is ReasoningBlock.tags or (
             data.reasoning is ReasoningBlock.auto and writes_block
         )
-
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The conversation before the assistant's turn."""
-        data = self.data
-        system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
-        return [*system, {"role": "user", "content": data.problem_prefix + problem.prompt + data.instruction}]
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
@@ -105,11 +140,17 @@ class Prompts:
         """The prompt's text, without the first token that a plain one gets from the tokenizer."""
         prefix = self.data.assistant_prefix
         if not self.data.chat_template:
-            return messages[-1]["content"] + prefix
+            return self._shown(messages) + prefix
         turns = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **_TEMPLATE_ARGUMENTS
+            messages, add_generation_prompt=True, tokenize=False, **self._template_arguments
         )
         return turns + prefix
+
+    def _shown(self, messages: list[dict[str, str]]) -> str:
+        """Of a plain text: the examples, a blank line after each, and the problem."""
+        asked = [message["content"] for message in messages if message["role"] != "system"]
+        pairs = zip(asked[:-1:2], asked[1::2], strict=True)
+        return "".join(f"{text} {solution}\n\n" for text, solution in pairs) + asked[-1]
 
     def _begun_turn(self) -> str:
         """What stands between a question and its completion."""
@@ -121,27 +162,38 @@ class Prompts:
         # Clean-up would take spaces away that the model reads.
         return self.tokenizer.decode(list(self.encode(problem)), clean_up_tokenization_spaces=False)
 
-    def until_stop(self, text: str) -> tuple[str, bool]:
-        """`text` up to `data.stop`, and whether that was in it."""
-        head, stop, _ = text.partition(self.data.stop) if self.data.stop else (text, "", "")
-        return head, bool(stop)
-
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Completion ids (T,) with the end token, of a text as `decode` gives it: `prefix` is part of the
         prompt."""
-        completion = text.removeprefix(self.prefix)
+        completion = _replaced(text.removeprefix(self.prefix), THINK_TAGS, self._tags)
         return (*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id)
 
     def token_starts(self, text: str) -> list[int]:
         """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
         end token."""
         completion = text.removeprefix(self.prefix)
-        encoded = self.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
-        return [start + len(text) - len(completion) for start, _ in encoded["offset_mapping"]]
+        own = _replaced(completion, THINK_TAGS, self._tags)
+        encoded = self.tokenizer(own, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        if self._tags != THINK_TAGS:
+            # A start is where the text before it ends; in a tag of several tokens, somewhere in it.
+            starts = [len(_replaced(own[:start], self._tags, THINK_TAGS)) for start in starts]
+        return [start + len(text) - len(completion) for start in starts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of completion ids, without the end token and other special tokens, with `prefix` before it."""
-        return self.prefix + self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """Text of completion ids, without the end token and other special tokens, with `prefix` before it and
+        <think>, </think> for `data.think_tags`."""
+        begin, text = 0, ""
+        for i, token in enumerate(token_ids if self._special_tags else ()):
+            if token in self._special_tags:
+                text += self._decode(token_ids[begin:i]) + self._special_tags[token]
+                begin = i + 1
+        text += self._decode(token_ids[begin:])
+        return self.prefix + self.canonical(text)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
 
     def fitting(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most `data.max_prompt_tokens` tokens, and how many have not.
@@ -153,6 +205,33 @@ class Prompts:
             shortest = f"the shortest of {len(problems)} prompts has {min(lengths)}"
             raise UserError(f"data.max_prompt_tokens: {limit}; {shortest}: raise it")
         return kept, len(problems) - len(kept)
+
+
+def read_examples(data: Data) -> list[tuple[str, str]]:
+    """(problem, solution) of `data.few_shot`. Raises UserError with file and line."""
+    if not data.few_shot:
+        return []
+    examples = []
+    for number, record in json_lines(Path(data.few_shot)):
+        if not (isinstance(record, dict) and record.get("problem") and record.get("solution")):
+            fault = f"{data.few_shot}, line {number}: an example needs problem and solution"
+            raise UserError(f"data.few_shot: {fault}")
+        examples.append((str(record["problem"]), str(record["solution"])))
+    if len(examples) < max(1, data.few_shot_count):
+        fault = f"{data.few_shot} has {len(examples)} examples"
+        raise UserError(f"data.few_shot: {fault}; set data.few_shot_count to at most as many")
+    return examples[: data.few_shot_count or None]
+
+
+def _think_tags(data: Data) -> tuple[str, str]:
+    if len(data.think_tags) != 2 or not all(data.think_tags) or data.think_tags[0] == data.think_tags[1]:
+        fault = f"{data.think_tags} are not two different texts, an opening and a closing one"
+        raise UserError(f"data.think_tags: {fault}")
+    return data.think_tags[0], data.think_tags[1]
+
+
+def _replaced(text: str, tags: tuple[str, str], by: tuple[str, str]) -> str:
+    return text if tags == by else text.replace(tags[0], by[0]).replace(tags[1], by[1])
 
 
 def break_added_tokens(tokenizer: Any, text: str) -> str:
@@ -198,6 +277,17 @@ def context_tokens(path: str, trust_remote_code: bool = False) -> int:
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     return int(config.get_text_config().max_position_embeddings)
+
+
+def generation_config(path: str) -> dict[str, Any] | None:
+    """generation_config.json of a model directory or Hub id; None where it has none."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        file = cached_file(path, "generation_config.json")
+    except OSError:
+        return None
+    return json.loads(Path(file).read_text()) if file else None
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:

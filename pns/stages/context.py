@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pns.config import Data, Decoding
+from pns.config import Data, Decoding, described_decoding
 from pns.data.checker import Checker
 from pns.data.problems import Identity, benchmark_problems
 from pns.data.prompts import Prompts
@@ -108,12 +108,13 @@ class Suites:
     def digest(self) -> str:
         """Of what is asked and how; not of where it comes from, which is in `identities`."""
         suites = {name: list(suite) for name, suite in self.problems.items()}
-        return sha256_of_json(to_json([suites, dict(self.decodings)]))
+        decodings = {name: described_decoding(decoding) for name, decoding in self.decodings.items()}
+        return sha256_of_json(to_json([suites, decodings]))
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Suite -> identity and decoding: two evaluations compare where this is the same."""
         return {
-            name: to_json(identity) | {"decoding": vars(self.decodings[name])}
+            name: to_json(identity) | {"decoding": described_decoding(self.decodings[name])}
             for name, identity in self.identities.items()
         }
 

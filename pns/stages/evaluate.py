@@ -7,12 +7,13 @@ the model's context, which is not asked. A completion whose answer the verifier 
 no right answer, counted and listed. The number of problems never shrinks.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pns.algo.scores import COUNTED, MEAN, final_verdict, summarise
-from pns.config import Decoding
+from pns.config import Config, Decoding, Thinking
 from pns.data.prompts import context_tokens
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Answered, Problem, Verdict
@@ -22,12 +23,31 @@ from pns.run.stage import stage
 from pns.stages.artefacts import AnyModel, Evaluation
 from pns.stages.context import Context, Suites
 from pns.stages.stream import Ask, Unfinished, stable_seed, stream
+from workers.rollout.endpoint import ChatRequest, ModelAtEndpoint, Reply
 from workers.rollout.engine import Sample, Sampling
 
 
-# No settings: how suites are decoded comes with them.
-@stage(Evaluation, lambda config: None, lambda settings: ("rollout", "verifier"))
-def evaluate(ctx: Context, settings: None, models: Mapping[str, AnyModel], suites: Suites) -> Evaluation:
+@dataclass(frozen=True)
+class AtEndpoint:
+    """The models are names at this server, which alone counts: how it is asked changes no result."""
+
+    url: str
+
+
+def endpoint_settings(config: Config) -> AtEndpoint | None:
+    """None where rollout samples: how suites are decoded comes with them."""
+    url = config.evaluate.endpoint.url
+    return AtEndpoint(url) if url else None
+
+
+def roles_of(settings: AtEndpoint | None) -> tuple[str, ...]:
+    return ("verifier",) if settings else ("rollout", "verifier")
+
+
+@stage(Evaluation, endpoint_settings, roles_of)
+def evaluate(
+    ctx: Context, settings: AtEndpoint | None, models: Mapping[str, AnyModel], suites: Suites
+) -> Evaluation:
     """Scores of `models` on `suites`; completions that an interruption left are not asked for again."""
     evaluation = Evaluation(ctx.directory)
     write_json(evaluation.suites_file, suites.described())
@@ -36,7 +56,7 @@ def evaluate(ctx: Context, settings: None, models: Mapping[str, AnyModel], suite
     for index, (name, model) in enumerate(models.items()):
         file = evaluation.completions_file(name)
         if not file.exists():
-            answer(ctx, evaluation, name, model.model, suites)
+            answer(ctx, evaluation, name, model.model, suites, settings is not None)
         answered[name] = evaluation.completions(name)
         right = sum(row.verdict is Verdict.CORRECT for row in answered[name])
         ctx.track.log(index, {f"{name}_accuracy": right / len(answered[name])})
@@ -49,61 +69,101 @@ def evaluate(ctx: Context, settings: None, models: Mapping[str, AnyModel], suite
     return evaluation
 
 
-def answer(ctx: Context, evaluation: Evaluation, name: str, model: str, suites: Suites) -> None:
+def answer(
+    ctx: Context, evaluation: Evaluation, name: str, model: str, suites: Suites, at_endpoint: bool = False
+) -> None:
     """Write the rows of every sample of every problem, in order.
 
     The seed of a sample follows from the run's seed, the problem and the sample's number alone, so neither
     the order, the number of replicas nor an interruption changes it.
     """
-    longest = context_tokens(model, ctx.fleet.runtime.trust_remote_code)
+    # A server's context is not known here: it refuses what does not fit.
+    longest = 0 if at_endpoint else context_tokens(model, ctx.fleet.runtime.trust_remote_code)
     rows: dict[str, Answered] = {}
     asks: list[Ask] = []
     for suite, problems in suites.problems.items():
         decoding = suites.decodings[suite]
+        sampling = decoding_sampling(decoding, ctx.prompts.data.stop)
         for problem in problems:
-            fits = len(ctx.prompts.encode(problem)) < longest  # room for one token at least
+            # Room for one token at least.
+            fits = at_endpoint or len(ctx.prompts.encode(problem)) < longest
             for sample in range(decoding.samples_per_problem or 1):
                 seed = stable_seed(ctx.seed, "evaluate", problem.id, sample)
                 row = not_asked(problem, sample, seed)
                 if fits:
-                    asks.append(Ask(answered_key(row), problem, sample, seed, decoding_sampling(decoding)))
+                    asks.append(Ask(answered_key(row), problem, sample, seed, sampling))
                 rows[answered_key(row)] = row  # keeps its place, also where an answer replaces it
     file = evaluation.completions_file(name)
     unfinished: Unfinished[Answered] = Unfinished(file.with_suffix(UNFINISHED), Answered, answered_key)
     scorer, label = AnswerScorer(ctx), f"evaluate  {name}"
-    answers = stream(ctx, asks, scorer, unfinished, lambda row: True, model, label)
+    if at_endpoint:
+        sampled = partial(replies, model)
+        answers = stream(ctx, asks, scorer, unfinished, has_completion, None, label, sampled)
+    else:
+        answers = stream(ctx, asks, scorer, unfinished, lambda row: True, model, label)
     rows |= {ask.key: row for ask, row in zip(asks, answers, strict=True)}
     write_jsonl(file, rows.values())
     # Only now that the whole file is there: until then these rows are what an interruption leaves.
     unfinished.drop(list(unfinished.rows))
 
 
+def replies(model: str, ctx: Context, asks: Sequence[Ask]) -> Iterator[list[Reply]]:
+    """Of the model of this name at evaluate.endpoint."""
+    thinking = ctx.prompts.data.thinking
+    told = {} if thinking is Thinking.auto else {"enable_thinking": thinking is Thinking.on}
+    asked = ModelAtEndpoint(model, ctx.fleet.config.evaluate.endpoint, told)
+    requests = [
+        ChatRequest(ask.key, ctx.prompts.messages(ask.problem), ask.seed, ask.sampling) for ask in asks
+    ]
+    yield from asked.stream(requests)
+
+
+def has_completion(row: Answered) -> bool:
+    """Whether a server has answered: what it failed for is asked again after an interruption."""
+    return row.finish_reason in ("stop", "length")
+
+
 def answered_key(row: Answered) -> str:
     return f"{row.problem.suite}/{row.problem.id}#{row.sample}"
 
 
-def decoding_sampling(decoding: Decoding) -> Sampling:
-    """Of a decoding whose gaps are filled (`pns.data.benchmarks.decodings`)."""
+def decoding_sampling(decoding: Decoding, stop: str = "") -> Sampling:
+    """Of a decoding whose gaps are filled (`pns.data.benchmarks.decodings`); `stop` is the prompt's."""
     assert decoding.temperature is not None
     assert decoding.top_p is not None
     assert decoding.max_new_tokens is not None
-    return Sampling(decoding.temperature, decoding.top_p, decoding.max_new_tokens)
+    stops = tuple(dict.fromkeys([*([stop] if stop else []), *(decoding.stop or [])]))
+    return Sampling(
+        decoding.temperature,
+        decoding.top_p,
+        decoding.max_new_tokens,
+        decoding.top_k or 0,
+        decoding.min_p or 0.0,
+        decoding.presence_penalty or 0.0,
+        decoding.frequency_penalty or 0.0,
+        decoding.repetition_penalty or 1.0,
+        stops,
+    )
 
 
 class AnswerScorer:
-    """Gives every completion, up to `data.stop`, its verdict and the reason."""
+    """Gives every completion, up to the first stop text, its verdict and the reason."""
 
     def __init__(self, ctx: Context) -> None:
         self._verifier, self._prompts = ctx.fleet.verifier, ctx.prompts
         self._verifying: list[tuple[list[Answered], list[str], Any]] = []
 
-    def submit(self, samples: Sequence[tuple[Ask, Sample]]) -> None:
+    def submit(self, samples: Sequence[tuple[Ask, Sample | Reply]]) -> None:
         rows, keys = [], []
         for ask, sample in samples:
-            text, stopped = self._prompts.until_stop(self._prompts.decode(sample.token_ids))
+            if isinstance(sample, Reply):
+                whole, num_tokens = self._prompts.canonical(sample.text), sample.num_tokens
+            else:
+                whole, num_tokens = self._prompts.decode(sample.token_ids), len(sample.token_ids)
+            text, stopped = until_stop(whole, ask.sampling.stop)
             reason = "stop" if stopped else sample.finish_reason
             problem = replace(ask.problem, solution=None)  # rows are read by people: a solution is long
-            drawn = text, len(sample.token_ids), reason
+            drawn = text, num_tokens, reason
             # What it will be once there is a verdict.
             rows.append(Answered(problem, ask.sample, ask.seed, *drawn, None, Verdict.UNVERIFIED, ""))
             keys.append(ask.key)
@@ -124,6 +184,13 @@ class AnswerScorer:
                 whole.append((key, judged))
         self._verifying = still_verifying
         return whole
+
+
+def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """`text` up to the first of `stops`, and whether one was in it. Engines end completions with a stop: the
+    text of the token that completed it goes beyond."""
+    found = [begin for stop in stops if (begin := text.find(stop)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
 
 
 def not_asked(problem: Problem, sample: int, seed: int) -> Answered:

@@ -5,10 +5,10 @@ asked again.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pns.files import append_jsonl, cut_rows, read_jsonl
 from pns.records import Problem, from_json
@@ -80,6 +80,7 @@ def stream(
     keep: Callable[[Row], bool],
     model: str | None = None,
     label: str = "",
+    sampled: Callable[[Context, Sequence[Ask]], Iterator[list[Any]]] | None = None,
 ) -> list[Row]:
     """The row of every ask, in order. Each is kept in `unfinished` as soon as it is whole (if `keep` says so:
     one whose reward failed is asked again after an interruption), and one that is there already is not
@@ -87,7 +88,7 @@ def stream(
 
     `model` is loaded first where something is missing; None: rollout has its weights. Neither order, number
     of replicas nor interruption changes a sample: it depends on the seed of its ask alone. `label`: of
-    progress lines.
+    progress lines. `sampled`: yields the samples of asks in the place of rollout, with their keys as ids.
     """
     rows = {ask.key: unfinished.rows[ask.key] for ask in asks if ask.key in unfinished.rows}
     missing = {ask.key: ask for ask in asks if ask.key not in rows}
@@ -100,16 +101,20 @@ def stream(
         unfinished.add(row for row in whole.values() if keep(row))  # on disk before the next one comes
 
     shown = time.monotonic()
-    for sampling, requests in _requests(ctx, missing.values()).items():
-        for samples in ctx.fleet.rollout.stream(requests, sampling):
-            scorer.submit([(missing[sample.id], sample) for sample in samples])
-            take(wait=False)
-            if label and time.monotonic() - shown >= _PROGRESS_SECONDS:
-                shown = time.monotonic()
-                ctx.track.note(f"{label}  {len(rows)}/{len(asks)} completions")
+    for samples in (sampled or _rollout)(ctx, list(missing.values())):
+        scorer.submit([(missing[sample.id], sample) for sample in samples])
+        take(wait=False)
+        if label and time.monotonic() - shown >= _PROGRESS_SECONDS:
+            shown = time.monotonic()
+            ctx.track.note(f"{label}  {len(rows)}/{len(asks)} completions")
     while len(rows) < len(asks):
         take(wait=True)  # row by row: what is whole is kept, however long the others take
     return [rows[ask.key] for ask in asks]
+
+
+def _rollout(ctx: Context, asks: Sequence[Ask]) -> Iterator[list[Sample]]:
+    for sampling, requests in _requests(ctx, asks).items():
+        yield from ctx.fleet.rollout.stream(requests, sampling)
 
 
 def _requests(ctx: Context, asks: Iterable[Ask]) -> dict[Sampling, list[Request]]:

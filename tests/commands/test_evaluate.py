@@ -260,3 +260,23 @@ def test_against_another_evaluation(
     for wrong in (tmp_path / "absent", out, tmp_path / "other"):
         assert cli.main(arguments(out, "--against", str(wrong))) == 2
         assert "--against" in capsys.readouterr().err
+
+
+def test_the_longest_completion_follows_from_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = write_suite(tmp_path / "suite.jsonl")
+    words = ["evaluate", str(MODEL), f"data.jsonl.suites.own={suite}", "data.prompt=none", "--show-prompt"]
+    context = json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
+    cli.main(words)
+    assert f"max_new_tokens={context}, for a reasoning model with a context of" in capsys.readouterr().out
+    for key in ("rollout.max_new_tokens=9", "evaluate.max_new_tokens=9"):
+        cli.main([*words, key])
+        out = capsys.readouterr().out
+        assert "'max_new_tokens': 9" in out
+        assert "for a reasoning model" not in out
+
+
+def write_suite(path: Path) -> Path:
+    path.write_text(json.dumps({"problem": "What is half of four?", "answer": "2"}) + "\n")
+    return path

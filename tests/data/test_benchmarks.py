@@ -43,13 +43,11 @@ def test_real_sets_are_those_of_the_table(name: str) -> None:
     """Load checks count and hash; here the records are read by hand."""
     table = BENCHMARKS if name in BENCHMARKS else TRAINING_SETS
     problems, identity = load_named(name, local, table)
-    path = next(
-        path
-        for path in (DATA / ("benchmarks" if name in BENCHMARKS else "train")).iterdir()
-        if path.name.startswith(name + ".")
-    )
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-    rows = [json.loads(line) for line in text.split("\n") if line]
+    rows = []
+    for part in table[name].parts or [name]:
+        path = next(path for path in sorted(DATA.glob(f"*/{part}.*")))
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+        rows += [json.loads(line) for line in text.split("\n") if line]
     assert identity.count == len(rows) == table[name].count
     assert identity.sha256 == table[name].sha256
     assert identity.without_answer == tuple(row["id"] for row in rows if not row["answer"])
@@ -59,6 +57,13 @@ def test_real_sets_are_those_of_the_table(name: str) -> None:
     ]
     assert [p.level for p in problems] == [str(row.get("level", "")).removeprefix("Level ") for row in asked]
     assert [p.subject for p in problems] == [row.get("subject", "") for row in asked]
+
+
+@here
+def test_a_set_in_parts_needs_all_of_them(tmp_path: Path) -> None:
+    shutil.copy(DATA / "benchmarks/math500.jsonl", tmp_path)
+    with pytest.raises(UserError, match=r"math: .*nor are all of .*math_test_minus_math500\.jsonl\)"):
+        load_named("math", Data(root=str(tmp_path)))
 
 
 @here
@@ -108,7 +113,8 @@ def test_a_damaged_set_is_an_error(tmp_path: Path, damage: str, word: str) -> No
 def test_overlaps_are_the_reference_answer() -> None:
     """Every pair and share of the reference, no other, in seconds."""
     begin = time.monotonic()
-    overlaps = Overlaps(problem for name in BENCHMARKS for problem in load_named(name, local)[0])
+    sets = [name for name in BENCHMARKS if name != "math"]  # whose rest is one of the files
+    overlaps = Overlaps(problem for name in sets for problem in load_named(name, local)[0])
     found = {}
     for file in sorted((DATA / "train").glob("*.jsonl*")):
         if file.stem != "overlaps":
@@ -380,3 +386,20 @@ def test_a_run_reports_what_it_removed(tmp_path: Path) -> None:
     shutil.copy(suite, train)
     with pytest.raises(UserError, match=r"every problem of .*train\.jsonl is also in a suite"):
         load_problem_sets(Config(data=data))
+
+
+def test_a_models_own_decoding_comes_before_the_benchmarks(tmp_path: Path) -> None:
+    config = Config(
+        data=Data(benchmarks=["aime24"]), evaluate=Evaluate(min_p=0.1, from_generation_config=True)
+    )
+    config.evaluate.per_suite["aime24"] = Decoding(top_k=7)
+    config.models.backbone = str(tmp_path)
+    with pytest.raises(UserError, match=r"has no generation_config\.json; leave it false"):
+        decoding(config, "aime24")
+    said = {"do_sample": True, "temperature": 0.8, "top_k": 20, "min_p": 0.2, "repetition_penalty": 1.05}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    own = decoding(config, "aime24")
+    assert (own.samples_per_problem, own.temperature, own.top_p) == (32, 0.8, 1.0)
+    assert (own.top_k, own.min_p, own.repetition_penalty, own.presence_penalty) == (7, 0.1, 1.05, None)
+    config.evaluate.from_generation_config = False
+    assert decoding(config, "aime24").temperature == 0.6

@@ -9,8 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from pns import driver
 from pns.algo.formatting import check_format
-from pns.config import Data, ReasoningBlock
+from pns.answers.extract import extract_boxed
+from pns.config import Data, ReasoningBlock, Thinking
 from pns.data.prompts import (
     BOXED,
     FAMILIES,
@@ -89,18 +91,6 @@ def test_prompts_of_families(family: str) -> None:
 
 def test_the_instruction_is_the_known_one() -> None:
     assert BOXED == r"Please reason step by step, and put your final answer within \boxed{}."
-
-
-def test_a_base_model_is_read_until_it_goes_on() -> None:
-    data = Data(prompt="base")
-    apply_family(data, None)
-    prompts = Prompts(tokenizer(None), data)
-    assert prompts.until_stop(" It is \\boxed{2}.\nQuestion: What is 2+2?\nAnswer: \\boxed{4}") == (
-        " It is \\boxed{2}.",
-        True,
-    )
-    assert prompts.until_stop(" It is \\boxed{2}.") == (" It is \\boxed{2}.", False)
-    assert Prompts(tokenizer(QWEN), Data()).until_stop("a\nQuestion:") == ("a\nQuestion:", False)
 
 
 def test_a_base_prompt_may_be_asked_of_a_chat_model() -> None:
@@ -255,3 +245,68 @@ def test_a_model_of_another_vocabulary_is_refused_in_one_line(tmp_path: Path, fa
     assert "\n" not in message
     with pytest.raises(UserError, match=r"models.reward_model: .*: name a model of the backbone's family$"):
         check_vocabulary(path, backbone, "models.reward_model")
+
+
+# As Qwen3's ends: told not to think, it closes the block at once.
+QWEN3 = QWEN.replace(
+    "assistant\\n' }}{%- endif %}",
+    "assistant\\n' }}{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
+)
+
+
+def test_the_thinking_switch() -> None:
+    own = tokenizer(QWEN3)
+    own.add_tokens(["<think>", "</think>"])
+    ends = {}
+    for thinking in Thinking:
+        prompts = Prompts(own, Data(thinking=thinking))
+        ends[thinking] = (prompts.render(PROBLEM).rpartition("assistant\n")[2], prompts.reasoning_block)
+    block = "<think>\n\n</think>\n\n"
+    assert ends == {Thinking.auto: ("", True), Thinking.on: ("", True), Thinking.off: (block, False)}
+    digests = {driver.prompts_digest(Prompts(own, Data(thinking=thinking))) for thinking in Thinking}
+    assert len(digests) == 3
+    with pytest.raises(UserError, match=r"data\.thinking: off, and the model's chat template names no"):
+        Prompts(tokenizer(QWEN), Data(thinking=Thinking.off))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_models_own_tags_are_the_usual_ones_in_texts(special: bool) -> None:
+    own = tokenizer(QWEN)
+    own.add_tokens(["[THINK]", "[/THINK]"], special_tokens=special)
+    prompts = Prompts(own, Data(think_tags=["[THINK]", "[/THINK]"]))
+    assert prompts.reasoning_block
+    token_ids = own.encode("[THINK]1+1=2.[/THINK]It is \\boxed{2}.<|im_end|>", add_special_tokens=False)
+    text = prompts.decode(token_ids)
+    assert text == "<think>1+1=2.</think>It is \\boxed{2}."
+    assert check_format(text, "stop").ok
+    assert list(prompts.encode_completion(text)) == token_ids
+    starts = prompts.token_starts(text)
+    assert [text[start] for start in starts[1:7]] == list("1+1=2.")
+    assert text[starts[7] :].startswith("</think>")
+    assert text[starts[8] :] == "It is \\boxed{2}."
+    unclosed = prompts.decode(own.encode("[THINK]So \\boxed{2}", add_special_tokens=False))
+    assert extract_boxed(unclosed) is None
+    with pytest.raises(UserError, match=r"data\.think_tags"):
+        Prompts(own, Data(think_tags=["[THINK]"]))
+
+
+def test_examples_stand_before_the_problem(tmp_path: Path) -> None:
+    file = tmp_path / "examples.jsonl"
+    lines = [{"problem": f"What is {i}+{i}?", "solution": f"It is \\boxed{{{2 * i}}}."} for i in range(3)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = Data(prompt="base", few_shot=str(file), few_shot_count=2)
+    apply_family(data, None)
+    prompts = Prompts(tokenizer(None), data)
+    assert prompts.render(PROBLEM) == (
+        f"<s>Question: What is 0+0?\n{BOXED}\nAnswer: It is \\boxed{{0}}.\n\n"
+        f"Question: What is 1+1?\n{BOXED}\nAnswer: It is \\boxed{{2}}.\n\n"
+        f"Question: What is $1+1$?\n{BOXED}\nAnswer:"
+    )
+    chat = Prompts(tokenizer(LLAMA), Data(few_shot=str(file)))
+    assert [turn["role"] for turn in chat.messages(PROBLEM)] == ["user", "assistant"] * 3 + ["user"]
+    assert chat.render(PROBLEM).count("assistant<|end_header_id|>\n\nIt is") == 3
+    with pytest.raises(UserError, match="has 3 examples; set data"):
+        Prompts(tokenizer(None), Data(few_shot=str(file), few_shot_count=4))
+    file.write_text('{"problem": "What?"}\n')
+    with pytest.raises(UserError, match="line 1: an example needs problem and solution"):
+        Prompts(tokenizer(None), Data(few_shot=str(file)))

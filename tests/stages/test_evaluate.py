@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pns.algo.scores import final_verdict
-from pns.config import Config, Data, Decoding
+from pns.config import DECODING_OFF, Config, Data, Decoding, ModelEndpoint
 from pns.data.problems import Identity
+from pns.data.prompts import apply_family
+from pns.errors import UserError
 from pns.files import read_json
 from pns.records import Problem, Verdict
 from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
-from pns.stages.evaluate import AnswerScorer, evaluate
+from pns.stages.evaluate import AnswerScorer, decoding_sampling, evaluate, until_stop
 from pns.stages.stream import Ask
 from workers.rollout.engine import Sample, Sampling
 
@@ -67,11 +73,41 @@ def test_every_completion_has_a_row_with_its_verdict(bench: Any) -> None:
     assert read_json(evaluation.suites_file)["easy"]["decoding"]["max_new_tokens"] == 20
 
 
+def test_many_cut_off_completions_are_warned_of_and_boxed_ones_counted_apart(bench: Any) -> None:
+    texts = ["It is \\boxed{2} so...", "So \\boxed{2...", bench.solution(10), bench.solution(10)]
+    bench.fleet.rollout.write = lambda problem, sample, model: texts[sample] if problem != "p3" else texts[2]
+    scores = made(bench, suites_of(bench)).scores()
+    found = scores["hard"]["m"]
+    assert (found["truncated"], found["boxed_truncated"], scores["mean"]["m"]["boxed_truncated"]) == (6, 3, 3)
+    cut = "50.0 % of completions were cut off at 40 tokens (3 of 6 had an answer in a box)"
+    assert found["warning"] == f"{cut}: raise evaluate.max_new_tokens"
+    assert "warning" not in scores["easy"]["m"]
+
+
 def test_each_suite_is_decoded_in_its_way_and_every_model_is_asked(bench: Any) -> None:
     made(bench, suites_of(bench), backbone=MODEL, result=ModelFiles(ROOT / "recipes/tiny/qwen3"))
     decoded = {(s.temperature, s.top_p, s.max_new_tokens) for s in bench.fleet.rollout.samplings}
     assert decoded == {(0.9, 0.95, 40), (0.0, 1.0, 20)}
     assert [Path(model).name for model in bench.fleet.rollout.loaded] == ["qwen2", "qwen3"]
+
+
+def test_a_completion_ends_before_the_first_stop() -> None:
+    data = Data(prompt="base")
+    apply_family(data, None)
+    stops = decoding_sampling(replace(GREEDY, stop=["Q:", data.stop]), data.stop).stop
+    assert stops == ("\nQuestion:", "Q:")
+    text = " It is \\boxed{2}.\nQuestion: What is 2+2?\nAnswer: \\boxed{4} Q: "
+    assert until_stop(text, stops) == (" It is \\boxed{2}.", True)
+    assert until_stop(" It is \\boxed{2}.", stops) == (" It is \\boxed{2}.", False)
+    assert until_stop(text, ()) == (text, False)
+
+
+def test_what_changes_nothing_is_not_part_of_a_decoding(bench: Any) -> None:
+    suites = suites_of(bench)
+    off = {suite: replace(how, **DECODING_OFF) for suite, how in suites.decodings.items()}
+    same, other = replace(suites, decodings=off), {**off, "hard": replace(off["hard"], min_p=0.05)}
+    assert (same.digest, same.described()) == (suites.digest, suites.described())
+    assert replace(suites, decodings=other).digest != suites.digest
 
 
 def test_seeds_belong_to_samples_not_to_order_or_neighbours(bench: Any) -> None:
@@ -131,3 +167,99 @@ def test_whole_rows_are_kept_while_later_verdicts_are_waited_for(bench: Any) -> 
         rest = [row for _ in range(2) for row in scorer.finished(wait=True)]
     assert first[0][0] == "p0"
     assert sorted(key for key, _ in [*first, *rest]) == ["p0", "p1", "p2"]
+
+
+class ChatServer:
+    """`reply(body)` is (status, text, finish reason)."""
+
+    def __init__(self, reply: Callable[[dict[str, Any]], tuple[int, str, str]]) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        server, self.reply = self, reply
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.bodies.append(body)
+                server.keys.add(self.headers["Authorization"])
+                status, text, reason = server.reply(body)
+                choice = {
+                    "index": 0,
+                    "finish_reason": reason,
+                    "message": {"role": "assistant", "content": text},
+                }
+                usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
+                kind = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+                data = json.dumps(kind | {"choices": [choice], "usage": usage}).encode()
+                self.send_response(status)
+                self.send_header("Retry-After-Ms", "1")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+def test_a_model_at_an_endpoint_is_asked_with_messages_and_goes_on_where_it_failed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OWN_KEY", "secret")
+    right = {"p0": 10, "p1": 11, "p2": 12, "p3": 13}
+    suites = suites_of(bench)
+    suites = replace(suites, decodings=suites.decodings | {"easy": replace(GREEDY, top_k=5, stop=["Q:"])})
+    texts = {
+        problem.prompt: bench.solution(right[problem.id])
+        for own in suites.problems.values()
+        for problem in own
+    }
+    failing = True
+
+    def reply(body: dict[str, Any]) -> tuple[int, str, str]:
+        text = next(own for prompt, own in texts.items() if prompt in body["messages"][-1]["content"])
+        if failing and len(server.bodies) > 5:
+            return 500, "", ""
+        return (200, text[:9], "length") if body["temperature"] == 0 else (200, text, "stop")
+
+    server = ChatServer(reply)
+    config = Config()
+    config.evaluate.endpoint = ModelEndpoint(server.url, "OWN_KEY", concurrency=1, retries=1)
+    bench.fleet.config = config
+    settings = evaluate.settings(config)
+    assert evaluate.roles(settings) == ("verifier",)
+    named = {"m": ModelFiles("served-name")}
+
+    def make() -> Evaluation:
+        with bench.making() as ctx:
+            return evaluate.make(ctx, settings, named, suites)
+
+    with pytest.raises(
+        UserError, match=r"does not answer for served-name \(InternalServerError.*goes on from"
+    ):
+        make()
+    assert len(server.bodies) == 5 + 5 * 2  # five failures in a row, each asked twice
+    failing = False
+    server.bodies.clear()
+    evaluation = make()
+    assert len(server.bodies) == 13 - 5
+    assert {body["model"] for body in server.bodies} == {"served-name"}
+    assert server.keys == {"Bearer secret"}
+    rows = evaluation.completions("m")
+    assert [row.problem.id for row in rows] == ["p0"] * 4 + ["p1"] * 4 + ["p2"] * 4 + ["p3"]
+    assert {body["seed"] for body in server.bodies} <= {row.seed for row in rows}
+    assert {row.num_tokens for row in rows} == {7}
+    wrong = [(row.problem.id, row.reason) for row in rows if row.verdict is not Verdict.CORRECT]
+    assert wrong == [("p3", "truncated")]
+    [easy] = [body for body in server.bodies if body["temperature"] == 0]
+    assert (easy["max_tokens"], easy["top_k"], easy["stop"]) == (20, 5, ["Q:"])
+    assert {"top_k", "stop", "min_p", "repetition_penalty"}.isdisjoint(server.bodies[0])
+    assert not bench.fleet.rollout.asked
+    server.http.shutdown()
+    server.http.server_close()

@@ -5,7 +5,6 @@ The interface is that of a `ScoringPool`. The server's tokenizer is not known he
 text: it counts where it is one verdict with the nonce, and nothing else but the model's reasoning before it.
 """
 
-import os
 import queue
 import re
 import sys
@@ -18,12 +17,11 @@ from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import openai
-
 from pns.algo.judging import Judgement, Template, make_nonce, parse_verdict, render_text
 from pns.algo.step_judging import StepsAsked, parse_steps, render_steps, step_nonce
 from pns.config import Endpoint
 from pns.errors import UserError
+from workers.http_client import cause_of, make_client
 from workers.rewards.service import Outcome, PoolFailedError, ServiceHandle, ServiceStats, describe_error
 
 Messages = list[dict[str, str]]
@@ -93,15 +91,8 @@ class EndpointGrader(Generic[_Item, _Value]):
         question: Question[_Item, _Value],
     ) -> None:
         self._name, self._endpoint, self._seed, self._question = name, endpoint, seed, question
-        key = os.environ.get(endpoint.key_variable, "")
-        # Not what the library reads from variables of its own: those may be meant for another server.
-        not_sent = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
-        self._headers: Any = dict.fromkeys(not_sent, openai.Omit())
-        self._client = openai.OpenAI(
-            base_url=endpoint.url,
-            api_key=key or "none",
-            timeout=deadline_seconds,
-            max_retries=endpoint.retries,
+        self._client, self._headers = make_client(
+            endpoint.url, endpoint.key_variable, deadline_seconds, endpoint.retries
         )
         self._model = ""
         self._tasks: queue.SimpleQueue[_Task[_Item, _Value] | None] = queue.SimpleQueue()
@@ -224,7 +215,7 @@ class EndpointGrader(Generic[_Item, _Value]):
             )
             reply, usage = completion.choices[0].message.content or "", completion.usage
         except Exception as error:  # also whatever a reply that is no completion makes of the library
-            return Outcome(None, _cause(error)), describe_error(error)
+            return Outcome(None, cause_of(error)), describe_error(error)
         if usage:
             price_in, price_out = self._endpoint.price_in, self._endpoint.price_out
             cost = (usage.prompt_tokens * price_in + usage.completion_tokens * price_out) / 1e6
@@ -265,15 +256,3 @@ class EndpointStepJudge(EndpointGrader[StepsAsked, tuple[bool, ...]]):
 
     def __init__(self, name: str, endpoint: Endpoint, seed: int, deadline_seconds: float) -> None:
         super().__init__(name, endpoint, seed, deadline_seconds, STEPS)
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, openai.APITimeoutError):  # before its base class
-        return "timeout"
-    if isinstance(error, openai.APIConnectionError):
-        return "connection"
-    if not isinstance(error, openai.APIStatusError):
-        return "bad_reply"
-    by_status = {401: "refused", 403: "refused", 404: "refused", 408: "timeout", 429: "rate_limit"}
-    other = "bad_request" if error.status_code < 500 else "server_error"
-    return by_status.get(error.status_code, other)

@@ -5,22 +5,48 @@ else is in the batch: the noise of every token is a hash of (seed, position in t
 engines, devices and batches agree on it up to the rounding of the logits.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from pns.data.prompts import find_tokenizer
+from pns.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_p` in (0, 1] keeps the smallest set of tokens of at least this
-    probability (after temperature)."""
+    """`temperature` 0 is greedy. Of the tempered distribution `min_p` leaves out tokens below this share of
+    the likeliest one's probability (0: none), then `top_k` keeps so many of the likeliest (0: all), then
+    `top_p` in (0, 1] the smallest set of at least this probability: vLLM's order.
+
+    Before the temperature `repetition_penalty` (arXiv 1909.05858, 1: none) divides positive logits, and
+    multiplies others, of tokens in prompt or completion; `frequency_penalty` is taken off for each time that
+    a token is in the completion, `presence_penalty` once. A completion ends with the token that makes its
+    text hold one of `stop`.
+    """
 
     temperature: float
     top_p: float = 1.0
     max_new_tokens: int = 128
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    @property
+    def penalties(self) -> "Penalties":
+        return self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+
+
+Penalties = tuple[float, float, float]  # presence, frequency, repetition
+NO_PENALTIES: Penalties = (0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -32,8 +58,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """`token_ids` (T,) include the end token when `finish_reason` is "stop" (else "length"). `log_probs` (T,)
-    are of the unmodified distribution (temperature 1, no top-p) of the weights `weights_version`."""
+    """`finish_reason` is "stop" after an end token or one of the `stop` texts, else "length"; `token_ids`
+    (T,) include what ended them. `log_probs` (T,) are of the unmodified distribution (temperature 1, no
+    penalty, nothing left out) of the weights `weights_version`."""
 
     id: str
     token_ids: tuple[int, ...]
@@ -78,12 +105,80 @@ def check_names(expected: set[str], given: set[str], tied: bool) -> None:
         )
 
 
-def perturb(
-    logits_BV: torch.Tensor, seeds: Sequence[int], steps: Sequence[int], temperature: float, top_p: float
+class StopWatch:
+    """Sees when the text of a growing completion holds one of `stops`. The token in which a text ends is
+    known by that text's last character, so that few tokens have the text before them decoded."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        # Tokens that a stop can lie in, each with a byte of it at least; and some that a tokenizer may trim.
+        self.window = max(len(stop.encode()) for stop in stops) + 4
+        self._may_end: dict[int, bool] = {}
+
+    def ends(self, token_ids: Sequence[int]) -> bool:
+        """Whether the last of the tokens (the last `window` are enough) completes a stop."""
+        last = token_ids[-1]
+        if last not in self._may_end:
+            text = self._decode([last])
+            # White space may be trimmed, and a part of a character is no text yet.
+            self._may_end[last] = "\ufffd" in text or any(
+                stop[-1] in text or stop[-1].isspace() for stop in self._stops
+            )
+        if not self._may_end[last]:
+            return False
+        tail = self._decode(token_ids[-self.window :])
+        return any(stop in tail for stop in self._stops)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def stop_watch(model_path: Path, sampling: Sampling, trust_remote_code: bool) -> StopWatch | None:
+    """None where nothing is to be watched. Raises UserError for a checkpoint without a tokenizer."""
+    if not sampling.stop:
+        return None
+    tokenizer = find_tokenizer(str(model_path), trust_remote_code)
+    if tokenizer is None:
+        raise UserError(
+            f"{model_path} has no tokenizer, which data.stop and evaluate.stop need: save it there"
+        )
+    return StopWatch(tokenizer, sampling.stop)
+
+
+def penalise(
+    logits_V: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int], penalties: Penalties
 ) -> torch.Tensor:
-    """Scores (B, V) float32 whose argmax is a sample of softmax(logits / temperature), cut to `top_p`, row b
-    drawn with (seeds[b], steps[b]): the Gumbel-max trick (arXiv 1611.01144, section 2). Temperature > 0."""
+    """Logits (V,) float32 of one row with the penalties of `Sampling`."""
+    presence, frequency, repetition = penalties
+    logits_V = logits_V.float().clone()
+    seen = torch.tensor(sorted({*prompt_ids, *output_ids}), dtype=torch.int64, device=logits_V.device)
+    own = logits_V[seen]
+    logits_V[seen] = torch.where(own > 0, own / repetition, own * repetition)
+    if output_ids:
+        drawn, counts = torch.tensor(list(output_ids), device=logits_V.device).unique(return_counts=True)
+        logits_V[drawn] -= frequency * counts + presence
+    return logits_V
+
+
+def perturb(
+    logits_BV: torch.Tensor,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    temperature: float,
+    top_p: float,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    """Scores (B, V) float32 whose argmax is a sample of softmax(logits / temperature), cut as `Sampling`
+    says, row b drawn with (seeds[b], steps[b]): the Gumbel-max trick (arXiv 1611.01144, section 2).
+    Temperature > 0."""
     scores_BV = logits_BV.float() / temperature
+    if min_p > 0:
+        least_B1 = scores_BV.amax(dim=-1, keepdim=True) + math.log(min_p)
+        scores_BV = scores_BV.masked_fill(scores_BV < least_B1, float("-inf"))
+    if 0 < top_k < scores_BV.shape[1]:
+        least_B1 = scores_BV.topk(top_k, dim=-1).values[:, -1:]
+        scores_BV = scores_BV.masked_fill(scores_BV < least_B1, float("-inf"))
     if top_p < 1.0:
         sorted_BV, order_BV = scores_BV.sort(dim=-1, descending=True)
         probs_BV = sorted_BV.softmax(dim=-1)

@@ -11,7 +11,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from pns.errors import UserError
 from workers.checkpoints import end_token_ids, local_directory
-from workers.rollout.engine import Request, Sample, Sampling, check_names, perturb
+from workers.rollout.engine import (
+    NO_PENALTIES,
+    Request,
+    Sample,
+    Sampling,
+    StopWatch,
+    check_names,
+    penalise,
+    perturb,
+    stop_watch,
+)
 from workers.runtime import Runtime
 
 
@@ -27,7 +37,7 @@ class TransformersEngine:
         self.model: Any = None
 
     def load(self, model_path: str) -> None:
-        directory = local_directory(model_path)
+        directory = self.directory = local_directory(model_path)
         self.end_ids = end_token_ids(directory)
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=self.dtype, trust_remote_code=self.trust_remote_code
@@ -59,11 +69,14 @@ class TransformersEngine:
             if length >= self.max_tokens:
                 room = f"leaves no room in {self.max_tokens}"
                 raise UserError(f"request {request.id}: a prompt of {length} tokens {room}")
+        watch = stop_watch(self.directory, sampling, self.trust_remote_code)
         ordered = sorted(requests, key=lambda request: len(request.prompt_ids))  # little padding in a batch
         for start in range(0, len(ordered), self.max_batch):
-            yield from self._generate_batch(ordered[start : start + self.max_batch], sampling)
+            yield from self._generate_batch(ordered[start : start + self.max_batch], sampling, watch)
 
-    def _generate_batch(self, rows: list[Request], sampling: Sampling) -> Iterator[Sample]:
+    def _generate_batch(
+        self, rows: list[Request], sampling: Sampling, watch: StopWatch | None
+    ) -> Iterator[Sample]:
         drawn: dict[str, list[tuple[int, float]]] = {row.id: [] for row in rows}  # tokens, log-probabilities
         prompts = [torch.tensor(row.prompt_ids) for row in rows]
         # Padding is on the left, so that all rows continue at one column; the mask has room for what comes.
@@ -86,11 +99,7 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            scores = logits
-            if sampling.temperature > 0:
-                seeds = [row.seed for row in rows]
-                scores = perturb(logits, seeds, [step] * len(rows), sampling.temperature, sampling.top_p)
-            chosen = scores.argmax(dim=-1)
+            chosen = self._scores(logits, rows, drawn, step, sampling).argmax(dim=-1)
             # Of the unmodified distribution: what the policy's loss compares its own with.
             chosen_log_probs = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
             input_ids, begin = chosen[:, None], end
@@ -100,7 +109,9 @@ class TransformersEngine:
                     continue
                 row = rows[i]
                 drawn[row.id].append((token, log_prob))
-                stopped = token in self.end_ids
+                stopped = token in self.end_ids or (
+                    watch is not None and watch.ends([own for own, _ in drawn[row.id][-watch.window :]])
+                )
                 longest = min(sampling.max_new_tokens, self.max_tokens - len(row.prompt_ids))
                 if stopped or step + 1 == longest:
                     done[i] = True
@@ -115,6 +126,26 @@ class TransformersEngine:
                 rows, done = [rows[i] for i in kept], [False] * len(kept)
                 cache.batch_select_indices(index)
                 input_ids, mask, positions = input_ids[index], mask[index], positions[index]
+
+    def _scores(
+        self,
+        logits: torch.Tensor,
+        rows: list[Request],
+        drawn: dict[str, list[tuple[int, float]]],
+        step: int,
+        sampling: Sampling,
+    ) -> torch.Tensor:
+        """Scores (B, V) whose argmax is the next token of each row."""
+        if sampling.penalties != NO_PENALTIES:
+            outputs = [[token for token, _ in drawn.get(row.id, [])] for row in rows]
+            penalised = zip(logits, rows, outputs, strict=True)
+            logits = torch.stack(
+                [penalise(own, row.prompt_ids, output, sampling.penalties) for own, row, output in penalised]
+            )
+        if sampling.temperature == 0:
+            return logits
+        seeds, how = [row.seed for row in rows], (sampling.temperature, sampling.top_p)
+        return perturb(logits, seeds, [step] * len(rows), *how, sampling.top_k, sampling.min_p)
 
     def _new_cache(self, capacity: int) -> Cache:
         config = self.model.config

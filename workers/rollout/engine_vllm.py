@@ -2,7 +2,9 @@
 
 Departures from vLLM's defaults, each for a reason:
 - Sampling is greedy over perturbed scores (`SeededNoise`): vLLM's own per-request generators fail on CPU when
-  a prompt is prefilled in parts, and give other samples than the other engine.
+  a prompt is prefilled in parts, and give other samples than the other engine. Penalties come before the
+  noise, so they are not vLLM's own, which come after it.
+- Stop texts are watched here, with the other engine's `StopWatch`: vLLM reads no tokenizer.
 - `generation_config="vllm"`: a checkpoint's top-k or repetition penalty must not enter a sample silently.
 - On CPU, float32 and no compilation; on GPU, bfloat16 and CUDA graphs.
 
@@ -13,6 +15,7 @@ environment of `workers.rollout.pool` set before.
 import gc
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -31,10 +34,21 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from pns.errors import UserError
 from workers.checkpoints import end_token_ids, local_directory, weight_files
-from workers.rollout.engine import Request, Sample, Sampling, check_names, perturb
+from workers.rollout.engine import (
+    NO_PENALTIES,
+    Penalties,
+    Request,
+    Sample,
+    Sampling,
+    check_names,
+    penalise,
+    perturb,
+    stop_watch,
+)
 from workers.runtime import Runtime
 
-_NOISE = "pns_noise"  # key of SamplingParams.extra_args: (seed, temperature, top_p)
+# Key of SamplingParams.extra_args: (seed, temperature, top_p, top_k, min_p, penalties).
+_NOISE = "pns_noise"
 # Greedy even where a sample is asked for: `SeededNoise` has made the scores one.
 _GREEDY: dict[str, Any] = {
     "temperature": 0.0,
@@ -86,10 +100,11 @@ class VllmEngine:
             }
         self.engine: LLMEngine | None = None
         self.architecture: dict[str, Any] = {}
+        self.running: set[str] = set()
         self.version = 0
 
     def load(self, model_path: str) -> None:
-        directory = local_directory(model_path)
+        directory = self.directory = local_directory(model_path)
         self.end_ids = end_token_ids(directory)
         architecture = json.loads((directory / "config.json").read_text())
         for key in list(architecture):
@@ -139,23 +154,39 @@ class VllmEngine:
             self.engine.wake_up()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
+        watch = stop_watch(self.directory, sampling, bool(self.arguments["trust_remote_code"]))
         params = {}
+        how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.penalties)
+        changed = sampling.temperature > 0 or sampling.penalties != NO_PENALTIES
+        # Token by token where there is something to watch for.
+        kind = RequestOutputKind.DELTA if watch else RequestOutputKind.FINAL_ONLY
         for request in requests:
-            noise = (request.seed, sampling.temperature, sampling.top_p)
             params[request.id] = SamplingParams(
-                **_GREEDY,
+                **_GREEDY | {"output_kind": kind},
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(self.end_ids),
                 logprobs=0,  # of the chosen token alone
-                extra_args={_NOISE: noise} if sampling.temperature > 0 else None,
+                extra_args={_NOISE: (request.seed, *how)} if changed else None,
             )
         prompts = [(request.id, list(request.prompt_ids)) for request in requests]
+        drawn: dict[str, tuple[list[int], list[float]]] = {request.id: ([], []) for request in requests}
         for output in self._run(prompts, params):
-            completion = output.outputs[0]
-            token_ids = tuple(completion.token_ids)
-            by_token = zip(token_ids, completion.logprobs or [], strict=True)
-            log_probs = tuple(entry[token].logprob for token, entry in by_token)
-            yield Sample(output.request_id, token_ids, log_probs, str(completion.finish_reason), self.version)
+            name, completion = output.request_id, output.outputs[0]
+            if name not in drawn:
+                continue  # what came after the stop
+            token_ids, log_probs = drawn[name]
+            stopped = False
+            for token, entry in zip(completion.token_ids, completion.logprobs or [], strict=True):
+                token_ids.append(token)
+                log_probs.append(entry[token].logprob)
+                if stopped := watch is not None and watch.ends(token_ids):
+                    break
+            if stopped and not output.finished:
+                self._abort(name)
+            if stopped or output.finished:
+                del drawn[name]
+                reason = "stop" if stopped else str(completion.finish_reason)
+                yield Sample(name, tuple(token_ids), tuple(log_probs), reason, self.version)
 
     def log_probs(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
@@ -186,7 +217,7 @@ class VllmEngine:
                     "its cache hold: raise rollout.kv_cache_gib (CPU) or rollout.memory_fraction (GPU), or "
                     "shorten the prompt"
                 )
-        running = {name for name, _ in prompts}
+        running = self.running = {name for name, _ in prompts}
         try:
             for name, tokens in prompts:
                 engine.add_request(name, {"prompt_token_ids": tokens}, params[name])
@@ -194,19 +225,23 @@ class VllmEngine:
                 for output in engine.step():
                     if output.finished:
                         running.discard(output.request_id)
-                        yield cast(RequestOutput, output)
+                    yield cast(RequestOutput, output)
         finally:
             if running:  # the caller has left early, or a step failed
                 engine.abort_request(list(running))
 
+    def _abort(self, name: str) -> None:
+        assert self.engine is not None
+        self.engine.abort_request([name])
+        self.running.discard(name)
+
 
 class SeededNoise(LogitsProcessor):
-    """Adds each request's own noise to its scores, so that vLLM's greedy choice is the sample of
-    `workers.rollout.engine.perturb`."""
+    """Gives each request's scores their penalties and their own noise, so that vLLM's greedy choice is the
+    sample of `workers.rollout.engine.perturb`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        # batch row -> (seed, temperature, top_p), tokens so far
-        self.rows: dict[int, tuple[tuple[int, float, float], list[int]]] = {}
+        self.rows: dict[int, _Row] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False  # True would leave it out of greedy requests
@@ -215,22 +250,38 @@ class SeededNoise(LogitsProcessor):
         process_dict_updates(self.rows, batch_update, _noise_of)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        groups: dict[tuple[float, float], list[int]] = {}
-        for row, ((_, temperature, top_p), _) in self.rows.items():
-            groups.setdefault((temperature, top_p), []).append(row)
-        for (temperature, top_p), rows in groups.items():
-            seeds = [self.rows[row][0][0] for row in rows]
-            steps = [len(self.rows[row][1]) for row in rows]
-            index = torch.tensor(rows, device=logits.device)
-            logits[index] = perturb(logits[index], seeds, steps, temperature, top_p)
+        groups: dict[tuple[float, float, int, float], list[int]] = {}
+        for number, row in self.rows.items():
+            if row.penalties != NO_PENALTIES:
+                logits[number] = penalise(logits[number], row.prompt_ids, row.output_ids, row.penalties)
+            if row.how[0] > 0:  # the temperature
+                groups.setdefault(row.how, []).append(number)
+        for how, numbers in groups.items():
+            seeds = [self.rows[number].seed for number in numbers]
+            steps = [len(self.rows[number].output_ids) for number in numbers]
+            index = torch.tensor(numbers, device=logits.device)
+            logits[index] = perturb(logits[index], seeds, steps, *how)
         return logits
 
 
-def _noise_of(
-    params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
-) -> tuple[Any, list[int]] | None:
+@dataclass(frozen=True)
+class _Row:
+    """A row of vLLM's batch; `how`: temperature, top_p, top_k, min_p. `output_ids` grows."""
+
+    seed: int
+    how: tuple[float, float, int, float]
+    penalties: Penalties
+    prompt_ids: list[int]
+    output_ids: list[int]
+
+
+def _noise_of(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Row | None:
     noise = (params.extra_args or {}).get(_NOISE)
-    return None if noise is None else (noise, output_ids)
+    if noise is None:
+        return None
+    seed, temperature, top_p, top_k, min_p, penalties = noise
+    own: Any = tuple(penalties)
+    return _Row(seed, (temperature, top_p, top_k, min_p), own, prompt_ids or [], output_ids)
 
 
 def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:

@@ -14,11 +14,20 @@ import psutil
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import pns.config as config
 from pns.errors import UserError
-from workers.rollout.engine import check_names, perturb
+from workers.rollout.engine import StopWatch, check_names, penalise, perturb
 from workers.rollout.pool import Request, RolloutPool, Sample, Sampling
 from workers.runtime import Runtime
 
@@ -55,7 +64,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("qwen2-tied-0", "qwen2-tied-1", "qwen2-untied-0", "qwen2-untied-1", "llama-untied-0"):
         architecture, embedding, seed = name.split("-")
         build_model(architecture, embedding == "tied", int(seed)).save_pretrained(root / name)
+    letters().save_pretrained(root / "qwen2-tied-0")
     return {path.name: path for path in root.iterdir()}
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """Every token is a character; token i is chr(48 + i)."""
+    backend = Tokenizer(BPE(vocab={chr(48 + i): i for i in range(VOCAB)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=chr(48 + END))
 
 
 def make_pool(engine: str, replicas: int = 1) -> RolloutPool:
@@ -166,7 +183,18 @@ def test_an_incomplete_update_is_refused(pool: RolloutPool, models: dict[str, Pa
         pool.update_weights([ray.put(tensors)], 1)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(0.7, top_p=0.8)], ids=str)
+SETTINGS = (
+    Sampling(0.0),
+    Sampling(1.0),
+    Sampling(0.7, top_p=0.8),
+    Sampling(1.0, top_k=5, top_p=0.9),
+    Sampling(1.2, min_p=0.1),
+    Sampling(0.0, repetition_penalty=1.3),
+    Sampling(0.8, top_k=20, min_p=0.02, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.1),
+)
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_engines_give_the_same_samples(
     pools: dict[str, RolloutPool], models: dict[str, Path], sampling: Sampling
 ) -> None:
@@ -176,6 +204,12 @@ def test_engines_give_the_same_samples(
     of_one, of_other = (collect(pool, requests, sampling) for pool in pools.values())
     same = sum(of_one[request.id].token_ids == of_other[request.id].token_ids for request in requests)
     assert same >= 39  # rounding may decide one near-tie
+    unchanged = collect(pool, requests, Sampling(sampling.temperature, sampling.top_p))
+    differ = [of_one[name].token_ids != unchanged[name].token_ids for name in unchanged]
+    if sampling == Sampling(sampling.temperature, sampling.top_p):
+        assert sum(differ) <= 1
+    else:
+        assert sum(differ) > 20
     if sampling.temperature:
         assert len({sample.token_ids for sample in of_one.values()}) > 30
 
@@ -202,6 +236,47 @@ def test_a_completion_ends_at_the_end_token_or_the_limit(pool: RolloutPool, mode
     assert all(sample.token_ids[-1] == END and END not in sample.token_ids[:-1] for sample in stopped)
     assert all(len(sample.token_ids) == 30 and END not in sample.token_ids for sample in cut)
     assert all(len(sample.log_probs) == len(sample.token_ids) for sample in samples.values())
+
+
+def test_a_stop_text_ends_a_completion_and_no_token_is_spent_after_it(
+    pool: RolloutPool, models: dict[str, Path]
+) -> None:
+    pool.load(str(models["qwen2-tied-0"]))
+    requests = make_requests(40)
+    whole = collect(pool, requests, Sampling(1.0, max_new_tokens=60))
+    text = {name: "".join(chr(48 + token) for token in own.token_ids) for name, own in whole.items()}
+    of_two = max({own[i : i + 2] for own in text.values() for i in range(9, 12)} - {""}, key=len)
+    stops = (of_two, text["r3"][5])
+    cut = collect(pool, requests, Sampling(1.0, max_new_tokens=60, stop=stops))
+    for name, sample in cut.items():
+        ends = [text[name].find(stop) + len(stop) for stop in stops if stop in text[name]]
+        length = min([*ends, len(text[name])])
+        assert sample.token_ids == whole[name].token_ids[:length]  # and the sample is the same until there
+        np.testing.assert_allclose(sample.log_probs, whole[name].log_probs[:length], atol=1e-4)
+        assert sample.finish_reason == ("stop" if ends else whole[name].finish_reason)
+    spent, before = (sum(len(sample.token_ids) for sample in own.values()) for own in (cut, whole))
+    assert len(cut["r3"].token_ids) <= 6
+    assert spent < 0.7 * before
+    pool.load(str(models["qwen2-untied-0"]))
+    with pytest.raises(UserError, match="has no tokenizer, which"):
+        collect(pool, requests, Sampling(1.0, stop=stops))
+
+
+def test_a_stop_is_seen_in_the_token_that_completes_it() -> None:
+    tokens = {0: "\nQ", 1: "ues", 2: "tion: W", 3: "hy", 4: ":"}
+
+    class Words:
+        decoded = 0
+
+        def decode(self, token_ids: list[int], **_: Any) -> str:
+            self.decoded += len(token_ids) > 1
+            return "".join(tokens[token] for token in token_ids)
+
+    words = Words()
+    watch = StopWatch(words, ["\nQuestion:"])
+    drawn = [3, 3, 4, 3, 0, 1, 2, 3]
+    assert [watch.ends(drawn[: i + 1]) for i in range(8)] == [False] * 6 + [True, False]
+    assert words.decoded == 2  # of the two tokens with a colon
 
 
 def test_a_prompt_without_room_is_the_users_to_mend(pool: RolloutPool, models: dict[str, Path]) -> None:
@@ -267,6 +342,24 @@ def test_perturbed_argmax_is_a_sample_of_the_distribution() -> None:
     # 0.5 + 0.25 + 0.15 is the first sum to reach 0.8
     nucleus = torch.tensor([0.5, 0.25, 0.15, 0.0, 0.0]) / 0.9
     torch.testing.assert_close(frequencies(1.0, 0.8), nucleus, atol=0.01, rtol=0)
+
+
+def test_what_is_left_out_of_the_distribution() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]]).log()
+
+    def kept(top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> int:
+        return int(perturb(logits, [1], [0], 1.0, top_p, top_k, min_p).isfinite().sum())
+
+    assert [kept(), kept(top_k=2), kept(top_k=9), kept(min_p=0.3), kept(min_p=1.0)] == [5, 2, 5, 3, 1]
+    # 0.4 of 0.7 is 0.57: the nucleus is of what top_k and min_p have left, 0.4 + 0.3 without them.
+    assert [kept(top_p=0.55), kept(top_p=0.55, top_k=2), kept(top_p=0.45, min_p=0.3)] == [2, 1, 1]
+
+
+def test_penalties_by_their_formulas() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0, 1.0, 1.0])
+    penalised = penalise(logits, [0, 1], [2, 3, 3], (0.5, 0.25, 2.0))
+    torch.testing.assert_close(penalised, torch.tensor([1.0, -4.0, 0.5 - 0.75, 0.5 - 1.0, 1.0]))
+    torch.testing.assert_close(logits[0], torch.tensor(2.0))  # as it was
 
 
 def test_noise_of_steps_and_seeds_is_independent() -> None:
