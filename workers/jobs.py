@@ -17,7 +17,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from pns.errors import UserError
 
 _OWN_KEYS = {"run", "page"}  # the metadata of every job of `pns submit`: name and page of its run
-_ANSWER_SECONDS = 20.0  # to wait for an address to connect, and then for its answer
+# To wait for an address to connect, and then for its answer: a head whose node is busy takes its time.
+_ANSWER_SECONDS = 60.0
 _LOOK_SECONDS = 0.5  # between looks at the state of a job
 _PENDING_SECONDS = 10.0  # after which it is said that a job waits for a node
 _ENDED_SECONDS = 30.0  # from the end of a job's log to its outcome

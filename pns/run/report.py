@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pns.files import read_json, read_jsonl, write_json
+from pns.run.closing import closing
 from pns.run.page import NODES
 
 BASES = ("backbone", "target")  # models that others are compared with
@@ -38,7 +39,7 @@ _COLUMNS = 3  # of plots side by side
 
 
 def write_report(run_path: Path, console: Console | None = None) -> dict[str, Any]:
-    """Write report.json and plots/*.png, print the tables, and return the report.
+    """Write report.json and plots/*.png, print the tables and what the run came to, and return the report.
 
     Keys: `suites.<suite>.<model>.{accuracy,low,high,n}` (with "mean"; models: backbone, target, result or
     arms), `generator.{before,after}.<figure>` (of a mixture `generator.<part> {before,after}`),
@@ -50,8 +51,10 @@ def write_report(run_path: Path, console: Console | None = None) -> dict[str, An
     report = build_report(run_path)
     write_json(run_path / "report.json", report)
     plots = plot_metrics(run_path)
+    console = console or Console()
+    ending = closing(run_path, report, unicode=console.encoding.startswith("utf"))
     where = f"{run_path / 'report.json'}, {len(plots)} plots in {run_path / 'plots'}"
-    (console or Console()).print(*report_tables(report), where, sep="\n")
+    console.print(*report_tables(report), *ending, where, sep="\n", highlight=False, markup=False)
     return report
 
 

@@ -26,6 +26,17 @@ SCORES = {
     }
     for suite in ("gsm8k", "mean")
 }
+for scores in SCORES.values():
+    difference = {"difference": 0.1, "low": 0.02, "high": 0.18, "p_value": 0.01, "verdict": "better"}
+    scores["target"]["against"] = {"backbone": difference}
+    unclear = {
+        "difference": 0.025,
+        "low": -0.05,
+        "high": 0.1,
+        "p_value": 0.5,
+        "verdict": "not distinguishable",
+    }
+    scores["result"]["against"] = {"backbone": difference, "target": unclear}
 BEFORE = {
     "wrong_rate": 0.4,
     "format_rate": 0.9,
