@@ -16,7 +16,7 @@ _CURVES = {
     "preference": ("accuracy", "pairs told apart"),
 }
 _BARS = {True: "▁▂▃▄▅▆▇█", False: ".:-=+*#@"}  # for terminals with Unicode, and without
-_WIDTH = 32  # bars of a curve, at most
+_WIDTH = 24  # bars of a curve, at most
 _MODELS = {"target": "after RL", "result": "after preference optimisation"}
 
 

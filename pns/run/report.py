@@ -54,7 +54,8 @@ def write_report(run_path: Path, console: Console | None = None) -> dict[str, An
     console = console or Console()
     ending = closing(run_path, report, unicode=console.encoding.startswith("utf"))
     where = f"{run_path / 'report.json'}, {len(plots)} plots in {run_path / 'plots'}"
-    console.print(*report_tables(report), *ending, where, sep="\n", highlight=False, markup=False)
+    console.print(*report_tables(report), sep="\n")
+    console.print(*ending, where, sep="\n", soft_wrap=True, highlight=False, markup=False)
     return report
 
 
