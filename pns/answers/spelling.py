@@ -67,6 +67,7 @@ def counted(match: re.Match[str]) -> str:
 
 _Change = tuple[str, str | Callable[[re.Match[str]], str]]
 _SPELLINGS: tuple[_Change, ...] = (
+    (r"\\text\s*\{\s*:\s*\}", ":"),
     (r"(?<=\d)\u066c(?=\d)", ","),
     (r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|ex|em|mm|cm|in|mu)\s*\]", r"\\\\ "),  # the space behind a row
     (r"\\(?:cr|tabularnewline)(?![A-Za-z])", r"\\\\ "),
