@@ -54,7 +54,7 @@ def extract_answer(text: str, think_tags: tuple[str, str] = ("<think>", "</think
         final = _SENTENCE_END.split(final[statements[-1].end() :].strip(), maxsplit=1)[0].strip()
     if len(final) > _MAX_BARE:
         return None
-    final = final.strip("*").rstrip(". \n")  # of what stood in bold type
+    final = final.rstrip(". \n").strip("*").rstrip(". \n")  # also of what stands in bold type
     formulas = list(_FORMULA.finditer(final))
     if formulas and formulas[-1].end() == len(final):
         around = re.sub(r"[^A-Za-z' .,;!?-]", "", _FORMULA.sub(" ", final)).strip()
