@@ -576,6 +576,6 @@ def test_the_generator_may_start_from_the_backbone_or_a_model_of_its_own(plan_of
     starts = ["backbone", "target", "path"]
     runs = [plan_of(tiny(f"reverse_rl.start={start}", f"models.generator={LLAMA}")) for start in starts]
     backbone, target, own = (steps["reverse_rl"].inputs[0] for steps in runs)
-    assert backbone.model == str(ROOT / "recipes/tiny/qwen2")
+    assert backbone.model == str(ROOT / "recipes/tiny/qwen2-mixed")
     assert target.directory == place_of(runs[1], "rl")
     assert own.model == str(LLAMA)
