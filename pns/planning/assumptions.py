@@ -73,7 +73,10 @@ class Assumptions:
         0.3, "the same of a judge", "estimated: masked attention, four passes", up_to(1)
     )
     verdicts_per_second: float = _assumed(
-        104, "of one verifier process", "measured: tests/bench/verifier.py", above(0)
+        426,
+        "of one verifier process, of answers that may become negatives",
+        "measured: tests/bench/verifier.py",
+        above(0),
     )
     device_to_host_gb_s: float = _assumed(4, "of a copy to pageable memory", "estimated", above(0))
     pickle_gb_s: float = _assumed(1.5, "of pickling float32 tensors", _SINGLE_CORE, above(0))
