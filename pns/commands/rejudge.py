@@ -94,7 +94,7 @@ def judged_again(verifier: "Verifier", name: str, rows: Sequence[Answered]) -> l
     for start in track(range(0, len(rows), _BATCH), f"rejudge  {name}", transient=True):
         batch = rows[start : start + _BATCH]
         asked = [(row.problem.answer, row.completion, row.problem.rule) for row in batch]
-        results = verifier.collect(verifier.submit(asked))
+        results = verifier.collect(verifier.submit(asked, for_negatives=False))
         for row, result in zip(batch, results, strict=True):
             if row.reason == "prompt_too_long":
                 judged.append(row)
