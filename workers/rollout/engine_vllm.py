@@ -50,11 +50,7 @@ from workers.runtime import Runtime
 # Key of SamplingParams.extra_args: (seed, temperature, top_p, top_k, min_p, penalties).
 _NOISE = "pns_noise"
 # Greedy even where a sample is asked for: `SeededNoise` has made the scores one.
-_GREEDY: dict[str, Any] = {
-    "temperature": 0.0,
-    "detokenize": False,
-    "output_kind": RequestOutputKind.FINAL_ONLY,
-}
+_GREEDY: dict[str, Any] = {"temperature": 0.0, "detokenize": False}
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
@@ -162,7 +158,8 @@ class VllmEngine:
         kind = RequestOutputKind.DELTA if watch else RequestOutputKind.FINAL_ONLY
         for request in requests:
             params[request.id] = SamplingParams(
-                **_GREEDY | {"output_kind": kind},
+                **_GREEDY,
+                output_kind=kind,
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(self.end_ids),
                 logprobs=0,  # of the chosen token alone
@@ -192,7 +189,9 @@ class VllmEngine:
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
         # One token is the least: vLLM scores prompts only while it generates.
-        params = SamplingParams(**_GREEDY, max_tokens=1, prompt_logprobs=0)
+        params = SamplingParams(
+            **_GREEDY, output_kind=RequestOutputKind.FINAL_ONLY, max_tokens=1, prompt_logprobs=0
+        )
         pairs = zip(prompt_ids, completion_ids, strict=True)
         texts = {str(i): [*prompt, *completion] for i, (prompt, completion) in enumerate(pairs)}
         results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(texts)
