@@ -52,7 +52,7 @@ def test_a_recipes_merged_values(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ROOT / "recipes/tiny-llama.yaml"
     values = yaml.safe_load(printed(capsys, str(recipe), "rl.steps=7"))
     assert values["rl"]["steps"] == 7
-    assert values["models"]["backbone"] == str(ROOT / "recipes/tiny/llama")
+    assert values["models"]["backbone"] == str(ROOT / "recipes/tiny/llama-mixed")
     assert values["policy"]["dtype"] == "auto"
 
 
