@@ -73,7 +73,7 @@ class Assumptions:
         0.3, "the same of a judge", "estimated: masked attention, four passes", up_to(1)
     )
     verdicts_per_second: float = _assumed(
-        426,
+        486,
         "of one verifier process, of answers that may become negatives",
         "measured: tests/bench/verifier.py",
         above(0),
