@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from pns.answers.compare import compare_answers
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from random_answers import mutations, rewritings
 
 DATA = Path(os.environ["PNS_DATA"])

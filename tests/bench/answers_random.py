@@ -16,12 +16,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "answers"))
-
-from random_answers import mutations, rewritings
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pns.answers.compare import compare_answers
 from pns.records import AnswerRule
+from random_answers import mutations, rewritings
 
 
 def same(gold: str, answer: str, rule: AnswerRule, whole: bool) -> bool | None:
