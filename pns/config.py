@@ -27,7 +27,7 @@ from pns.preference_losses import PREFERENCE_LOSSES
 
 STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference", "evaluate")
 # Of every method, in an order that fits each.
-ALL_STAGES = (*STAGES[:-1], "sample", "label_steps", "bcpg", "evaluate")
+ALL_STAGES = (*STAGES[:4], "solve", "choose", *STAGES[4:-1], "sample", "label_steps", "bcpg", "evaluate")
 STEP_SERVICES = ("step_judge", "process_reward")  # what labels steps
 OWN = "own"  # source of negatives of `bcpg`: the wrong completions among a round's own samples
 
@@ -59,7 +59,10 @@ When = StrEnum("When", ["any", "wrong", "correct"])
 RewardInput = StrEnum("RewardInput", ["auto", "tokens", "chat"])
 Grading = StrEnum("Grading", ["likeliest", "expected"])
 MarginMask = StrEnum("MarginMask", ["completion", "first_wrong_step", "first_divergent_token"])
-Method = StrEnum("Method", ["pns", "bcpg"])
+Method = StrEnum("Method", ["pns", "bcpg", "study"])
+# Which pairs an arm of a study has: of the problems that every such arm has a negative of, with the same
+# right sides; or of every problem that its own source has a negative of.
+StudyPairs = StrEnum("StudyPairs", ["common", "own"])
 BcpgStart = StrEnum("BcpgStart", ["backbone", "target"])
 SplitterKind = StrEnum("SplitterKind", ["sentences", "sat"])
 # When a step of a wrong completion counts as correct: where judge and process reward model both say so, where
@@ -79,6 +82,7 @@ class TinyData:
     num_preference: int = key(500, "problems of synthesis and pairing", at_least(1))
     num_reward: int = key(500, "problems of the reward models", at_least(1))
     num_test_per_suite: int = key(100, "problems of each suite", at_least(1))
+    development: bool = key(False, "suites of other problems than the test's, to choose settings on")
 
 
 @dataclass
@@ -456,6 +460,17 @@ class Mixture:
 
 
 @dataclass
+class Sources:
+    """What single sources of negatives need."""
+
+    file: str = path_key("", "of source file: JSON lines of problem (text or id) and completion")
+    instruction: str = key(
+        "Solve it with a mistake that is hard to notice: every step looks right, the final answer is wrong.",
+        "of source prompted: what the backbone is told after the problem",
+    )
+
+
+@dataclass
 class Synthesize:
     """Plausible wrong completions, drawn from the generator."""
 
@@ -624,6 +639,17 @@ class Bcpg:
 
 
 @dataclass
+class Study:
+    """Arms that have all before the negatives in common, each with a model of its own (`pns study`)."""
+
+    arms: dict[str, list[str]] = key({}, "name -> its words key=value: what it has otherwise than the rest")
+    pairs: StudyPairs = key(StudyPairs.common, "problems and right sides that arms share, or an arm's own")
+    seeds: list[int] = key([0, 1, 2, 3, 4], "each is a run, with models, negatives and orders of its own")
+    backbones: dict[str, str] = path_key({}, "name -> model, each with all seeds; empty: models.backbone")
+    at_once: int = key(1, "runs side by side", at_least(1))
+
+
+@dataclass
 class Decoding:
     """How a suite is decoded. null: as the benchmark (`pns.data.benchmarks`) asks; others greedily, once."""
 
@@ -727,10 +753,12 @@ class Config:
     reverse_rl: ReverseRl = section(ReverseRl)
     negatives: str = key("pns", "where the rejected sides come from: a name in pns.stages.negatives.SOURCES")
     mixture: Mixture = section(Mixture)
+    sources: Sources = section(Sources)
     synthesize: Synthesize = section(Synthesize)
     pair: PairStage = section(PairStage)
     preference: PreferenceConfig = section(PreferenceConfig)
     bcpg: Bcpg = section(Bcpg)
+    study: Study = section(Study)
     evaluate: Evaluate = section(Evaluate)
     tracking: Tracking = section(Tracking)
 
@@ -741,6 +769,8 @@ def stages(config: Config, last: str | None = None) -> tuple[str, ...]:
     asked: tuple[str, ...] = STAGES
     if config.method is Method.bcpg:
         asked = bcpg_stages(config)
+    elif config.method is Method.study:
+        asked = (*STAGES[:4], "solve", "choose", *STAGES[4:])
     elif external_pairs(config):
         asked = ("preference", "evaluate")
     return asked[: asked.index(last) + 1] if last else asked

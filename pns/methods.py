@@ -8,14 +8,17 @@ from pns.config import (
     Config,
     DataSource,
     Method,
+    StudyPairs,
     external_pairs,
     labels_steps,
     other_negatives,
     stages,
 )
+from pns.recipe import study_arms
 from pns.run.stage import ModelFiles, Plan
 from pns.stages.artefacts import AnyModel, Negatives, TrainedModel
 from pns.stages.bcpg import bcpg
+from pns.stages.choose import choose, pair_arm, solve
 from pns.stages.context import World
 from pns.stages.evaluate import evaluate
 from pns.stages.label_steps import label_steps
@@ -73,8 +76,35 @@ def bcpg_nsa(run: Plan, config: Config, world: World) -> None:
     run(evaluate, models, world.suites)
 
 
+def study(run: Plan, config: Config, world: World) -> None:
+    """Arms that start from one RL-trained model with one pair of reward models, and differ in where their
+    negatives are from, and in what they do with them. Arms that say the same of a stage share its output."""
+    backbone = world.backbone
+    target = run(rl, backbone, world.train)
+    rewards = run(reward_model, target, initial_reward_model(config, target), world.reward)
+    solutions = run(solve, target, world.preference)
+    arms = study_arms(config)
+    rejected = {
+        name: SOURCES[own.negatives](run.part(name, own), own, world, target, rewards)
+        for name, own in arms.items()
+    }
+    shared = {
+        own.digest: own for name, own in rejected.items() if arms[name].study.pairs is StudyPairs.common
+    }
+    choice = run(choose, solutions, dict(zip(map(str, range(len(shared))), shared.values(), strict=True)))
+    models: dict[str, AnyModel] = {"backbone": backbone, "target": target}
+    for name, own in arms.items():
+        part = run.part(name, own)
+        of_arm = choice if own.study.pairs is StudyPairs.common else None
+        pairs = part(
+            pair_arm, solutions, rejected[name], rewards, world.preference, backbone, of_arm, name="pair"
+        )
+        models[name] = part(preference, target, pairs, world.preference, None)
+    run(evaluate, models, world.suites)
+
+
 def initial_reward_model(config: Config, target: TrainedModel) -> AnyModel:
     return ModelFiles(config.models.reward_model) if config.models.reward_model else target
 
 
-METHODS = {Method.pns: pns, Method.bcpg: bcpg_nsa}
+METHODS = {Method.pns: pns, Method.bcpg: bcpg_nsa, Method.study: study}

@@ -45,6 +45,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLossEntry] = {
         "pns.algo.losses:orpo_loss", {"odds_ratio_weight": 0.1}, needs_reference=False
     ),
     "rpo": PreferenceLossEntry("pns.algo.losses:rpo_loss", {"beta": 0.1, "nll_weight": 1.0}),
+    "sft": PreferenceLossEntry("pns.algo.losses:chosen_nll_loss", {}, needs_reference=False),
     "length_normalised": PreferenceLossEntry("pns.algo.losses:length_normalised_dpo_loss", {"beta": 5.0}),
     "offset": PreferenceLossEntry(
         "pns.algo.losses:offset_dpo_loss", {"beta": 0.1, "offset_scale": 1.0}, needs_score_gaps=True

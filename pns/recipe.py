@@ -50,6 +50,8 @@ from pns.preference_losses import PREFERENCE_LOSSES
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
 GATES = ("malformed", "correct", "box_only_flip")  # in the order of `pns.algo.reward`
 _OF_WRONG = (TermKind.verdict, TermKind.diversity)  # 0 of every right completion
+# What comes before the arms of a study, or is of all of them.
+_OF_ALL_ARMS = ("data.", "models.", "seed", "runs", "name", "method", "rl.", "reward_model.", "study.arms")
 # Parts of a run that have a name beside those of reward terms, in metrics and among the services.
 RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format", "step_judge", "process_reward")
 
@@ -75,13 +77,48 @@ def load(
     samples = training and (is_bcpg or not external_pairs(config))
     check_config(config, rewards=samples and (not is_bcpg or bool(other_negatives(config))))
     raise_first(data_faults(config.data, samples))
-    # From here on every number that the loss reads is there, for stages and digests alike.
+    fill_parameters(config)
+    if config.method is Method.study:
+        study_arms(config)
+    return config
+
+
+def fill_parameters(config: Config) -> None:
+    """Every number that a loss reads is there from here on, for stages and digests alike."""
     for name, value in hyper_parameters(config.preference).items():
         setattr(config.preference, name, value)
     for arm in config.bcpg.arms.values():
         for name, value in arm_parameters(arm).items():
             setattr(arm, name, value)
-    return config
+
+
+def study_arms(config: Config) -> dict[str, Config]:
+    """Arm of the study -> its configuration: the study's with the arm's words over it. An arm with another
+    loss has that loss's own numbers where it names none. Raises UserError for a fault, with the arm."""
+    if not config.study.arms:
+        raise UserError("study.arms is empty: name at least two, e.g. study.arms.rs=[negatives=rs]")
+    arms: dict[str, Config] = {}
+    for name, words in config.study.arms.items():
+        key = f"study.arms.{name}"
+        if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in ("backbone", "target"):
+            raise UserError(f"{key}: {name!r} must be a plain word (a-z, 0-9, _), not backbone or target")
+        for word in words:
+            if word.startswith(_OF_ALL_ARMS):
+                section = word.split("=")[0].split(".")[0]
+                raise UserError(f"{key}: {word}: all arms have the same {section}: say it outside the arms")
+        base = replace(config)
+        if any(word.startswith("preference.loss=") for word in words):
+            base.preference = replace(config.preference)
+            for read in PREFERENCE_LOSSES[config.preference.loss].defaults:
+                setattr(base.preference, read, None)
+        try:
+            arm = merge_layers(Config, [(OmegaConf.structured(base), Path.cwd()), override_layer(words)], key)
+            check_config(arm, rewards=True)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        fill_parameters(arm)
+        arms[name] = arm
+    return arms
 
 
 def read(path: str | Path | None, overrides: list[str] | None = None, over: Sequence[Path] = ()) -> Config:
@@ -275,6 +312,9 @@ def key_faults(config: Config) -> Iterator[str]:
     if not config.mixture.sources or "mixed" in config.mixture.sources:
         fault = f"[{', '.join(config.mixture.sources)}] must be sources of their own, at least one"
         yield f"mixture.sources: {fault}; e.g. [pns,rs]"
+    named = (config.negatives, *config.mixture.sources)
+    if "file" in named and not Path(config.sources.file).is_file():
+        yield f"sources.file: {config.sources.file!r} is not a file: name one for negatives=file"
     low, high = config.synthesize.min_log_prob, config.synthesize.max_log_prob
     if low is not None and high is not None and low > high:
         way_out = "nothing is in this range: lower it, or set either to null"

@@ -222,6 +222,13 @@ def rpo_loss(pairs: PairTerms, beta: float, nll_weight: float) -> LossAndMetrics
     return loss_B + nll_weight * pairs.chosen_nll_B, metrics
 
 
+def chosen_nll_loss(pairs: PairTerms) -> LossAndMetrics:
+    """The chosen side's NLL a token alone: what the rejected sides are compared with (rejection-sampling
+    fine-tuning, arXiv 2308.01825). The margin's metrics are of log-probabilities, as it has no reference."""
+    _, metrics = _rewards(1.0, (pairs.chosen_B, pairs.rejected_B))
+    return pairs.chosen_nll_B, metrics
+
+
 def length_normalised_dpo_loss(pairs: PairTerms, beta: float) -> LossAndMetrics:
     """DPO on log-ratios per token: `L = -log sigmoid(h)`, h = beta [log-ratio(chosen) / |chosen| -
     log-ratio(rejected) / |rejected|]: arXiv 2411.15124 (section 5.1)."""

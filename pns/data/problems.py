@@ -17,6 +17,7 @@ from pns.records import AnswerRule, Problem
 from pns.tiny import world as tiny_world
 
 TRAINING = ("train", "reward", "preference")
+_SUITES_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def _read_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Id
     identities: dict[str, Identity] = {}
     if data.source is DataSource.tiny:
         for suite in tiny_world.SUITES:
-            # The same whatever the run's seed (0 here): scores of different runs compare.
-            suites[suite] = tiny_world.problems("test", suite, data.tiny.num_test_per_suite, 0)
+            # The same whatever the run's seed: scores of different runs compare.
+            split = "reward" if data.tiny.development else "test"  # no language model is trained on either
+            suites[suite] = tiny_world.problems(split, suite, data.tiny.num_test_per_suite, _SUITES_SEED)
             identities[suite] = _identity("tiny world", suites[suite])
         return suites, identities
     for name in data.benchmarks:

@@ -13,6 +13,7 @@ from pns.config import Config, GeneratorStart
 from pns.files import write_json, write_jsonl
 from pns.run.stage import ModelFiles, Plan, stage
 from pns.stages.artefacts import AnyModel, Negatives, RewardModels, TrainedModel
+from pns.stages.baselines import corrupted, given, hardest, prompted
 from pns.stages.context import Context, Problems, World
 from pns.stages.reverse_rl import reverse_rl
 from pns.stages.synthesize import (
@@ -96,4 +97,38 @@ def mix(ctx: Context, settings: None, parts: dict[str, Negatives]) -> Negatives:
     return negatives
 
 
-SOURCES: dict[str, Source] = {"pns": plausible, "rs": rejection_sampled, "mixed": mixed}
+def rejection_sampled_hardest(
+    run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels
+) -> Negatives:
+    sampled = run(rejection_sample, target, world.preference, name="sample_wrong")
+    return run(hardest, sampled, rewards, name="synthesize")
+
+
+def corrupted_right(
+    run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels
+) -> Negatives:
+    sampled = run(rejection_sample, target, world.preference, name="sample_wrong")
+    return run(corrupted, sampled, name="synthesize")
+
+
+def prompted_wrong(
+    run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels
+) -> Negatives:
+    return run(prompted, world.backbone, world.preference, name="synthesize")
+
+
+def from_file(
+    run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels
+) -> Negatives:
+    return run(given, world.preference, name="synthesize")
+
+
+SOURCES: dict[str, Source] = {
+    "pns": plausible,
+    "rs": rejection_sampled,
+    "rs_hard": rejection_sampled_hardest,
+    "corrupted": corrupted_right,
+    "prompted": prompted_wrong,
+    "file": from_file,
+    "mixed": mixed,
+}

@@ -47,14 +47,37 @@ def pair(
     backbone: ModelFiles,
 ) -> Pairs:
     """Pairs of the target's right completions and `negatives`, scored, with the quality of the negatives."""
-    artefact, own = Pairs(ctx.directory), settings.pair
     ctx.track.begin("pair", 1, 0)
-    fitting, rejected, origins = ctx.fitting(problems), negatives.negatives(), negatives.sources()
+    rollouts = sample_solutions(ctx, settings, ctx.fitting(problems), target)
+    write_jsonl(Pairs(ctx.directory).rollouts_file, rollouts)
+    return write_pairs(ctx, settings, rollouts, negatives, rewards, problems, backbone, None)
+
+
+def sample_solutions(
+    ctx: Context, settings: PairSettings, problems: list[Problem], target: TrainedModel
+) -> list[Rollout]:
+    """Completions of the target, whose right ones are the chosen sides."""
+    own = settings.pair
     sampling = Sampling(own.temperature, 1.0, settings.max_new_tokens)
     draws = Draws("pair", own.samples_per_problem, sampling, settings.max_masked_fraction)
-    rollouts = roll_out(ctx, draws, fitting, model=target.model)
-    write_jsonl(artefact.rollouts_file, rollouts)
-    pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected, origins)
+    return roll_out(ctx, draws, problems, model=target.model)
+
+
+def write_pairs(
+    ctx: Context,
+    settings: PairSettings,
+    rollouts: Sequence[Rollout],
+    negatives: Negatives,
+    rewards: RewardModels,
+    problems: Problems,
+    backbone: ModelFiles,
+    choice: Mapping[str, str] | None,
+) -> Pairs:
+    """`choice`: problem id -> id of the right completion that its pair has; problems without one have no
+    pair. None: those that suit the negatives best."""
+    artefact, own = Pairs(ctx.directory), settings.pair
+    fitting, rejected, origins = ctx.fitting(problems), negatives.negatives(), negatives.sources()
+    pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected, origins, choice)
     if not pairs:
         way_out = "raise pair.samples_per_problem or synthesize.samples_per_problem"
         raise UserError(f"pair: no pairs ({counts}); {way_out}")
@@ -85,10 +108,16 @@ def make_pairs(
     rollouts: Sequence[Rollout],
     negatives: Sequence[Rollout],
     origins: Mapping[str, str],
+    choice: Mapping[str, str] | None,
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """The pairs, and how many problems gave none for which reason."""
     own = settings.pair
     chosen, rejected = by_problem(by_verdict(rollouts, Verdict.CORRECT)), by_problem(negatives)
+    if choice is not None:
+        chosen = {
+            identity: [completion for completion in chosen[identity] if completion.id == chosen_id]
+            for identity, chosen_id in choice.items()
+        }
     if own.prefer_shared_prefix:
         for identity in chosen.keys() & rejected.keys():
             chosen[identity], rejected[identity] = nearest_first(chosen[identity], rejected[identity])
