@@ -44,7 +44,7 @@ def report_runs(directories: Sequence[Path], against: Sequence[str] = (), file: 
 
         compare_runs(directories, against, file)
         return
-    from pns.run.report import write_report
+    from pns.report.run_report import write_report
 
     write_report(directories[0])
 

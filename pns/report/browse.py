@@ -80,7 +80,7 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 @cache
 def _environment() -> jinja2.Environment:
     # Whatever is not Markup is escaped; only `formula` makes Markup, of elements it allows.
-    loader = jinja2.PackageLoader("pns.run")
+    loader = jinja2.PackageLoader("pns.report")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"kind": kind, "formulas": render, "formula": render_answer}
     return environment

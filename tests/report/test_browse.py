@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pns.run.browse import KINDS, formula, kind, page, render, render_answer, write_pages
+from pns.report.browse import KINDS, formula, kind, page, render, render_answer, write_pages
 
 ATTACK = (
     '<script>alert(1)</script><img src=x onerror="alert(2)">"><svg/onload=alert(3)></div></details> $\\text{<script>alert(4)</script>}$ '

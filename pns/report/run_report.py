@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pns.files import read_json, read_jsonl, write_json
-from pns.run.closing import closing
+from pns.report.closing import closing
 from pns.run.page import NODES
 
 BASES = ("backbone", "target")  # models that others are compared with

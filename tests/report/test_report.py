@@ -14,9 +14,9 @@ from rich.console import Console
 
 from pns.config import Config
 from pns.files import write_json, write_jsonl
+from pns.report.run_report import write_report
 from pns.run.page import RunPage
 from pns.run.place import Place
-from pns.run.report import write_report
 from pns.run.tracking import METRICS
 
 SCORES = {
