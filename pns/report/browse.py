@@ -1,5 +1,5 @@
 """Pages to read an evaluation's completions, by verdict, with rendered formulas: `index.html` and one page
-per model and suite.
+per model and suite; and pages of solutions side by side.
 
 They work offline from the file system and run no script: see `pns.report.page`.
 """
@@ -10,11 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pns.report.examples import Example, marked
 from pns.report.page import template
 
 CAUSES = ("truncated", "no_answer", "prompt_too_long")  # of a wrong one, that say nothing of an answer
 KINDS = ("correct", "wrong", *CAUSES, "unverified")
 RENDERED_SAMPLES = 4  # of a problem; formulas of further samples stay LaTeX, which keeps pages small
+PROBLEMS_A_PAGE = 100
+ORDERS = {  # what the scores of a problem's solutions say
+    "right_first": "a right one scores highest",
+    "wrong_first": "a wrong one scores highest",
+    "not_scored": "not scored",
+}
 Row = Mapping[str, Any]
 
 
@@ -58,3 +65,34 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 def kind(row: Row) -> str:
     """The verdict; the causes of a wrong one that say nothing of an answer go apart."""
     return str(row["reason"] if row["reason"] in CAUSES else row["verdict"])
+
+
+def write_solution_pages(
+    directory: Path, problems: Sequence[Example], became: Mapping[str, int], back: str
+) -> None:
+    """Write `index.html` and pages of problems with their solutions side by side, in place of those that are
+    there. `became`: what became of the samples, a count by name; `back`: the page that leads here."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    pages = []
+    for number, start in enumerate(range(0, len(problems), PROBLEMS_A_PAGE), start=1):
+        shown = problems[start : start + PROBLEMS_A_PAGE]
+        title, file = f"Problems {start + 1} to {start + len(shown)}", f"solutions-{number}.html"
+        counts = Counter(map(order, shown))
+        values = {"title": title, "kinds": list(ORDERS), "names": ORDERS, "counts": counts, "problems": shown}
+        values |= {"order": order, "marked": marked, "back": "index.html", "back_to": "all problems"}
+        with open(directory / file, "w", encoding="utf-8") as out:
+            out.writelines(template("solutions.html.jinja").generate(values))
+        pages.append((title, file, counts))
+    values = {"title": "Solutions side by side", "kinds": list(ORDERS), "names": ORDERS, "pages": pages}
+    values |= {"became": became, "total": sum(became.values()), "back": back, "back_to": "report"}
+    text = template("solutions-index.html.jinja").render(values)
+    (directory / "index.html").write_text(text, encoding="utf-8")
+
+
+def order(example: Example) -> str:
+    """Which side of the problem scores highest, by the first of their scores; a name of ORDERS."""
+    scored = [(next(iter(side.scores.values())), side.correct) for side in example.sides if side.scores]
+    if len({correct for _, correct in scored}) < 2:
+        return "not_scored"
+    return "right_first" if max(scored)[1] else "wrong_first"

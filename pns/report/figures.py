@@ -69,7 +69,7 @@ class Line:
 def curve(
     title: str, lines: Sequence[Line], x_label: str, y_label: str, caption: str = "", percent: bool = False
 ) -> Markup:
-    """Lines over one axis; `percent`: y are shares, drawn in %."""
+    """Lines over one axis; `percent`: y are shares, drawn in %. A line alone needs no name."""
 
     def draw(axes: Axes) -> None:
         for line, colour in zip(lines, _colours(len(lines)), strict=False):
@@ -82,7 +82,7 @@ def curve(
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
-    return _figure(title, draw, [line.name for line in lines], caption)
+    return _figure(title, draw, [line.name for line in lines if len(lines) > 1 or line.name], caption)
 
 
 def histogram(
@@ -153,11 +153,7 @@ def first_wrong_step(title: str, groups: Mapping[str, Sequence[int | None]], cap
 
 
 def bars(
-    title: str,
-    groups: Mapping[str, Mapping[str, Share]],
-    y_label: str,
-    x_label: str = "",
-    caption: str = "",
+    title: str, groups: Mapping[str, Mapping[str, Share]], y_label: str, x_label: str = "", caption: str = ""
 ) -> Markup:
     """Shares in %, a colour a group: the groups' shares of one name stand side by side, with their intervals
     as lines. A group may lack a name."""
@@ -204,9 +200,7 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     axes.plot(x, y, color=colour, marker="o" if len(x) < 3 else None)
 
 
-def _roc_points(
-    right: Sequence[float], others: Sequence[float]
-) -> tuple[Sequence[float], Sequence[float]]:
+def _roc_points(right: Sequence[float], others: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
     """(share of the others, share of right ones) at or above each threshold, from the highest."""
     thresholds = np.unique(np.concatenate([right, others]))[::-1]
     sides = [np.sort(np.asarray(side, dtype=np.float64)) for side in (others, right)]
