@@ -17,9 +17,9 @@ CAUSES = ("truncated", "no_answer", "prompt_too_long")  # of a wrong one, that s
 KINDS = ("correct", "wrong", *CAUSES, "unverified")
 RENDERED_SAMPLES = 4  # of a problem; formulas of further samples stay LaTeX, which keeps pages small
 PROBLEMS_A_PAGE = 100
-ORDERS = {  # what the scores of a problem's solutions say
-    "right_first": "a right one scores highest",
-    "wrong_first": "a wrong one scores highest",
+ORDERS = {  # of the two sides of a pair
+    "right_first": "the right one scores higher",
+    "wrong_first": "the wrong one scores higher",
     "not_scored": "not scored",
 }
 Row = Mapping[str, Any]
@@ -48,7 +48,12 @@ def page(title: str, rows: Sequence[Row]) -> Iterator[str]:
         counts = Counter(map(kind, samples))
         ordered = {name: counts[name] for name in KINDS if name in counts}
         problems.append((samples[0]["problem"], samples, ordered))
-    values = {"title": title, "kinds": KINDS, "counts": Counter(map(kind, rows)), "problems": problems}
+    values: dict[str, Any] = {
+        "title": title,
+        "kinds": KINDS,
+        "counts": Counter(map(kind, rows)),
+        "problems": problems,
+    }
     values |= {"kind_of": kind, "rendered_samples": RENDERED_SAMPLES}
     values |= {"back": "index.html", "back_to": "all models and suites"}
     return template("page.html.jinja").generate(values)  # in pieces: pages have megabytes
@@ -71,7 +76,8 @@ def write_solution_pages(
     directory: Path, problems: Sequence[Example], became: Mapping[str, int], back: str
 ) -> None:
     """Write `index.html` and pages of problems with their solutions side by side, in place of those that are
-    there. `became`: what became of the samples, a count by name; `back`: the page that leads here."""
+    there; the first two of a problem are its pair, the right one first. `became`: what became of the samples,
+    a count by name; `back`: the page that leads here."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     pages = []
@@ -79,7 +85,8 @@ def write_solution_pages(
         shown = problems[start : start + PROBLEMS_A_PAGE]
         title, file = f"Problems {start + 1} to {start + len(shown)}", f"solutions-{number}.html"
         counts = Counter(map(order, shown))
-        values = {"title": title, "kinds": list(ORDERS), "names": ORDERS, "counts": counts, "problems": shown}
+        values: dict[str, Any] = {"title": title, "counts": counts, "problems": shown}
+        values |= {"kinds": list(ORDERS), "names": ORDERS}
         values |= {"order": order, "marked": marked, "back": "index.html", "back_to": "all problems"}
         with open(directory / file, "w", encoding="utf-8") as out:
             out.writelines(template("solutions.html.jinja").generate(values))
@@ -91,8 +98,8 @@ def write_solution_pages(
 
 
 def order(example: Example) -> str:
-    """Which side of the problem scores highest, by the first of their scores; a name of ORDERS."""
-    scored = [(next(iter(side.scores.values())), side.correct) for side in example.sides if side.scores]
-    if len({correct for _, correct in scored}) < 2:
+    """Which of the first two solutions scores higher, by the first of their scores; a name of ORDERS."""
+    scores = [next(iter(side.scores.values()), None) for side in example.sides[:2]]
+    if len(scores) < 2 or scores[0] is None or scores[1] is None:
         return "not_scored"
-    return "right_first" if max(scored)[1] else "wrong_first"
+    return "right_first" if scores[0] > scores[1] else "wrong_first"

@@ -40,7 +40,5 @@ def marked(side: Side) -> Markup:
     if side.wrong is None:
         return render(side.text)
     start, end = side.wrong
-    before, step, after = (
-        render(part) for part in (side.text[:start], side.text[start:end], side.text[end:])
-    )
-    return Markup('{}<mark title="first wrong step">{}</mark>{}').format(before, step, after)
+    parts = (side.text[:start], side.text[start:end], side.text[end:])
+    return Markup('{}<mark title="first wrong step">{}</mark>{}').format(*map(render, parts))

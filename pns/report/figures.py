@@ -6,6 +6,7 @@ in (of lines, groups) are untrusted text: they are escaped, and no mathematics i
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -55,8 +56,8 @@ _LAST_STEP = 8  # first wrong steps beyond are drawn as one
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) in the order of x; a y of None is left out. `low` and `high`, as long as y, are drawn as a
-    band. `smooth` draws the running mean over so many points, and the points themselves faintly."""
+    """Points (x, y) in the order of x; a y of None is left out. `low` and `high`, as long as y, are drawn as
+    a band. `smooth` draws the running mean over so many points, and the points themselves faintly."""
 
     name: str
     x: Sequence[float]
@@ -72,8 +73,8 @@ def curve(
     """Lines over one axis; `percent`: y are shares, drawn in %. A line alone needs no name."""
 
     def draw(axes: Axes) -> None:
-        for line, colour in zip(lines, _colours(len(lines)), strict=False):
-            _draw_line(axes, line, colour)
+        for place, line in enumerate(lines):
+            _draw_line(axes, line, _colour(place))
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         drawn = [x for line in lines for x in line.x]
@@ -82,25 +83,30 @@ def curve(
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
-    return _figure(title, draw, [line.name for line in lines if len(lines) > 1 or line.name], caption)
+    named = len(lines) > 1 or any(line.name for line in lines)
+    return _figure(title, draw, {place: line.name for place, line in enumerate(lines) if named}, caption)
 
 
 def histogram(
     title: str, groups: Mapping[str, Sequence[float]], x_label: str, right: str = "", caption: str = ""
 ) -> Markup:
-    """Densities of the groups' values, in the same bins; n and mean of each stand in the legend. Where `right`
-    names one of the groups, the caption says how well each other one is told from it (AUROC). Groups without
-    values are left out."""
-    known = {name: values for name, values in groups.items() if len(values)}
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in known.values()] or [[0.0]]), _BINS)
+    """Densities of the groups' values, in the same bins; n and mean of each stand in the legend. Where
+    `right` names one of the groups, the caption says how well each other one is told from it (AUROC). Groups
+    without values are left out."""
+    places, known = _places(groups), {name: values for name, values in groups.items() if len(values)}
+    edges = np.histogram_bin_edges([value for values in known.values() for value in values], _BINS)
 
     def draw(axes: Axes) -> None:
-        for values, colour in zip(known.values(), _colours(len(known)), strict=False):
+        for name, values in known.items():
+            colour = _colour(places[name])
             axes.hist(values, edges, density=True, histtype="stepfilled", color=colour, alpha=0.12)
             axes.hist(values, edges, density=True, histtype="step", color=colour, linewidth=1.8)
         axes.set(xlabel=x_label, ylabel="density")
 
-    legend = [f"{name} (n = {len(values)}, mean {fmean(values):.2f})" for name, values in known.items()]
+    legend = {
+        places[name]: f"{name} (n = {len(values)}, mean {fmean(values):.2f})"
+        for name, values in known.items()
+    }
     return _figure(title, draw, legend, f"{caption} {separation(known, right)}".strip())
 
 
@@ -116,39 +122,38 @@ def separation(groups: Mapping[str, Sequence[float]], right: str) -> str:
 def roc(title: str, groups: Mapping[str, Sequence[float]], right: str, caption: str = "") -> Markup:
     """How `right` is told from each other group by a threshold on their values: share of right ones above it,
     over the share of the others. Needs values of `right`."""
+    places = _places(groups)
     others = {name: values for name, values in groups.items() if name != right and len(values)}
 
     def draw(axes: Axes) -> None:
-        for values, colour in zip(others.values(), _colours(len(others)), strict=False):
-            axes.plot(*_roc_points(groups[right], values), color=colour)
+        for name, values in others.items():
+            axes.plot(*_roc_points(groups[right], values), color=_colour(places[name]))
         axes.plot([0, 1], [0, 1], color=_GRID, linewidth=1, linestyle="--")
         axes.set(xlabel="share of the others above the threshold", ylabel=f"share of {right} above it")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0))
 
-    legend = [f"{name} (AUROC {auroc(groups[right], values):.2f})" for name, values in others.items()]
+    legend = {
+        places[name]: f"{name} (AUROC {auroc(groups[right], values):.2f})" for name, values in others.items()
+    }
     return _figure(title, draw, legend, caption)
 
 
 def first_wrong_step(title: str, groups: Mapping[str, Sequence[int | None]], caption: str = "") -> Markup:
     """Where the first wrong step stands in completions of each group: the share of them by its number from 0;
     None (no wrong step) is counted apart."""
-    known = {name: steps for name, steps in groups.items() if len(steps)}
-    numbers = [step for steps in known.values() for step in steps if step is not None]
+    numbers = [step for steps in groups.values() for step in steps if step is not None]
     last = min(max(numbers, default=0), _LAST_STEP)
-    ticks = [*map(str, range(last + 1))]
+    names = [str(number) for number in range(last + 1)]
     if max(numbers, default=0) > last:
-        ticks[-1] += "+"
-    shares = {
-        name: {
-            tick: Share(sum(s is not None and min(s, last) == place for s in steps) / len(steps))
-            for place, tick in enumerate(ticks)
-        }
-        for name, steps in known.items()
-    }
-    if any(step is None for steps in known.values() for step in steps):
-        for name, steps in known.items():
-            shares[name]["none"] = Share(sum(step is None for step in steps) / len(steps))
+        names[-1] += "+"
+    if any(step is None for steps in groups.values() for step in steps):
+        names.append("none")
+    shares: dict[str, dict[str, Share]] = {name: {} for name in groups}
+    for group, steps in groups.items():
+        counts = Counter("none" if step is None else names[min(step, last)] for step in steps)
+        if steps:
+            shares[group] = {name: Share(counts[name] / len(steps)) for name in names}
     return bars(title, shares, "completions", "number of the first wrong step, from 0", caption)
 
 
@@ -158,12 +163,14 @@ def bars(
     """Shares in %, a colour a group: the groups' shares of one name stand side by side, with their intervals
     as lines. A group may lack a name."""
     names = list(dict.fromkeys(name for shares in groups.values() for name in shares))
-    width = 0.8 / max(len(groups), 1)
+    places, known = _places(groups), {group: shares for group, shares in groups.items() if shares}
+    width = 0.8 / max(len(known), 1)
 
     def draw(axes: Axes) -> None:
-        for number, (shares, colour) in enumerate(zip(groups.values(), _colours(len(groups)), strict=False)):
-            at = [names.index(name) + (number - (len(groups) - 1) / 2) * width for name in shares]
-            axes.bar(at, [share.value for share in shares.values()], 0.9 * width, color=colour, alpha=0.85)
+        for number, (group, shares) in enumerate(known.items()):
+            at = [names.index(name) + (number - (len(known) - 1) / 2) * width for name in shares]
+            heights = [share.value for share in shares.values()]
+            axes.bar(at, heights, 0.9 * width, color=_colour(places[group]), alpha=0.85)
             for x, share in zip(at, shares.values(), strict=True):
                 if share.low is not None and share.high is not None:
                     axes.plot([x, x], [share.low, share.high], color=_TEXT, linewidth=1.2)
@@ -174,7 +181,7 @@ def bars(
         axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
-    return _figure(title, draw, list(groups) if len(groups) > 1 else [], caption)
+    return _figure(title, draw, {places[group]: group for group in known if len(known) > 1}, caption)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -209,12 +216,18 @@ def _roc_points(right: Sequence[float], others: Sequence[float]) -> tuple[Sequen
     return x.tolist(), y.tolist()
 
 
-def _colours(num: int) -> list[str]:
-    return [_SERIES[place % NUM_COLOURS] for place in range(num)]
+def _places(groups: Iterable[str]) -> dict[str, int]:
+    """Of each group, whose colour it decides: the same groups have the same colours in several figures, also
+    where some of them are empty."""
+    return {name: place for place, name in enumerate(groups)}
 
 
-def _figure(title: str, draw: Callable[[Axes], None], legend: Iterable[str], caption: str) -> Markup:
-    """The drawing with its title above, and names and caption below."""
+def _colour(place: int) -> str:
+    return _SERIES[place % NUM_COLOURS]
+
+
+def _figure(title: str, draw: Callable[[Axes], None], legend: Mapping[int, str], caption: str) -> Markup:
+    """The drawing with its title above, and names (by the places of their colours) and caption below."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         # Not pyplot: it looks for a display, and keeps every figure alive.
         figure = Figure(figsize=_INCHES, layout="constrained")
@@ -222,7 +235,7 @@ def _figure(title: str, draw: Callable[[Axes], None], legend: Iterable[str], cap
         svg = _svg(figure, title)
     items = [
         Markup('<li><span class="swatch series-{}"></span>{}</li>').format(place % NUM_COLOURS, name)
-        for place, name in enumerate(legend)
+        for place, name in legend.items()
     ]
     names = Markup("<ul class=legend>{}</ul>").format(Markup("").join(items)) if items else ""
     below = Markup("<p>{}</p>").format(caption) if caption else ""

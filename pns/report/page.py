@@ -22,7 +22,7 @@ class Section:
 
 
 def page(title: str, sentence: str, sections: Sequence[Section], note: str = "") -> str:
-    """The whole page: the sentence that says what came out, then the sections, and a small note at the end."""
+    """The whole page: the sentence that says what came out, the sections, and a small note at the end."""
     values = {"title": title, "sentence": sentence, "sections": sections, "note": note}
     return template("report.html.jinja").render(values)
 
@@ -30,6 +30,11 @@ def page(title: str, sentence: str, sections: Sequence[Section], note: str = "")
 def grid(blocks: Iterable[Markup]) -> Markup:
     """Blocks (figures) side by side, as many as fit."""
     return Markup('<div class="grid">{}</div>').format(Markup("").join(blocks))
+
+
+def beside(blocks: Iterable[Markup]) -> Markup:
+    """Blocks of their own widths (tables) side by side, where there is room."""
+    return Markup('<div class="beside">{}</div>').format(Markup("").join(blocks))
 
 
 def folded(summary: str, body: Markup) -> Markup:

@@ -14,7 +14,7 @@ from pns.report.browse import write_solution_pages
 from pns.report.closing import base_of, sentence
 from pns.report.examples import examples
 from pns.report.figures import bars, first_wrong_step, histogram, roc
-from pns.report.page import Section, folded, grid, page
+from pns.report.page import Section, beside, folded, grid, page
 from pns.report.solutions import (
     CORRECT,
     as_examples,
@@ -28,7 +28,6 @@ from pns.report.training import training_sections
 
 PAGE = "report.html"
 _EXAMPLES = 4
-_SOURCES = {CORRECT: "right (target)", "rs": "wrong (target)", "pns": "PNS negatives"}
 _MARKED = (
     "Accuracy in % with its 95 % interval. ▲ ▼: better or worse than the model that its training began with "
     "(paired bootstrap over problems, p < 0.05; over suites corrected by Holm)."
@@ -79,22 +78,25 @@ def results(report: Mapping[str, Any], tables: Mapping[str, Table]) -> Iterator[
 
 def negatives(run_path: Path, report: Mapping[str, Any], tables: Mapping[str, Table]) -> Iterator[Section]:
     """What the reward models, the generator and the negatives are like, and some of them."""
-    for name in ("reward_model", "generator"):
-        if name in tables:
-            yield Section(str(tables[name].title), as_html(tables[name]))
+    models = [titled(tables[name]) for name in ("reward_model", "generator") if name in tables]
+    if models:
+        yield Section("Reward models and generator", beside(models))
     if "pairs" not in tables:
         return
     checker = checker_of(run_path)
     solutions = read_solutions(run_path, checker)
-    named = {_SOURCES.get(name, name): own for name, own in read_json(run_path / "pair/scores.json").items()}
-    right = _SOURCES[CORRECT]
-    figures = [histogram("Scores of the reward model", named, "raw score", right)]
-    if named.get(right):
-        figures.append(roc("Right solutions told from wrong ones by the reward model", named, right))
+    scores = read_json(run_path / "pair" / "scores.json")
+    figures = [histogram("Scores of the reward model", scores, "raw score", CORRECT)]
+    if scores.get(CORRECT):
+        figures.append(roc("ROC of the reward model", scores, CORRECT))
     if checker is not None:
-        by_source = {_SOURCES.get(name, name): own for name, own in steps_by_source(solutions).items()}
-        figures.append(first_wrong_step("First wrong step, by the checker", by_source))
-    lead = "Negatives are good when nothing tells them from right solutions but the steps themselves."
+        # Colours go by place: that of the correct ones stays free.
+        steps: dict[str, list[int | None]] = {CORRECT: [], **steps_by_source(solutions)}
+        figures.append(first_wrong_step("First wrong step, by the checker", steps))
+    lead = (
+        "correct and rs: the target's own right and wrong solutions; others: what a generator wrote. "
+        "Negatives are plausible where the scores do not tell them from correct ones."
+    )
     yield Section("Negatives", grid(figures) + as_html(tables["pairs"]), lead)
     shown = side_by_side(solutions, _EXAMPLES)
     marked = "The first wrong step is marked. " if checker is not None else ""
@@ -104,7 +106,7 @@ def negatives(run_path: Path, report: Mapping[str, Any], tables: Mapping[str, Ta
     link = Markup('<p><a href="browse/index.html">Pairs and negatives of {} problems</a></p>').format(
         len(every)
     )
-    yield Section("Side by side", examples(shown) + link, lead)
+    yield Section("Side by side", examples(shown) + link.format(len(every)), lead)
 
 
 def what_became(report: Mapping[str, Any]) -> dict[str, int]:
@@ -124,6 +126,10 @@ def rest(run_path: Path, tables: Mapping[str, Table]) -> Iterator[Section]:
             body += folded(str(tables[name].title), as_html(tables[name]))
     if body:
         yield Section("More", body)
+
+
+def titled(own: Table) -> Markup:
+    return Markup("<div><h3>{}</h3>{}</div>").format(own.title, as_html(own))
 
 
 def as_html(own: Table) -> Markup:

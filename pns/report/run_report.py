@@ -1,4 +1,4 @@
-"""The report of a run, from what finished stages wrote: report.json, tables on the terminal, and report.html."""
+"""The report of a run from what its finished stages wrote: report.json, report.html, and tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -303,4 +303,6 @@ def difference_interval(difference: Mapping[str, float]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

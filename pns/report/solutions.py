@@ -1,7 +1,7 @@
 """The solutions that a run's pairs are made of, by problem and source, with their scores and first wrong
 steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,13 +98,14 @@ def first_wrong(checker: Checker, problem: Problem, text: str) -> tuple[int | No
     number, end = check.first_wrong_step, check.first_wrong_end
     if number is None or end is None:
         return None, None
-    start = max((step.end for step in check.steps[:number]), default=0)
-    start += len(text[start:end]) - len(text[start:end].lstrip())
-    return number, (start, end)
+    if number < len(check.steps):
+        return number, (check.steps[number].start, end)
+    return number, (check.steps[-1].end if check.steps else 0, end)  # the final answer
 
 
 def as_examples(solutions: Sequence[Solution]) -> list[Example]:
-    """The problems that have a pair, each with at most three solutions of a source, those of the pair first."""
+    """The problems that have a pair, each with at most three solutions of a source: first the pair, then
+    the others."""
     by_problem: dict[str, dict[str, list[Solution]]] = {}
     for own in solutions:
         by_problem.setdefault(own.problem.id, {}).setdefault(own.source, []).append(own)
@@ -114,6 +115,7 @@ def as_examples(solutions: Sequence[Solution]) -> list[Example]:
             continue
         distinct = [distinct_texts(sorted(group, key=lambda own: not own.side)) for group in sources.values()]
         sides = [own for group in distinct for own in group[:_SIDES]]
+        sides.sort(key=lambda own: ("chosen", "rejected", "").index(own.side))
         problem = sides[0].problem
         found.append(Example(problem.prompt, problem.answer, [own.shown() for own in sides]))
     return found
@@ -124,8 +126,8 @@ def distinct_texts(group: Sequence[Solution]) -> list[Solution]:
 
 
 def side_by_side(solutions: Sequence[Solution], num: int) -> list[Example]:
-    """The first `num` problems that have a solution of every source: one of each, that of the pair where there
-    is one."""
+    """The first `num` problems that have a solution of every source: one of each, that of the pair where
+    there is one."""
     sources = list(dict.fromkeys(own.source for own in solutions))
     chosen: dict[str, dict[str, Solution]] = {}
     for own in solutions:
@@ -147,7 +149,7 @@ def side_by_side(solutions: Sequence[Solution], num: int) -> list[Example]:
     ]
 
 
-def steps_by_source(solutions: Sequence[Solution]) -> Mapping[str, list[int | None]]:
+def steps_by_source(solutions: Sequence[Solution]) -> dict[str, list[int | None]]:
     """Source of wrong ones -> the first wrong step of each."""
     found: dict[str, list[int | None]] = {}
     for own in solutions:

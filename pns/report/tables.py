@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+_NARROW = 4  # columns at most that a telephone shows as they are
 _MARKS = {  # of a significant difference
     "better": Markup('<span class="mark better" title="better">▲</span>'),
     "worse": Markup('<span class="mark worse" title="worse">▼</span>'),
@@ -46,11 +47,14 @@ def share_cell(share: Share | None) -> Markup:
 
 
 def table(heads: Sequence[str | Markup], rows: Sequence[Sequence[str | Markup]], caption: str = "") -> Markup:
-    """A table; the first cell of a row names it. On a telephone each row becomes a block of named cells."""
+    """A table; the first cell of a row names it. On a telephone each row of a wide one becomes a block of
+    named cells."""
     head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in heads)
     body = Markup("").join(_row(heads, row) for row in rows)
     below = Markup("<p class=caption>{}</p>").format(caption) if caption else ""
-    return Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>{}").format(head, body, below)
+    kind = "wide" if len(heads) > _NARROW else "narrow"
+    whole = Markup("<table class={}><thead><tr>{}</tr></thead><tbody>{}</tbody></table>{}")
+    return whole.format(kind, head, body, below)
 
 
 def _row(heads: Sequence[str | Markup], row: Sequence[str | Markup]) -> Markup:
@@ -58,7 +62,7 @@ def _row(heads: Sequence[str | Markup], row: Sequence[str | Markup]) -> Markup:
     cells = [Markup("<th scope=row>{}</th>").format(first)]
     for head, cell in zip(heads[1:], others, strict=True):
         name = head.striptags() if isinstance(head, Markup) else head
-        cells.append(Markup('<td data-name="{}">{}</td>').format(name, cell))
+        cells.append(Markup('<td data-name="{}"><span>{}</span></td>').format(name, cell))
     return Markup("<tr>{}</tr>").format(Markup("").join(cells))
 
 

@@ -1,9 +1,9 @@
 """The metrics of a run's stages on a page: the few that tell how a stage went as figures, all of them as a
 table."""
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 from markupsafe import Markup
@@ -19,7 +19,7 @@ Series = dict[str, list[tuple[int, float]]]  # metric -> (step, value) where the
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: metrics (patterns) with the names of their lines ("*": the metric's own), over the steps."""
+    """One figure over the steps: metrics (patterns) with the names of their lines ("*": the metric's own)."""
 
     title: str
     metrics: Mapping[str, str]
@@ -118,8 +118,8 @@ def training_sections(run_path: Path, steps: Sequence[str]) -> Iterator[Section]
 
 
 def read_series(file: Path) -> dict[str, Series]:
-    """The metrics of a stage, by what its rows call the stage: a reward model's has two trainings. A torn last
-    line is left out."""
+    """The metrics of a stage, by what its rows call the stage: a reward model's has two trainings. A torn
+    last line is left out."""
     found: dict[str, Series] = {}
     for _, row in json_lines(file, growing=True):
         series = found.setdefault(row["stage"], {})
@@ -144,17 +144,18 @@ def draw(panel: Panel, step: str, by_series: Mapping[str, Series]) -> Markup | N
     """None where none of the panel's metrics was measured often and varies."""
     lines = []
     for name, series in by_series.items():
-        own = name.removeprefix(step).strip("_").replace("_", " ")  # of two trainings main, held out
+        own = name.removeprefix(step).strip("_").replace("_", " ") or "main"
         num_steps = max(len(points) for points in series.values())
-        smooth = 2 * (num_steps // 20) + 1
-        for metric, points in series.items():
-            said = [text for pattern, text in panel.metrics.items() if fnmatch(metric, pattern)]
-            values = [value for _, value in points]
-            if not said or len(points) < max(2, _LEAST_SHARE * num_steps) or min(values) == max(values):
-                continue
-            what = metric.replace("_", " ") if said[0] == "*" else said[0]
-            named = ", ".join(part for part in (own, what) if part)
-            lines.append(Line(named, [at for at, _ in points], values, smooth=smooth))
+        for pattern, said in panel.metrics.items():
+            for metric in fnmatch.filter(series, pattern):
+                values = [value for _, value in series[metric]]
+                if len(values) < max(2, _LEAST_SHARE * num_steps) or min(values) == max(values):
+                    continue
+                what = metric.replace("_", " ") if said == "*" else said
+                named = [own, what] if len(by_series) > 1 else [what]
+                steps = [at for at, _ in series[metric]]
+                smooth = 2 * (num_steps // 20) + 1
+                lines.append(Line(", ".join(filter(None, named)), steps, values, smooth=smooth))
     if not lines:
         return None
     widths = {line.smooth for line in lines}
