@@ -35,7 +35,7 @@ def check_stages(config: Config, first: str | None, last: str | None) -> None:
 
 
 def report_runs(directories: Sequence[Path], against: Sequence[str] = (), file: Path | None = None) -> None:
-    """Of one run print the tables again, and rebuild its report and plots; of several, or with `against` or
+    """Of one run print the tables again, and rebuild its report; of several, or with `against` or
     `file`, print accuracies and differences over all of them."""
     for directory in directories:
         check_page(directory)

@@ -51,6 +51,8 @@ _STYLE = {
 }
 _BINS = 30
 _MOST_POINTS = 400  # of a line; longer ones are drawn by the means of so many parts
+_TICK = 20  # characters of a name below an axis
+_TICKS = 40  # of all of them; where there are more they are turned
 _LAST_STEP = 8  # first wrong steps beyond are drawn as one
 
 
@@ -174,9 +176,9 @@ def bars(
             for x, share in zip(at, shares.values(), strict=True):
                 if share.low is not None and share.high is not None:
                     axes.plot([x, x], [share.low, share.high], color=_TEXT, linewidth=1.2)
-        longest = max(map(len, names), default=0)
-        turned = {"rotation": 30, "ha": "right"} if longest * len(names) > 48 else {}
-        axes.set_xticks(range(len(names)), names, **turned)
+        ticks = [name if len(name) <= _TICK else f"{name[: _TICK - 1]}…" for name in names]
+        turned = {"rotation": 30, "ha": "right"} if sum(map(len, ticks)) > _TICKS else {}
+        axes.set_xticks(range(len(names)), ticks, **turned)
         axes.grid(visible=False, axis="x")
         axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
 
 from pns.config import DataSource
 from pns.data.checker import Checker
+from pns.errors import UserError
 from pns.files import json_lines, read_json
 from pns.records import Problem, Rollout, Verdict, from_json
 from pns.report.examples import Example, Side
@@ -41,7 +43,12 @@ class Solution:
 
 def checker_of(run_path: Path) -> Checker | None:
     """Of the run's problems, where there is one."""
-    if OmegaConf.select(OmegaConf.load(run_path / "config.yaml"), "data.source") != DataSource.tiny.value:
+    file = run_path / "config.yaml"
+    try:
+        config = OmegaConf.load(file)
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: run the recipe again, which writes it") from error
+    if OmegaConf.select(config, "data.source") != DataSource.tiny.value:
         return None
     from pns.tiny.world import StepChecker
 

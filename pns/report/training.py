@@ -64,7 +64,7 @@ _PANELS = {
         ),
         Panel(
             "Habits",
-            {"top_offset_share": "most frequent error of the answer", "distinct_4": "distinct 4-token parts"},
+            {"top_offset_share": "same error of the answer", "distinct_4": "distinct 4-grams"},
             "share",
             True,
         ),
