@@ -36,8 +36,8 @@ def write_pages(directory: Path, answered: Mapping[str, Sequence[Row]]) -> None:
             with open(directory / file, "w", encoding="utf-8") as out:
                 out.writelines(page(title, rows_of_suite))
             pages.append((title, file, Counter(map(kind, rows_of_suite))))
-    index = template("index.html.jinja")
-    text = index.render(title="Completions by verdict", kinds=KINDS, pages=pages)
+    found = [name for name in KINDS if any(counts[name] for _, _, counts in pages)]
+    text = template("index.html.jinja").render(title="Completions by verdict", kinds=found, pages=pages)
     (directory / "index.html").write_text(text, encoding="utf-8")
 
 

@@ -51,8 +51,8 @@ _STYLE = {
 }
 _BINS = 30
 _MOST_POINTS = 400  # of a line; longer ones are drawn by the means of so many parts
-_TICK = 20  # characters of a name below an axis
-_TICKS = 40  # of all of them; where there are more they are turned
+_TICK = 20  # characters of a name at an axis
+_TICKS = 34  # of all of them; where there are more they are turned
 _LAST_STEP = 8  # first wrong steps beyond are drawn as one
 
 
@@ -176,7 +176,7 @@ def bars(
             for x, share in zip(at, shares.values(), strict=True):
                 if share.low is not None and share.high is not None:
                     axes.plot([x, x], [share.low, share.high], color=_TEXT, linewidth=1.2)
-        ticks = [name if len(name) <= _TICK else f"{name[: _TICK - 1]}…" for name in names]
+        ticks = [_short(name) for name in names]
         turned = {"rotation": 30, "ha": "right"} if sum(map(len, ticks)) > _TICKS else {}
         axes.set_xticks(range(len(names)), ticks, **turned)
         axes.grid(visible=False, axis="x")
@@ -184,6 +184,32 @@ def bars(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
     return _figure(title, draw, {places[group]: group for group in known if len(known) > 1}, caption)
+
+
+def differences(
+    title: str, groups: Mapping[str, Mapping[str, Share]], x_label: str, caption: str = ""
+) -> Markup:
+    """Differences of shares in [-1, 1], drawn in points (hundredths) with their intervals beside 0: a line a
+    name, a colour a group. A group may lack a name."""
+    names = list(dict.fromkeys(name for shares in groups.values() for name in shares))
+    places, known = _places(groups), {group: shares for group, shares in groups.items() if shares}
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=_TEXT, linewidth=0.8)
+        for number, (group, shares) in enumerate(known.items()):
+            colour, offset = _colour(places[group]), (number - (len(known) - 1) / 2) * 0.6 / len(known)
+            for name, share in shares.items():
+                at = names.index(name) + offset
+                if share.low is not None and share.high is not None:
+                    axes.plot([100 * share.low, 100 * share.high], [at, at], color=colour, linewidth=1.5)
+                axes.plot(100 * share.value, at, color=colour, marker="o", markersize=4)
+        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.margins(y=0.08)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(x_label)
+
+    return _figure(title, draw, {places[group]: group for group in known}, caption)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -216,6 +242,11 @@ def _roc_points(right: Sequence[float], others: Sequence[float]) -> tuple[Sequen
     shares = [1 - np.searchsorted(side, thresholds, side="left") / side.size for side in sides]
     x, y = (np.concatenate([[0.0], share]) for share in shares)
     return x.tolist(), y.tolist()
+
+
+def _short(name: str) -> str:
+    """A name below an axis or beside it."""
+    return name if len(name) <= _TICK else f"{name[: _TICK - 1]}…"
 
 
 def _places(groups: Iterable[str]) -> dict[str, int]:

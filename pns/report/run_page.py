@@ -13,7 +13,7 @@ from pns.files import read_json, replacing
 from pns.report.browse import write_solution_pages
 from pns.report.closing import base_of, sentence
 from pns.report.examples import examples
-from pns.report.figures import bars, first_wrong_step, histogram, roc
+from pns.report.figures import bars, differences, first_wrong_step, histogram, roc
 from pns.report.page import Section, beside, folded, grid, page
 from pns.report.solutions import (
     CORRECT,
@@ -62,14 +62,22 @@ def results(report: Mapping[str, Any], tables: Mapping[str, Table]) -> Iterator[
     if not (suites := report.get("suites")):
         return
     by_model: dict[str, dict[str, Share]] = {}
+    gains: dict[str, dict[str, Share]] = {}
     for suite in ["mean", *(suite for suite in suites if suite != "mean")]:
         for model, own in suites[suite].items():
-            base = base_of(model, suites["mean"])
-            verdict = own["against"][base]["verdict"] if base else ""
+            verdict = ""
+            if base := base_of(model, suites["mean"]):
+                against = own["against"][base]
+                verdict = against["verdict"]
+                gain = Share(against["difference"], against["low"], against["high"])
+                gains.setdefault(f"{model} against {base}", {})[suite] = gain
             share = Share(own["accuracy"], own["low"], own["high"], verdict)
             by_model.setdefault(model, {})[suite] = share
     notes = {suite: f"n = {next(iter(scores.values()))['n']}" for suite, scores in suites.items()}
-    body = results_table(by_model, notes, _MARKED) + grid([bars("Accuracy", by_model, "right answers")])
+    figures = [bars("Accuracy", by_model, "right answers")]
+    if gains:
+        figures.append(differences("What training was worth", gains, "points of accuracy, paired, 95 %"))
+    body = results_table(by_model, notes, _MARKED) + grid(figures)
     for name in ("differences", "bcpg", "step_labels"):
         if name in tables:
             body += folded(str(tables[name].title), as_html(tables[name]))

@@ -62,7 +62,7 @@ def read_solutions(run_path: Path, checker: Checker | None) -> list[Solution]:
     if not (pair / "quality.json").is_file():
         return []
     sides = {}
-    for _, row in json_lines(pair / "pairs.jsonl"):
+    for _, row in islice(json_lines(pair / "pairs.jsonl"), MOST_ROWS):
         for side in ("chosen", "rejected"):
             sides[row["problem_id"], row[side]] = side
     scores = {name: iter(values) for name, values in read_json(pair / "scores.json").items()}

@@ -104,7 +104,7 @@ _PANELS = {
 }
 _MOST_PANELS = 6
 _LEAST_SHARE = 0.5  # of the steps that a metric among the figures has to have a value for
-_WIDTH = 24  # bars of a course
+_WIDTH = 16  # bars of a course
 _BARS = "▁▂▃▄▅▆▇█"
 
 

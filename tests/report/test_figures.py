@@ -11,6 +11,7 @@ from pns.report.figures import (
     _roc_points,
     bars,
     curve,
+    differences,
     first_wrong_step,
     histogram,
     roc,
@@ -53,10 +54,11 @@ def test_same_data_give_the_same_figure() -> None:
         roc(HOSTILE, {HOSTILE: [1.0, 2.0], "right": [3.0]}, "right"),
         first_wrong_step(HOSTILE, {HOSTILE: [0, 1, None, 99], "right": []}),
         bars(HOSTILE, {"a": {HOSTILE: Share(0.5, 0.4, 0.6)}, "b": {"x": Share(0.1)}}, "share"),
+        differences(HOSTILE, {HOSTILE: {HOSTILE: Share(-0.1, -0.2, 0.1)}, "b": {"x": Share(0.1)}}, "points"),
         curve("nothing", [], "x", "y"),
         histogram("nothing", {"a": []}, "x"),
     ],
-    ids="curve histogram roc steps bars no-lines no-values".split(),
+    ids="curve histogram roc steps bars differences no-lines no-values".split(),
 )
 def test_names_stay_text_and_colours_are_the_pages(figure: str) -> None:
     assert "<b " not in figure

@@ -134,7 +134,7 @@ def test_a_runs_page_says_what_came_out(tiny_run: Path) -> None:
     places = [page.text.index(title) for title in titles]
     assert places == sorted(places)
     # Of the metrics only those that vary and were measured in most steps.
-    assert page.tags.count("figure") == page.tags.count("svg") == 1 + 2 + 3
+    assert page.tags.count("figure") == page.tags.count("svg") == 2 + 2 + 3
     assert page.tags.count("figcaption") == page.tags.count("figure")
     assert "Distance from the start" not in page.text
     assert "AUROC of correct against rs 1.00, pns 0.00" in page.text
