@@ -192,7 +192,7 @@ def test_report(finished: Path) -> None:
     assert 0.5 < report["peak_memory_gib"] < 24
     assert report["wall_seconds"] > 0
     page = (finished / "report.html").read_text()
-    assert page.count("<figure>") > 10
+    assert page.count("<figure>") > 5
     assert (finished / "browse" / "solutions-1.html").is_file()
     assert list((finished / "tensorboard").rglob("events.out.tfevents*"))
 

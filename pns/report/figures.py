@@ -151,11 +151,12 @@ def first_wrong_step(title: str, groups: Mapping[str, Sequence[int | None]], cap
         names[-1] += "+"
     if any(step is None for steps in groups.values() for step in steps):
         names.append("none")
-    shares: dict[str, dict[str, Share]] = {name: {} for name in groups}
+    shares: dict[str, dict[str, Share]] = {}
     for group, steps in groups.items():
+        own = shares[f"{group} (n = {len(steps)})"] = {}
         counts = Counter("none" if step is None else names[min(step, last)] for step in steps)
         if steps:
-            shares[group] = {name: Share(counts[name] / len(steps)) for name in names}
+            own |= {name: Share(counts[name] / len(steps)) for name in names}
     return bars(title, shares, "completions", "number of the first wrong step, from 0", caption)
 
 

@@ -42,16 +42,11 @@ def write_run_page(run_path: Path, report: Mapping[str, Any], tables: Mapping[st
         *negatives(run_path, report, tables),
         *rest(run_path, tables),
     ]
+    finished = ", ".join(report["stages"]) or "nothing"
     suites = report.get("suites")
-    said = (
-        sentence(suites)
-        if suites
-        else f"Not evaluated yet. Finished: {', '.join(report['stages']) or 'nothing'}."
-    )
-    versions = ", ".join(
-        f"{name} {version}" for name, version in report.get("versions", {}).items() if version
-    )
-    text = page(run_path.name, said, sections, versions)
+    said = sentence(suites) if suites else f"Not evaluated yet. Finished: {finished}."
+    versions = [f"{name} {version}" for name, version in report.get("versions", {}).items() if version]
+    text = page(run_path.name, said, sections, ", ".join(versions))
     with replacing(run_path / PAGE) as file:
         file.write(text.encode())
     return run_path / PAGE
@@ -111,9 +106,7 @@ def negatives(run_path: Path, report: Mapping[str, Any], tables: Mapping[str, Ta
     lead = f"The first problems that have a solution of every kind. {marked}Scores are the reward model's."
     every = as_examples(solutions)
     write_solution_pages(run_path / "browse", every, what_became(report), f"../{PAGE}")
-    link = Markup('<p><a href="browse/index.html">Pairs and negatives of {} problems</a></p>').format(
-        len(every)
-    )
+    link = Markup('<p><a href="browse/index.html">Pairs and negatives of {} problems</a></p>')
     yield Section("Side by side", examples(shown) + link.format(len(every)), lead)
 
 

@@ -262,16 +262,16 @@ def trained_on_table(trained_on: Mapping[str, Any]) -> Table:
 
 
 def quality_table(quality: Mapping[str, Any]) -> Table:
-    """Figures of the negatives, a column a source; below them the one-sidedness of the pairs. In brackets
-    stand the detector's 95 % interval, the one-sidedness by chance, and the share of the text up to the first
-    wrong step."""
+    """Figures of the negatives, a column a source; below them the one-sidedness of the pairs."""
     named = [source for figure in _QUALITY for source in quality.get(figure, {})]
     sources = [source for source in dict.fromkeys(named) if source != "pairs"]
     table = Table("negatives", *sources, title="Quality of negatives (AUROC 0.5: like right ones)")
     for figure, label in _QUALITY.items():
         if quality.get(figure):
             table.add_row(label, *(_quality_cell(quality, figure, source) for source in sources))
-    table.caption = f"one-sidedness of the pairs: {_quality_cell(quality, 'one_sidedness', 'pairs')}"
+    of_pairs = f"one-sidedness of the pairs: {_quality_cell(quality, 'one_sidedness', 'pairs')}"
+    brackets = "the detector's 95 % interval, one-sidedness by chance, share of the text up to the wrong step"
+    table.caption = f"{of_pairs}; in brackets: {brackets}"
     return table
 
 

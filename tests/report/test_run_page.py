@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -196,3 +198,24 @@ def test_a_torn_row_of_metrics_is_left_out_and_a_broken_configuration_said(tiny_
     (tiny_run / "config.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"config\.yaml is not valid YAML: run the recipe again"):
         written(tiny_run)
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_no_page_is_wider_than_a_telephone(tiny_run: Path, tmp_path: Path) -> None:
+    written(tiny_run)
+    # The copy is without the policy, which forbids the script, and has every fold open.
+    measure = "<script>document.title = 'wide ' + document.documentElement.scrollWidth</script>"
+    for file in (tiny_run / "report.html", *(tiny_run / "browse").iterdir()):
+        text = re.sub("<meta http-equiv[^>]*>", "", file.read_text()).replace("<details", "<details open")
+        copy = tmp_path / file.name
+        copy.write_text(text + measure)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,800", "--dump-dom"]
+        done = subprocess.run([BROWSER, *options, copy.as_uri()], capture_output=True, text=True, timeout=60)
+        width = re.search(r"<title>wide (\d+)", done.stdout)
+        assert width is not None, done.stderr
+        assert int(width[1]) <= 390, file.name
