@@ -16,9 +16,9 @@ from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json
 from pns.methods import METHODS
 from pns.records import to_json
+from pns.report.run_report import write_report
 from pns.run.page import RunPage
 from pns.run.place import STORE
-from pns.run.report import write_report
 from pns.run.stage import Contents, ModelFiles, Plan, Step
 from pns.stages.context import Problems, Suites, World
 from pns.stages.negatives import SOURCES

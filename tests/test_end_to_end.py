@@ -191,7 +191,9 @@ def test_report(finished: Path) -> None:
     assert set(report["stages"]) == set(STAGES)
     assert 0.5 < report["peak_memory_gib"] < 24
     assert report["wall_seconds"] > 0
-    assert list((finished / "plots").glob("*.png"))
+    page = (finished / "report.html").read_text()
+    assert page.count("<figure>") > 5
+    assert (finished / "browse" / "solutions-1.html").is_file()
     assert list((finished / "tensorboard").rglob("events.out.tfevents*"))
 
 

@@ -13,7 +13,7 @@ from pns.algo.scores import MEAN, described, right_shares
 from pns.errors import UserError, did_you_mean
 from pns.files import read_json, write_json
 from pns.records import to_json
-from pns.run.report import interval
+from pns.report.run_report import interval
 from pns.stages.artefacts import Evaluation
 
 Figures = dict[str, Any]

@@ -17,9 +17,9 @@ from pns.data.prompts import Messages, Prompts, context_tokens
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl, write_json
 from pns.records import Answered, from_json
+from pns.report.run_report import difference_interval, interval
 from pns.run.page import RunPage
 from pns.run.place import STORE, UNFINISHED
-from pns.run.report import difference_interval, interval
 from pns.run.stage import ModelFiles, Plan
 from pns.run.tracking import METRICS
 from pns.stages.artefacts import Evaluation

@@ -20,9 +20,9 @@ from pns.errors import UserError
 from pns.files import PARTIAL, read_json, read_jsonl
 from pns.preflight import HUB_ID
 from pns.records import leaves
+from pns.report.run_report import build_report, interval
 from pns.run.page import linked_places
 from pns.run.place import Place
-from pns.run.report import build_report, interval
 from pns.run.tracking import METRICS
 
 PAPER = "arXiv:2602.03516"

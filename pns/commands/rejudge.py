@@ -16,7 +16,7 @@ from pns.config import Decoding
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl, write_json, write_jsonl
 from pns.records import Answered, Verdict, from_json, to_json
-from pns.run.browse import write_pages
+from pns.report.browse import write_pages
 
 if TYPE_CHECKING:
     from workers.rewards.verifier import Verifier

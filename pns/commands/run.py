@@ -35,7 +35,7 @@ def check_stages(config: Config, first: str | None, last: str | None) -> None:
 
 
 def report_runs(directories: Sequence[Path], against: Sequence[str] = (), file: Path | None = None) -> None:
-    """Of one run print the tables again, and rebuild its report and plots; of several, or with `against` or
+    """Of one run print the tables again, and rebuild its report; of several, or with `against` or
     `file`, print accuracies and differences over all of them."""
     for directory in directories:
         check_page(directory)
@@ -44,7 +44,7 @@ def report_runs(directories: Sequence[Path], against: Sequence[str] = (), file: 
 
         compare_runs(directories, against, file)
         return
-    from pns.run.report import write_report
+    from pns.report.run_report import write_report
 
     write_report(directories[0])
 

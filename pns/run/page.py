@@ -1,7 +1,7 @@
 """A run's page: a directory with the names people know, which are links to where its stages' outputs lie.
 
 <runs>/<name>/
-  config.yaml  run.json  report.json  plots/  decontamination.json  lock
+  config.yaml  run.json  report.html  report.json  browse/  decontamination.json  lock
   services.json  scale.json          see pns.run.services
   logs/ROLE-INDEX.log                what actors print, see workers.actor_logs
   <stage> -> ../stages/<stage>-<digest>

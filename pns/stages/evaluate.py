@@ -17,7 +17,7 @@ from pns.config import Config, Decoding, Thinking
 from pns.data.prompts import context_tokens
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Answered, Problem, Verdict
-from pns.run.browse import write_pages
+from pns.report.browse import write_pages
 from pns.run.place import UNFINISHED
 from pns.run.stage import stage
 from pns.stages.artefacts import AnyModel, Evaluation

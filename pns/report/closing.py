@@ -1,6 +1,6 @@
 """What a run came to, in a few lines: a curve of each trained stage, and one sentence from the intervals."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -41,7 +41,7 @@ def curve_line(stage: str, metrics: Path, unicode: bool) -> str:
     """`rl  right answers  ▁▂▄▆█  0.29 -> 0.58`: the mean of each part of the stage's steps, the first and the
     last of them as numbers; "" where it has too few steps for a curve."""
     metric, meaning = _CURVES[stage]
-    rows = [row for row in read_jsonl(metrics) if row["stage"] == stage]
+    rows = [row for row in read_jsonl(metrics, growing=True) if row["stage"] == stage]
     values = [row["values"][metric] for row in rows if row["values"].get(metric) is not None]
     if len(values) < 2:
         return ""
@@ -71,11 +71,19 @@ def sentence(suites: Mapping[str, Any]) -> str:
     first, *others = mean
     parts = [f"{first} {100 * mean[first]['accuracy']:.1f} %"]
     for model in others:
-        # A result and the arms of method bcpg begin with the target, where there is one.
-        base = "target" if model != "target" and "target" in mean else first
+        base = base_of(model, mean)
         difference = mean[model]["against"][base]
         points, low, high = (f"{100 * difference[figure]:+.1f}" for figure in ("difference", "low", "high"))
         verdict, accuracy = difference["verdict"], 100 * mean[model]["accuracy"]
         found = f"{verdict}: {points} points [{low}, {high}] from {base}"
         parts.append(f"{_MODELS.get(model, model)} {accuracy:.1f} % ({found})")
     return f"Mean of {len(suites) - 1} suites: {', '.join(parts)}."
+
+
+def base_of(model: str, models: Iterable[str]) -> str:
+    """The model that the training of `model` began with; "" of the first one."""
+    known = list(models)
+    if model == known[0]:
+        return ""
+    # A result and the arms of method bcpg begin with the target, where there is one.
+    return "target" if model != "target" and "target" in known else known[0]

@@ -1,20 +1,17 @@
-"""The report of a run: report.json, tables on the terminal and plots, from what finished stages wrote."""
+"""The report of a run from what its finished stages wrote: report.json, report.html, and tables."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pns.files import read_json, read_jsonl, write_json
-from pns.run.closing import closing
+from pns.files import read_json, write_json
+from pns.report.closing import closing
 from pns.run.page import NODES
 
 BASES = ("backbone", "target")  # models that others are compared with
-SOURCES = {"correct": "correct (target)", "rs": "wrong, rejection-sampled", "pns": "PNS negatives"}
 _WRITTEN = {  # key of the report: what a stage wrote
     "suites": "evaluate/scores.json",
     "generator": "reverse_rl/generator.json",
@@ -34,12 +31,36 @@ _QUALITY = {
 }
 # Key of the report -> step of each arm and round of method bcpg, and what it wrote.
 _WRITTEN_IN_ROUNDS = {"step_labels": ("label_steps", "quality.json"), "bcpg": ("bcpg", "data.json")}
+_MEANINGS = {  # figure -> what it is; others are called by their names
+    "accuracy": "right answers",
+    "wrong_rate": "wrong answers",
+    "correct_rate": "right answers",
+    "format_rate": "well-formed",
+    "truncated_rate": "cut off",
+    "masked_rate": "masked",
+    "length_mean": "mean length, tokens",
+    "length_max": "longest, tokens",
+    "completion_tokens": "mean length, tokens",
+    "single_error_share": "single error (checker)",
+    "checker_rubric_mean": "rubric (checker)",
+    "plausibility_mean": "plausibility",
+    "coherence_mean": "coherence",
+    "top_offset_share": "same error of the answer",
+    "distinct_4": "distinct 4-grams",
+    "box_only_flip_rate": "only the box is wrong",
+    "num_completions": "completions",
+    "training_pairs": "pairs trained on",
+    "held_out_pairs": "pairs held out",
+    "pairwise_accuracy": "held-out pairs told apart",
+    "calibration_error": "calibration error",
+    "chosen_mean": "mean score, right",
+    "rejected_mean": "mean score, wrong",
+}
 _MODELS_AS_COLUMNS = 4  # with more of them each is a row
-_COLUMNS = 3  # of plots side by side
 
 
 def write_report(run_path: Path, console: Console | None = None) -> dict[str, Any]:
-    """Write report.json and plots/*.png, print the tables and what the run came to, and return the report.
+    """Write report.json and report.html, print the tables and what the run came to, and return the report.
 
     Keys: `suites.<suite>.<model>.{accuracy,low,high,n}` (with "mean"; models: backbone, target, result or
     arms), `generator.{before,after}.<figure>` (of a mixture `generator.<part> {before,after}`),
@@ -50,12 +71,14 @@ def write_report(run_path: Path, console: Console | None = None) -> dict[str, An
     """
     report = build_report(run_path)
     write_json(run_path / "report.json", report)
-    plots = plot_metrics(run_path)
     console = console or Console()
+    tables = report_tables(report)
+    console.print(*tables.values(), sep="\n")
+    from pns.report.run_page import write_run_page  # it draws: whoever only reads a report loads less
+
+    page = write_run_page(run_path, report, tables)
     ending = closing(run_path, report, unicode=console.encoding.startswith("utf"))
-    where = f"{run_path / 'report.json'}, {len(plots)} plots in {run_path / 'plots'}"
-    console.print(*report_tables(report), sep="\n")
-    console.print(*ending, where, sep="\n", soft_wrap=True, highlight=False, markup=False)
+    console.print(*ending, f"Report: {page}", sep="\n", soft_wrap=True, highlight=False, markup=False)
     return report
 
 
@@ -95,44 +118,60 @@ def _arm_and_round(name: str) -> tuple[str, int]:
     return arm, int(number)
 
 
-def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Terminal tables: accuracies, and for method bcpg their differences, the labels of steps and what each
-    arm was trained on; the generator, the negatives, the stages' times."""
-    made = []
+def report_tables(report: Mapping[str, Any]) -> dict[str, Table]:
+    """Tables for the terminal, by what they are of: accuracies, and for method bcpg their differences, the
+    labels of steps and what each arm was trained on; the reward models, the generator, the negatives, the
+    nodes' memory and the stages' times."""
+    made = {}
     stages = report.get("stages", {})
     if suites := report.get("suites"):
-        made.append(suites_table(suites))
+        made["suites"] = suites_table(suites)
         if report.get("bcpg"):
-            made.append(differences_table(suites))
+            made["differences"] = differences_table(suites)
     if labels := report.get("step_labels"):
-        made.append(step_labels_table(labels, stages))
+        made["step_labels"] = step_labels_table(labels, stages)
     if trained_on := report.get("bcpg"):
-        made.append(trained_on_table(trained_on))
+        made["bcpg"] = trained_on_table(trained_on)
+    if reward_models := report.get("reward_model"):
+        made["reward_model"] = figures_table("reward model", reward_models, "Reward models")
     if generator := report.get("generator"):
-        table = Table("generator", *generator, title="Generator of negatives")
-        for figure in dict.fromkeys(key for values in generator.values() for key in values):
-            table.add_row(figure, *(_figure(values.get(figure)) for values in generator.values()))
-        made.append(table)
+        made["generator"] = figures_table("generator", generator, "Generator of negatives")
     if quality := report.get("pairs"):
-        made.append(quality_table(quality))
+        made["pairs"] = quality_table(quality)
     if nodes := report.get("nodes"):
-        table = Table("node", "host GiB", "of", "GPUs, GiB", title="Peak memory")
-        for address, peak in nodes.items():
-            gpus = " ".join(f"{gib:.1f}" for gib in peak["gpu_gib"])
-            table.add_row(address, f"{peak['host_gib']:.1f}", f"{peak['host_total_gib']:.0f}", gpus or "-")
-        made.append(table)
+        made["nodes"] = nodes_table(nodes)
     if stages:
-        table = Table("stage", "seconds", title="Time")
-        made_as: dict[str, str] = {}  # place -> the first step that leads to it: it was made once
-        for stage, values in stages.items():
-            first = made_as.setdefault(values["place"], stage)
-            table.add_row(stage, f"{values['seconds']:.0f}" if first == stage else f"as {first}")
-        made.append(table)
-    for table in made:
+        made["time"] = time_table(stages)
+    for table in made.values():
         table.columns[0].no_wrap = True
         for column in table.columns:
             column.overflow = "fold"  # on a narrow terminal nothing is cut off
     return made
+
+
+def figures_table(what: str, figures: Mapping[str, Mapping[str, float | None]], title: str) -> Table:
+    """A column for each of them, a row a figure."""
+    table = Table(what, *figures, title=title)
+    for name in dict.fromkeys(key for values in figures.values() for key in values):
+        table.add_row(_MEANINGS.get(name, name), *(_figure(values.get(name)) for values in figures.values()))
+    return table
+
+
+def nodes_table(nodes: Mapping[str, Any]) -> Table:
+    table = Table("node", "host GiB", "of", "GPUs, GiB", title="Peak memory")
+    for address, peak in nodes.items():
+        gpus = " ".join(f"{gib:.1f}" for gib in peak["gpu_gib"])
+        table.add_row(address, f"{peak['host_gib']:.1f}", f"{peak['host_total_gib']:.0f}", gpus or "-")
+    return table
+
+
+def time_table(stages: Mapping[str, Any]) -> Table:
+    table = Table("stage", "seconds", title="Time")
+    made_as: dict[str, str] = {}  # place -> the first step that leads to it: it was made once
+    for stage, values in stages.items():
+        first = made_as.setdefault(values["place"], stage)
+        table.add_row(stage, f"{values['seconds']:.0f}" if first == stage else f"as {first}")
+    return table
 
 
 def suites_table(suites: Mapping[str, Any]) -> Table:
@@ -223,16 +262,16 @@ def trained_on_table(trained_on: Mapping[str, Any]) -> Table:
 
 
 def quality_table(quality: Mapping[str, Any]) -> Table:
-    """Figures of the negatives, a column a source; below them the one-sidedness of the pairs. In brackets
-    stand the detector's 95 % interval, the one-sidedness by chance, and the share of the text up to the first
-    wrong step."""
+    """Figures of the negatives, a column a source; below them the one-sidedness of the pairs."""
     named = [source for figure in _QUALITY for source in quality.get(figure, {})]
     sources = [source for source in dict.fromkeys(named) if source != "pairs"]
     table = Table("negatives", *sources, title="Quality of negatives (AUROC 0.5: like right ones)")
     for figure, label in _QUALITY.items():
         if quality.get(figure):
             table.add_row(label, *(_quality_cell(quality, figure, source) for source in sources))
-    table.caption = f"one-sidedness of the pairs: {_quality_cell(quality, 'one_sidedness', 'pairs')}"
+    of_pairs = f"one-sidedness of the pairs: {_quality_cell(quality, 'one_sidedness', 'pairs')}"
+    brackets = "the detector's 95 % interval, one-sidedness by chance, share of the text up to the wrong step"
+    table.caption = f"{of_pairs}; in brackets: {brackets}"
     return table
 
 
@@ -247,62 +286,6 @@ def _quality_cell(quality: Mapping[str, Any], figure: str, source: str) -> str:
     if figure == "one_sidedness":
         return f"{_figure(value)} ({_figure(quality['one_sidedness_by_chance'][source])})"
     return _figure(value)
-
-
-def plot_metrics(run_path: Path) -> list[Path]:
-    """plots/<stage>.png with every metric over the steps (of a stage that a method has several times one for
-    each: plots/bcpg_nsa_1.png), and plots/reward_model_scores.png."""
-    directory = run_path / "plots"
-    directory.mkdir(exist_ok=True)
-    for old in directory.glob("*.png"):
-        old.unlink()  # of a stage that the page no longer leads to
-    written: list[Path] = []
-    rows_by_stage: dict[str, list[dict[str, Any]]] = {}
-    for metrics in sorted(run_path.glob("*/metrics.jsonl")):
-        step = metrics.parent.name
-        for row in read_jsonl(metrics):
-            name = step if step.startswith(row["stage"]) else row["stage"]
-            rows_by_stage.setdefault(name, []).append(row)
-    for stage, rows in rows_by_stage.items():
-        if len(rows) > 1:
-            written.append(directory / f"{stage}.png")
-            _curves(stage, rows).savefig(written[-1])
-    scores = run_path / "pair" / "scores.json"
-    if scores.is_file():
-        written.append(directory / "reward_model_scores.png")
-        _distributions(read_json(scores)).savefig(written[-1])
-    return written
-
-
-def _curves(stage: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    names = sorted({name for row in rows for name in row["values"]})
-    num_rows = math.ceil(len(names) / _COLUMNS)
-    # Not pyplot: it looks for a display, and keeps every figure alive.
-    figure = Figure(figsize=(4 * _COLUMNS, 2.2 * num_rows), dpi=80, layout="constrained")
-    figure.suptitle(stage)
-    for place, name in enumerate(names, start=1):
-        axes = figure.add_subplot(num_rows, _COLUMNS, place)
-        points = [(row["step"], row["values"][name]) for row in rows if row["values"].get(name) is not None]
-        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1)
-        axes.set_title(name, fontsize=8)
-        axes.tick_params(labelsize=7)
-    return figure
-
-
-def _distributions(scores: Mapping[str, Sequence[float]]) -> Figure:
-    figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    pooled = [score for values in scores.values() for score in values]
-    span = (min(pooled, default=0.0), max(pooled, default=0.0))  # the same bins for all
-    for source, values in scores.items():
-        if values:
-            mean = sum(values) / len(values)
-            label = f"{SOURCES.get(source, source)} (n = {len(values)}, mean {mean:.2f})"
-            axes.hist(values, bins=30, range=span, density=True, histtype="step", label=label)
-    axes.set_xlabel("reward-model score")
-    axes.set_ylabel("density")
-    axes.legend(fontsize=7)
-    return figure
 
 
 def interval(score: Mapping[str, float] | None) -> str:
@@ -320,4 +303,6 @@ def difference_interval(difference: Mapping[str, float]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

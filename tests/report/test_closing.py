@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pns.files import write_jsonl
-from pns.run.closing import binned, closing, sentence, sparkline
+from pns.report.closing import binned, closing, sentence, sparkline
 
 
 def metrics(directory: Path, stage: str, name: str, values: list[float | None]) -> None:

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from pns.config import Config
 from pns.files import write_json, write_jsonl
+from pns.report.run_report import write_report
 from pns.run.page import RunPage
 from pns.run.place import Place
-from pns.run.report import write_report
 from pns.run.tracking import METRICS
 
 SCORES = {
@@ -46,6 +46,7 @@ BEFORE = {
 }
 QUALITY = {
     "counts": {"pairs": 5},
+    "unscored": 0,
     "tokens_mean": {"correct": 40.0, "rs": 41.5, "pns": 38.0},
     "detector": {"pns": {"auroc": 0.62, "low": 0.55, "high": 0.7, "num_problems": 40}},
     "one_sidedness": {"pairs": 0.5, "rs": 0.3, "pns": 0.75},
@@ -74,10 +75,10 @@ def run(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def made_stage(page: Path, name: str) -> Iterator[Place]:
+def made_stage(page: Path, name: str, **settings: Any) -> Iterator[Place]:
     """A finished stage that the page leads to."""
     place = Place(page.parent / "stages" / f"{name}-0123")
-    with place.making({"stage": name, "settings": {}, "roles": {}, "seed": 0, "inputs": []}):
+    with place.making({"stage": name, "settings": settings, "roles": {}, "seed": 0, "inputs": []}):
         (page / name).symlink_to(place.directory)
         yield place
 
@@ -95,7 +96,11 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 def test_report_of_a_whole_run(run: Path) -> None:
-    with made_stage(run, "pair") as place:
+    with made_stage(run, "synthesize") as place:
+        write_jsonl(place.directory / "negatives.jsonl", [])
+    with made_stage(run, "pair", source="pns") as place:
+        write_jsonl(place.directory / "pairs.jsonl", [])
+        write_jsonl(place.directory / "rollouts.jsonl", [])
         scores = {"correct": [1.0, 2.0], "rs": [-1.0], "pns": [0.5, 1.5, 1.0]}
         write_json(place.directory / "scores.json", scores)
         write_json(place.directory / "quality.json", QUALITY)
@@ -108,7 +113,7 @@ def test_report_of_a_whole_run(run: Path) -> None:
     assert report["suites"] == SCORES
     assert report["generator"]["after"] == BEFORE | {"wrong_rate": 0.9}
     assert report["pairs"] == QUALITY
-    assert list(report["stages"]) == ["reverse_rl", "pair", "evaluate"]  # as they ended
+    assert list(report["stages"]) == ["reverse_rl", "synthesize", "pair", "evaluate"]  # as they ended
     assert report["stages"]["reverse_rl"]["counts"] == {"samples": 3}
     assert report["wall_seconds"] > 0
     assert report["peak_memory_gib"] == 2.5
@@ -117,17 +122,13 @@ def test_report_of_a_whole_run(run: Path) -> None:
     assert in_table["suite"] == ["backbone", "target", "result", "n"]
     accuracies = ["50.0 [40.0, 60.0]", "60.0 [50.0, 70.0]", "62.5 [52.5, 72.5]"]
     assert in_table["gsm8k"] == [*accuracies, "40"]
-    assert "wrong_rate" in text
     assert in_table["negatives"] == ["correct", "rs", "pns"]
     assert in_table["tokens"] == ["40", "41.5", "38"]
     assert in_table["AUROC, detector"] == ["-", "-", "0.62 [0.55, 0.70]"]
     assert in_table["one-sidedness"] == ["-", "0.3 (0.25)", "0.75 (0.2)"]
     assert "one-sidedness of the pairs: 0.5 (0.4)" in text
     assert in_table["first wrong step"] == ["-", "-", "1.5 (0.4)"]
-    plots = sorted(path.name for path in (run / "plots").iterdir())
-    assert plots == ["reverse_rl.png", "reward_model_scores.png"]  # `pair` has one step only
-    for plot in plots:
-        assert (run / "plots" / plot).read_bytes().startswith(b"\x89PNG")
+    assert in_table["wrong answers"] == ["0.4", "0.9"]
 
 
 def test_report_of_a_mixture_has_every_generator(run: Path) -> None:
@@ -222,7 +223,7 @@ def test_report_of_arms_and_rounds(run: Path) -> None:
     differences = ["+20.0 [+15.0, +25.0]", "0.0100", "+10.0 [+5.0, +15.0]", "0.0100"]
     assert ["nsa", "tiny", *differences] in rows
     assert ["", "mean", *differences] in rows
-    assert {"bcpg_nsa_1.png", "bcpg_rft_1.png"} <= {path.name for path in (run / "plots").iterdir()}
+    assert "What each arm was trained on" in (run / "report.html").read_text()
 
 
 def test_more_than_four_models_are_rows(run: Path) -> None:
@@ -236,15 +237,8 @@ def test_report_of_a_run_until_reverse_rl(run: Path) -> None:
     printed(run)
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"generator", "stages", "versions", "wall_seconds", "peak_memory_gib"}
-    assert [path.name for path in (run / "plots").iterdir()] == ["reverse_rl.png"]
+    assert "Not evaluated yet. Finished: reverse_rl." in (run / "report.html").read_text()
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
     assert write_report(tmp_path, Console(file=io.StringIO())) == {"stages": {}}
-
-
-def test_plots_of_stages_that_are_made_anew_go(run: Path) -> None:
-    printed(run)
-    (run / "reverse_rl").unlink()
-    printed(run)
-    assert list((run / "plots").iterdir()) == []
