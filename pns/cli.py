@@ -123,7 +123,15 @@ def add_recipe_commands(commands: Commands) -> None:
     plan_help = "what a run takes: roles, memory, time, cost, and what does not fit; starts nothing"
     plans = add_command(commands, "plan", plan_help, handle_plan)
     add_plan_options(plans)
-    for parser in (runs, plans):
+
+    def study(options: Namespace) -> None:
+        from pns.commands.study import run_study
+
+        run_study(find_recipe(options.recipe), options.overrides, options.over)
+
+    study_help = "make the runs of a study (arms, seeds, backbones), or go on with them; write its page"
+    studies = add_command(commands, "study", study_help, study)
+    for parser in (runs, plans, studies):
         add_recipe(parser)
     add_stage_range(runs)
 
