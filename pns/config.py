@@ -29,6 +29,8 @@ STAGES = ("rl", "reward_model", "reverse_rl", "synthesize", "pair", "preference"
 # Of every method, in an order that fits each.
 ALL_STAGES = (*STAGES[:4], "solve", "choose", *STAGES[4:-1], "sample", "label_steps", "bcpg", "evaluate")
 STEP_SERVICES = ("step_judge", "process_reward")  # what labels steps
+# Where the rejected sides of pairs may come from: `pns.stages.negatives` has how.
+NEGATIVE_SOURCES = ("pns", "rs", "rs_hard", "corrupted", "prompted", "file", "mixed")
 OWN = "own"  # source of negatives of `bcpg`: the wrong completions among a round's own samples
 
 
@@ -644,7 +646,9 @@ class Study:
 
     arms: dict[str, list[str]] = key({}, "name -> its words key=value: what it has otherwise than the rest")
     pairs: StudyPairs = key(StudyPairs.common, "problems and right sides that arms share, or an arm's own")
-    seeds: list[int] = key([0, 1, 2, 3, 4], "each is a run, with models, negatives and orders of its own")
+    seeds: list[int] = key(
+        [0, 1, 2, 3, 4], "each is a run, with models, negatives and orders of its own", between(0, 2**32 - 1)
+    )
     backbones: dict[str, str] = path_key({}, "name -> model, each with all seeds; empty: models.backbone")
     at_once: int = key(1, "runs side by side", at_least(1))
 
@@ -751,7 +755,7 @@ class Config:
     rl: GrpoConfig = section(GrpoConfig)
     reward_model: RewardModelStage = section(RewardModelStage)
     reverse_rl: ReverseRl = section(ReverseRl)
-    negatives: str = key("pns", "where the rejected sides come from: a name in pns.stages.negatives.SOURCES")
+    negatives: str = key("pns", f"where the rejected sides come from: {', '.join(NEGATIVE_SOURCES)}")
     mixture: Mixture = section(Mixture)
     sources: Sources = section(Sources)
     synthesize: Synthesize = section(Synthesize)

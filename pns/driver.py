@@ -8,13 +8,14 @@ from pathlib import Path
 
 from pns.algo.formatting import THINK_TAGS
 from pns.algo.reward import reads_tokens
-from pns.config import OWN, Config, Data, PromptFamily, TermKind, Thinking, external_pairs
+from pns.config import OWN, Config, Data, Method, PromptFamily, TermKind, Thinking, external_pairs
 from pns.data.benchmarks import decodings
 from pns.data.problems import ProblemSets, load_problem_sets, removals
 from pns.data.prompts import PROMPT_KEYS, Messages, Prompts, apply_family, check_vocabulary, load_tokenizer
 from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json
 from pns.methods import METHODS
+from pns.recipe import study_arms
 from pns.records import to_json
 from pns.report.run_report import write_report
 from pns.run.page import RunPage
@@ -94,6 +95,10 @@ def check_source(config: Config) -> None:
     named = [("negatives", config.negatives), *(("mixture.sources", own) for own in config.mixture.sources)]
     for name, arm in config.bcpg.arms.items():
         named += [(f"bcpg.arms.{name}.negatives", source) for source in arm.negatives if source != OWN]
+    if config.method is Method.study:
+        named += [
+            (f"study.arms.{name}: negatives", own.negatives) for name, own in study_arms(config).items()
+        ]
     for key, source in named:
         if source not in SOURCES:
             hint = did_you_mean(source, SOURCES) or f"; there are {', '.join(SOURCES)}"

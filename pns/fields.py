@@ -104,11 +104,14 @@ class Key:
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """Where there is a range: the number by the key's name, or the numbers of a dict by theirs."""
+        """Where there is a range: the number by the key's name, or the numbers of a dict or list by theirs."""
         if self.allowed is None:
             return {}
-        inner = self.value if isinstance(self.value, dict) else None
-        return {self.name: self.value} if inner is None else {f"{self.name}.{k}": v for k, v in inner.items()}
+        if isinstance(self.value, dict):
+            return {f"{self.name}.{name}": number for name, number in self.value.items()}
+        if isinstance(self.value, list):
+            return {f"{self.name}.{place}": number for place, number in enumerate(self.value)}
+        return {self.name: self.value}
 
 
 def walk_keys(settings: Any, prefix: str = "") -> Iterator[Key]:

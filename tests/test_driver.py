@@ -235,6 +235,7 @@ WITHOUT_EFFECT = {
     "where a decoding comes from; what it says counts": ("evaluate.from_generation_config",),
     "the tiny models' chat templates have no switch (tests/data/test_prompts.py)": ("data.thinking",),
     "where metrics are shown": ("tracking.",),
+    "which runs a study has": ("study.seeds", "study.backbones", "study.at_once"),
 }
 
 
@@ -293,6 +294,9 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         tiny(*in_files, *sampled, "data.source=jsonl"),
         tiny(*in_files, "data.source=jsonl", f"preference.data.path={pairs}"),
         bcpg(*in_files, "bcpg.arms.own.negatives=[own,mixed]"),
+        tiny(*in_files, "method=study", "study.arms.rs=[negatives=rs]", "study.arms.pns=[]"),
+        tiny(*in_files, "negatives=prompted"),
+        tiny(*in_files, "negatives=file", f"sources.file={suites['first']}"),
     ]
     values: dict[str, Any] = {
         "data.source": DataSource.jsonl,
@@ -310,6 +314,8 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "mixture.starts": [GeneratorStart.backbone],
         "models.backbone": str(LLAMA),
         "negatives": "rs",
+        "sources.file": other,
+        "study.arms": {"rs": ["negatives=rs"]},
         "preference.data.path": pairs,
         "preference.loss": "sigmoid",
         **{f"bcpg.arms.{name}.objective": "bcpg" for name in ("nsa", "own", "pairs", "right")},
@@ -370,7 +376,7 @@ def test_a_term_of_weight_0_has_no_role_and_no_place(plan_of: MakePlan) -> None:
 
 @pytest.mark.parametrize("negatives", sorted(SOURCES))
 def test_roles_are_known_without_a_model_or_a_problem(plan_of: MakePlan, negatives: str) -> None:
-    config = tiny(f"negatives={negatives}")
+    config = tiny(f"negatives={negatives}", f"sources.file={Path(__file__)}")
     steps = plan_of(config)
     assert driver.roles_used(config) == {name: step.roles for name, step in steps.items()}
     assert ("coherence" in driver.roles_used(config)["synthesize"]) == (negatives == "pns")

@@ -43,6 +43,9 @@ def run_study(recipe: Path, overrides: Sequence[str], over: Sequence[Path] = ())
     config = load(recipe, list(overrides), over=over)
     if config.method is not Method.study:
         raise UserError(f"{recipe}: method is {config.method}: a study has method=study, and study.arms")
+    from pns import driver  # takes seconds: what is wrong with the words has been said by now
+
+    driver.check_source(config)
     cells = study_cells(config)
     for cell in cells:
         check_models(load(recipe, [*overrides, *cell.words], over=over), stages(config))
@@ -97,8 +100,8 @@ def report_study(
 def study_cells(config: Config) -> list[Cell]:
     """All seeds of the first backbone, then of the next. Raises UserError for a seed that is named twice."""
     own, runs = config.study, Path(config.runs)
-    if not own.seeds or len(set(own.seeds)) < len(own.seeds) or min(own.seeds) < 0:
-        raise UserError(f"study.seeds: {own.seeds} must be numbers from 0 on, at least one, each once")
+    if not own.seeds or len(set(own.seeds)) < len(own.seeds):
+        raise UserError(f"study.seeds: {own.seeds} must be numbers, at least one, each once")
     backbones = own.backbones or {"backbone": config.models.backbone}
     cells = []
     for name, model in backbones.items():

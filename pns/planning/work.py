@@ -27,13 +27,12 @@ from pns.config import (
     step_services,
 )
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, decoding
-from pns.errors import UserError, did_you_mean
 from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.planning.assumptions import Assumptions
 from pns.preference_losses import PREFERENCE_LOSSES
+from pns.recipe import study_arms
 from pns.tiny.world import SUITES
 
-SOURCES = ("pns", "rs", "mixed")  # as `pns.stages.negatives` has them
 # Models of a run by their name in a plan; others are the services of their own models.
 BACKBONE, GENERATOR, REWARD_MODEL = "backbone", "generator", "reward model"
 
@@ -136,6 +135,8 @@ def work_of(config: Config, assumed: Assumptions | None = None) -> dict[str, Sta
     Ray and torch. A count that is not known without reading a set is 0."""
     if config.method is Method.bcpg:
         return bcpg_work(config, assumed or Assumptions())
+    if config.method is Method.study:
+        return study_work(config)
     counts = problem_counts(config)
     sampled, trained = ("rollout", "verifier"), ("rollout", "verifier", "policy")
     if external_pairs(config):
@@ -157,13 +158,11 @@ def work_of(config: Config, assumed: Assumptions | None = None) -> dict[str, Sta
 
 
 def negatives_of(config: Config, source: str, problems: int, part: str = "") -> dict[str, StageWork]:
-    """The stages of a source of `pns.stages.negatives.SOURCES`; those of a part of a mixture have its name.
-    Raises UserError for another source."""
-    if source not in SOURCES:
-        hint = did_you_mean(source, SOURCES) or f"; there are {', '.join(SOURCES)}"
-        raise UserError(f"negatives: {source!r} is no source of negatives that a plan knows{hint}")
+    """The stages of a source of NEGATIVE_SOURCES; those of a part of a mixture have its name."""
     if source == "mixed":
         return mixture_of(config, problems, part) | {f"synthesize{part}": StageWork((), [])}
+    if source == "file":
+        return {f"synthesize{part}": StageWork(("verifier",), [])}
     terms = scoring_terms(config) if source == "pns" else ()
     model = generator_model(config) if source == "pns" else BACKBONE
     num = problems * config.synthesize.samples_per_problem
@@ -174,6 +173,10 @@ def negatives_of(config: Config, source: str, problems: int, part: str = "") -> 
         roles.append("policy")
         phases.append(Phase("log-probs", 1, updates=Updates(BACKBONE, num, problems, 0, forwards=1)))
     stages = {f"synthesize{part}": StageWork((*roles, *terms), phases)}
+    if source == "rs_hard":
+        scored = Phase("scoring", 1, scored={config.pair.scored_by: num})  # at most: of the wrong ones
+        hardest = StageWork((config.pair.scored_by,), [scored])
+        stages = {f"sample_wrong{part}": StageWork(tuple(roles), phases), f"synthesize{part}": hardest}
     if source == "pns":
         own_roles = ("rollout", "verifier", "policy", *terms)
         stages = {f"reverse_rl{part}": StageWork(own_roles, reverse_rl(config, terms)), **stages}
@@ -200,21 +203,62 @@ def generator_model(config: Config) -> str:
     return GENERATOR if config.reverse_rl.start is GeneratorStart.path else BACKBONE
 
 
+def study_work(config: Config) -> dict[str, StageWork]:
+    """Of one run of a study, a seed of a backbone. What arms have in common is made once, and stands with the
+    first of them."""
+    counts, trained = problem_counts(config), ("rollout", "verifier", "policy")
+    preferred = counts["preference"]
+    stages = {
+        "rl": StageWork(trained, [grpo_step(config, config.rl, BACKBONE, ())]),
+        "reward_model": StageWork(trained, reward_models(config, counts["reward"])),
+        "solve": StageWork(("rollout", "verifier"), [solving(config, preferred)]),
+        "choose": StageWork((), []),
+    }
+    made: list[Config] = []
+    for name, own in study_arms(config).items():
+        is_made = any(same_negatives(own, other) for other in made)
+        made.append(own)
+        of_source = negatives_of(own, own.negatives, preferred, f"_{name}")
+        num = sum(stage.num_sampled for stage in of_source.values())
+        for stage, work in of_source.items():
+            stages[stage] = StageWork(work.roles, []) if is_made else work
+        stages[f"pair_{name}"] = StageWork(*scoring_of_pairs(own, preferred, num))
+        phases = preference(own, preferred)  # at most: of problems that all arms have a negative of
+        stages[f"preference_{name}"] = StageWork(("policy",), phases)
+    models = 2 + len(config.study.arms)
+    return stages | {"evaluate": StageWork(("rollout", "verifier"), evaluation(config, models))}
+
+
+def same_negatives(arm: Config, other: Config) -> bool:
+    sections = ("negatives", "synthesize", "reverse_rl", "reward", "mixture", "sources")
+    return all(getattr(arm, section) == getattr(other, section) for section in sections)
+
+
+def solving(config: Config, problems: int) -> Phase:
+    num = problems * config.pair.samples_per_problem
+    return Phase("sampling", 1, Sampling(BACKBONE, num, problems, config.rollout.max_new_tokens))
+
+
 def pairing(config: Config, problems: int, num_negatives: int) -> StageWork:
+    roles, phases = scoring_of_pairs(config, problems, num_negatives)
+    return StageWork(("rollout", "verifier", *roles), [solving(config, problems), *phases])
+
+
+def scoring_of_pairs(
+    config: Config, problems: int, num_negatives: int
+) -> tuple[tuple[str, ...], list[Phase]]:
+    """Roles and work of what is measured of pairs."""
     own = config.pair
     num = problems * own.samples_per_problem
     # Both sides of the pairs, and all completions twice: by the reward model and the held-out one.
     scored = 2 * problems * own.pairs_per_problem + 2 * (num + num_negatives)
-    phases = [
-        Phase("sampling", 1, Sampling(BACKBONE, num, problems, config.rollout.max_new_tokens)),
-        Phase("scoring", 1, scored={own.scored_by: scored}),
-    ]
-    roles = ["rollout", "verifier", own.scored_by]
+    phases = [Phase("scoring", 1, scored={own.scored_by: scored})]
+    roles = [own.scored_by]
     if own.perplexity_samples:  # of right ones, of the target's wrong ones and of the negatives
         rows = 3 * min(own.perplexity_samples, num)
         phases.append(Phase("perplexity", 1, updates=Updates(BACKBONE, rows, rows, 0, forwards=1)))
-        roles.insert(2, "policy")
-    return StageWork(tuple(roles), phases)
+        roles.insert(0, "policy")
+    return tuple(roles), phases
 
 
 def grpo_step(config: Config, settings: GrpoConfig, model: str, terms: tuple[str, ...]) -> Phase:

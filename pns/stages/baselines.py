@@ -1,8 +1,8 @@
 """Negatives that no generator was trained for: what plausible ones are compared with.
 
-`rs` are the target's own wrong completions (`pns.stages.negatives.rejection_sample`). Of the same samples
-`hardest` keeps those that the reward model likes best, and `corrupted` changes right ones; `prompted` asks
-the backbone for wrong ones; `given` reads them from a file.
+`rs` are the target's own wrong completions (`pns.stages.negatives.rejection_sample`), of which `hardest`
+keeps those that the reward model likes best; `corrupted` changes right ones; `prompted` asks the backbone for
+wrong ones; `given` reads them from a file.
 """
 
 import random
@@ -16,10 +16,10 @@ from pns.answers.compare import same_answer
 from pns.answers.extract import boxed_span
 from pns.config import Config
 from pns.errors import UserError
-from pns.files import json_lines, read_jsonl
-from pns.records import Completion, Problem, Reward, Rollout, Verdict, from_json
+from pns.files import json_lines
+from pns.records import Completion, Problem, Reward, Rollout, Verdict
 from pns.run.stage import ModelFiles, stage
-from pns.stages.artefacts import Negatives, RewardModels
+from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
 from pns.stages.scoring import by_verdict
 from pns.stages.stream import stable_seed
@@ -58,12 +58,13 @@ def hardest(ctx: Context, settings: HardestSettings, sampled: Negatives, rewards
     return write_negatives(ctx, rollouts, kept, counts, "sample more per problem")
 
 
-@stage(Negatives, lambda config: None, lambda settings: ())
-def corrupted(ctx: Context, settings: None, sampled: Negatives) -> Negatives:
-    """The right ones of the samples, each with a number of its reasoning and the answer changed
+@stage(Negatives, synthesize_settings, sampling_roles)
+def corrupted(
+    ctx: Context, settings: SynthesizeSettings, target: TrainedModel, problems: Problems
+) -> Negatives:
+    """The target's right completions, each with a number of its reasoning and the answer changed
     (`corrupted_text`)."""
-    ctx.track.begin("synthesize", 1, 0)
-    samples = [from_json(Rollout, row) for row in read_jsonl(sampled.rollouts_file)]
+    samples = sample_negatives(ctx, settings, target.model, problems, rules=None)
     made = []
     for rollout in by_verdict(samples, Verdict.CORRECT):
         drawn = random.Random(stable_seed(ctx.seed, "corrupted", rollout.completion.id))
@@ -73,29 +74,28 @@ def corrupted(ctx: Context, settings: None, sampled: Negatives) -> Negatives:
             completion = replace(rollout.completion, text=text, token_ids=tokens, log_probs=())
             reward = replace(rollout.reward, value=0.0, verdict=Verdict.WRONG)
             made.append(replace(rollout, completion=completion, reward=reward))
-    kept, counts = filter_negatives(made, drop_box_only_flips=False)
+    kept, counts = filter_negatives(made, drop_box_only_flips=settings.synthesize.drop_box_only_flips)
     return write_negatives(ctx, made or samples, kept, counts, "their reasoning has no number to change")
 
 
 def corrupted_text(text: str, drawn: random.Random) -> str | None:
     """`text` with one whole number before the box, drawn at random, off by 1 to 9 there and wherever it comes
-    again; the number in the box is off by as much if it was not among them. None where there is no number."""
+    again, and from there on the answer off by as much. None where there is no number, or none in the box."""
     span = boxed_span(text)
     if span is None:
         return None
     places = [match for match in _INTEGER.finditer(text) if match.end() <= span[0]]
     if not places:
         return None
+    boxed = _INTEGER.search(text, span[0], span[1])
+    if boxed is None:
+        return None
     place = drawn.choice(places)
     offset = drawn.choice([n for n in range(-_MOST, _MOST + 1) if n and int(place[0]) + n >= 0])
-    changed = str(int(place[0]) + offset)
 
     def replaced(match: re.Match[str]) -> str:
-        if match.start() < place.start():
-            return match[0]
-        if match[0] == place[0]:
-            return changed
-        return str(int(match[0]) + offset) if match.start() >= span[0] else match[0]
+        is_changed = match.start() >= place.start() and match[0] in (place[0], boxed[0])
+        return str(int(match[0]) + offset) if is_changed else match[0]
 
     return _INTEGER.sub(replaced, text)
 

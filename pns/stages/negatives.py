@@ -107,8 +107,7 @@ def rejection_sampled_hardest(
 def corrupted_right(
     run: Plan, config: Config, world: World, target: TrainedModel, rewards: RewardModels
 ) -> Negatives:
-    sampled = run(rejection_sample, target, world.preference, name="sample_wrong")
-    return run(corrupted, sampled, name="synthesize")
+    return run(corrupted, target, world.preference, name="synthesize")
 
 
 def prompted_wrong(

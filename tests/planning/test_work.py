@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from pns import driver
-from pns.config import Layout
-from pns.errors import UserError
+from pns.config import NEGATIVE_SOURCES, Layout
 from pns.planning import work
 from pns.planning.assumptions import Assumptions
 from pns.planning.work import Lengths, Phase, Sampling, Updates
@@ -110,12 +109,11 @@ def test_shared_prompts_are_held_once() -> None:
     assert work.held_tokens(updates, lengths, Layout.packed) == 8 * 150
 
 
-def test_an_unknown_source_of_negatives_is_said() -> None:
-    with pytest.raises(
-        UserError, match="'pnss' is no source of negatives that a plan knows; did you mean pns"
-    ):
-        work.work_of(load(RECIPE, ["negatives=pnss"]))
-    assert set(work.SOURCES) == set(SOURCES)
+def test_every_source_of_negatives_is_planned() -> None:
+    for source in SOURCES:
+        config = load(RECIPE, [f"negatives={source}", f"sources.file={RECIPE}"])
+        assert "synthesize" in work.work_of(config)
+    assert set(NEGATIVE_SOURCES) == set(SOURCES)
 
 
 def test_work_of_bcpg_by_hand() -> None:
