@@ -104,7 +104,7 @@ class Key:
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """Where there is a range: the number by the key's name, or the numbers of a dict or list by theirs."""
+        """Where there is a range: the number by the key's name, or those of a dict or list by theirs."""
         if self.allowed is None:
             return {}
         if isinstance(self.value, dict):

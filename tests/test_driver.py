@@ -316,6 +316,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "negatives": "rs",
         "sources.file": other,
         "study.arms": {"rs": ["negatives=rs"]},
+        "study.seeds": [7],
         "preference.data.path": pairs,
         "preference.loss": "sigmoid",
         **{f"bcpg.arms.{name}.objective": "bcpg" for name in ("nsa", "own", "pairs", "right")},
