@@ -59,7 +59,7 @@ _LAST_STEP = 8  # first wrong steps beyond are drawn as one
 @dataclass(frozen=True)
 class Line:
     """Points (x, y) in the order of x; a y of None is left out. `low` and `high`, as long as y, are drawn as
-    a band. `smooth` draws the running mean over so many points, and the points themselves faintly."""
+    a band. `smooth` draws the running mean over so many points, and the points, joined, faintly."""
 
     name: str
     x: Sequence[float]
@@ -70,13 +70,21 @@ class Line:
 
 
 def curve(
-    title: str, lines: Sequence[Line], x_label: str, y_label: str, caption: str = "", percent: bool = False
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    caption: str = "",
+    percent: bool = False,
+    points: bool = True,
 ) -> Markup:
-    """Lines over one axis; `percent`: y are shares, drawn in %. A line alone needs no name."""
+    """Lines over one axis; a line alone needs no name, and one without points
+    only keeps its colour. `percent`: y are shares, drawn in %; `points`: whether
+    the points of smooth lines are drawn."""
 
     def draw(axes: Axes) -> None:
         for place, line in enumerate(lines):
-            _draw_line(axes, line, _colour(place))
+            _draw_line(axes, line, _colour(place), points)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         drawn = [x for line in lines for x in line.x]
@@ -86,7 +94,8 @@ def curve(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
     named = len(lines) > 1 or any(line.name for line in lines)
-    return _figure(title, draw, {place: line.name for place, line in enumerate(lines) if named}, caption)
+    legend = {place: line.name for place, line in enumerate(lines) if named and len(line.x)}
+    return _figure(title, draw, legend, caption)
 
 
 def histogram(
@@ -219,7 +228,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return [fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
 
 
-def _draw_line(axes: Axes, line: Line, colour: str) -> None:
+def _draw_line(axes: Axes, line: Line, colour: str, points: bool) -> None:
     at = [place for place, value in enumerate(line.y) if value is not None]
     parts = np.array_split(np.array(at), min(len(at), _MOST_POINTS)) if at else []
 
@@ -231,7 +240,8 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     if line.low is not None and line.high is not None:
         axes.fill_between(x, thinned(line.low), thinned(line.high), color=colour, alpha=0.15, linewidth=0)
     if line.smooth > 1:
-        axes.plot(x, y, color=colour, alpha=0.35, linewidth=1)
+        if points:
+            axes.plot(x, y, color=colour, alpha=0.35, linewidth=1)
         y = running_mean(y, line.smooth)
     axes.plot(x, y, color=colour, marker="o" if len(x) < 3 else None)
 
