@@ -51,7 +51,7 @@ _STYLE = {
 }
 _BINS = 30
 _MOST_POINTS = 400  # of a line; longer ones are drawn by the means of so many parts
-_TICK = 20  # characters of a name at an axis
+_BELOW, _BESIDE = 20, 30  # characters of a name below an axis, and beside one
 _TICKS = 34  # of all of them; where there are more they are turned
 _LAST_STEP = 8  # first wrong steps beyond are drawn as one
 
@@ -186,7 +186,7 @@ def bars(
             for x, share in zip(at, shares.values(), strict=True):
                 if share.low is not None and share.high is not None:
                     axes.plot([x, x], [share.low, share.high], color=_TEXT, linewidth=1.2)
-        ticks = [_short(name) for name in names]
+        ticks = [_short(name, _BELOW) for name in names]
         turned = {"rotation": 30, "ha": "right"} if sum(map(len, ticks)) > _TICKS else {}
         axes.set_xticks(range(len(names)), ticks, **turned)
         axes.grid(visible=False, axis="x")
@@ -213,7 +213,7 @@ def differences(
                 if share.low is not None and share.high is not None:
                     axes.plot([100 * share.low, 100 * share.high], [at, at], color=colour, linewidth=1.5)
                 axes.plot(100 * share.value, at, color=colour, marker="o", markersize=4)
-        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_yticks(range(len(names)), [_short(name, _BESIDE) for name in names])
         axes.margins(y=0.08)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -255,9 +255,8 @@ def _roc_points(right: Sequence[float], others: Sequence[float]) -> tuple[Sequen
     return x.tolist(), y.tolist()
 
 
-def _short(name: str) -> str:
-    """A name below an axis or beside it."""
-    return name if len(name) <= _TICK else f"{name[: _TICK - 1]}…"
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _places(groups: Iterable[str]) -> dict[str, int]:

@@ -174,9 +174,8 @@ def draw(panel: Panel, parts: Mapping[str, Series]) -> list[Markup]:
             what: [next((line for line in own if line.name == part), Line(part, [], [])) for part in parts]
             for what, own in lines.items()
         }
-        return [
-            _curve(panel, ": ".join(filter(None, [panel.title, what])), own) for what, own in every.items()
-        ]
+        titles = {what: f"{panel.title}: {what}" if what else panel.title for what in every}
+        return [_curve(panel, titles[what], own) for what, own in every.items()]
     named = [
         replace(line, name=", ".join(filter(None, [line.name, what])))
         for what, own in lines.items()
