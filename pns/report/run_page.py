@@ -120,7 +120,10 @@ def negatives(run_path: Path, report: Mapping[str, Any], tables: Mapping[str, Ta
 def what_became(report: Mapping[str, Any]) -> dict[str, int]:
     """How many of the samples that negatives were chosen from were kept, or dropped for which reason."""
     counts: dict[str, int] = report["stages"].get("synthesize", {}).get("counts", {})
-    return {name: num for name, num in counts.items() if num and name not in ("samples", "prompts_too_long")}
+    others = {"samples", "prompts_too_long"}
+    if any(name.startswith("kept_") for name in counts):  # of a mixture by source
+        others.add("kept")
+    return {name: num for name, num in counts.items() if num and name not in others}
 
 
 def rest(run_path: Path, tables: Mapping[str, Table]) -> Iterator[Section]:
