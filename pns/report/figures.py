@@ -51,7 +51,7 @@ _STYLE = {
 }
 _BINS = 30
 _MOST_POINTS = 400  # of a line; longer ones are drawn by the means of so many parts
-_TICK = 20  # characters of a name at an axis
+_BELOW, _BESIDE = 20, 30  # characters of a name below an axis, and beside one
 _TICKS = 34  # of all of them; where there are more they are turned
 _LAST_STEP = 8  # first wrong steps beyond are drawn as one
 
@@ -59,7 +59,7 @@ _LAST_STEP = 8  # first wrong steps beyond are drawn as one
 @dataclass(frozen=True)
 class Line:
     """Points (x, y) in the order of x; a y of None is left out. `low` and `high`, as long as y, are drawn as
-    a band. `smooth` draws the running mean over so many points, and the points themselves faintly."""
+    a band. `smooth` draws the running mean over so many points, and the points, joined, faintly."""
 
     name: str
     x: Sequence[float]
@@ -70,13 +70,21 @@ class Line:
 
 
 def curve(
-    title: str, lines: Sequence[Line], x_label: str, y_label: str, caption: str = "", percent: bool = False
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    caption: str = "",
+    percent: bool = False,
+    points: bool = True,
 ) -> Markup:
-    """Lines over one axis; `percent`: y are shares, drawn in %. A line alone needs no name."""
+    """Lines over one axis; a line alone needs no name, and one without points
+    only keeps its colour. `percent`: y are shares, drawn in %; `points`: whether
+    the points of smooth lines are drawn."""
 
     def draw(axes: Axes) -> None:
         for place, line in enumerate(lines):
-            _draw_line(axes, line, _colour(place))
+            _draw_line(axes, line, _colour(place), points)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         drawn = [x for line in lines for x in line.x]
@@ -86,7 +94,8 @@ def curve(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
     named = len(lines) > 1 or any(line.name for line in lines)
-    return _figure(title, draw, {place: line.name for place, line in enumerate(lines) if named}, caption)
+    legend = {place: line.name for place, line in enumerate(lines) if named and len(line.x)}
+    return _figure(title, draw, legend, caption)
 
 
 def histogram(
@@ -177,7 +186,7 @@ def bars(
             for x, share in zip(at, shares.values(), strict=True):
                 if share.low is not None and share.high is not None:
                     axes.plot([x, x], [share.low, share.high], color=_TEXT, linewidth=1.2)
-        ticks = [_short(name) for name in names]
+        ticks = [_short(name, _BELOW) for name in names]
         turned = {"rotation": 30, "ha": "right"} if sum(map(len, ticks)) > _TICKS else {}
         axes.set_xticks(range(len(names)), ticks, **turned)
         axes.grid(visible=False, axis="x")
@@ -204,7 +213,7 @@ def differences(
                 if share.low is not None and share.high is not None:
                     axes.plot([100 * share.low, 100 * share.high], [at, at], color=colour, linewidth=1.5)
                 axes.plot(100 * share.value, at, color=colour, marker="o", markersize=4)
-        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_yticks(range(len(names)), [_short(name, _BESIDE) for name in names])
         axes.margins(y=0.08)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -219,7 +228,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return [fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
 
 
-def _draw_line(axes: Axes, line: Line, colour: str) -> None:
+def _draw_line(axes: Axes, line: Line, colour: str, points: bool) -> None:
     at = [place for place, value in enumerate(line.y) if value is not None]
     parts = np.array_split(np.array(at), min(len(at), _MOST_POINTS)) if at else []
 
@@ -231,7 +240,8 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     if line.low is not None and line.high is not None:
         axes.fill_between(x, thinned(line.low), thinned(line.high), color=colour, alpha=0.15, linewidth=0)
     if line.smooth > 1:
-        axes.plot(x, y, color=colour, alpha=0.35, linewidth=1)
+        if points:
+            axes.plot(x, y, color=colour, alpha=0.35, linewidth=1)
         y = running_mean(y, line.smooth)
     axes.plot(x, y, color=colour, marker="o" if len(x) < 3 else None)
 
@@ -245,9 +255,8 @@ def _roc_points(right: Sequence[float], others: Sequence[float]) -> tuple[Sequen
     return x.tolist(), y.tolist()
 
 
-def _short(name: str) -> str:
-    """A name below an axis or beside it."""
-    return name if len(name) <= _TICK else f"{name[: _TICK - 1]}…"
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _places(groups: Iterable[str]) -> dict[str, int]:

@@ -28,6 +28,7 @@ from pns.report.training import training_sections
 
 PAGE = "report.html"
 _EXAMPLES = 4
+_MOST_MODELS = 4  # whose accuracies on every suite are drawn
 _MARKED = (
     "Accuracy in % with its 95 % interval. ▲ ▼: better or worse than the model that its training began with "
     "(paired bootstrap over problems, p < 0.05; over suites corrected by Holm)."
@@ -69,7 +70,13 @@ def results(report: Mapping[str, Any], tables: Mapping[str, Table]) -> Iterator[
             share = Share(own["accuracy"], own["low"], own["high"], verdict)
             by_model.setdefault(model, {})[suite] = share
     notes = {suite: f"n = {next(iter(scores.values()))['n']}" for suite, scores in suites.items()}
-    figures = [bars("Accuracy", by_model, "right answers")]
+    drawn, title = by_model, "Accuracy"
+    if len(by_model) > _MOST_MODELS:  # of many models the mean over suites alone
+        drawn, gains = (
+            {"mean": {name: own["mean"] for name, own in rows.items()}} for rows in (by_model, gains)
+        )
+        title = "Accuracy, mean of the suites"
+    figures = [bars(title, drawn, "right answers")]
     if gains:
         figures.append(differences("What training was worth", gains, "points of accuracy, paired, 95 %"))
     body = results_table(by_model, notes, _MARKED) + grid(figures)
@@ -113,7 +120,10 @@ def negatives(run_path: Path, report: Mapping[str, Any], tables: Mapping[str, Ta
 def what_became(report: Mapping[str, Any]) -> dict[str, int]:
     """How many of the samples that negatives were chosen from were kept, or dropped for which reason."""
     counts: dict[str, int] = report["stages"].get("synthesize", {}).get("counts", {})
-    return {name: num for name, num in counts.items() if num and name not in ("samples", "prompts_too_long")}
+    others = {"samples", "prompts_too_long"}
+    if any(name.startswith("kept_") for name in counts):  # of a mixture by source
+        others.add("kept")
+    return {name: num for name, num in counts.items() if num and name not in others}
 
 
 def rest(run_path: Path, tables: Mapping[str, Table]) -> Iterator[Section]:

@@ -3,7 +3,7 @@ table."""
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -103,23 +103,36 @@ _PANELS = {
     ),
 }
 _MOST_PANELS = 6
+_MOST_PARTS = 4  # lines of one figure beside their points
 _LEAST_SHARE = 0.5  # of the steps that a metric among the figures has to have a value for
 _WIDTH = 16  # bars of a course
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def training_sections(run_path: Path, steps: Sequence[str]) -> Iterator[Section]:
-    """A section for each of the run's `steps` that has metrics of several steps, in this order."""
+    """A section for each stage among the run's `steps` that trained for several steps, in this order. The
+    parts that a run has of one stage (the arms of method bcpg, two reward models) are lines of one figure."""
+    parts_of: dict[str, dict[str, Series]] = {}
+    files: dict[Path, str] = {}  # those of two arms may be one
     for step in steps:
-        file = run_path / step / "metrics.jsonl"
-        by_series = read_series(file) if file.is_file() else {}
-        if any(len(points) > 1 for series in by_series.values() for points in series.values()):
-            yield Section(f"Training: {step.replace('_', ' ')}", stage_body(step, by_series))
+        file = (run_path / step / "metrics.jsonl").resolve()
+        if file.is_file():
+            files.setdefault(file, step)
+    for file, step in files.items():
+        stage = next((stage for stage in _PANELS if step == stage or step.startswith(f"{stage}_")), None)
+        if stage is None:
+            continue
+        for name, series in read_series(file).items():
+            own = f"{step.removeprefix(stage)} {name.removeprefix(stage)}".replace("_", " ").strip()
+            parts_of.setdefault(stage, {})[own or "main"] = series
+    for stage, parts in parts_of.items():
+        if any(len(points) > 1 for series in parts.values() for points in series.values()):
+            yield Section(f"Training: {stage.replace('_', ' ')}", stage_body(stage, parts))
 
 
 def read_series(file: Path) -> dict[str, Series]:
-    """The metrics of a stage, by what its rows call the stage: a reward model's has two trainings. A torn
-    last line is left out."""
+    """The metrics in a stage's file, by what its rows call the stage: a reward model's has two trainings. A
+    torn last line is left out."""
     found: dict[str, Series] = {}
     for _, row in json_lines(file, growing=True):
         series = found.setdefault(row["stage"], {})
@@ -130,37 +143,52 @@ def read_series(file: Path) -> dict[str, Series]:
     return found
 
 
-def stage_body(step: str, by_series: Mapping[str, Series]) -> Markup:
+def stage_body(stage: str, parts: Mapping[str, Series]) -> Markup:
     """The figures of one stage, and its table folded."""
-    stage = next((name for name in _PANELS if step == name or step.startswith(f"{name}_")), "")
-    drawn = [figure for panel in _PANELS.get(stage, ()) if (figure := draw(panel, step, by_series))]
-    tables = [course_table(name, series) for name, series in by_series.items()]
-    count = sum(len(series) for series in by_series.values())
+    drawn = [figure for panel in _PANELS[stage] for figure in draw(panel, parts)]
+    tables = [course_table(name, series) for name, series in parts.items()]
+    count = sum(len(series) for series in parts.values())
     every = folded(f"All metrics of every step ({count})", Markup("").join(tables))
     return grid(drawn[:_MOST_PANELS]) + every
 
 
-def draw(panel: Panel, step: str, by_series: Mapping[str, Series]) -> Markup | None:
-    """None where none of the panel's metrics was measured often and varies."""
-    lines = []
-    for name, series in by_series.items():
-        own = name.removeprefix(step).strip("_").replace("_", " ") or "main"
+def draw(panel: Panel, parts: Mapping[str, Series]) -> list[Markup]:
+    """The panel's figure; of many parts one for each of its metrics. None of what was seldom measured or does
+    not vary."""
+    lines: dict[str, list[Line]] = {}  # by what the metric is
+    for part, series in parts.items():
         num_steps = max(len(points) for points in series.values())
+        smooth = 2 * (num_steps // 20) + 1
         for pattern, said in panel.metrics.items():
             for metric in fnmatch.filter(series, pattern):
                 values = [value for _, value in series[metric]]
                 if len(values) < max(2, _LEAST_SHARE * num_steps) or min(values) == max(values):
                     continue
                 what = metric.replace("_", " ") if said == "*" else said
-                named = [own, what] if len(by_series) > 1 else [what]
+                name = part if len(parts) > 1 else ""
                 steps = [at for at, _ in series[metric]]
-                smooth = 2 * (num_steps // 20) + 1
-                lines.append(Line(", ".join(filter(None, named)), steps, values, smooth=smooth))
-    if not lines:
-        return None
-    widths = {line.smooth for line in lines}
-    caption = f"Thick: running mean over {max(widths)} steps." if max(widths) > 1 else ""
-    return curve(panel.title, lines, "step", panel.unit, caption, panel.percent)
+                lines.setdefault(what, []).append(Line(name, steps, values, smooth=smooth))
+    if len(parts) > _MOST_PARTS:
+        # An empty line keeps the place of a part that lacks the metric: a part has one colour in all figures.
+        every = {
+            what: [next((line for line in own if line.name == part), Line(part, [], [])) for part in parts]
+            for what, own in lines.items()
+        }
+        titles = {what: f"{panel.title}: {what}" if what else panel.title for what in every}
+        return [_curve(panel, titles[what], own) for what, own in every.items()]
+    named = [
+        replace(line, name=", ".join(filter(None, [line.name, what])))
+        for what, own in lines.items()
+        for line in own
+    ]
+    return [_curve(panel, panel.title, named)] if named else []
+
+
+def _curve(panel: Panel, title: str, lines: Sequence[Line]) -> Markup:
+    widest = max(line.smooth for line in lines)
+    said = "Thick: running mean" if len(lines) <= _MOST_PARTS else "Running mean"
+    caption = f"{said} over {widest} steps." if widest > 1 else ""
+    return curve(title, lines, "step", panel.unit, caption, panel.percent, points=len(lines) <= _MOST_PARTS)
 
 
 def course_table(name: str, series: Series) -> Markup:

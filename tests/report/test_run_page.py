@@ -87,7 +87,9 @@ def rollout(problem: Problem, text: str, verdict: str, number: int) -> dict[str,
     return {"step": 0, "problem": to_json(problem), "completion": completion, "reward": reward}
 
 
-def made_run(directory: Path, own: Sequence[Problem], wrong: Sequence[str], config: Config) -> Path:
+def made_run(
+    directory: Path, own: Sequence[Problem], wrong: Sequence[str], config: Config, source: str = "pns"
+) -> Path:
     """A run with a right solution, a wrong one of the target and a negative (`wrong`) for each problem."""
     with RunPage.open(directory / "r") as page:
         page.begin(config, {})
@@ -103,11 +105,11 @@ def made_run(directory: Path, own: Sequence[Problem], wrong: Sequence[str], conf
     ]
     rollouts = [rollout(p, text, "correct", 0) for p, text in zip(own, right, strict=True)]
     rollouts += [rollout(p, f"{HOSTILE}\\boxed{{0}}", "wrong", 1) for p in own]
-    scores = {"correct": [1.25] * len(own), "rs": [-1.5] * len(own), "pns": [2.75] * len(own)}
+    scores = {"correct": [1.25] * len(own), "rs": [-1.5] * len(own)} | {source: [2.75] * len(own)}
     quality = {"unscored": 0, "tokens_mean": {"correct": 9.0, "rs": 8.0, "pns": 9.5}}
     quality |= {"one_sidedness": {"pairs": 0.5}, "one_sidedness_by_chance": {"pairs": 0.4}}
     files = {"pairs.jsonl": rows, "rollouts.jsonl": rollouts, "scores.json": scores, "quality.json": quality}
-    finished(page.path, "pair", files, source="pns")
+    finished(page.path, "pair", files, source=source)
     start = {"accuracy": 0.3, "low": 0.25, "high": 0.35, "n": 40}
     better = {"difference": 0.2, "low": 0.1, "high": 0.3, "p_value": 0.01, "verdict": "better"}
     result = start | {"accuracy": 0.5, "against": {"backbone": better}}
@@ -189,6 +191,17 @@ def test_without_a_checker_no_step_is_marked(tmp_path: Path) -> None:
     assert "First wrong step" not in page.text
     assert "script" not in page.tags
     assert "Side by side" in page.text
+
+
+def test_where_the_targets_own_are_the_negatives_they_stand_alone(tmp_path: Path) -> None:
+    own = problems("preference", None, 2, seed=0)
+    wrong = [corrupt(problem, Random(0), "arithmetic") for problem in own]
+    page = written(made_run(tmp_path, own, wrong, Config(), source="rs"))
+    assert "rs, rejected reward model 2.75" in page.text
+    assert "-1.50" not in page.text
+    first = (tmp_path / "r" / "report.html").read_bytes()
+    written(tmp_path / "r")
+    assert (tmp_path / "r" / "report.html").read_bytes() == first  # the same data, the same page
 
 
 def test_a_torn_row_of_metrics_is_left_out_and_a_broken_configuration_said(tiny_run: Path) -> None:
