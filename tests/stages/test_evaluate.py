@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 
 from pns.algo.scores import final_verdict
+from pns.commands.evaluate import evaluation_tables
 from pns.config import DECODING_OFF, Config, Data, Decoding, ModelEndpoint
 from pns.data.problems import Identity
-from pns.data.prompts import apply_family
+from pns.data.prompts import Messages, apply_family
 from pns.errors import UserError
 from pns.files import read_json
 from pns.records import Problem, Verdict
 from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
-from pns.stages.evaluate import AnswerScorer, decoding_sampling, evaluate, until_stop
+from pns.stages.evaluate import AnswerScorer, check_samplings, decoding_sampling, evaluate, until_stop
 from pns.stages.stream import Ask
 from workers.rollout.engine import Sample, Sampling
 
@@ -82,6 +83,26 @@ def test_many_cut_off_completions_are_warned_of_and_boxed_ones_counted_apart(ben
     cut = "50.0 % of completions were cut off at 40 tokens (3 of 6 had an answer in a box)"
     assert found["warning"] == f"{cut}: raise evaluate.max_new_tokens"
     assert "warning" not in scores["easy"]["m"]
+
+
+def test_blocks_that_a_budget_closed_are_counted(bench: Any) -> None:
+    suites = suites_of(bench)
+    thinking = {suite: replace(how, thinking_budget=7) for suite, how in suites.decodings.items()}
+    suites = replace(suites, decodings={**suites.decodings, "hard": thinking["hard"]})
+    one, two = bench.solution(10, "So Ann=3. "), bench.solution(10, "So Ann=3. So Ann=3. ")
+    bench.fleet.rollout.write = lambda problem, sample, model: [one, two, two, one][sample]
+    evaluation = made(bench, suites)
+    [budget] = {s.thinking for s in bench.fleet.rollout.samplings} - {None}
+    assert (budget.tokens, bench.prompts.tokenizer.decode(budget.closing_ids)) == (7, "</think>")
+    cut = {(row.problem.suite, row.sample) for row in evaluation.completions("m") if row.thinking_cut}
+    assert cut == {("hard", 1), ("hard", 2)}
+    scores = evaluation.scores()
+    assert (scores["hard"]["m"]["thinking_cut"], scores["hard"]["m"]["thinking_budget"]) == (6, 7)
+    assert "thinking_cut" not in scores["easy"]["m"]
+    table = evaluation_tables(scores, "m")[0]
+    assert str(table.caption).endswith("closed by evaluate.thinking_budget: hard 6 of 12 (50.0 %)")
+    with pytest.raises(UserError, match=r"thinking_budget: 7, and no request to a server can ask for it"):
+        check_samplings(Messages(Data()), suites)
 
 
 def test_each_suite_is_decoded_in_its_way_and_every_model_is_asked(bench: Any) -> None:

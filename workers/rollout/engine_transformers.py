@@ -18,9 +18,11 @@ from workers.rollout.engine import (
     Sampling,
     StopWatch,
     check_names,
+    force,
     penalise,
     perturb,
     stop_watch,
+    tokenizer_of,
 )
 from workers.runtime import Runtime
 
@@ -143,9 +145,18 @@ class TransformersEngine:
                 [penalise(own, row.prompt_ids, output, sampling.penalties) for own, row, output in penalised]
             )
         if sampling.temperature == 0:
-            return logits
-        seeds, how = [row.seed for row in rows], (sampling.temperature, sampling.top_p)
-        return perturb(logits, seeds, [step] * len(rows), *how, sampling.top_k, sampling.min_p)
+            scores = logits.clone()
+        else:
+            seeds, how = [row.seed for row in rows], (sampling.temperature, sampling.top_p)
+            scores = perturb(logits, seeds, [step] * len(rows), *how, sampling.top_k, sampling.min_p)
+        if sampling.thinking:
+            tokenizer = tokenizer_of(str(self.directory), self.trust_remote_code)
+            for scores_V, row in zip(scores, rows, strict=True):
+                output = [token for token, _ in drawn.get(row.id, [])]
+                token = sampling.thinking.forced(tokenizer, output)
+                if token is not None:
+                    force(scores_V, token)
+        return scores
 
     def _new_cache(self, capacity: int) -> Cache:
         config = self.model.config
