@@ -20,11 +20,14 @@ class ThinkingBudget:
     opened: bool
     closing_ids: tuple[int, ...]
 
+    def forces_at(self, step: int) -> bool:
+        """Whether the token after `step` others may be forced."""
+        return 0 <= step - self.tokens < len(self.closing_ids)
+
     def forced(self, tokenizer: Any, token_ids: Sequence[int]) -> int | None:
         """What follows the first `token_ids` of a completion; None: what the model says."""
-        place = len(token_ids) - self.tokens
-        if 0 <= place < len(self.closing_ids) and self._is_open(tokenizer, token_ids):
-            return self.closing_ids[place]
+        if self.forces_at(len(token_ids)) and self._is_open(tokenizer, token_ids):
+            return self.closing_ids[len(token_ids) - self.tokens]
         return None
 
     def cuts(self, tokenizer: Any, token_ids: Sequence[int]) -> bool:
