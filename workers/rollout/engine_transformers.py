@@ -73,7 +73,7 @@ class TransformersEngine:
                 raise UserError(f"request {request.id}: a prompt of {length} tokens {room}")
         watch = stop_watch(self.directory, sampling, self.trust_remote_code)
         if sampling.thinking:
-            tokenizer_of(str(self.directory), self.trust_remote_code)  # where it has none, before anything else
+            tokenizer_of(str(self.directory), self.trust_remote_code)  # where it has none, first of all
         ordered = sorted(requests, key=lambda request: len(request.prompt_ids))  # little padding in a batch
         for start in range(0, len(ordered), self.max_batch):
             yield from self._generate_batch(ordered[start : start + self.max_batch], sampling, watch)

@@ -158,7 +158,7 @@ class VllmEngine:
         trusted = bool(self.arguments["trust_remote_code"])
         watch, thinking = stop_watch(self.directory, sampling, trusted), sampling.thinking
         if thinking:
-            tokenizer_of(str(self.directory), trusted)  # where it has none, before anything else
+            tokenizer_of(str(self.directory), trusted)  # where it has none, first of all
         params = {}
         budget = (str(self.directory), astuple(thinking)) if thinking else None
         drawn_how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
