@@ -328,6 +328,8 @@ def add_evaluate(commands: Commands) -> None:
         "judge the stored completions of a run or an evaluation again, and print what changed; no MODEL"
     )
     parser.add_argument("--rejudge", type=Path, metavar="DIR", help=rejudge_help)
+    golds_help = "of --rejudge: by the gold answers that the suites have now (data.root=DIR says where)"
+    parser.add_argument("--new-golds", action="store_true", help=golds_help)
     show_help = "print one prompt as the model reads it, and how suites are decoded"
     parser.add_argument("--show-prompt", action="store_true", help=show_help)
 
@@ -338,8 +340,11 @@ def handle_evaluate(options: Namespace) -> None:
             raise UserError(f"--rejudge asks no model: leave {options.model} out")
         from pns.commands.rejudge import rejudge
 
-        rejudge(options.rejudge, len(os.sched_getaffinity(0)), RewardConfig().verify_seconds)
+        limits = len(os.sched_getaffinity(0)), RewardConfig().verify_seconds
+        rejudge(options.rejudge, *limits, options.overrides, options.new_golds)
         return
+    if options.new_golds:
+        raise UserError("--new-golds is of --rejudge DIR: an evaluation takes the gold answers of now anyway")
     if not options.model:
         raise UserError("name a MODEL (a directory or a Hub id), or --rejudge DIR for stored completions")
     at_endpoint = options.model.startswith(("http://", "https://"))

@@ -681,6 +681,13 @@ class Decoding:
         above(0),
     )
     stop: list[str] | None = key(None, "texts that end a completion, beside data.stop; null: none")
+    # Evaluation alone has it: a forced token is no sample of the policy, and cannot be trained on as one.
+    thinking_budget: int | None = key(
+        None,
+        "tokens after which a reasoning block that is still open is closed (data.think_tags), for the answer "
+        "to follow; less than max_new_tokens; 0 or null: none",
+        at_least(0),
+    )
 
 
 # What the keys beyond the first four are where they change nothing.
@@ -691,6 +698,7 @@ DECODING_OFF: dict[str, Any] = {
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "stop": [],
+    "thinking_budget": 0,
 }
 
 

@@ -22,6 +22,7 @@ from pns.run.page import RunPage
 from pns.run.place import STORE
 from pns.run.stage import Contents, ModelFiles, Plan, Step
 from pns.stages.context import Problems, Suites, World
+from pns.stages.evaluate import check_samplings
 from pns.stages.negatives import SOURCES
 from pns.stages.session import session
 
@@ -38,6 +39,7 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
     prompts = load_prompts(config)
     check_token_readers(config, prompts)
     world = make_world(config, problem_sets)
+    check_samplings(prompts, world.suites)
     with RunPage.open(Path(config.runs) / config.name) as page:
         # Under the lock: two starts with --from must not count to the same number.
         attempts = dict(page.attempts)

@@ -156,7 +156,7 @@ class Answered:
 
     `reason` says why the verdict is what it is: `equal`, `different`, `truncated`, `no_answer` or
     `prompt_too_long` (wrong), or the verifier's cause (unverified); `detail` is what the verifier says of the
-    answers, in words.
+    answers, in words. `thinking_cut`: its reasoning block was closed by `evaluate.thinking_budget`.
     """
 
     problem: Problem
@@ -169,6 +169,7 @@ class Answered:
     verdict: Verdict
     reason: str
     detail: str = ""
+    thinking_cut: bool = False
 
 
 @dataclass(frozen=True)

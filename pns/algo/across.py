@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pns.algo.metrics import Difference, mean_score, paired_difference, score
+from pns.algo.metrics import Difference, mean_score, paired_difference, score_of_shares
 from pns.records import Score
 
 _CHUNK_ELEMENTS = 2**22  # counts that are drawn at once: bounded memory
@@ -23,11 +23,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SuiteRuns:
-    """A suite in all runs. `shares_RMP`: of each problem the share in [0, 1] of right samples;
-    `same_problems`: every run has the same ones, in the same order."""
+    """A suite in all runs. `shares_RMP`: of each problem the share in [0, 1] of right samples, of which there
+    are `num_samples`; `same_problems`: every run has the same ones, in the same order."""
 
     shares_RMP: Array
     same_problems: bool
+    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,10 @@ class Resampled:
 
     def accuracy(self, model: int) -> Score:
         """The mean over the runs with its 95 % interval (percentiles); of a single run the interval of
-        `pns.algo.metrics.score`. `n` counts the problems of a run."""
+        `pns.algo.metrics.score_of_shares`. `n` counts the problems of a run."""
         num_runs, num_problems = len(self.observed_RM), sum(s.shares_RMP.shape[2] for s in self.suites)
         if num_runs == 1:
-            own = [suite.shares_RMP[0, model] for suite in self.suites]
-            scores = [score(math.fsum(shares_P), len(shares_P)) for shares_P in own]
+            scores = [score_of_shares(suite.shares_RMP[0, model], suite.num_samples) for suite in self.suites]
             return mean_score(scores) if len(scores) > 1 else scores[0]
         low, high = np.quantile(self.resampled_NM[:, model], [0.025, 0.975])
         return Score(float(self.observed_RM[:, model].mean()), float(low), float(high), num_problems)

@@ -22,6 +22,7 @@ from pns.records import Answered, AnswerRule, Score, Verdict, to_json
 
 COUNTED = ("truncated", "no_answer", "prompt_too_long", "unverified")  # reasons, then a verdict
 BOXED_TRUNCATED = "boxed_truncated"  # of the truncated: a whole box stands before the cut
+THINKING_CUT = "thinking_cut"  # completions whose reasoning block `evaluate.thinking_budget` closed
 MAX_TRUNCATED = 0.05  # share of completions above which a suite's figures carry a warning
 MEAN = "mean"  # beside the suites' names
 
@@ -38,9 +39,10 @@ def summarise(
 
     `accuracy` (pass@1: the mean over problems of the share of right samples) with its 95 % interval [`low`,
     `high`] (`score_of_shares`), `qwen_accuracy` (as `pns.answers.qwen_harness` counts), counts of completions
-    (`boxed_truncated` are among the truncated) and a `warning` where many were cut off, how they were
-    decoded; with several samples `effective_n` (problems), `pass_at` and `majority_at`; `by_subject` and
-    `by_level` where the problems have them; `against` earlier models: `described`.
+    (`boxed_truncated` are among the truncated; `thinking_cut` where there was a thinking budget) and a
+    `warning` where many were cut off, how they were decoded; with several samples `effective_n` (problems),
+    `pass_at` and `majority_at`; `by_subject` and `by_level` where the problems have them; `against` earlier
+    models: `described`.
     """
     scores: SuiteScores = {suite: {} for suite in [*decodings, MEAN]}
     accuracies: dict[str, dict[str, list[float]]] = {}
@@ -50,6 +52,8 @@ def summarise(
             own = [row for row in rows if row.problem.suite == suite]
             figures = suite_figures(own) | described_decoding(decoding) | {"seed": seed}
             scores[suite][name] = figures | truncation_warning(figures)
+            if decoding.thinking_budget:
+                scores[suite][name][THINKING_CUT] = sum(row.thinking_cut for row in own)
             accuracies[name][suite] = list(right_shares(own).values())
         of_suites = [scores[suite][name] for suite in decodings]
         mean = mean_score([Score(f["accuracy"], f["low"], f["high"], f["n"]) for f in of_suites])

@@ -84,17 +84,21 @@ def suite_runs(evaluations: Sequence[Evaluation], models: Sequence[str]) -> dict
     """Suite -> its shares of right samples in all runs, problems in the order of their texts."""
     shares: dict[str, list[list[list[float]]]] = {}
     asked: dict[str, list[list[str]]] = {}
+    num_samples: dict[str, int] = {}
     for evaluation in evaluations:
         rows = {model: evaluation.completions(model) for model in models}
         for suite in read_json(evaluation.suites_file):
             of_suite = [[row for row in rows[model] if row.problem.suite == suite] for model in models]
             texts = {row.problem.id: row.problem.prompt for row in of_suite[0]}
             in_order = sorted(texts, key=lambda identity: (texts[identity], identity))
+            num_samples[suite] = len(of_suite[0]) // len(texts)  # the same in all runs
             by_id = [right_shares(of_model) for of_model in of_suite]
             shares.setdefault(suite, []).append([[own[identity] for identity in in_order] for own in by_id])
             asked.setdefault(suite, []).append([texts[identity] for identity in in_order])
     return {
-        suite: SuiteRuns(np.array(of_runs), all(texts == asked[suite][0] for texts in asked[suite]))
+        suite: SuiteRuns(
+            np.array(of_runs), all(texts == asked[suite][0] for texts in asked[suite]), num_samples[suite]
+        )
         for suite, of_runs in shares.items()
     }
 

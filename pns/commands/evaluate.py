@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pns import driver
-from pns.algo.scores import BOXED_TRUNCATED, COUNTED, SuiteScores, add_difference, right_shares
+from pns.algo.scores import BOXED_TRUNCATED, COUNTED, THINKING_CUT, SuiteScores, add_difference, right_shares
 from pns.config import Config, described_decoding
 from pns.data.benchmarks import decoding, decodings
 from pns.data.problems import load_suites
@@ -24,7 +24,7 @@ from pns.run.stage import ModelFiles, Plan
 from pns.run.tracking import METRICS
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
-from pns.stages.evaluate import evaluate
+from pns.stages.evaluate import check_samplings, evaluate
 from pns.stages.session import session
 
 # The longest completion by what writes it, tokens, where no key says it: reasoning models are published with
@@ -54,6 +54,7 @@ def evaluate_model(config: Config, against: Path | None = None, choose_limit: bo
     suite_problems, identities = load_suites(config)
     messages, digest = messages_of(config, choose_limit)
     suites = Suites(suite_problems, identities, decodings(config, suite_problems), config.data)
+    check_samplings(messages, suites)
     if config.evaluate.from_generation_config:
         for suite, how in suites.decodings.items():
             print(f"{suite}: decoded as generation_config.json says: {described_decoding(how)}")
@@ -64,7 +65,7 @@ def evaluate_model(config: Config, against: Path | None = None, choose_limit: bo
         earlier = read_other(against, evaluation, suites) if against else None
         (step,) = plan.steps
         if not step.is_done():
-            with session(config, page, [step], cast(Prompts, messages), page.attempts) as making:
+            with session(config, page, [step], messages, page.attempts) as making:
                 making.make(step)
         scores = evaluation.scores()
         if earlier is not None:
@@ -164,6 +165,13 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
     caption = f"k samples a problem; as Qwen: as published figures count; completions {meaning}"
     if "minerva_math" in scores:
         caption += "; minerva_math: graders of published figures cannot read scientific notation (3.83e35)"
+    cut = [
+        f"{suite} {share(models[name][THINKING_CUT], models[name]['completions'])}"
+        for suite, models in scores.items()
+        if THINKING_CUT in models[name]
+    ]
+    if cut:
+        caption += f"; reasoning closed by evaluate.thinking_budget: {', '.join(cut)}"
     table = Table(*heads, title=name, caption=caption)
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for suite, models in scores.items():
@@ -171,7 +179,7 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
         # Of the largest k alone: the figures rise with it, and a table has no room for all.
         best = [list(found.get(key, {}).values())[-1:] for key in ("pass_at", "majority_at")]
         best.insert(0, [found["qwen_accuracy"]] if "qwen_accuracy" in found else [])
-        shares = [f"{100 * share[0]:.1f}" if share else "" for share in best]
+        shares = [f"{100 * own[0]:.1f}" if own else "" for own in best]
         row = [suite, found["n"], found.get("samples_per_problem", ""), interval(found), *shares]
         counted = {what: str(found[what]) for what in COUNTED}
         if found.get(BOXED_TRUNCATED):
@@ -195,6 +203,10 @@ def evaluation_tables(scores: Mapping[str, Mapping[str, Any]], name: str) -> lis
         if groups.row_count:
             shown.append(groups)
     return shown
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / whole:.1f} %)"
 
 
 def p_values(difference: Mapping[str, float]) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,34 +12,57 @@ from rich.progress import track
 from rich.table import Table
 
 from pns.algo.scores import final_verdict, summarise
-from pns.config import Decoding
+from pns.config import DataSource, Decoding
+from pns.data.problems import load_suites
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl, write_json, write_jsonl
-from pns.records import Answered, Verdict, from_json, to_json
+from pns.recipe import read
+from pns.records import Answered, Problem, Verdict, from_json, to_json
 from pns.report.browse import write_pages
 
 if TYPE_CHECKING:
     from workers.rewards.verifier import Verifier
 
+ProblemKey = tuple[str, str]  # suite, id
+ByKey = Mapping[ProblemKey, Problem]
 OUT = "rejudged"  # beside the evaluation, which stays as it was
 _BATCH = 256  # completions between two looks at the progress
 _EXAMPLES = 10  # of changed verdicts that are shown
 _VERDICTS = {Verdict.CORRECT: "right", Verdict.WRONG: "wrong", Verdict.UNVERIFIED: "undecided"}
 
 
-def rejudge(directory: Path, processes: int, limit_seconds: float, console: Console | None = None) -> Path:
+def rejudge(
+    directory: Path,
+    processes: int,
+    limit_seconds: float,
+    overrides: Sequence[str] = (),
+    new_golds: bool = False,
+    console: Console | None = None,
+) -> Path:
     """Judge every stored completion of a run or of an evaluation again, without its models, and print what
     changed. Writes <page>/rejudged: a JSON line a completion and model, scores.json, browse/, changed.jsonl
     (rows with the verdict and the reason that they had). Returns that directory; what it held before is
-    replaced. Raises UserError where there is no finished evaluation."""
+    replaced.
+
+    How many gold answers differ now is said; `new_golds` judges by those. `overrides` (key=value) say where
+    suites are read from, if not where they were. Raises UserError where there is no finished evaluation, or
+    `new_golds` cannot be read.
+    """
+    console = console or Console()
     folder = evaluation_folder(directory)
     suites = read_json(folder / "suites.json")
     stored = {name: answered_rows(folder / f"{name}.jsonl") for name in stored_models(folder)}
+    asked = {problem_key(row.problem): row.problem for rows in stored.values() for row in rows}
+    now = problems_now(folder.parent, overrides, console, required=new_golds)
+    golds = {key: problem for key, problem in asked.items() if key in now and differs(problem, now[key])}
+    for line in gold_lines(asked, now, golds, new_golds):
+        console.print(line, soft_wrap=True)
     from workers.rewards.verifier import Verifier
 
     verifier = Verifier(processes, limit_seconds)
     try:
-        judged = {name: judged_again(verifier, name, rows) for name, rows in stored.items()}
+        by = {key: now[key] for key in golds} if new_golds else {}
+        judged = {name: judged_again(verifier, name, rows, by) for name, rows in stored.items()}
     finally:
         verifier.shutdown()
     out = folder.parent / OUT
@@ -59,7 +82,6 @@ def rejudge(directory: Path, processes: int, limit_seconds: float, console: Cons
         if (old.verdict, old.reason) != (new.verdict, new.reason)
     ]
     write_jsonl(out / "changed.jsonl", changed)
-    console = console or Console()
     console.print(changes_table(stored, judged), examples_table(stored, judged), sep="\n")
     console.print(
         f"{out}: scores.json, changed.jsonl ({len(changed)} rows), browse/index.html", soft_wrap=True
@@ -88,8 +110,47 @@ def answered_rows(file: Path) -> list[Answered]:
     return [from_json(Answered, row) for row in read_jsonl(file)]
 
 
-def judged_again(verifier: "Verifier", name: str, rows: Sequence[Answered]) -> list[Answered]:
-    """The rows with their verdicts of now; of a problem that was not asked it stays."""
+def problem_key(problem: Problem) -> ProblemKey:
+    return problem.suite, problem.id
+
+
+def problems_now(page: Path, overrides: Sequence[str], console: Console, required: bool) -> ByKey:
+    """Those of the page's suites where they can be read without the Hub; else none, with the reason. Raises
+    UserError if they are `required`."""
+    try:
+        config = read(page / "config.yaml", list(overrides))
+        if config.data.source is DataSource.jsonl and config.data.benchmarks and not config.data.root:
+            raise UserError("the sets are on the Hub: name a directory that has them with data.root=DIR")
+        suites, _ = load_suites(config)
+    except UserError as error:
+        if required or overrides:
+            raise
+        console.print(f"gold answers are the stored ones ({error})", soft_wrap=True)
+        return {}
+    return {problem_key(problem): problem for own in suites.values() for problem in own}
+
+
+def differs(before: Problem, now: Problem) -> bool:
+    return (before.answer, before.rule) != (now.answer, now.rule)
+
+
+def gold_lines(asked: ByKey, now: ByKey, golds: ByKey, new_golds: bool) -> Iterator[str]:
+    """Of every suite with gold answers that differ now, or with problems that it no longer has."""
+    taken = "those of now count" if new_golds else "the stored ones count (--new-golds: those of now)"
+    for suite in dict.fromkeys(name for name, _ in asked) if now else ():
+        names = [name for own, name in asked if own == suite]
+        changed = [name for own, name in golds if own == suite]
+        gone = sum((suite, name) not in now for name in names)
+        if changed or gone:
+            shown = f" ({', '.join(changed[:_EXAMPLES])})" if changed else ""
+            counts = f"{len(changed)} differ now{shown}, {gone} are gone"
+            yield f"{suite}: of {len(names)} gold answers {counts}; {taken}"
+
+
+def judged_again(verifier: "Verifier", name: str, rows: Sequence[Answered], golds: ByKey) -> list[Answered]:
+    """The rows with their verdicts of now, by the answer that `golds` has where it has one; of a problem that
+    was not asked the verdict stays."""
+    rows = [replace(row, problem=with_gold(row.problem, golds)) for row in rows]
     judged = []
     for start in track(range(0, len(rows), _BATCH), f"rejudge  {name}", transient=True):
         batch = rows[start : start + _BATCH]
@@ -103,6 +164,11 @@ def judged_again(verifier: "Verifier", name: str, rows: Sequence[Answered]) -> l
             extracted, said = result.extracted, result.reason
             judged.append(replace(row, extracted=extracted, verdict=verdict, reason=reason, detail=said))
     return judged
+
+
+def with_gold(problem: Problem, golds: ByKey) -> Problem:
+    now = golds.get(problem_key(problem), problem)
+    return replace(problem, answer=now.answer, rule=now.rule)
 
 
 def changes_table(

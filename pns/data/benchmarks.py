@@ -197,6 +197,9 @@ def decoding(config: Config, suite: str) -> Decoding:
         raise UserError(f"evaluate: {fault}, which would all be the same: {way_out}")
     if complete.top_p == 0:
         raise UserError(f"evaluate: top_p of {suite} is 0; it lies in (0, 1]")
+    if (budget := complete.thinking_budget or 0) >= tokens:
+        fault = f"{budget} leaves no token of max_new_tokens, {tokens}, for the answer ({suite})"
+        raise UserError(f"evaluate.thinking_budget: {fault}: lower it, or raise max_new_tokens")
     if "" in (values["stop"] or []):
         raise UserError(f"evaluate: a stop of {suite} is empty, and would end every completion: leave it out")
     return complete

@@ -7,6 +7,7 @@ from typing import Any
 
 from pns.algo.formatting import THINK_TAGS
 from pns.config import Data, PromptFamily, ReasoningBlock, Thinking
+from pns.data.thinking import ThinkingBudget
 from pns.errors import UserError
 from pns.files import json_lines
 from pns.records import Problem
@@ -118,7 +119,7 @@ class Prompts(Messages):
         self._special_tags = {number: tag for number, tag in own_tags.items() if tag in self._tags}
         begun = self._begun_turn()
         opening, closing = self._tags
-        block_is_open = begun.rfind(opening) > begun.rfind(closing)
+        block_is_open = self._block_is_open = begun.rfind(opening) > begun.rfind(closing)
         # What completions begin with although the prompt holds it: the prefix, and before it the opening of
         # the reasoning block where the template itself writes it.
         opened_by_template = block_is_open and opening not in data.assistant_prefix
@@ -130,6 +131,24 @@ class Prompts(Messages):
         self.reasoning_block = data.reasoning is ReasoningBlock.tags or (
             data.reasoning is ReasoningBlock.auto and writes_block
         )
+
+    def thinking_budget(self, tokens: int) -> ThinkingBudget:
+        """That closes the reasoning block after `tokens` tokens: with the closing tag, on a line of its own
+        where the chat template writes the tags so. Raises UserError for a model that has no block."""
+        opening, closing = self._tags
+        if not self.reasoning_block:
+            fault = f"{tokens}, and completions have no block between {opening} and {closing}"
+            way_out = "name the model's own tags (data.think_tags), switch its thinking on (data.thinking)"
+            raise UserError(f"evaluate.thinking_budget: {fault}: {way_out}, or leave the budget out")
+        written = (self.tokenizer.chat_template or "") if self.data.chat_template else ""
+        # Of a template it is the source, in which a line may end as an escape.
+        lines = (opening + "\n", opening + "\\n", "\n" + closing, "\\n" + closing)
+        forced = "\n" + closing if any(line in written for line in lines) else closing
+        closing_ids = self.tokenizer.encode(forced, add_special_tokens=False)
+        if self.tokenizer.decode(closing_ids, skip_special_tokens=False) != forced:
+            fault = f"{tokens}, and the model's tokenizer cannot write {closing!r}"
+            raise UserError(f"evaluate.thinking_budget: {fault}: name the model's own tags, data.think_tags")
+        return ThinkingBudget(tokens, opening, closing, self._block_is_open, tuple(closing_ids))
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
@@ -224,7 +243,8 @@ def read_examples(data: Data) -> list[tuple[str, str]]:
 
 
 def _think_tags(data: Data) -> tuple[str, str]:
-    if len(data.think_tags) != 2 or not all(data.think_tags) or data.think_tags[0] == data.think_tags[1]:
+    texts = [tag for tag in data.think_tags if tag and isinstance(tag, str)]  # [T] without quotes is a list
+    if not len(data.think_tags) == len(texts) == len(set(texts)) == 2:
         fault = f"{data.think_tags} are not two different texts, an opening and a closing one"
         raise UserError(f"data.think_tags: {fault}")
     return data.think_tags[0], data.think_tags[1]

@@ -11,7 +11,7 @@ import numpy as np
 from pns.config import Data, Decoding, described_decoding
 from pns.data.checker import Checker
 from pns.data.problems import Identity, benchmark_problems
-from pns.data.prompts import Prompts
+from pns.data.prompts import Messages, Prompts
 from pns.files import sha256_of_json
 from pns.records import Problem, to_json
 from pns.run.place import Place
@@ -29,9 +29,15 @@ class Context:
     seed: int
     place: Place
     fleet: Fleet
-    prompts: Prompts
+    messages: Messages
     track: Tracker
     shared: Path  # what all runs share, such as the cache of reference log-probabilities
+
+    @property
+    def prompts(self) -> Prompts:
+        """How problems become token ids; every stage has it but an evaluation that asks a server."""
+        assert isinstance(self.messages, Prompts)
+        return self.messages
 
     @property
     def directory(self) -> Path:

@@ -14,7 +14,8 @@ from typing import Any
 
 from pns.algo.scores import COUNTED, MEAN, final_verdict, summarise
 from pns.config import Config, Decoding, Thinking
-from pns.data.prompts import context_tokens
+from pns.data.prompts import Messages, Prompts, context_tokens
+from pns.errors import UserError
 from pns.files import read_jsonl, write_json, write_jsonl
 from pns.records import Answered, Problem, Verdict
 from pns.report.browse import write_pages
@@ -83,7 +84,7 @@ def answer(
     asks: list[Ask] = []
     for suite, problems in suites.problems.items():
         decoding = suites.decodings[suite]
-        sampling = decoding_sampling(decoding, ctx.prompts.data.stop)
+        sampling = suite_sampling(ctx.messages, decoding)
         for problem in problems:
             # Room for one token at least.
             fits = at_endpoint or len(ctx.prompts.encode(problem)) < longest
@@ -109,11 +110,11 @@ def answer(
 
 def replies(model: str, ctx: Context, asks: Sequence[Ask]) -> Iterator[list[Reply]]:
     """Of the model of this name at evaluate.endpoint."""
-    thinking = ctx.prompts.data.thinking
+    thinking = ctx.messages.data.thinking
     told = {} if thinking is Thinking.auto else {"enable_thinking": thinking is Thinking.on}
     asked = ModelAtEndpoint(model, ctx.fleet.config.evaluate.endpoint, told)
     requests = [
-        ChatRequest(ask.key, ctx.prompts.messages(ask.problem), ask.seed, ask.sampling) for ask in asks
+        ChatRequest(ask.key, ctx.messages.messages(ask.problem), ask.seed, ask.sampling) for ask in asks
     ]
     yield from asked.stream(requests)
 
@@ -127,8 +128,27 @@ def answered_key(row: Answered) -> str:
     return f"{row.problem.suite}/{row.problem.id}#{row.sample}"
 
 
+def check_samplings(messages: Messages, suites: Suites) -> None:
+    """Raises UserError for a suite that cannot be decoded as it says."""
+    for decoding in suites.decodings.values():
+        suite_sampling(messages, decoding)
+
+
+def suite_sampling(messages: Messages, decoding: Decoding) -> Sampling:
+    """Of a decoding whose gaps are filled (`pns.data.benchmarks.decodings`). Raises UserError for a thinking
+    budget of a model without a reasoning block, or of a server."""
+    sampling = decoding_sampling(decoding, messages.data.stop)
+    if not decoding.thinking_budget:
+        return sampling
+    if not isinstance(messages, Prompts):
+        fault = f"{decoding.thinking_budget}, and no request to a server can ask for it"
+        way_out = "leave it out and set it at the server, or evaluate the model's directory"
+        raise UserError(f"evaluate.thinking_budget: {fault}: {way_out}")
+    return replace(sampling, thinking=messages.thinking_budget(decoding.thinking_budget))
+
+
 def decoding_sampling(decoding: Decoding, stop: str = "") -> Sampling:
-    """Of a decoding whose gaps are filled (`pns.data.benchmarks.decodings`); `stop` is the prompt's."""
+    """As `suite_sampling`, without a thinking budget; `stop` is the prompt's."""
     assert decoding.temperature is not None
     assert decoding.top_p is not None
     assert decoding.max_new_tokens is not None
@@ -150,22 +170,26 @@ class AnswerScorer:
     """Gives every completion, up to the first stop text, its verdict and the reason."""
 
     def __init__(self, ctx: Context) -> None:
-        self._verifier, self._prompts = ctx.fleet.verifier, ctx.prompts
+        self._verifier, self._ctx = ctx.fleet.verifier, ctx
         self._verifying: list[tuple[list[Answered], list[str], Any]] = []
 
     def submit(self, samples: Sequence[tuple[Ask, Sample | Reply]]) -> None:
         rows, keys = [], []
         for ask, sample in samples:
+            thinking, cut = ask.sampling.thinking, False
             if isinstance(sample, Reply):
-                whole, num_tokens = self._prompts.canonical(sample.text), sample.num_tokens
+                whole, num_tokens = self._ctx.messages.canonical(sample.text), sample.num_tokens
             else:
-                whole, num_tokens = self._prompts.decode(sample.token_ids), len(sample.token_ids)
+                prompts, token_ids = self._ctx.prompts, sample.token_ids
+                whole, num_tokens = prompts.decode(token_ids), len(token_ids)
+                cut = thinking is not None and thinking.cuts(prompts.tokenizer, token_ids)
             text, stopped = until_stop(whole, ask.sampling.stop)
             reason = "stop" if stopped else sample.finish_reason
             problem = replace(ask.problem, solution=None)  # rows are read by people: a solution is long
             drawn = text, num_tokens, reason
             # What it will be once there is a verdict.
-            rows.append(Answered(problem, ask.sample, ask.seed, *drawn, None, Verdict.UNVERIFIED, ""))
+            row = Answered(problem, ask.sample, ask.seed, *drawn, None, Verdict.UNVERIFIED, "")
+            rows.append(replace(row, thinking_cut=cut))
             keys.append(ask.key)
         answers = [(row.problem.answer, row.completion, row.problem.rule) for row in rows]
         self._verifying.append((rows, keys, self._verifier.submit(answers, for_negatives=False)))

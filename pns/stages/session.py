@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pns.config import Config
-from pns.data.prompts import Prompts
+from pns.data.prompts import Messages
 from pns.files import read_jsonl, write_json
 from pns.records import leaves
 from pns.run.memory import PeakMemory
@@ -32,7 +32,7 @@ class Session:
     config: Config
     page: RunPage
     fleet: Fleet
-    prompts: Prompts
+    messages: Messages
     tracker: Tracker
 
     def make(self, step: Step) -> None:
@@ -43,7 +43,7 @@ class Session:
             self.page.link(step)
             self.tracker.enter(step.place.directory)
             shared = Path(self.config.runs)
-            ctx = Context(self.config.seed, step.place, self.fleet, self.prompts, self.tracker, shared)
+            ctx = Context(self.config.seed, step.place, self.fleet, self.messages, self.tracker, shared)
             step.stage.make(ctx, step.settings, *step.inputs)
             self.page.save()
         if current_request().came:
@@ -52,7 +52,7 @@ class Session:
 
 @contextmanager
 def session(
-    config: Config, page: RunPage, pending: Sequence[Step], prompts: Prompts, attempts: dict[str, int]
+    config: Config, page: RunPage, pending: Sequence[Step], messages: Messages, attempts: dict[str, int]
 ) -> Iterator[Session]:
     """Everything that `pending` needs, up. Raises UserError, with nothing written, where it cannot be."""
     roles = list(dict.fromkeys(role for step in pending for role in step.roles))
@@ -73,7 +73,7 @@ def session(
         stack.callback(tracker.close)
         fleet.start(roles)
         stack.enter_context(ServiceMonitor(page.path, fleet.services))
-        yield Session(config, page, fleet, prompts, tracker)
+        yield Session(config, page, fleet, messages, tracker)
 
 
 def changed_keys(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pns.algo.across import SuiteRuns, resample, t_test
-from pns.algo.metrics import Difference, mean_score, paired_difference, score
+from pns.algo.metrics import Difference, mean_score, paired_difference, score, score_of_shares
 
 
 def verdict(difference: Difference) -> str:
@@ -15,7 +15,7 @@ def verdict(difference: Difference) -> str:
 
 def suite(*runs: list[list[float]], same: bool = False) -> SuiteRuns:
     """Runs of models of problems."""
-    return SuiteRuns(np.array(runs), same)
+    return SuiteRuns(np.array(runs), same, 1)
 
 
 def test_t_test_has_the_tables_quantiles() -> None:
@@ -81,6 +81,10 @@ def test_identical_runs_and_a_single_one() -> None:
     assert [one["s"].accuracy(model) for model in (0, 1)] == expected
     assert one_mean.accuracy(0) == mean_score([expected[0]] * 2)
     assert one["s"].difference(0, 1) == paired_difference([shares[0]], [shares[1]])
+    sampled = SuiteRuns(np.array([shares]), False, num_samples=4)
+    mine = resample({"s": sampled})[0]["s"].accuracy(0)
+    assert mine == score_of_shares(shares[0], 4)  # the interval that `pns evaluate` gives
+    assert mine.high - mine.low < expected[0].high - expected[0].low
     assert one_mean.difference(0, 1) == paired_difference([shares[0]] * 2, [shares[1]] * 2)
     # The same problems in four runs that came out alike: chance of the problems is all there is.
     same, _ = resample({"s": suite(*[shares] * 4, same=True)}, 40_000)

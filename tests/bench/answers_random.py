@@ -1,6 +1,6 @@
 """Random changes of the benchmarks' golds; prints one JSON line.
 
-    PNS_DATA=... python tests/bench/answers_random.py [--num 10000] [--seed 0] [--failures FILE]
+    PNS_DATA=... PYTHONPATH=tests python tests/bench/answers_random.py [--num 10000] [--seed 0] [--failures FILE]
 
 By set: `false_correct` counts mutations called the same, `false_wrong` rewritings called different,
 `undecided_mutations` and `undecided_rewritings` those of which nothing was claimed. The exact comparison
@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pns.answers.compare import compare_answers
 from pns.records import AnswerRule

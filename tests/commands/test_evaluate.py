@@ -40,6 +40,8 @@ KEYS = [
     "evaluate.per_suite.short.temperature=0",
     "evaluate.per_suite.mul.max_new_tokens=20",
 ]
+TINY = ["data.source=tiny", "data.prompt=none", "evaluate.max_new_tokens=40"]
+BUDGET = ["evaluate.thinking_budget=9"]
 NUM_COMPLETIONS = 5 + 6 * 5 * 16
 
 Row = dict[str, Any]
@@ -76,6 +78,13 @@ def test_another_evaluation_must_have_asked_the_same() -> None:
         ([str(MODEL), "benchmarks=[gsm9k]"], ("gsm9k", "gsm8k")),
         ([str(MODEL), "benchmarks=[college_math]"], ("college_math", "data.root=DIR")),
         ([str(MODEL), "benchmarks=[gsm8k]", "data.root=/nowhere"], ("/nowhere", "gsm8k.jsonl")),
+        ([str(MODEL), *TINY, "evaluate.thinking_budget=40"], ("40 leaves no token of max_new_tokens, 40",)),
+        ([str(MODEL), *TINY, *BUDGET, "data.think_tags=[<t>,</t>]"], ("thinking_budget: 9", "<t> and </t>")),
+        ([str(MODEL), *TINY, "data.think_tags=[[T],[/T]]"], ("data.think_tags", "not two different texts")),
+        (
+            ["http://localhost/v1", "--model=m", *TINY, *BUDGET],
+            ("thinking_budget: 9", "no request to a server"),
+        ),
     ],
 )
 def test_wrong_use(

@@ -66,6 +66,35 @@ def test_what_changed_is_shown_and_what_was_there_stays(
     assert "2 rows" in capsys.readouterr().out
 
 
+def test_gold_answers_that_differ_now_are_told_and_count_where_asked(
+    evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def right(*words: str) -> float:
+        assert cli.main(["evaluate", "--rejudge", str(evaluation), *words]) == 0
+        return read_json(evaluation / "rejudged/scores.json")["s"]["m"]["accuracy"]
+
+    assert right() == 0.4
+    assert "gold answers are the stored ones (recipe" in capsys.readouterr().out
+    problems = [{"id": "a", "problem": "?", "answer": "1/2"}, {"id": "b", "problem": "?", "answer": "3"}]
+    problems += [{"id": "c", "problem": "?", "answer": "4"}, {"id": "e", "problem": "?", "answer": "4"}]
+    write_jsonl(evaluation / "suite.jsonl", problems)
+    config = "data: {source: jsonl, jsonl: {suites: {s: suite.jsonl}}}"
+    (evaluation / "config.yaml").write_text(config)
+    assert right() == 0.4
+    line = "s: of 5 gold answers 1 differ now (b), 1 are gone; the stored ones count (--new-golds"
+    assert line in capsys.readouterr().out
+    assert right("--new-golds") == 0.6
+    (row,) = [row for row in read_jsonl(evaluation / "rejudged/m.jsonl") if row["problem"]["id"] == "b"]
+    assert (row["problem"]["answer"], row["verdict"]) == ("3", "correct")
+    (evaluation / "suite.jsonl").unlink()
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--rejudge", str(evaluation), "--new-golds"]) == 2
+    assert cli.main(["evaluate", "model", "--new-golds"]) == 2
+    missing, misplaced = capsys.readouterr().err.strip().split("\n")
+    assert "suite.jsonl" in missing
+    assert "--new-golds is of --rejudge" in misplaced
+
+
 def test_wrong_use_is_one_line(evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "--rejudge", str(evaluation / "nowhere")]) == 2
     assert cli.main(["evaluate", "model", "--rejudge", str(evaluation)]) == 2

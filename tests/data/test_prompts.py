@@ -269,6 +269,48 @@ def test_the_thinking_switch() -> None:
         Prompts(tokenizer(QWEN), Data(thinking=Thinking.off))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "forced"),
+    [
+        (Prompts(knows_the_tags(QWEN3), Data()), "\n</think>"),  # as its template closes a block
+        (Prompts(knows_the_tags(DEEPSEEK), Data()), "\n</think>"),  # as it opens one
+        (Prompts(tokenizer(DEEPSEEK), Data()), "\n</think>"),  # nine tokens of bytes
+        (Prompts(knows_the_tags(QWEN), Data()), "</think>"),
+        (Prompts(knows_the_tags(QWEN3), Data(chat_template=False)), "</think>"),
+    ],
+)
+def test_a_reasoning_block_is_closed_as_the_family_writes_it(prompts: Prompts, forced: str) -> None:
+    own = prompts.tokenizer
+    budget = prompts.thinking_budget(3)
+    assert own.decode(budget.closing_ids) == forced
+    assert budget.opened is prompts.prefix.startswith("<think>")
+    begun = own.encode("" if budget.opened else "<think>", add_special_tokens=False)
+    thought = [*begun, *own.encode("abc", add_special_tokens=False)][:3]
+    for place, token in enumerate(budget.closing_ids):
+        assert budget.forced(own, [*thought, *budget.closing_ids[:place]]) == token
+    assert budget.forced(own, thought[:2]) is None
+    assert budget.forced(own, [*thought, *budget.closing_ids]) is None
+    assert budget.cuts(own, [*thought, *budget.closing_ids])
+    assert not budget.cuts(own, thought)  # it ended by itself
+    if not budget.opened:
+        assert budget.forced(own, own.encode("abc", add_special_tokens=False)) is None
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        Prompts(tokenizer(QWEN), Data()),
+        Prompts(knows_the_tags(QWEN3), Data(thinking=Thinking.off)),
+        Prompts(knows_the_tags(DEEPSEEK), Data(reasoning=ReasoningBlock.none)),
+    ],
+)
+def test_a_budget_needs_a_reasoning_block(prompts: Prompts) -> None:
+    with pytest.raises(
+        UserError, match=r"evaluate\.thinking_budget: 9, and completions have no block between"
+    ):
+        prompts.thinking_budget(9)
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_a_models_own_tags_are_the_usual_ones_in_texts(special: bool) -> None:
     own = tokenizer(QWEN)
@@ -280,6 +322,9 @@ def test_a_models_own_tags_are_the_usual_ones_in_texts(special: bool) -> None:
     assert text == "<think>1+1=2.</think>It is \\boxed{2}."
     assert check_format(text, "stop").ok
     assert list(prompts.encode_completion(text)) == token_ids
+    budget = prompts.thinking_budget(4)
+    assert [budget.forced(own, token_ids[:4]), budget.forced(own, token_ids[:3])] == [token_ids[7], None]
+    assert prompts.thinking_budget(8).forced(own, token_ids[:8]) is None
     starts = prompts.token_starts(text)
     assert [text[start] for start in starts[1:7]] == list("1+1=2.")
     assert text[starts[7] :].startswith("</think>")

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 
 from pns.algo.scores import final_verdict
+from pns.commands.evaluate import evaluation_tables
 from pns.config import DECODING_OFF, Config, Data, Decoding, ModelEndpoint
 from pns.data.problems import Identity
-from pns.data.prompts import apply_family
+from pns.data.prompts import Messages, apply_family
 from pns.errors import UserError
 from pns.files import read_json
 from pns.records import Problem, Verdict
 from pns.run.stage import ModelFiles
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
-from pns.stages.evaluate import AnswerScorer, decoding_sampling, evaluate, until_stop
+from pns.stages.evaluate import AnswerScorer, check_samplings, decoding_sampling, evaluate, until_stop
 from pns.stages.stream import Ask
+from workers.rollout.endpoint import ChatRequest, ModelAtEndpoint
 from workers.rollout.engine import Sample, Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,26 @@ def test_many_cut_off_completions_are_warned_of_and_boxed_ones_counted_apart(ben
     cut = "50.0 % of completions were cut off at 40 tokens (3 of 6 had an answer in a box)"
     assert found["warning"] == f"{cut}: raise evaluate.max_new_tokens"
     assert "warning" not in scores["easy"]["m"]
+
+
+def test_blocks_that_a_budget_closed_are_counted(bench: Any) -> None:
+    suites = suites_of(bench)
+    thinking = {suite: replace(how, thinking_budget=7) for suite, how in suites.decodings.items()}
+    suites = replace(suites, decodings={**suites.decodings, "hard": thinking["hard"]})
+    one, two = bench.solution(10, "So Ann=3. "), bench.solution(10, "So Ann=3. So Ann=3. ")
+    bench.fleet.rollout.write = lambda problem, sample, model: [one, two, two, one][sample]
+    evaluation = made(bench, suites)
+    [budget] = {s.thinking for s in bench.fleet.rollout.samplings} - {None}
+    assert (budget.tokens, bench.prompts.tokenizer.decode(budget.closing_ids)) == (7, "</think>")
+    cut = {(row.problem.suite, row.sample) for row in evaluation.completions("m") if row.thinking_cut}
+    assert cut == {("hard", 1), ("hard", 2)}
+    scores = evaluation.scores()
+    assert (scores["hard"]["m"]["thinking_cut"], scores["hard"]["m"]["thinking_budget"]) == (6, 7)
+    assert "thinking_cut" not in scores["easy"]["m"]
+    table = evaluation_tables(scores, "m")[0]
+    assert str(table.caption).endswith("closed by evaluate.thinking_budget: hard 6 of 12 (50.0 %)")
+    with pytest.raises(UserError, match=r"thinking_budget: 7, and no request to a server can ask for it"):
+        check_samplings(Messages(Data()), suites)
 
 
 def test_each_suite_is_decoded_in_its_way_and_every_model_is_asked(bench: Any) -> None:
@@ -170,9 +192,9 @@ def test_whole_rows_are_kept_while_later_verdicts_are_waited_for(bench: Any) -> 
 
 
 class ChatServer:
-    """`reply(body)` is (status, text, finish reason)."""
+    """`reply(body)` is (status, text, finish reason); for the text there may be the fields of a message."""
 
-    def __init__(self, reply: Callable[[dict[str, Any]], tuple[int, str, str]]) -> None:
+    def __init__(self, reply: Callable[[dict[str, Any]], tuple[int, str | dict[str, Any], str]]) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         server, self.reply = self, reply
@@ -183,11 +205,9 @@ class ChatServer:
                 server.bodies.append(body)
                 server.keys.add(self.headers["Authorization"])
                 status, text, reason = server.reply(body)
-                choice = {
-                    "index": 0,
-                    "finish_reason": reason,
-                    "message": {"role": "assistant", "content": text},
-                }
+                said = {"content": text} if isinstance(text, str) else text
+                message = {"role": "assistant", **said}
+                choice = {"index": 0, "finish_reason": reason, "message": message}
                 usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
                 kind = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
                 data = json.dumps(kind | {"choices": [choice], "usage": usage}).encode()
@@ -261,5 +281,38 @@ def test_a_model_at_an_endpoint_is_asked_with_messages_and_goes_on_where_it_fail
     assert (easy["max_tokens"], easy["top_k"], easy["stop"]) == (20, 5, ["Q:"])
     assert {"top_k", "stop", "min_p", "repetition_penalty"}.isdisjoint(server.bodies[0])
     assert not bench.fleet.rollout.asked
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_reasoning_that_a_server_gives_apart_is_the_block_of_the_completion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    messages: dict[str, tuple[dict[str, Any], str, str]] = {
+        "before": (
+            {"content": "\\boxed{2}", "reasoning_content": "1+1"},
+            "stop",
+            "<think>1+1</think>\\boxed{2}",
+        ),
+        "now": ({"content": "\\boxed{2}", "reasoning": "1+1"}, "stop", "<think>1+1</think>\\boxed{2}"),
+        "cut": ({"content": None, "reasoning": "\\boxed{3}?"}, "length", "<think>\\boxed{3}?"),
+        "none": ({"content": "\\boxed{2}", "reasoning": None}, "stop", "\\boxed{2}"),
+        "whole": ({"content": "<think>1</think>2", "reasoning": ""}, "stop", "<think>1</think>2"),
+    }
+    leave_at_once = []
+
+    def reply(body: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
+        asking = [thread for thread in threading.enumerate() if thread.name == "endpoint"]
+        leave_at_once.append(bool(asking) and all(thread.daemon for thread in asking))
+        message, reason, _ = messages[body["messages"][0]["content"]]
+        return 200, message, reason
+
+    server = ChatServer(reply)
+    model = ModelAtEndpoint("m", ModelEndpoint(server.url, concurrency=2))
+    asked = [ChatRequest(name, [{"role": "user", "content": name}], 0, Sampling(0.0)) for name in messages]
+    texts = {own.id: (own.text, own.finish_reason) for replies in model.stream(asked) for own in replies}
+    assert texts == {name: (text, reason) for name, (_, reason, text) in messages.items()}
+    assert leave_at_once == [True] * 5  # no thread keeps a stopped process until its request ends
     server.http.shutdown()
     server.http.server_close()

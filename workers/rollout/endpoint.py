@@ -5,11 +5,13 @@ completions can be judged, not trained on.
 """
 
 import itertools
+import queue
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+from pns.algo.formatting import THINK_TAGS
 from pns.config import ModelEndpoint
 from pns.errors import UserError
 from workers.http_client import cause_of, make_client
@@ -30,7 +32,8 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """`finish_reason` is the server's ("stop", "length", ...), or why there is no text: a cause of
+    """`text` has the reasoning that a server gives apart between <think> and </think> before its content.
+    `finish_reason` is the server's ("stop", "length", ...), or why there is no text: a cause of
     `workers.http_client.cause_of`. `num_tokens` of the completion, 0 where the server does not say."""
 
     id: str
@@ -57,28 +60,33 @@ class ModelAtEndpoint:
         left = iter(requests)
         at_once = self._endpoint.concurrency
         failures = 0
-        threads = ThreadPoolExecutor(at_once, "endpoint")
+        asked: queue.SimpleQueue[ChatRequest | None] = queue.SimpleQueue()
+        answered: queue.SimpleQueue[tuple[Reply, str]] = queue.SimpleQueue()
+        for request in itertools.islice(left, at_once):
+            asked.put(request)
+            # Daemons: a stop of the process leaves at once, whatever the server has still to say.
+            threading.Thread(target=self._work, args=(asked, answered), name="endpoint", daemon=True).start()
         try:
-            running = {threads.submit(self._ask, request) for request in itertools.islice(left, at_once)}
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {
-                    threads.submit(self._ask, request) for request in itertools.islice(left, len(done))
-                }
-                replies = []
-                for reply, message in map(Future.result, done):
-                    failures = failures + 1 if message else 0
-                    if reply.finish_reason == "refused" or failures >= _MAX_FAILURES * at_once:
-                        raise UserError(
-                            f"{self._endpoint.url} does not answer for {self._name} ({message}): look at the "
-                            "server, the model's name there, its key and its limits, then start again: it "
-                            "goes on from here"
-                        )
-                    replies.append(reply)
-                yield replies
+            for _ in requests:
+                reply, message = answered.get()  # a request ends by its own deadline
+                failures = failures + 1 if message else 0
+                if reply.finish_reason == "refused" or failures >= _MAX_FAILURES * at_once:
+                    raise UserError(
+                        f"{self._endpoint.url} does not answer for {self._name} ({message}): look at the "
+                        "server, the model's name there, its key and its limits, then start again: it "
+                        "goes on from here"
+                    )
+                for request in itertools.islice(left, 1):
+                    asked.put(request)
+                yield [reply]
         finally:
-            self._client.close()  # ends what is under way
-            threads.shutdown(wait=False, cancel_futures=True)
+            for _ in range(at_once):
+                asked.put(None)  # a thread ends once its request has
+            self._client.close()
+
+    def _work(self, asked: queue.SimpleQueue, answered: queue.SimpleQueue) -> None:
+        while request := asked.get():
+            answered.put(self._ask(request))
 
     def _ask(self, request: ChatRequest) -> tuple[Reply, str]:
         """The reply; and where the request failed, with what."""
@@ -109,7 +117,18 @@ class ModelAtEndpoint:
             [choice] = completion.choices
             usage = completion.usage
             num_tokens = usage.completion_tokens if usage else 0
-            return Reply(request.id, choice.message.content or "", num_tokens, choice.finish_reason), ""
+            return Reply(request.id, _text(choice.message), num_tokens, choice.finish_reason), ""
         except Exception as error:  # also whatever a reply that is no completion makes of the library
             lines = str(error).strip().splitlines() or [""]
             return Reply(request.id, "", 0, cause_of(error)), f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _text(message: Any) -> str:
+    """Of a chat message. Its reasoning is not of the protocol: vLLM says `reasoning`, and said
+    `reasoning_content` as other servers do. Without content the block counts as open."""
+    own = message.model_extra or {}
+    reasoning, content = own.get("reasoning_content") or own.get("reasoning"), message.content or ""
+    if not reasoning:
+        return content
+    opening, closing = THINK_TAGS
+    return opening + str(reasoning) + (closing + content if content else "")

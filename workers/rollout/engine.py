@@ -8,6 +8,7 @@ engines, devices and batches agree on it up to the rounding of the logits.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from pns.data.prompts import find_tokenizer
+from pns.data.thinking import ThinkingBudget
 from pns.errors import UserError
 
 
@@ -27,7 +29,7 @@ class Sampling:
     Before the temperature `repetition_penalty` (arXiv 1909.05858, 1: none) divides positive logits, and
     multiplies others, of tokens in prompt or completion; `frequency_penalty` is taken off for each time that
     a token is in the completion, `presence_penalty` once. A completion ends with the token that makes its
-    text hold one of `stop`.
+    text hold one of `stop`. Where `thinking` says so, a token is what it forces, whatever the rest says.
     """
 
     temperature: float
@@ -39,6 +41,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    thinking: ThinkingBudget | None = None
 
     @property
     def penalties(self) -> "Penalties":
@@ -137,12 +140,23 @@ def stop_watch(model_path: Path, sampling: Sampling, trust_remote_code: bool) ->
     """None where nothing is to be watched. Raises UserError for a checkpoint without a tokenizer."""
     if not sampling.stop:
         return None
-    tokenizer = find_tokenizer(str(model_path), trust_remote_code)
+    return StopWatch(tokenizer_of(str(model_path), trust_remote_code), sampling.stop)
+
+
+@cache
+def tokenizer_of(model_path: str, trust_remote_code: bool) -> Any:
+    """Raises UserError for a checkpoint without a tokenizer."""
+    tokenizer = find_tokenizer(model_path, trust_remote_code)
     if tokenizer is None:
-        raise UserError(
-            f"{model_path} has no tokenizer, which data.stop and evaluate.stop need: save it there"
-        )
-    return StopWatch(tokenizer, sampling.stop)
+        keys = "data.stop, evaluate.stop and evaluate.thinking_budget"
+        raise UserError(f"{model_path} has no tokenizer, which {keys} need: save it there")
+    return tokenizer
+
+
+def force(scores_V: torch.Tensor, token: int) -> None:
+    """Leave of the scores of one row, in place, `token` alone."""
+    scores_V.fill_(float("-inf"))
+    scores_V[token] = 0.0
 
 
 def penalise(

@@ -18,9 +18,11 @@ from workers.rollout.engine import (
     Sampling,
     StopWatch,
     check_names,
+    force,
     penalise,
     perturb,
     stop_watch,
+    tokenizer_of,
 )
 from workers.runtime import Runtime
 
@@ -70,6 +72,8 @@ class TransformersEngine:
                 room = f"leaves no room in {self.max_tokens}"
                 raise UserError(f"request {request.id}: a prompt of {length} tokens {room}")
         watch = stop_watch(self.directory, sampling, self.trust_remote_code)
+        if sampling.thinking:
+            tokenizer_of(str(self.directory), self.trust_remote_code)  # where it has none, first of all
         ordered = sorted(requests, key=lambda request: len(request.prompt_ids))  # little padding in a batch
         for start in range(0, len(ordered), self.max_batch):
             yield from self._generate_batch(ordered[start : start + self.max_batch], sampling, watch)
@@ -143,9 +147,19 @@ class TransformersEngine:
                 [penalise(own, row.prompt_ids, output, sampling.penalties) for own, row, output in penalised]
             )
         if sampling.temperature == 0:
-            return logits
-        seeds, how = [row.seed for row in rows], (sampling.temperature, sampling.top_p)
-        return perturb(logits, seeds, [step] * len(rows), *how, sampling.top_k, sampling.min_p)
+            scores = logits
+        else:
+            seeds, how = [row.seed for row in rows], (sampling.temperature, sampling.top_p)
+            scores = perturb(logits, seeds, [step] * len(rows), *how, sampling.top_k, sampling.min_p)
+        if sampling.thinking and sampling.thinking.forces_at(step):
+            scores = scores.clone()  # the logits themselves are to be kept
+            tokenizer = tokenizer_of(str(self.directory), self.trust_remote_code)
+            for scores_V, row in zip(scores, rows, strict=True):
+                output = [token for token, _ in drawn.get(row.id, [])]
+                token = sampling.thinking.forced(tokenizer, output)
+                if token is not None:
+                    force(scores_V, token)
+        return scores
 
     def _new_cache(self, capacity: int) -> Cache:
         config = self.model.config

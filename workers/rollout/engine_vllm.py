@@ -5,6 +5,7 @@ Departures from vLLM's defaults, each for a reason:
   a prompt is prefilled in parts, and give other samples than the other engine. Penalties come before the
   noise, so they are not vLLM's own, which come after it.
 - Stop texts are watched here, with the other engine's `StopWatch`: vLLM reads no tokenizer.
+- A reasoning block's budget is a matter of the same scores.
 - `generation_config="vllm"`: a checkpoint's top-k or repetition penalty must not enter a sample silently.
 - On CPU, float32 and no compilation; on GPU, bfloat16 and CUDA graphs.
 
@@ -15,7 +16,7 @@ environment of `workers.rollout.pool` set before.
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.worker_base import WorkerBase
 
+from pns.data.thinking import ThinkingBudget
 from pns.errors import UserError
 from workers.checkpoints import end_token_ids, local_directory, weight_files
 from workers.rollout.engine import (
@@ -41,13 +43,16 @@ from workers.rollout.engine import (
     Sample,
     Sampling,
     check_names,
+    force,
     penalise,
     perturb,
     stop_watch,
+    tokenizer_of,
 )
 from workers.runtime import Runtime
 
-# Key of SamplingParams.extra_args: (seed, temperature, top_p, top_k, min_p, penalties).
+# Key of SamplingParams.extra_args: (seed, temperature, top_p, top_k, min_p, penalties, thinking), the last
+# None or (directory of the tokenizer, values of the budget).
 _NOISE = "pns_noise"
 # Greedy even where a sample is asked for: `SeededNoise` has made the scores one.
 _GREEDY: dict[str, Any] = {"temperature": 0.0, "detokenize": False}
@@ -150,10 +155,15 @@ class VllmEngine:
             self.engine.wake_up()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
-        watch = stop_watch(self.directory, sampling, bool(self.arguments["trust_remote_code"]))
+        trusted = bool(self.arguments["trust_remote_code"])
+        watch, thinking = stop_watch(self.directory, sampling, trusted), sampling.thinking
+        if thinking:
+            tokenizer_of(str(self.directory), trusted)  # where it has none, first of all
         params = {}
-        how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.penalties)
-        changed = sampling.temperature > 0 or sampling.penalties != NO_PENALTIES
+        budget = (str(self.directory), astuple(thinking)) if thinking else None
+        drawn_how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        how = (*drawn_how, sampling.penalties, budget)
+        changed = sampling.temperature > 0 or sampling.penalties != NO_PENALTIES or thinking is not None
         # Token by token where there is something to watch for.
         kind = RequestOutputKind.DELTA if watch else RequestOutputKind.FINAL_ONLY
         for request in requests:
@@ -241,6 +251,7 @@ class SeededNoise(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: dict[int, _Row] = {}
+        self.trust_remote_code = bool(vllm_config.model_config.trust_remote_code)
 
     def is_argmax_invariant(self) -> bool:
         return False  # True would leave it out of greedy requests
@@ -260,27 +271,37 @@ class SeededNoise(LogitsProcessor):
             steps = [len(self.rows[number].output_ids) for number in numbers]
             index = torch.tensor(numbers, device=logits.device)
             logits[index] = perturb(logits[index], seeds, steps, *how)
+        for number, row in self.rows.items():
+            if row.thinking is None:
+                continue
+            directory, budget = row.thinking
+            token = budget.forced(tokenizer_of(directory, self.trust_remote_code), row.output_ids)
+            if token is not None:
+                force(logits[number], token)
         return logits
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of vLLM's batch; `how`: temperature, top_p, top_k, min_p. `output_ids` grows."""
+    """A row of vLLM's batch; `how`: temperature, top_p, top_k, min_p. `output_ids` grows. `thinking`: the
+    tokenizer's directory, and the budget."""
 
     seed: int
     how: tuple[float, float, int, float]
     penalties: Penalties
     prompt_ids: list[int]
     output_ids: list[int]
+    thinking: tuple[str, ThinkingBudget] | None
 
 
 def _noise_of(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Row | None:
     noise = (params.extra_args or {}).get(_NOISE)
     if noise is None:
         return None
-    seed, temperature, top_p, top_k, min_p, penalties = noise
+    seed, temperature, top_p, top_k, min_p, penalties, budget = noise
     own: Any = tuple(penalties)
-    return _Row(seed, (temperature, top_p, top_k, min_p), own, prompt_ids or [], output_ids)
+    thinking = (budget[0], ThinkingBudget(*budget[1])) if budget else None
+    return _Row(seed, (temperature, top_p, top_k, min_p), own, prompt_ids or [], output_ids, thinking)
 
 
 def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 import pns.config as config
+from pns.data.thinking import ThinkingBudget
 from pns.errors import UserError
 from workers.rollout.engine import StopWatch, check_names, penalise, perturb
 from workers.rollout.pool import Request, RolloutPool, Sample, Sampling
@@ -183,6 +185,8 @@ def test_an_incomplete_update_is_refused(pool: RolloutPool, models: dict[str, Pa
         pool.update_weights([ray.put(tensors)], 1)
 
 
+# The prompt opens a block, which "=>" (two tokens here) closes.
+THINKING = ThinkingBudget(6, "<", "=>", True, (13, 14))
 SETTINGS = (
     Sampling(0.0),
     Sampling(1.0),
@@ -191,6 +195,8 @@ SETTINGS = (
     Sampling(1.2, min_p=0.1),
     Sampling(0.0, repetition_penalty=1.3),
     Sampling(0.8, top_k=20, min_p=0.02, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.1),
+    Sampling(0.0, thinking=THINKING),
+    Sampling(0.9, top_p=0.95, frequency_penalty=0.3, thinking=THINKING),
 )
 
 
@@ -260,6 +266,38 @@ def test_a_stop_text_ends_a_completion_and_no_token_is_spent_after_it(
     pool.load(str(models["qwen2-untied-0"]))
     with pytest.raises(UserError, match="has no tokenizer, which"):
         collect(pool, requests, Sampling(1.0, stop=stops))
+
+
+def test_a_reasoning_block_is_closed_after_its_budget(pool: RolloutPool, models: dict[str, Path]) -> None:
+    pool.load(str(models["qwen2-tied-0"]))
+    requests, first, ids = make_requests(40), THINKING.tokens, THINKING.closing_ids
+    free = collect(pool, requests, Sampling(1.0, max_new_tokens=24))
+    cut = collect(pool, requests, Sampling(1.0, max_new_tokens=24, thinking=THINKING))
+    went_on = 0
+    for name, sample in cut.items():
+        token_ids = free[name].token_ids
+        if len(token_ids) <= first:  # it ended in time
+            assert sample == free[name]
+            continue
+        assert sample.token_ids[: first + 2] == (*token_ids[:first], *ids)  # the same until there
+        assert THINKING.cuts(letters(), sample.token_ids)
+        went_on += len(sample.token_ids) > first + 2
+    assert went_on > 20
+    # Of the model, forced or not.
+    model, sample = build_model("qwen2", True, 0), cut["r3"]
+    expected = forward_log_probs(model, requests[3].prompt_ids, sample.token_ids)
+    np.testing.assert_allclose(sample.log_probs, expected, atol=1e-4)
+    # A block that the model has to open, and one that it has closed, are left alone.
+    opened = replace(THINKING, opening=chr(48 + free["r3"].token_ids[2]), opened=False)
+    closed = replace(THINKING, closing=chr(48 + free["r3"].token_ids[3]))
+    for budget, is_cut in ((opened, True), (closed, False)):
+        asked = Sampling(1.0, max_new_tokens=24, thinking=budget)
+        token_ids = collect(pool, requests[3:4], asked)["r3"].token_ids
+        assert (token_ids[first : first + 2] == ids) is is_cut
+        assert (token_ids == free["r3"].token_ids) is not is_cut
+    pool.load(str(models["qwen2-untied-0"]))
+    with pytest.raises(UserError, match="has no tokenizer, which"):
+        collect(pool, requests, Sampling(1.0, thinking=THINKING))
 
 
 def test_a_stop_is_seen_in_the_token_that_completes_it() -> None:
