@@ -16,7 +16,8 @@ from pns.recipe import load
 from tests.test_end_to_end import SMALL
 
 ROOT = Path(__file__).parents[1]
-ARMS = ("rs", "rs_hard", "corrupted", "pns", "rft", "given", "own")
+RECIPE = ROOT / "recipes/tiny-qwen2.yaml"
+ARMS = ("rs", "hard", "pns", "rft", "given", "own")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def run(without_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of one run with every kind of arm."""
     root = tmp_path_factory.mktemp("study")
     given = root / "given.jsonl"
-    config = load(ROOT / "recipes/study-tiny.yaml", SMALL)
+    config = load(RECIPE, SMALL)
     problems = driver.load_problem_sets(config).preference
     rows = [
         {"problem": p.prompt, "completion": f"<think>So. </think>\\boxed{{{p.answer}1}}"} for p in problems
@@ -34,11 +35,15 @@ def run(without_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *SMALL,
         f"runs={root / 'runs'}",
         "rollout.engine=transformers",
-        "pair.perplexity_samples=8",
+        "method=study",
+        "study.arms.rs=[negatives=rs]",
+        "study.arms.hard=[negatives=rs_hard]",
+        "study.arms.pns=[]",
+        "study.arms.rft=[negatives=rs,preference.loss=sft]",
         f"study.arms.given=[negatives=file,sources.file={given}]",
         "study.arms.own=[negatives=rs,study.pairs=own,preference.loss=simpo]",
     ]
-    return driver.run(load(ROOT / "recipes/study-tiny.yaml", words))
+    return driver.run(load(RECIPE, words))
 
 
 def pairs(run: Path, arm: str) -> list[dict[str, Any]]:
@@ -51,8 +56,8 @@ def test_arms_have_problems_and_right_sides_in_common(run: Path) -> None:
     for arm in ARMS[:-1]:
         assert [(row["problem_id"], row["chosen"]) for row in pairs(run, arm)] == first, arm
     assert {row["problem_id"] for row in pairs(run, "own")} > {identity for identity, _ in first}
-    rejected = {arm: [row["rejected"] for row in pairs(run, arm)] for arm in ARMS}
-    assert rejected["pns"] != rejected["rs"] != rejected["corrupted"] != rejected["given"]
+    assert all(row["rejected"].endswith("1}") for row in pairs(run, "given"))
+    assert {row["source"] for row in pairs(run, "hard")} == {"rs_hard"}
 
 
 def test_what_arms_have_in_common_is_made_once(run: Path) -> None:
@@ -62,7 +67,7 @@ def test_what_arms_have_in_common_is_made_once(run: Path) -> None:
     assert place("synthesize_rs") == place("synthesize_rft") == place("synthesize_own")
     assert place("pair_rs") == place("pair_rft")
     assert place("preference_rs") != place("preference_rft")
-    assert place("sample_wrong_rs_hard") == place("synthesize_rs")
+    assert place("sample_wrong_hard") == place("synthesize_rs")
 
 
 def test_every_arm_is_scored_beside_the_target(run: Path) -> None:
