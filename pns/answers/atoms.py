@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from pns.answers.exact import approximate
+from pns.answers.exact import Budget, approximate, same_value
 from pns.answers.spelling import GREEK
 from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
 from pns.answers.tree import (
@@ -20,15 +20,13 @@ from pns.answers.tree import (
     Group,
     Negative,
     Number,
+    Operation,
     Product,
-    Quotient,
     Relation,
-    Sum,
     Symbol,
     Tree,
     Union,
     letter,
-    product_of,
     walk,
 )
 from pns.answers.units import CURRENCIES, UNIT_LETTERS, unit_size
@@ -338,24 +336,17 @@ def _words_of_group(cursor: Cursor) -> str:
 
 def in_degrees(tree: Tree) -> Tree | None:
     """The number of degrees that an expression is as a whole; None where only a part of it is in degrees."""
+    number = _without_degrees(tree)
+    return number if same_value(tree, number * DEGREE, Budget()) else None
+
+
+def _without_degrees(tree: Tree) -> Tree:
     match tree:
-        case Product((base, part)) if part == DEGREE:
-            return base
-        case Negative((part,)):
-            degrees = in_degrees(part)
-            return None if degrees is None else -degrees
-        case Quotient((numerator, denominator)) if not has_degrees(denominator):
-            degrees = in_degrees(numerator)
-            return None if degrees is None else degrees / denominator
-        case Product(parts):
-            values = [in_degrees(part) if has_degrees(part) else part for part in parts]
-            known = [value for value in values if value is not None]
-            is_linear = len(known) == len(parts) and sum(map(has_degrees, parts)) == 1
-            return product_of(known) if is_linear else None
-        case Sum(parts):
-            known = [value for part in parts if (value := in_degrees(part)) is not None]
-            return Sum(tuple(known)) if len(known) == len(parts) else None
-    return None
+        case Product((number, unit)) if unit == DEGREE:
+            return number
+        case Operation(parts):
+            return replace(tree, parts=tuple(map(_without_degrees, parts)))
+    return tree
 
 
 def has_degrees(tree: Tree) -> bool:

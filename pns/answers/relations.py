@@ -12,6 +12,8 @@ from pns.answers.polynomials import degree
 from pns.answers.tree import (
     INFINITY,
     MINUS_INFINITY,
+    ONE,
+    ZERO,
     Answer,
     Call,
     Constant,
@@ -34,8 +36,6 @@ from pns.answers.tree import (
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _NO_TREE = Symbol("")
 _LOWEST, _HIGHEST = Expression(MINUS_INFINITY), Expression(INFINITY)
-_LINE = (Fraction(0), Fraction(1), Fraction(2), Fraction(1009, 3))
-
 _LEIBNIZ = re.compile(r"d(?:\^(?P<order>\d))?(?P<of>[A-Za-z])/d(?P<by>[A-Za-z])(?:\^(?P=order))?")
 
 End = tuple[Answer, bool]  # of an interval, and whether it belongs to it
@@ -135,16 +135,11 @@ def difference_of_sides(relation: Relation) -> Tree | None:
 
 
 def linear_root(tree: Tree, name: str) -> tuple[Fraction, Fraction] | None:
-    """Zero and slope of an expression in its one symbol, if it is a polynomial that is linear, as more points
-    show than it has a degree, and not constant."""
-    at_0, at_1, *others = [rational(substitute(tree, {name: Number(x)})) for x in _LINE]
-    if at_0 is None or at_1 is None or at_0 == at_1:
+    """Zero and slope of an expression in its one symbol, if it is written as a linear one, not a constant."""
+    at_0, at_1 = (rational(substitute(tree, {name: value})) for value in (ZERO, ONE))
+    if degree(tree) != 1 or at_0 is None or at_1 is None or at_0 == at_1:
         return None
-    slope = at_1 - at_0
-    highest = degree(tree)
-    if highest is None or highest >= len(_LINE) or others != [at_0 + slope * x for x in _LINE[2:]]:
-        return None
-    return -at_0 / slope, slope
+    return at_0 / (at_0 - at_1), at_1 - at_0
 
 
 def subject(relation: Relation) -> Tree | None:
