@@ -18,7 +18,6 @@ from pns.answers.tree import (
     Based,
     Expression,
     Group,
-    Negative,
     Number,
     Operation,
     Product,
@@ -391,9 +390,7 @@ def both_hold(answer: Group) -> Answer:
 def without_points(parts: list[Answer], points: Answer) -> Answer:
     r"""`\mathbb{R} \setminus \{0, 1\}` as a union of intervals; Unreadable for other differences of sets."""
     items = points.items if isinstance(points, Group) and points.brackets == "{}" else ()
-    numbers = [
-        item for item in items if isinstance(item, Expression) and isinstance(item.tree, Number | Negative)
-    ]
+    numbers = [item for item in items if isinstance(item, Expression) and isinstance(item.tree, Number)]
     if parts != [REALS] or not numbers or len(numbers) != len(items):
         raise Unreadable
     low, high = REALS.items

@@ -33,6 +33,7 @@ from pns.answers.tree import (
     EMPTY_SET,
     INFINITY,
     LOG_BASE,
+    ONE,
     REALS,
     Answer,
     Call,
@@ -40,14 +41,12 @@ from pns.answers.tree import (
     Expression,
     Group,
     Matrix,
-    Negative,
     Number,
     Power,
     Product,
     Quotient,
     Ratio,
     Relation,
-    Root,
     Series,
     Sum,
     Symbol,
@@ -74,7 +73,7 @@ _TWO_SIGNS = {r"\pm": (False, True), r"\mp": (True, False)}  # whether the upper
 _SIGNS = {"+": (False, False), "-": (True, True), **_TWO_SIGNS}
 # Of each logarithm by its name, what the natural one is divided by.
 _LOGARITHMS = {"ln": None, "lg": Call((whole(10),), "ln"), "log": Symbol(LOG_BASE)}
-_PLAIN = (Number, Negative, Product, Power, Quotient)  # what a number before a unit of letters is made of
+_PLAIN = (Number, Product, Power, Quotient)  # what a number before a unit of letters is made of
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 
@@ -226,7 +225,7 @@ class Parser(Cursor):
         if token.kind == "letter" or token.value == r"\frac":
             if not are_numbers or not (unit := at_unit(self)):
                 return False
-            allowed = (Number, Negative) if unit.is_one_letter else _PLAIN
+            allowed = (Number,) if unit.is_one_letter else _PLAIN
             is_one = len(factors) == 1 or not unit.is_one_letter
             return is_one and all(isinstance(part, allowed) for factor in factors for part in walk(factor))
         if token.kind == "text":
@@ -421,9 +420,10 @@ def _root(parser: Parser, name: str) -> Tree:
     degree: Tree = whole(3 if name == r"\cbrt" else 2)
     if parser.accept("["):
         [degree] = parser.until("]")
-    if parser.peek().kind == "number":  # \sqrt12 is \sqrt{12}, though not in TeX
-        return Root((Number(number_value(parser.take().value)), degree))
-    return Root((parser.argument(), degree))
+    # \sqrt12 is \sqrt{12}, though not in TeX
+    is_number = parser.peek().kind == "number"
+    radicand = Number(number_value(parser.take().value)) if is_number else parser.argument()
+    return radicand ** (ONE / degree)
 
 
 def _binomial(parser: Parser, _name: str) -> Tree:

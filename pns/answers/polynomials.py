@@ -1,12 +1,10 @@
 """Polynomials and rational functions, by the form of their trees."""
 
 import re
-from fractions import Fraction
 
 from pns.answers.tree import (
     Call,
     Constant,
-    Negative,
     Number,
     Operation,
     Power,
@@ -16,6 +14,7 @@ from pns.answers.tree import (
     Symbol,
     Tree,
     walk,
+    whole,
 )
 
 _NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?")  # of a variable; f(x), y' and dy/dx are none
@@ -44,9 +43,9 @@ def _is_rational(tree: Tree) -> bool:
     match tree:
         case Symbol():
             return True
-        case Sum(parts) | Product(parts) | Negative(parts) | Quotient(parts):
+        case Sum(parts) | Product(parts) | Quotient(parts):
             return all(map(_is_rational, parts))
-        case Power((base, Number(exponent))) | Power((base, Negative((Number(exponent),)))):
+        case Power((base, Number(exponent))):
             return exponent.denominator == 1 and _is_rational(base)
     return False
 
@@ -65,7 +64,7 @@ def degree(tree: Tree, with_steps: bool = False) -> int | None:
     match tree:
         case Symbol():
             return 1
-        case Sum() | Negative():
+        case Sum():
             return max(known)
         case Product():
             return sum(known)
@@ -75,6 +74,6 @@ def degree(tree: Tree, with_steps: bool = False) -> int | None:
             return known[0] * int(exponent)
         case Call(_, "floor" | "ceil") if with_steps and known == [1]:
             return 1
-        case Power((Negative((Number(Fraction(numerator=1, denominator=1)),)), _)) if with_steps:
+        case Power((base, _)) if with_steps and base == whole(-1):
             return 0 if known[1] == 1 else None
     return None

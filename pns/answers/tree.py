@@ -28,7 +28,7 @@ class Tree:
         return Power((self, other))
 
     def __neg__(self) -> Tree:
-        return Negative((self,))
+        return Number(-self.value) if isinstance(self, Number) else Product((whole(-1), self))
 
     @cached_property
     def symbols(self) -> frozenset[str]:
@@ -72,16 +72,10 @@ class Sum(Operation): ...
 class Product(Operation): ...
 
 
-class Negative(Operation): ...  # of its one part
-
-
 class Quotient(Operation): ...  # numerator, denominator
 
 
-class Power(Operation): ...  # base, exponent
-
-
-class Root(Operation): ...  # radicand, degree
+class Power(Operation): ...  # base, exponent; roots have one that is a quotient
 
 
 @dataclass(frozen=True)
