@@ -13,6 +13,7 @@ grow without limit: `9^{9^{9^9}}` ends at once.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import random
@@ -141,10 +142,8 @@ def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool |
     generator = random.Random(",".join(names))  # the same points for the same names
     numbers = [generator.sample(range(2, 12 + 2 * len(names)), len(names)) for _ in range(3)]
     whole_points = [dict(zip(names, map(Fraction, values), strict=True)) for values in numbers]
-    # Also far ones: \sqrt{x^2 - 40x + 400} is 20 - x up to 20 only.
-    positive_points = [
-        {name: Fraction(generator.uniform(0.2, most)) for name in names} for most in (10, 10, 900)
-    ]
+    sizes = 10, 10, 900  # \sqrt{x^2 - 40x + 400} is 20 - x up to 20 only
+    positive_points = [{name: Fraction(generator.uniform(0.2, size)) for name in names} for size in sizes]
     negative_points = [{name: -value for name, value in point.items()} for point in positive_points[:2]]
     if False in [_same_exactly(point, a, b, budget) for point in whole_points]:
         return False
@@ -161,15 +160,11 @@ def _is_same_of_whole_number(a: Tree, b: Tree, budget: Budget) -> bool:
     names = a.symbols | b.symbols
     parts = [*walk(a), *walk(b)]
     has_steps = any(isinstance(part, Call) and part.name in ("floor", "ceil") for part in parts)
-    if not has_steps or len(names) != 1 or names.isdisjoint(WHOLE_NUMBERS):
-        return False
-    denominators = [part.parts[1] for part in parts if isinstance(part, Quotient)]
-    values = [part.value for part in denominators if isinstance(part, Number)]
-    values += [1 / part.value for part in parts if isinstance(part, Number) and part.value.denominator > 1]
-    period = math.lcm(*[value.numerator for value in map(Fraction, values)])
     degrees = [degree(tree, with_steps=True) for tree in (a, b)]
-    if len(values) < len(denominators) or None in degrees:
+    if not has_steps or len(names) != 1 or names.isdisjoint(WHOLE_NUMBERS) or None in degrees:
         return False
+    written = [part.value.as_integer_ratio() for part in parts if isinstance(part, Number)]
+    period = math.lcm(*filter(None, itertools.chain.from_iterable(written)))  # or a multiple of it
     if 2 * period * (1 + max(degree or 0 for degree in degrees)) > _WHOLE_POINTS:
         return False
     (name,) = names

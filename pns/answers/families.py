@@ -4,7 +4,7 @@ angles such as `\frac{\pi}{4} + k\pi`."""
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -41,7 +41,7 @@ _MAX_CONSTANTS = 3
 _OPERATIONS = 80_000  # of one comparison
 _MAX_BRANCHES = 60  # of a family in the common period
 _POINT = whole(7) / whole(3)
-_ACCURACY = Fraction(1, 10**40)  # of values known to 50 digits
+_PLACES = 10**40  # that a period is divided into; values are known to 50 digits
 
 
 def is_same_up_to_constants(a: Tree, b: Tree) -> bool:
@@ -129,15 +129,33 @@ def is_same_family(a: Answer, b: Answer) -> bool:
     period = _common_period([step for _, step in [*x, *y]])
     if period is None:
         return False
-    is_multiple_alone = len(x) == len(y) == 1 and all(_is_multiple(*branch) for branch in (*x, *y))
+    is_multiple_alone = len(x) == len(y) == 1 and all(_place(*branch) == 0 for branch in (*x, *y))
     if is_multiple_alone and _symbols(a) == _symbols(b):  # n\pi and (n - 2)\pi, of a polygon
         return False
-    residues = [_residues(family, period) for family in (x, y)]
-    return all(
-        any(_is_multiple(value - other, period) for other in theirs)
-        for own, theirs in (residues, residues[::-1])
-        for value in own
-    ) and all(residues)
+    own, theirs = (
+        {
+            _place(base + index * step, period)
+            for base, step in family
+            for index in range(round(period / step))
+        }
+        for family in (x, y)
+    )
+    return own == theirs
+
+
+def _place(value: Fraction, period: Fraction) -> int:
+    """Where a value lies within the period, in units too small for the error of 50 digits to show."""
+    return round(value / period * _PLACES) % _PLACES
+
+
+def _common_period(periods: list[Fraction]) -> Fraction | None:
+    """A common multiple of the periods; None where they have none that is small."""
+    ratios = [(period / periods[0]).limit_denominator(_MAX_BRANCHES) for period in periods]
+    common = periods[0] * math.lcm(*[ratio.numerator for ratio in ratios])
+    is_multiple = all(
+        ratio and _place(common, period) == 0 for ratio, period in zip(ratios, periods, strict=True)
+    )
+    return common if is_multiple and common <= _MAX_BRANCHES * min(periods) else None
 
 
 def _family(answer: Answer) -> list[tuple[Fraction, Fraction]] | None:
@@ -148,12 +166,11 @@ def _family(answer: Answer) -> list[tuple[Fraction, Fraction]] | None:
             return None
         (name,) = item.tree.symbols
         has_pi = item.degrees or Constant("pi") in walk(item.tree)  # 2n and 2k may stand for one number each
-        if not has_pi or name not in _PARAMETERS:
-            return None
         tree = item.tree * DEGREE if item.degrees else item.tree
-        values = [approximate(substitute(tree, {name: whole(at)})) for at in (0, 1)]
-        base, first = values
-        if base is None or first is None or base == first or degree(tree) != 1:
+        base, first = (approximate(substitute(tree, {name: value})) for value in (ZERO, ONE))
+        if not has_pi or name not in _PARAMETERS or degree(tree) != 1:
+            return None
+        if base is None or first is None or base == first:
             return None
         branches.append((base, abs(first - base)))
     return branches
@@ -177,29 +194,3 @@ def _names(answer: Answer) -> set[str]:
 
 def _symbols(answer: Answer) -> frozenset[str]:
     return frozenset().union(*[tree_of(item).symbols for item in _items(answer)])
-
-
-def _common_period(periods: list[Fraction]) -> Fraction | None:
-    """The least common multiple of the periods; None where they have none that is small."""
-    unit, multiple = periods[0], 1
-    for period in periods[1:]:
-        ratio = (period / unit).limit_denominator(_MAX_BRANCHES)
-        if not ratio or abs(period / unit - ratio) > _ACCURACY:
-            return None
-        multiple = math.lcm(multiple, ratio.numerator)
-    return unit * multiple if multiple <= _MAX_BRANCHES else None
-
-
-def _residues(family: list[tuple[Fraction, Fraction]], period: Fraction) -> list[Fraction]:
-    """One value of each of its branches within the period."""
-    return list(itertools.chain.from_iterable(_branch(base, step, period) for base, step in family))
-
-
-def _branch(base: Fraction, step: Fraction, period: Fraction) -> Iterator[Fraction]:
-    for index in range(min(_MAX_BRANCHES, round(period / step))):
-        yield base + index * step
-
-
-def _is_multiple(value: Fraction, period: Fraction) -> bool:
-    quotient = value / period
-    return abs(quotient - round(quotient)) < _ACCURACY
