@@ -25,7 +25,6 @@ from typing import Any
 
 import mpmath
 
-from pns.answers.polynomials import WHOLE_NUMBERS, degree
 from pns.answers.tree import (
     INFINITY,
     LOG_BASE,
@@ -42,6 +41,7 @@ from pns.answers.tree import (
     Sum,
     Symbol,
     Tree,
+    degree,
     substitute,
     walk,
     whole,
@@ -60,6 +60,7 @@ _DIGITS = 50
 _HUGE_BITS = 120  # of 50 digits' 166: values beyond are not called equal, as too little is left of a fraction
 # By three of 61 bits: two different numbers agree modulo all of them as good as never.
 _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
+WHOLE_NUMBERS = frozenset("nkmljN")  # names that often stand for them; beside pi, of a family of solutions
 _WHOLE_POINTS = 121  # from 0, at which functions of a whole number are compared
 _INFINITE = (INFINITY, MINUS_INFINITY)
 _ROUNDINGS: dict[str, Callable[..., Any]] = {"abs": abs, "floor": math.floor, "ceil": math.ceil}

@@ -5,12 +5,10 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
 from pns.answers.exact import Budget, approximate, same_value
-from pns.answers.polynomials import degree
 from pns.answers.relations import named_value, tree_of
 from pns.answers.tree import (
     DEGREE,
@@ -24,12 +22,14 @@ from pns.answers.tree import (
     Sum,
     Symbol,
     Tree,
+    degree,
     substitute,
     walk,
     whole,
 )
 
 Same = Callable[[Tree, Tree], bool]
+_Linear = tuple[Tree, list[Tree]]  # in constants: what is without one, and the factor of each
 
 _CONSTANT = re.compile(r"[A-DKck](?:_\w+)?")
 # Under one name on both sides a letter may be the problem's own (a spring's k, a line's A and B): only these
@@ -77,41 +77,34 @@ def is_same_up_to_constants(a: Tree, b: Tree) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _InConstants:
-    """`alone` + the sum of constants, each times its factor."""
-
-    alone: Tree
-    factors: list[Tree]
-
-
-def _in_constants(tree: Tree, constants: list[str], same: Same) -> _InConstants | None:
+def _in_constants(tree: Tree, constants: list[str], same: Same) -> _Linear | None:
     """The expression as a linear one in its constants; None where it is none."""
     zeros: dict[str, Tree] = dict.fromkeys(constants, ZERO)
     alone = substitute(tree, zeros)
     factors = [substitute(tree, {**zeros, name: ONE}) - alone for name in constants]
     terms = [Symbol(name) * factor for name, factor in zip(constants, factors, strict=True)]
-    return _InConstants(alone, factors) if same(tree, Sum((alone, *terms))) else None
+    return (alone, factors) if same(tree, Sum((alone, *terms))) else None
 
 
-def _is_rescaled(x: _InConstants, y: _InConstants, same: Same) -> bool:
+def _is_rescaled(x: _Linear, y: _Linear, same: Same) -> bool:
     """Whether the constants' factors are proportional, and the rest is the same; where a constant is added by
     itself, the rest may differ by a number."""
 
+    (alone_x, factors_x), (alone_y, factors_y) = x, y
+
     @cache
     def is_proportional(i: int, j: int) -> bool:
-        at_x, at_y = _at_point(x.factors[i]), _at_point(y.factors[j])
+        at_x, at_y = _at_point(factors_x[i]), _at_point(factors_y[j])
         is_known = not same(at_x, ZERO) and not same(at_y, ZERO)
-        return is_known and same(x.factors[i] * at_y, y.factors[j] * at_x)
+        return is_known and same(factors_x[i] * at_y, factors_y[j] * at_x)
 
-    places = range(len(x.factors))
-    orders = itertools.permutations(places)
-    if not any(all(map(is_proportional, places, order)) for order in orders):
+    places = range(len(factors_x))
+    if not any(all(map(is_proportional, places, order)) for order in itertools.permutations(places)):
         return False
-    if same(x.alone, y.alone):
+    if same(alone_x, alone_y):
         return True
-    left = x.alone - y.alone
-    has_added = any(same(factor, _at_point(factor)) for factor in x.factors)
+    left = alone_x - alone_y
+    has_added = any(same(factor, _at_point(factor)) for factor in factors_x)
     return has_added and same(left, _at_point(left))
 
 

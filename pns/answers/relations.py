@@ -8,7 +8,6 @@ from dataclasses import replace
 from fractions import Fraction
 
 from pns.answers.exact import approximate, rational
-from pns.answers.polynomials import degree
 from pns.answers.tree import (
     INFINITY,
     MINUS_INFINITY,
@@ -28,6 +27,7 @@ from pns.answers.tree import (
     Tree,
     Union,
     Words,
+    degree,
     is_numeric,
     substitute,
     walk,
