@@ -131,14 +131,8 @@ def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
     plain = name
     if cursor.accept("_"):
         name += "_" + cursor.raw_group()
-    while True:
-        if cursor.accept("'"):
-            name += "'"
-        elif cursor.at("^") and cursor.peek(2 if cursor.peek(1).value == "{" else 1).value == r"\prime":
-            cursor.take()
-            name += "'" * cursor.raw_group().count("prime")
-        else:
-            break
+    while cursor.accept("'"):
+        name += "'"
     ahead = "".join(cursor.peek(place).value for place in range(6))
     if plain in _FUNCTION_LETTERS and ahead == "^{-1}(":  # f^{-1}(x), the inverse function
         cursor.position += 5
@@ -168,43 +162,17 @@ def _read_argument(cursor: Cursor, name: str) -> str:
 
 
 def read_derivative(cursor: Cursor) -> Symbol | None:
-    r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel; of `\frac{d}{dt}`
-    with the name behind it. None where they are a fraction's: `\frac{d}{2}`, `\frac{dk}{d+1}`."""
+    r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel. None where they are
+    a fraction's: `\frac{d}{2}`, `\frac{dk}{d+1}`."""
+    if not cursor.at("{") or cursor.peek(1).value not in ("d", r"\partial"):
+        return None
     start = cursor.position
-    if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
-        upper = cursor.raw_group()
-        derivative = _DERIVATIVE.fullmatch(f"{upper}/{cursor.raw_group()}") if cursor.at("{") else None
-        if derivative and derivative[3]:
-            return Symbol(derivative[0])
-        if derivative:
-            is_in_brackets = bool(cursor.accept("("))
-            function = read_symbol(cursor, _function_name(cursor), Marks())
-            if is_in_brackets:
-                cursor.expect(")")
-            if isinstance(function, Symbol):
-                return Symbol(derivative[0].replace("/", function.name + "/", 1))
-            raise Unreadable
-    cursor.position = start
-    return None
-
-
-def _function_name(cursor: Cursor) -> str:
-    token = cursor.take()
-    if token.kind != "letter" and token.value[1:] not in GREEK:
+    upper, lower = cursor.raw_group(), cursor.raw_group()
+    derivative = _DERIVATIVE.fullmatch(f"{upper}/{lower}")
+    if derivative and not derivative[3]:  # of what is behind it
         raise Unreadable
-    return token.value
-
-
-def skip_set_builder(cursor: Cursor) -> None:
-    r"""Skip `x |` and `x \in R :` of a set given by a condition."""
-    start = cursor.position
-    is_letter = cursor.take().kind == "letter"
-    if cursor.accept(r"\in"):
-        cursor.take()
-        if cursor.at("{"):
-            cursor.raw_group()
-    if not is_letter or not cursor.accept("|", r"\mid", ":", r"\vert"):
-        cursor.position = start
+    cursor.position = cursor.position if derivative else start
+    return Symbol(derivative[0]) if derivative else None
 
 
 def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:

@@ -474,12 +474,8 @@ def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:
             return finding
         return _undecided("the same inequality of different names")
     a, b = ascending(a), ascending(b)  # a > b > c and c < b < a
-    if a.operators == b.operators:
-        in_order = _compare_ordered(basis, a.sides, b.sides)
-        has_same_sides = _compare_unordered(basis, a.sides, b.sides).same
-        is_reordered = in_order.same is False and len(a.sides) > 2 and set(a.operators) == {"<"}
-        if in_order.same or (has_same_sides and is_reordered):
-            return in_order
+    if a.operators == b.operators and _compare_ordered(basis, a.sides, b.sides).same:
+        return _SAME
     return _undecided("inequalities of which nothing is proved")
 
 

@@ -23,7 +23,6 @@ from pns.answers.atoms import (
     read_number,
     read_symbol,
     read_unit,
-    skip_set_builder,
     without_points,
 )
 from pns.answers.spelling import FUNCTIONS, GREEK, STYLES, TRIGONOMETRIC, is_prose
@@ -340,8 +339,6 @@ class Parser(Cursor):
         bars, self.bars = self.bars, 0  # a bar in here closes none that was opened outside
         closing = [end for end, bracket in _CLOSING.items() if (bracket == "}") == (opening == "{")]
         answer: Answer = Group("", ())
-        if opening == "{":
-            skip_set_builder(self)
         if opening != "{" or not self.at(*closing):
             answer = self.items()
         brackets = opening + _CLOSING[self.expect(*closing)]
