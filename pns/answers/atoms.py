@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from pns.answers.exact import Budget, approximate, same_value
+from pns.answers.relations import ascending
 from pns.answers.spelling import GREEK
 from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
 from pns.answers.tree import (
@@ -332,27 +333,19 @@ def is_domain(answer: Answer) -> bool:
 
 def both_hold(answer: Group) -> Answer:
     """A lower and an upper bound of one name as a chain, where both can hold: `x > 2 and x < 5`."""
-    bounds: dict[str, tuple[str, Expression]] = {}
-    names = set()
-    for item in answer.items:
-        match item:
-            case Relation((operator,), (Expression(Symbol(name)), Expression() as bound)):
-                pass
-            case Relation((operator,), (Expression() as bound, Expression(Symbol(name)))):
-                operator = operator.translate(str.maketrans("<>", "><"))
-            case _:
-                return answer
-        names.add(name)
-        bounds[operator[:1]] = operator, bound
-    if answer.brackets or len(names) != 1 or len(answer.items) != 2 or set(bounds) != {"<", ">"}:
+    bounds = [ascending(item) for item in answer.items if isinstance(item, Relation)]
+    if answer.brackets or len(answer.items) != 2:
         return answer
-    (over, low), (under, high) = bounds[">"], bounds["<"]
-    distance = approximate(high.tree - low.tree)
-    if distance is None:
-        return answer
-    if distance < 0:  # x < 1 and x > 2, for "or"
-        return Group("or", answer.items)
-    return Relation((over.replace(">", "<"), under), (low, Expression(Symbol(names.pop())), high))
+    for pair in itertools.permutations(bounds, 2):
+        match pair:
+            case (
+                Relation(("<" | "<=" as over,), (Expression() as low, Expression(Symbol(name)) as middle)),
+                Relation(("<" | "<=" as under,), (Expression(Symbol(other)), Expression() as high)),
+            ) if name == other and (distance := approximate(high.tree - low.tree)) is not None:
+                if distance < 0:  # x < 1 and x > 2, for "or"
+                    return Group("or", answer.items)
+                return Relation((over, under), (low, middle, high))
+    return answer
 
 
 def without_points(parts: list[Answer], points: Answer) -> Answer:

@@ -252,8 +252,6 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         return _compare_numbers(basis, a, b, x, y)
     if not basis.in_list and is_same_up_to_constants(x, y):
         return Finding(True, "equal but for their arbitrary constants")
-    if is_ambiguous:
-        return _TWO_READINGS
     if same is None or x.symbols != y.symbols:
         return _undecided("expressions of which neither equality nor difference is proved")
     return _DIFFERENT
@@ -571,9 +569,7 @@ def _compare_words(_basis: _Basis, words: Words, other: Answer) -> Finding:
     if isinstance(other, Expression) and len(text) == 1:
         match other.tree:
             case Symbol(name) | Constant("e" | "i" as name) if len(name) == 1:
-                if name.casefold() == text.casefold() and name != text:
-                    return _undecided("two letters")
-                return _SAME if name == text else _DIFFERENT
+                return _SAME if name == text else _same_words(name, text)
     return _undecided("words or a letter that names a choice, and a formula")
 
 

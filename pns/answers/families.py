@@ -115,25 +115,26 @@ def _at_point(tree: Tree) -> Tree:
 def is_same_family(a: Answer, b: Answer) -> bool:
     """Whether two answers are the same numbers, all those of expressions `base + parameter * period` with a
     whole-numbered parameter: compared as sets, modulo the common period."""
-    x, y = _family(a), _family(b)
-    names = _names(a), _names(b)
+    members = _members(a), _members(b)
+    x, y = map(_family, members)
+    names = [{name for name, _ in own if name} for own in members]
     if x is None or y is None or max(map(len, names)) > 1 or len(set().union(*names)) > 1:
         return False
     period = _common_period([step for _, step in [*x, *y]])
     if period is None:
         return False
     is_multiple_alone = len(x) == len(y) == 1 and all(_place(*branch) == 0 for branch in (*x, *y))
-    if is_multiple_alone and _symbols(a) == _symbols(b):  # n\pi and (n - 2)\pi, of a polygon
-        return False
-    own, theirs = (
-        {
-            _place(base + index * step, period)
-            for base, step in family
-            for index in range(round(period / step))
-        }
-        for family in (x, y)
-    )
-    return own == theirs
+    [own, *_], [other, *_] = members
+    if is_multiple_alone and tree_of(own[1]).symbols == tree_of(other[1]).symbols:
+        return False  # n\pi and (n - 2)\pi, of a polygon
+    return _places(x, period) == _places(y, period)
+
+
+def _places(family: list[tuple[Fraction, Fraction]], period: Fraction) -> set[int]:
+    """Where its members lie within a common period."""
+    return {
+        _place(base + index * step, period) for base, step in family for index in range(round(period / step))
+    }
 
 
 def _place(value: Fraction, period: Fraction) -> int:
@@ -145,45 +146,32 @@ def _common_period(periods: list[Fraction]) -> Fraction | None:
     """A common multiple of the periods; None where they have none that is small."""
     ratios = [(period / periods[0]).limit_denominator(_MAX_BRANCHES) for period in periods]
     common = periods[0] * math.lcm(*[ratio.numerator for ratio in ratios])
-    is_multiple = all(
-        ratio and _place(common, period) == 0 for ratio, period in zip(ratios, periods, strict=True)
-    )
+    is_multiple = common > 0 and all(_place(common, period) == 0 for period in periods)
     return common if is_multiple and common <= _MAX_BRANCHES * min(periods) else None
 
 
-def _family(answer: Answer) -> list[tuple[Fraction, Fraction]] | None:
-    """Base and period of each of its expressions; None for what is no family."""
+def _family(members: list[tuple[str, Answer]]) -> list[tuple[Fraction, Fraction]] | None:
+    """Base and period of each expression; None for what is no family."""
     branches = []
-    for item in _items(answer):
+    for _, item in members:
         if not isinstance(item, Expression) or item.ambiguous or item.unit or len(item.tree.symbols) != 1:
             return None
         (name,) = item.tree.symbols
         has_pi = item.degrees or Constant("pi") in walk(item.tree)  # 2n and 2k may stand for one number each
         tree = item.tree * DEGREE if item.degrees else item.tree
-        base, first = (approximate(substitute(tree, {name: value})) for value in (ZERO, ONE))
         if not has_pi or name not in _PARAMETERS or degree(tree) != 1:
             return None
+        base, first = (approximate(substitute(tree, {name: value})) for value in (ZERO, ONE))
         if base is None or first is None or base == first:
             return None
         branches.append((base, abs(first - base)))
-    return branches
+    return branches or None
 
 
-def _items(answer: Answer) -> tuple[Answer, ...]:
-    r"""The expressions of a list, an equation `x = ...` or an expression."""
+def _members(answer: Answer) -> list[tuple[str, Answer]]:
+    r"""The expressions of a list, an equation `x = ...` or an expression, with their names or ""."""
     if isinstance(answer, Relation) and len(answer.sides) == 2 and (named := named_value(answer)):
-        return _items(named[1])
+        return [(named[0], item) for _, item in _members(named[1])]
     if isinstance(answer, Group) and answer.brackets in ("", "or", "{}"):
-        return tuple(itertools.chain.from_iterable(map(_items, answer.items)))
-    return (answer,)
-
-
-def _names(answer: Answer) -> set[str]:
-    if isinstance(answer, Group):
-        return set().union(*map(_names, answer.items))
-    named = named_value(answer) if isinstance(answer, Relation) else None
-    return {named[0]} if named else set()
-
-
-def _symbols(answer: Answer) -> frozenset[str]:
-    return frozenset().union(*[tree_of(item).symbols for item in _items(answer)])
+        return [member for item in answer.items for member in _members(item)]
+    return [("", answer)]

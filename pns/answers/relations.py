@@ -83,12 +83,8 @@ def _name(answer: Answer) -> str:
 
 
 def _is_part_of_name(tree: Tree) -> bool:
-    match tree:
-        case Call(_, name):
-            return name != "ln"
-        case Constant(name):
-            return name in ("e", "i")  # letters that often are variables
-    return isinstance(tree, Symbol | Product | Quotient)
+    is_letter = isinstance(tree, Symbol) or tree in (Constant("e"), Constant("i"))
+    return is_letter or isinstance(tree, Product | Quotient) or (isinstance(tree, Call) and tree.name != "ln")
 
 
 def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
@@ -105,18 +101,16 @@ def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
 def with_primes_of(primed: Relation, other: Relation) -> Relation:
     r"""The other equation with Newton's and Lagrange's names of derivatives, where the first has these and
     the other has Leibniz's: `\frac{d^2y}{dx^2}` as `y''`, `\frac{dx}{dt}` as `\dot x`."""
-    names, written = symbols_of(primed), symbols_of(other)
+    names = symbols_of(primed)
+    derivatives = list(filter(None, map(_LEIBNIZ.fullmatch, symbols_of(other))))
     renamed: dict[str, Tree] = {}
-    variables = set()
-    for name in written:
-        if leibniz := _LEIBNIZ.fullmatch(name):
-            order = int(leibniz["order"] or 1)
-            primes, dots = leibniz["of"] + "'" * order, f"\\{'d' * (order - 1)}dot {leibniz['of']}"
-            variables.add(leibniz["by"])
-            is_dotted = dots in names and leibniz["by"] == "t"
-            if primes in names or is_dotted:
-                renamed[name] = Symbol(dots if is_dotted else primes)
-    if not renamed or len(variables) > 1:
+    for leibniz in derivatives:
+        order = int(leibniz["order"] or 1)
+        primes, dots = leibniz["of"] + "'" * order, f"\\{'d' * (order - 1)}dot {leibniz['of']}"
+        for name in (primes, dots)[: 1 + (leibniz["by"] == "t")]:
+            if name in names:
+                renamed[leibniz[0]] = Symbol(name)
+    if not renamed or len({leibniz["by"] for leibniz in derivatives}) > 1:
         return other
     sides = [
         replace(side, tree=substitute(side.tree, renamed)) if isinstance(side, Expression) else side
