@@ -39,7 +39,10 @@ _FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a lette
 _SCALES = SCALES | {"hundred": 100}
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?"
 _DERIVATIVE = re.compile(rf"(d|\\partial)(\^\d)?({_NAME}(?:\([A-Za-z]\))?)?/(?:\1{_NAME}(?:\^\d)?)+")
-_STOPS = (",", ";", ")", "]", "=", "<", ">")
+_STOPS = (",", ";", "]", "=", "<", ">")  # behind a unit
+_MAX_UNIT_TOKENS = 40
+_UNIT_NAME = r"[A-Za-z][A-Za-z.]*(?:\^-?\d+)?"
+_UNIT = re.compile(rf"{_UNIT_NAME}(?:\s*/\s*{_UNIT_NAME}|\s+{_UNIT_NAME})*")
 _AROUND_NUMBERS = ("$", r"\$", r"\%", "%", "{", "}")
 _DECIMAL = re.compile(
     r"\d*\.(?P<decimals>\d*)(?:[eE](?P<exponent>[+-]?\d+))?"
@@ -239,67 +242,23 @@ class Unit:
 def at_unit(cursor: Cursor) -> Unit | None:
     r"""The unit at a place behind a number, if all its names are known and the end follows: `5 m`, `5 m/s^2`,
     `5 kg \cdot m/s^2`, `5 \frac{m}{s}`."""
-    start = cursor.position
-    unit = None
-    if cursor.peek().kind in ("letter", "word", "text") or cursor.at(r"\frac"):
-        try:
-            unit = _known_unit(cursor)
-        except Unreadable:
-            unit = None
-    cursor.position = start
-    return unit
-
-
-def _known_unit(cursor: Cursor) -> Unit | None:
-    first = cursor.peek()
-    if cursor.accept(r"\frac"):
-        parts = [_words_of_group(cursor), "/", _words_of_group(cursor)]
-        has_only_letters = all(re.fullmatch(r"[A-Za-z](\^\d)?|/", part) for part in parts)
-        is_unit = True
-    else:
-        parts, has_only_letters, is_unit = [], True, False
-        while token := cursor.peek():
-            operator = cursor.accept("/", r"\cdot", "*") if parts else ""
-            token = cursor.peek()
-            if operator == "/" and cursor.at("("):  # J/(kg K)
-                parts += [operator, _words_of_group(cursor)]
-                is_unit = True
-                continue
-            if token.kind not in ("letter", "word", "text") or token.word in SEPARATORS:
-                break
-            is_run = cursor.peek(1).kind == "letter" or parts  # mg
-            if len(parts) > 8 or (token.kind == "letter" and not operator and not token.spaced and is_run):
-                return None
-            cursor.take()
-            power = _unit_power(cursor)
-            parts += [operator] * (operator == "/") + [token.value.strip() + power]
-            has_only_letters &= token.kind == "letter"
-            is_unit |= operator == "/" or power.startswith("^-") or (parts[0] == "N" and len(parts) > 1)
-        if not (is_unit or (first.spaced and len(parts) == 1) or not has_only_letters):
-            return None
-    following = cursor.peek()
-    name = " ".join(parts)
-    if not (following.kind == "end" or following.value in _STOPS) or not parts:
+    first, tokens, level = cursor.peek(), list[Token](), 0
+    for token in cursor.tokens[cursor.position :][:_MAX_UNIT_TOKENS]:
+        level += {"(": 1, ")": -1}.get(token.value, 0)  # J/(kg K)
+        if level < 0 or token.value in _STOPS:
+            break
+        tokens.append(token)
+    written = "".join(f" {token.value} " if token.spaced or token.word else token.value for token in tokens)
+    written = re.sub(r"\}\s*\{", "/", written) if first.value == r"\frac" else written
+    name = re.sub(r"\s*\^\s*", "^", re.sub(r"\\frac|\\cdot|[{}()*]", " ", written).strip())
+    if written.count("{") != written.count("}") or not _UNIT.fullmatch(name) or not unit_size(name)[2]:
         return None
-    is_letter = len(parts) == 1 and has_only_letters
-    if is_letter and first.value not in UNIT_LETTERS:
+    has_only_letters = not any(token.word for token in tokens)
+    is_one_letter = has_only_letters and len(re.findall("[A-Za-z]+", name)) == 1
+    is_unit_in_letters = "/" in name or "^-" in name or (name[0] == "N" and not is_one_letter)
+    if has_only_letters and not is_unit_in_letters and not (first.spaced and first.value in UNIT_LETTERS):
         return None
-    is_known = unit_size(name)[2] and re.fullmatch(r"[A-Za-z0-9/^ .-]+", name)
-    return Unit(name, cursor.position, has_only_letters, is_letter) if is_known else None
-
-
-def _words_of_group(cursor: Cursor) -> str:
-    """The names in a group, with spaces between."""
-    if not cursor.accept("{", "("):
-        return cursor.take().value
-    parts: list[str] = []
-    while not cursor.accept("}", ")"):
-        if cursor.accept(r"\cdot", "*"):
-            continue
-        if cursor.peek().kind not in ("letter", "word", "text"):
-            raise Unreadable
-        parts.append(cursor.take().value.strip() + _unit_power(cursor))
-    return " ".join(parts)
+    return Unit(name, cursor.position + len(tokens), has_only_letters, is_one_letter)
 
 
 def in_degrees(tree: Tree) -> Tree | None:
