@@ -255,8 +255,8 @@ def at_unit(cursor: Cursor) -> Unit | None:
         return None
     has_only_letters = not any(token.word for token in tokens)
     is_one_letter = has_only_letters and len(re.findall("[A-Za-z]+", name)) == 1
-    is_unit_in_letters = "/" in name or "^-" in name or (name[0] == "N" and not is_one_letter)
-    if has_only_letters and not is_unit_in_letters and not (first.spaced and first.value in UNIT_LETTERS):
+    is_likely = "/" in name or "^-" in name or (first.spaced if is_one_letter else name[0] == "N")
+    if has_only_letters and not (is_likely and (first.value in UNIT_LETTERS or not is_one_letter)):
         return None
     return Unit(name, cursor.position + len(tokens), has_only_letters, is_one_letter)
 

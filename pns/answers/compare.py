@@ -57,21 +57,23 @@ from pns.answers.tree import (
     Number,
     Ratio,
     Relation,
+    Sum,
     Symbol,
     Tree,
     Union,
     Words,
+    degree,
     is_numeric,
     substitute,
     walk,
     whole,
 )
 from pns.answers.units import unit_size
+from pns.answers.words import number_in_words
 from pns.records import AnswerRule
 
 _MAX_WRITTEN = 10**4300  # longer integers Python does not turn into text
 _MAX_PAIRS = 400  # of items compared with each other
-_MAX_BASED_DIGITS = 500  # of a number in a base that are looked at
 _ARTICLE = re.compile(r"^(?:the )?(?:a )?(?:an )?")  # "the east" and "east" are the same
 _NOTHING = {
     *("no solution", "no solutions", "empty set", "the empty set", "does not exist", "no real solution"),
@@ -163,6 +165,8 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
     basis = _Basis(rule)
     golds = [_with_unit(reading, rule.unit) for reading in golds]
     try:
+        if is_numeric(golds[0]):
+            predictions += _numbers_asked_for(basis, predictions)
         findings = [_compare(basis, a, b) for a in golds for b in predictions]
     except RecursionError:
         return _undecided("answers too deeply nested to compare")
@@ -173,6 +177,17 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
     if best.same and all(finding.same is False for finding in of_first_reading) and "," in gold:
         return _undecided("a decimal comma in the gold answer, or a list")  # 1,5
     return best
+
+
+def _numbers_asked_for(basis: _Basis, predictions: list[Answer]) -> list[Answer]:
+    """The 31 of `m+n=31`, whose problem asks for that sum of letters."""
+    numbers: list[Answer] = []
+    for reading in predictions:
+        match reading:
+            case Relation(operators, (Expression(Sum() as asked), *_, last)) if set(operators) == {"="}:
+                is_asked_for = degree(asked) == 1 and len(asked.symbols) > 1 and is_numeric(last)
+                numbers += [last] if is_asked_for and _holds(basis, reading) else []
+    return numbers
 
 
 def _with_unit(answer: Answer, unit: str) -> Answer:
@@ -526,24 +541,22 @@ def _compare_matrix(basis: _Basis, matrix: Matrix, other: Answer) -> Finding:
 
 def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:
     if isinstance(other, Based):
-        own_value, other_value = _based_value(based), _based_value(other)
-        if own_value is not None and other_value is not None and own_value != other_value:
+        values = _in_bases(based, based.base) + _in_bases(other, other.base)
+        if len(values) == 2 and values[0] != values[1]:
             return Finding(False, "different numbers, in bases")
         return _undecided("one number in two bases")
     if not is_numeric(other):
         return _undecided("a number in a base and an answer of another kind")
-    readings_of_it = [whole(int(based.digits[:_MAX_BASED_DIGITS]))]
-    if (value := _based_value(based)) is not None:
-        readings_of_it.append(whole(value))
-    if all(basis.same(other.tree, reading) is False for reading in readings_of_it):
+    values = _in_bases(based, 10, based.base)
+    if values and all(basis.same(other.tree, value) is False for value in values):
         return _DIFFERENT_NUMBERS
     return _undecided("the base is not stated on both sides")
 
 
-def _based_value(based: Based) -> int | None:
-    if len(based.digits) > _MAX_BASED_DIGITS or max(map(int, based.digits)) >= based.base:
-        return None
-    return int(based.digits, based.base)
+def _in_bases(based: Based, *bases: int) -> list[Tree]:
+    """The numbers that its digits are in those of the bases that have all of them."""
+    highest = max(int(digit, 36) for digit in based.digits)
+    return [whole(int(based.digits, base)) for base in bases if highest < base]
 
 
 def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
@@ -560,10 +573,12 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     return in_order
 
 
-def _compare_words(_basis: _Basis, words: Words, other: Answer) -> Finding:
+def _compare_words(basis: _Basis, words: Words, other: Answer) -> Finding:
     text = words.text
     if isinstance(other, Words):
         return _same_words(text, other.text)
+    if is_numeric(other) and (part := number_in_words(f"a {text}")) and basis.same(other.tree, Number(part)):
+        return _SAME  # "third" and 1/3
     if (text in _NOTHING and other == EMPTY_SET) or (text in _EVERYTHING and other == REALS):
         return _SAME
     if isinstance(other, Expression) and len(text) == 1:

@@ -62,6 +62,7 @@ _HUGE_BITS = 120  # of 50 digits' 166: values beyond are not called equal, as to
 _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
 WHOLE_NUMBERS = frozenset("nkmljN")  # names that often stand for them; beside pi, of a family of solutions
 _WHOLE_POINTS = 121  # from 0, at which functions of a whole number are compared
+_POINT = whole(7) / whole(3)
 _INFINITE = (INFINITY, MINUS_INFINITY)
 _ROUNDINGS: dict[str, Callable[..., Any]] = {"abs": abs, "floor": math.floor, "ceil": math.ceil}
 _LOG_BASES = (whole(1), Call((whole(10),), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
@@ -178,7 +179,7 @@ def _is_same_of_whole_number(a: Tree, b: Tree, budget: Budget) -> bool:
 
 class _Steps:
     """Puts symbols in the place of absolute values, floors and ceilings of what has symbols, the same one for
-    those that are equal by what is in them."""
+    those that are equal by what is in them; of absolute values, but for a factor."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -196,13 +197,15 @@ class _Steps:
                 tree = Call((base,), "abs")
         if not isinstance(tree, Call) or tree.name not in _ROUNDINGS:
             return tree
+        own, size = tree.parts[0], ONE
+        if tree.name == "abs" and (at_point := rational(substitute(own, dict.fromkeys(own.symbols, _POINT)))):
+            own, size = own / Number(at_point), Number(abs(at_point))  # |3x| is 3|x|
         for index, call in enumerate(self.known):
-            inside, own = call.parts[0], tree.parts[0]
             candidates = (own, -own) if tree.name == "abs" else (own,)
-            if call.name == tree.name and any(same_value(inside, x, self.budget) for x in candidates):
-                return Symbol(f"step {index}")
-        self.known.append(tree)
-        return Symbol(f"step {len(self.known) - 1}")
+            if call.name == tree.name and any(same_value(call.parts[0], x, self.budget) for x in candidates):
+                return size * Symbol(f"step {index}")
+        self.known.append(Call((own,), tree.name))
+        return size * Symbol(f"step {len(self.known) - 1}")
 
 
 def _same_exactly(point: Point, a: Tree, b: Tree, budget: Budget) -> bool | None:

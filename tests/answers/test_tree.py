@@ -74,6 +74,7 @@ def test_operators_make_trees() -> None:
         (r"\binom{n}{2}", Expression(Call((N, whole(2)), "binomial"))),
         (r"\sin 2 x", Expression(Call((Product((whole(2), X)),), "sin"))),
         ("101_2", Based("101", 2)),
+        ("1A_{16}", Based("1A", 16)),
         ("7:05", Ratio((Expression(whole(7)), Expression(whole(5))), clock=True)),
         ("x > 1", Relation((">",), (Expression(X), Expression(ONE)))),
         (
@@ -268,7 +269,6 @@ def test_what_looks_like_another_notation_is_not_read_so(text: str, answer: Answ
         r"\begin{pmatrix} 1 & 2 \\ 3 \end{pmatrix}",
         r"\mathbb{R}\setminus\mathbb{Q}",
         "at least 5",
-        "1A_{16}",  # digits above nine
         "0x1A",
         "5 to 6",
         "30 degrees + x",
