@@ -27,7 +27,6 @@ from pns.answers.tree import (
     Tree,
     Union,
     letter,
-    walk,
 )
 from pns.answers.units import CURRENCIES, UNIT_LETTERS, unit_size
 from pns.answers.words import NUMBER_WORDS, SCALES
@@ -274,10 +273,6 @@ def _without_degrees(tree: Tree) -> Tree:
         case Operation(parts):
             return replace(tree, parts=tuple(map(_without_degrees, parts)))
     return tree
-
-
-def has_degrees(tree: Tree) -> bool:
-    return DEGREE in walk(tree)
 
 
 def is_domain(answer: Answer) -> bool:

@@ -230,11 +230,11 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
 
 
 def _compare_forms(basis: _Basis, a: Answer, b: Answer) -> Finding:
-    for forms in _PRECEDENCE:
-        for x, y in ((a, b), (b, a)):
-            if compare := forms.get(type(x)):
-                return compare(basis, x, y)
-    raise TypeError(type(a))
+    orders = (a, b), (b, a)
+    compare, x, y = next(
+        (forms[type(x)], x, y) for forms in _PRECEDENCE for x, y in orders if type(x) in forms
+    )
+    return compare(basis, x, y)
 
 
 def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding:

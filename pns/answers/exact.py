@@ -136,8 +136,7 @@ def approximate(tree: Tree) -> Fraction | None:
         return None
     if isinstance(value, value.context.mpc) or abs(value.man_exp[1]) >= _MAX_RATIONAL:
         return None
-    mantissa, exponent = map(int, value.man_exp)  # without the sign
-    return Fraction(mantissa if value >= 0 else -mantissa) * Fraction(2) ** exponent
+    return Fraction(*map(int, mpmath.libmp.to_rational(value._mpf_)))
 
 
 def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool | None:

@@ -14,7 +14,6 @@ from pns.answers.atoms import (
     Marks,
     at_unit,
     both_hold,
-    has_degrees,
     in_degrees,
     is_domain,
     last_place,
@@ -163,10 +162,11 @@ class Parser(Cursor):
         start = self.position
         value: Tree | Answer = self.sum()
         if isinstance(value, Tree):
-            degrees = in_degrees(value) if has_degrees(value) else None
+            has_degrees = DEGREE in walk(value)
+            degrees = in_degrees(value) if has_degrees else None
             if degrees is not None:
                 value, self.marks.degrees = degrees, True
-            elif value.symbols and has_degrees(value):  # 90^\circ - x, where x may be in degrees too
+            elif value.symbols and has_degrees:  # 90^\circ - x, where x may be in degrees too
                 self.marks.ambiguous = True
             scale = read_unit(self, self.marks, value)
             if self.marks.unit and self.marks.degrees:

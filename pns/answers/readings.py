@@ -55,8 +55,10 @@ def readings(answer: str) -> list[Answer]:
     if choice := _CHOICE.fullmatch(text):
         label = next(filter(None, choice.groups()))
         return [Words(label), *_distinct(map(_read, _spellings(choice["text"])))]
-    found = _distinct(map(_read, _spellings(text)))
-    return [_as_rounded(reading) if is_rounded else reading for reading in found]
+    return [
+        replace(reading, ambiguous=True) if is_rounded and isinstance(reading, Expression) else reading
+        for reading in _distinct(map(_read, _spellings(text)))
+    ]
 
 
 def _distinct(readings: Iterable[Answer | None]) -> list[Answer]:
@@ -65,10 +67,6 @@ def _distinct(readings: Iterable[Answer | None]) -> list[Answer]:
         if reading is not None and reading not in found:
             found.append(reading)
     return found
-
-
-def _as_rounded(reading: Answer) -> Answer:
-    return replace(reading, ambiguous=True) if isinstance(reading, Expression) else reading
 
 
 def _spellings(text: str) -> list[str]:

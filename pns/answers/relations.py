@@ -46,10 +46,8 @@ def tree_of(answer: Answer) -> Tree:
     return answer.tree if isinstance(answer, Expression) else _NO_TREE
 
 
-def symbols_of(answer: Answer) -> frozenset[str]:
-    """Of an expression, or of the sides of a relation."""
-    sides = answer.sides if isinstance(answer, Relation) else (answer,)
-    return frozenset().union(*[tree_of(side).symbols for side in sides])
+def symbols_of(relation: Relation) -> frozenset[str]:
+    return frozenset().union(*[tree_of(side).symbols for side in relation.sides])
 
 
 def named_value(relation: Relation) -> tuple[str, Answer] | None:
