@@ -80,7 +80,7 @@ def read_number(cursor: Cursor, written: str) -> Number | Based:
         return _read_mixed(cursor, value) or Number(value)
     if "." in written and cursor.accept(r"\overline", r"\bar", r"\dot"):
         repeating = _fraction_digits(cursor)
-        if repeating is None or not repeating.isdigit() or len(repeating) > 50:
+        if not repeating.isdigit() or len(repeating) > 50:
             raise Unreadable
         places = len(written.partition(".")[2])
         return Number(value + Fraction(int(repeating), (10 ** len(repeating) - 1) * 10**places))

@@ -14,6 +14,7 @@ tell. "Different" is said only of closed kinds (`pns.answers.closed`). Conventio
   beside `3.14` or `\pi`;
 - solutions are the same whatever their arbitrary constants and whole-numbered parameters are called
   (`pns.answers.families`);
+- `m+n=31` in a prediction states 31 where the gold answer is a number;
 - letters name choices: `(A)`, `\text{A}` and `A` are one answer; words are compared without case.
 """
 
@@ -184,9 +185,10 @@ def _numbers_asked_for(basis: _Basis, predictions: list[Answer]) -> list[Answer]
     numbers: list[Answer] = []
     for reading in predictions:
         match reading:
-            case Relation(operators, (Expression(Sum() as asked), *_, last)) if set(operators) == {"="}:
-                is_asked_for = degree(asked) == 1 and len(asked.symbols) > 1 and is_numeric(last)
-                numbers += [last] if is_asked_for and _holds(basis, reading) else []
+            case Relation(operators, (Expression(Sum() as asked), *_, Expression(value) as last)):
+                is_asked_for = set(operators) == {"="} and degree(asked) == 1 and len(asked.symbols) > 1
+                is_number = not value.symbols and basis.same(value, ZERO) is False  # not x+y-3=0
+                numbers += [last] if is_asked_for and is_number and _holds(basis, reading) else []
     return numbers
 
 
