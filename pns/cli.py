@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     takes_overrides = "overrides" in options
     unknown = [word for word in rest if "=" not in word or word.startswith("-") or not takes_overrides]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = f"; a key goes without dashes: {unknown[0].lstrip('-')}" if "=" in unknown[0] else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint if takes_overrides else ''}")
     if rest:  # overrides that stand after an option
         options.overrides += rest
     try:
