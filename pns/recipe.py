@@ -50,7 +50,7 @@ from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.preference_losses import PREFERENCE_LOSSES
 
 # Of data files; a model is a directory, and the dots of Hub ids (Qwen2.5-0.5B) are no suffixes.
-FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
+FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
 LONGEST_NAME = 200  # bytes; file systems take 255, and tracking adds to it
 GATES = ("malformed", "correct", "box_only_flip")  # in the order of `pns.algo.reward`
 _OF_WRONG = (TermKind.verdict, TermKind.diversity)  # 0 of every right completion
@@ -606,8 +606,6 @@ def data_faults(data: Data, training: bool) -> Iterator[str]:
             if value:
                 yield f"{name}: {value!r} is not read with data.source=tiny: set data.source=jsonl, or remove it"
         return
-    if data.root and not Path(data.root).is_dir():
-        yield f"data.root: {data.root!r} is not a directory: name one with [benchmarks/]NAME.jsonl in it"
     if training and not data.jsonl.train:
         yield "data.jsonl.train is empty: name a file or a training set"
     for key in ("train", "reward", "preference") if training else ():
