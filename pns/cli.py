@@ -20,7 +20,7 @@ from pns.commands.verify import verify_file
 from pns.config import ALL_STAGES, RewardConfig
 from pns.errors import UserError, did_you_mean
 from pns.planning.hardware import GPU_KINDS
-from pns.preflight import check_model
+from pns.preflight import check_backbone, check_model, check_problems, check_runs
 from pns.recipe import load
 from pns.run.stopping import sigterm_interrupts
 
@@ -357,6 +357,10 @@ def handle_evaluate(options: Namespace) -> None:
     config = load(recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
     if not at_endpoint:
         check_model("MODEL", options.model)
+        check_backbone(config)
+    check_problems(config, training=False)
+    if not options.show_prompt:
+        check_runs(config)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
     # A recipe is asked as it says; so is rollout.max_new_tokens.

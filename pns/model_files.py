@@ -73,7 +73,9 @@ class ModelDirectory:
             value = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-            raise self.fault(f"has a {name} that is no JSON{line}", "copy it again, or save it anew") from error
+            raise self.fault(
+                f"has a {name} that is no JSON{line}", "copy it again, or save it anew"
+            ) from error
         if not isinstance(value, dict):
             raise self.fault(f"has a {name} that is no JSON object", "copy it again, or save it anew")
         return value
@@ -120,9 +122,16 @@ class ModelDirectory:
                 begin, end = said["data_offsets"]
                 if 8 + length + end > size:
                     raise ValueError(f"it ends in the middle of {name}")
-                yield name, Tensor(file, said["dtype"], tuple(said["shape"]), 8 + length + begin, 8 + length + end)
+                yield (
+                    name,
+                    Tensor(file, said["dtype"], tuple(said["shape"]), 8 + length + begin, 8 + length + end),
+                )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            cause = "its header is no JSON" if isinstance(error, UnicodeDecodeError | json.JSONDecodeError) else error
+            cause = (
+                "its header is no JSON"
+                if isinstance(error, UnicodeDecodeError | json.JSONDecodeError)
+                else error
+            )
             raise self.fault(f"has a damaged {file.name} ({cause})", again) from error
 
     def check_weights(self, head: bool) -> None:

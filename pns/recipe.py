@@ -288,7 +288,9 @@ def loss_faults(config: Config) -> Iterator[str]:
     """The loss is in the table, and what is set is what it reads."""
     settings = config.preference
     if settings.loss not in PREFERENCE_LOSSES:
-        near = "; DPO is sigmoid" if settings.loss == "dpo" else did_you_mean(settings.loss, PREFERENCE_LOSSES)
+        near = (
+            "; DPO is sigmoid" if settings.loss == "dpo" else did_you_mean(settings.loss, PREFERENCE_LOSSES)
+        )
         hint = f"{near}; there are {', '.join(PREFERENCE_LOSSES)}"
         yield f"preference.loss: {settings.loss!r} is not the name of a loss{hint}"
     reads = PREFERENCE_LOSSES[settings.loss].defaults

@@ -106,7 +106,8 @@ def load_pairs(
         if overlaps is not None:
             placed = [(at, row) for at, row in placed if not overlaps.of(Problem(at, question(row), ""))]
         prefix = prompts.data.assistant_prefix
-        encoded = [encode_row(prompts.tokenizer, row, where, prefix) for where, row in placed]
+        turns = data.chat_template
+        encoded = [encode_row(prompts.tokenizer, row, where, prefix, turns) for where, row in placed]
     else:
         source = "the run's pair stage"
         pairs = read_pairs(own_pairs)
@@ -206,36 +207,91 @@ def _known(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in COLUMNS or name in _UNSUPPORTED]
 
 
-def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_prefix: str = "") -> TokenPair:
+def check_rows(settings: PreferenceData) -> None:
+    """Every row of `settings.path` or `settings.hub` has the standard format, as far as no tokenizer is
+    needed. Raises UserError, naming file and line."""
+    for where, row in read_rows(settings):
+        values, plain = _checked_values(row, where)
+        if not plain:
+            for key, value in values.items():
+                if value is not None:
+                    _messages(value, key, where)
+        if settings.bad_pairs is BadPairs.error:
+            blank = [key for key, value in values.items() if plain and not value.strip()]
+            way_out = (
+                "mend or remove the pair, or drop and count such pairs with preference.data.bad_pairs=drop"
+            )
+            if blank:
+                raise UserError(f"{where}: {blank[0]!r} is blank: {way_out}")
+            if values["chosen"] == values["rejected"]:
+                raise UserError(f"{where}: 'chosen' and 'rejected' are the same: {way_out}")
+        _margin_end(row, values["rejected"], where)
+        _score_gap(row, where)
+
+
+def _checked_values(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], bool]:
+    """prompt, chosen and rejected, and whether they are plain. Raises UserError for other types."""
+    for column in _UNSUPPORTED:
+        if row.get(column):
+            fault = f"a pair with {column!r} cannot be rendered"
+            raise UserError(f"{where}: {fault}; remove the column or the row")
+    values: dict[str, Any] = {key: row.get(key) for key in ("prompt", *SIDES)}
+    if all(isinstance(value, str) for value in values.values()):
+        return values, True
+    if all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
+        return values, False
+    types = {key: "missing" if value is None else type(value).__name__ for key, value in values.items()}
+    kinds = ", ".join(f"{key!r} is {name}" for key, name in types.items())
+    way_out = "a pair is three strings or three lists of messages ('prompt' may then be left out)"
+    there = ", ".join(row) or "none"
+    raise UserError(f"{where}: {kinds} (fields: {there}); {way_out}")
+
+
+def _has_marks(tokenizer: Any, prompt: str) -> bool:
+    """Whether a prompt has a special token in it, as one that went through a template has."""
+    return not prompt.strip() or any(token in prompt for token in tokenizer.all_special_tokens)
+
+
+def _as_turns(values: Mapping[str, str], end_token: str) -> dict[str, Any]:
+    """A plain pair as a conversation."""
+    turns = {side: [{"role": "assistant", "content": values[side].removesuffix(end_token)}] for side in SIDES}
+    return {"prompt": [{"role": "user", "content": values["prompt"]}], **turns}
+
+
+def encode_row(
+    tokenizer: Any,
+    row: Mapping[str, Any],
+    where: str,
+    assistant_prefix: str = "",
+    plain_in_template: bool = False,
+) -> TokenPair:
     """A row of the standard format as token ids.
 
     Plain: the prompt as the tokenizer encodes a text (with its own begin token, once), and the completions
     with the end token. Conversational: the prompt as the chat template renders it with its generation prompt,
     and what the template adds for the assistant's turn up to its end token; where a template ends the turn
     otherwise, the end token (what a rollout stops at) takes the place of what follows the turn's text. A
-    completion has exactly one assistant message. An `assistant_prefix` that both sides begin with counts as
+    completion has exactly one assistant message. `plain_in_template`: a plain pair becomes such a
+    conversation, where the tokenizer has a template and the prompt no special token. An `assistant_prefix` that both sides begin with counts as
     prompt, as in rollouts.
 
     Raises UserError, naming `where`, for a missing or mistyped field, a template that refuses the messages,
     and one that does not render the prompt as the beginning of the conversation.
     """
-    for column in _UNSUPPORTED:
-        if row.get(column):
-            fault = f"a pair with {column!r} cannot be rendered"
-            raise UserError(f"{where}: {fault}; remove the column or the row")
-    values: dict[str, Any] = {key: row.get(key) for key in ("prompt", *SIDES)}
-    plain = all(isinstance(value, str) for value in values.values())
+    values, plain = _checked_values(row, where)
+    if (
+        plain
+        and plain_in_template
+        and tokenizer.chat_template
+        and not _has_marks(tokenizer, values["prompt"])
+    ):
+        values, plain = _as_turns(values, tokenizer.eos_token), False
     if plain:
         prompt = values["prompt"] if values["prompt"].strip() else ""
         # Some files have the end token in the text; it is added once to all.
         sides = [_Side(values[side].removesuffix(tokenizer.eos_token), 0) for side in SIDES]
-    elif all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
-        prompt, sides = _render(tokenizer, values, where)
     else:
-        types = {key: "missing" if value is None else type(value).__name__ for key, value in values.items()}
-        kinds = ", ".join(f"{key!r} is {name}" for key, name in types.items())
-        way_out = "a pair is three strings or three lists of messages ('prompt' may then be left out)"
-        raise UserError(f"{where}: {kinds}; {way_out}")
+        prompt, sides = _render(tokenizer, values, where)
     prefix = assistant_prefix if all(side.text.startswith(assistant_prefix) for side in sides) else ""
     texts = [side.text.removeprefix(prefix) for side in sides]
     chosen_ids, rejected_ids = (_completion_ids(tokenizer, text) for text in texts)

@@ -184,7 +184,9 @@ def to_problem(record: Mapping[str, Any], suite: str) -> Problem | None:
 
 
 def read_records(
-    path: Path, fields: Mapping[str, str] | None = None, change: Callable[[dict[str, Any]], None] | None = None
+    path: Path,
+    fields: Mapping[str, str] | None = None,
+    change: Callable[[dict[str, Any]], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The records of a file, each with an `id` of its own; of `fields` the names that the file has. `change`
     is called with each before it is checked. Raises UserError with file and line number."""
@@ -260,7 +262,9 @@ def _field_fault(record: Mapping[str, Any], key: str) -> str:
         return f"field {key!r} is {json.dumps(record[key])[:40]}, and has to be text: mend or remove the line"
     there = ", ".join(str(name) for name in record) or "none"
     other = next((name for name in _OTHER_NAMES[key] if name in record), "NAME")
-    return f"field {key!r} is missing (there are: {there}); say which it is with data.jsonl.fields.{key}={other}"
+    return (
+        f"field {key!r} is missing (there are: {there}); say which it is with data.jsonl.fields.{key}={other}"
+    )
 
 
 def removals(removed: Mapping[str, Sequence[Overlap]]) -> dict[str, Any]:

@@ -33,7 +33,9 @@ def _list_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         way_out = "name a list of objects, or call a file of one object a line .jsonl"
         raise UserError(f"{path}: cannot be read as JSON ({error}); {way_out}") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: has no list of objects, [{{...}}, ...], but one {type(rows).__name__}; mend it")
+        raise UserError(
+            f"{path}: has no list of objects, [{{...}}, ...], but one {type(rows).__name__}; mend it"
+        )
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: not a JSON object; mend or remove it")
@@ -65,6 +67,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", {key: cell for key, cell in row.items() if cell is not None}
+                    yield (
+                        f"{path}, row {number}",
+                        {key: cell for key, cell in row.items() if cell is not None},
+                    )
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({error}); name another file") from error
