@@ -1,6 +1,7 @@
 """The `pns` command. Nothing heavy is imported before arguments and configuration are known to be right."""
 
 import argparse
+import errno
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -24,6 +25,7 @@ from pns.preflight import check_backbone, check_model, check_problems, check_run
 from pns.recipe import load
 from pns.run.stopping import sigterm_interrupts
 
+_OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 Commands = Any  # argparse's collection of subparsers, which has no public name
 
 
@@ -54,6 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
         # `pns config | head`: the reader has what it wanted. Python flushes stdout once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except TimeoutError as error:  # it says what was waited for, and the key of the limit
+        print(f"pns: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _OF_STORAGE:
+            raise
+        way_out = "make room or choose another place; the same command goes on"
+        print(f"pns: {error.filename or 'storage'}: {error.strerror}; {way_out}", file=sys.stderr)
+        return 2
     return exit_code or 0
 
 

@@ -510,8 +510,8 @@ class PreferenceData:
     split: str = key("train", "of the Hub data set")
     chat_template: bool = key(
         True,
-        "pairs of plain strings become a user's turn and the assistant's, where the model has a chat template "
-        "and the prompt none of its marks; false: as they are",
+        "pairs of plain strings become a user's turn and the assistant's, where the model has a template and "
+        "the prompt none of its marks; false: as they are",
     )
     limit: int = key(0, "at most this many pairs of path or hub; 0: all", at_least(0))
     bad_pairs: BadPairs = key(

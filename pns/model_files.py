@@ -1,5 +1,5 @@
-"""A model directory as `save_pretrained` writes it, read without torch or transformers: what its configuration
-says, which tensors its safetensors files have, its vocabulary and its chat template."""
+"""A model directory as `save_pretrained` writes it, read without torch or transformers: configuration, the
+tensors of its safetensors files, its vocabulary and its chat template."""
 
 import json
 import math
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -146,7 +146,8 @@ class ModelDirectory:
             raise self.fault(fault, "it would be drawn at random; name a complete checkpoint")
         for name, shape in expected.items():
             if have[name].shape != shape:
-                fault = f"has {name} of shape {list(have[name].shape)}, and its config.json asks for {list(shape)}"
+                own, asked = list(have[name].shape), list(shape)
+                fault = f"has {name} of shape {own}, and its config.json asks for {asked}"
                 raise self.fault(fault, "name the configuration that was saved with it")
         for name, tensor in self.tensors.items():
             if not is_finite(tensor):
@@ -198,8 +199,8 @@ class ModelDirectory:
             template = environment.from_string(self.chat_template or "")
             return template.render(messages=messages, add_generation_prompt=True, **(said | values))
         except (TemplateError, TypeError, ValueError) as error:
-            line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
-            raise self.fault(f"has a chat template that fails ({error}{line})", "mend it") from error
+            where = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise self.fault(f"has a chat template that fails ({error}{where})", "mend it") from error
 
     def _token(self, name: str) -> str:
         value = self.tokenizer_config.get(name)
@@ -274,8 +275,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def known_to_transformers(kind: str) -> bool:
-    """Whether the installed transformers has the model_type; looked up in the text of its tables, as to import
-    it takes seconds. True where it is not installed here."""
+    """Whether the installed transformers has the model_type; looked up in the text of its tables, as its
+    import takes seconds. True where it is not installed here."""
     package = find_spec("transformers")
     if package is None or not package.submodule_search_locations:
         return True
@@ -291,7 +292,7 @@ def _refuse(message: str) -> None:
 class _Generation(Extension):
     """The tag {% generation %} of templates for training, which shows nothing of itself."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

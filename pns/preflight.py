@@ -55,8 +55,8 @@ class ModelKind(StrEnum):
 
 
 def check_inputs(config: Config, stages: Collection[str]) -> None:
-    """Models, prompts, problems, pairs, metric backends and the directory of runs, as far as they are here: no
-    network is asked. Raises UserError for the first fault."""
+    """Models, prompts, problems, pairs, metric backends and the directory of runs, as far as they are here:
+    no network is asked. Raises UserError for the first fault."""
     check_runs(config)
     check_tracking(config)
     check_models(config, stages)
@@ -149,7 +149,7 @@ def check_judge(key: str, path: Path) -> None:
 
 
 def check_backbone(config: Config) -> None:
-    """Chat template, prompt keys, context and adapters of a backbone that is a directory. Raises UserError."""
+    """Chat template, prompt keys, context and adapters of a backbone in a directory. Raises UserError."""
     backbone = ModelDirectory("models.backbone", Path(config.models.backbone))
     if not backbone.path.is_dir():
         return

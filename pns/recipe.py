@@ -123,8 +123,8 @@ def _read(recipe: Path, extended_by: Sequence[Path] = ()) -> list[Layer]:
 
 
 def _parsed(recipe: Path) -> DictConfig:
-    """What the file says, before it is held against the schema. Raises UserError where that is no YAML of keys
-    and values."""
+    """What the file says, before it is held against the schema. Raises UserError where that is no YAML of
+    keys and values."""
     try:
         text = recipe.read_text(encoding="utf-8-sig")
         said = yaml.safe_load(text)
@@ -606,7 +606,8 @@ def data_faults(data: Data, training: bool) -> Iterator[str]:
         unread = {f"data.jsonl.{name}": value for name, value in vars(data.jsonl).items()}
         for name, value in (unread | {"data.root": data.root}).items():
             if value:
-                yield f"{name}: {value!r} is not read with data.source=tiny: set data.source=jsonl, or remove it"
+                way_out = "set data.source=jsonl, or remove it"
+                yield f"{name}: {value!r} is not read with data.source=tiny: {way_out}"
         return
     if training and not data.jsonl.train:
         yield "data.jsonl.train is empty: name a file or a training set"

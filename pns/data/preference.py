@@ -73,6 +73,7 @@ class LoadedPairs:
     source: str
     num_rows: int
     sha256: str
+    in_template: int = 0  # rows of plain strings that became turns of the chat template
 
     def summary(self) -> dict[str, Any]:
         """All but the pairs, as JSON values."""
@@ -116,6 +117,9 @@ def load_pairs(
         for number, pair in enumerate(pairs, start=1):
             where = f"{own_pairs}, line {number}"
             encoded.append(encode_pair(prompts, problems[pair.problem_id], pair, where))
+    in_template = 0
+    if own_pairs is None and data.chat_template:
+        in_template = sum(goes_into_template(prompts.tokenizer, row) for _, row in placed)
     in_a_suite = len(rows) - len(encoded)
     max_prompt_tokens = prompts.data.max_prompt_tokens
     kept, dropped = filter_pairs(encoded, max_prompt_tokens, max_pair_tokens, data.bad_pairs, layout)
@@ -124,7 +128,8 @@ def load_pairs(
             if token_pair.score_gap is None:
                 fault = f"no score_chosen and score_rejected, which preference.loss={settings.loss} needs"
                 raise UserError(f"{token_pair.where}: {fault}; choose another loss")
-    return LoadedPairs(kept, {"in_a_suite": in_a_suite, **dropped}, source, len(rows), data_hash(rows))
+    dropped = {"in_a_suite": in_a_suite, **dropped}
+    return LoadedPairs(kept, dropped, source, len(rows), data_hash(rows), in_template)
 
 
 def question(row: Mapping[str, Any]) -> str:
@@ -247,9 +252,13 @@ def _checked_values(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     raise UserError(f"{where}: {kinds} (fields: {there}); {way_out}")
 
 
-def _has_marks(tokenizer: Any, prompt: str) -> bool:
-    """Whether a prompt has a special token in it, as one that went through a template has."""
-    return not prompt.strip() or any(token in prompt for token in tokenizer.all_special_tokens)
+def goes_into_template(tokenizer: Any, row: Mapping[str, Any]) -> bool:
+    """Whether a row is plain and has not been through a template: its prompt holds no special token."""
+    prompt, *sides = (row.get(key) for key in ("prompt", *SIDES))
+    plain = isinstance(prompt, str) and all(isinstance(side, str) for side in sides)
+    if not (plain and tokenizer.chat_template and prompt.strip()):
+        return False
+    return not any(token in prompt for token in tokenizer.all_special_tokens)
 
 
 def _as_turns(values: Mapping[str, str], end_token: str) -> dict[str, Any]:
@@ -271,9 +280,9 @@ def encode_row(
     with the end token. Conversational: the prompt as the chat template renders it with its generation prompt,
     and what the template adds for the assistant's turn up to its end token; where a template ends the turn
     otherwise, the end token (what a rollout stops at) takes the place of what follows the turn's text. A
-    completion has exactly one assistant message. `plain_in_template`: a plain pair becomes such a
-    conversation, where the tokenizer has a template and the prompt no special token. An `assistant_prefix` that both sides begin with counts as
-    prompt, as in rollouts.
+    completion has exactly one assistant message. An `assistant_prefix` that both sides begin with counts as
+    prompt, as in rollouts. `plain_in_template`: a plain pair becomes such a conversation, where the tokenizer
+    has a template and the prompt no special token.
 
     Raises UserError, naming `where`, for a missing or mistyped field, a template that refuses the messages,
     and one that does not render the prompt as the beginning of the conversation.

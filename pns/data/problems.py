@@ -192,9 +192,7 @@ def read_records(
     is called with each before it is checked. Raises UserError with file and line number."""
     seen: set[str] = set()
     for number, (where, record) in enumerate(table_rows(path), start=1):
-        for field, name in (fields or {}).items():
-            if name in record:
-                record[field] = record[name]
+        record |= {own: record[name] for own, name in (fields or {}).items() if name in record}
         if change is not None:
             change(record)
         yield _checked(record, where, f"{path.stem}/{number}", seen)

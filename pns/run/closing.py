@@ -41,7 +41,7 @@ def curve_line(stage: str, metrics: Path, unicode: bool) -> str:
     """`rl  right answers  ▁▂▄▆█  0.29 -> 0.58`: the mean of each part of the stage's steps, the first and the
     last of them as numbers; "" where it has too few steps for a curve."""
     metric, meaning = _CURVES[stage]
-    rows = [row for row in read_jsonl(metrics) if row["stage"] == stage]
+    rows = [row for row in read_jsonl(metrics, growing=True) if row["stage"] == stage]
     values = [row["values"][metric] for row in rows if row["values"].get(metric) is not None]
     if len(values) < 2:
         return ""

@@ -260,7 +260,7 @@ def plot_metrics(run_path: Path) -> list[Path]:
     rows_by_stage: dict[str, list[dict[str, Any]]] = {}
     for metrics in sorted(run_path.glob("*/metrics.jsonl")):
         step = metrics.parent.name
-        for row in read_jsonl(metrics):
+        for row in read_jsonl(metrics, growing=True):
             name = step if step.startswith(row["stage"]) else row["stage"]
             rows_by_stage.setdefault(name, []).append(row)
     for stage, rows in rows_by_stage.items():
