@@ -288,12 +288,7 @@ def encode_row(
     and one that does not render the prompt as the beginning of the conversation.
     """
     values, plain = _checked_values(row, where)
-    if (
-        plain
-        and plain_in_template
-        and tokenizer.chat_template
-        and not _has_marks(tokenizer, values["prompt"])
-    ):
+    if plain_in_template and goes_into_template(tokenizer, row):
         values, plain = _as_turns(values, tokenizer.eos_token), False
     if plain:
         prompt = values["prompt"] if values["prompt"].strip() else ""
