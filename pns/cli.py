@@ -366,10 +366,10 @@ def handle_evaluate(options: Namespace) -> None:
             settings.append(word)
     recipe = find_recipe(options.recipe) if options.recipe else None
     config = load(recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
+    check_problems(config, training=False)
     if not at_endpoint:
         check_model("MODEL", options.model)
         check_backbone(config)
-    check_problems(config, training=False)
     if not options.show_prompt:
         check_runs(config)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now

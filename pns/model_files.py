@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -292,7 +292,7 @@ def _refuse(message: str) -> None:
 class _Generation(Extension):
     """The tag {% generation %} of templates for training, which shows nothing of itself."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

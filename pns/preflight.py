@@ -61,6 +61,7 @@ def check_inputs(config: Config, stages: Collection[str]) -> None:
     check_tracking(config)
     check_models(config, stages)
     check_backbone(config)
+    check_policy(config)
     check_problems(config)
     if external_pairs(config) and "preference" in stages and config.preference.data.path:
         check_rows(config.preference.data)
@@ -149,7 +150,7 @@ def check_judge(key: str, path: Path) -> None:
 
 
 def check_backbone(config: Config) -> None:
-    """Chat template, prompt keys, context and adapters of a backbone in a directory. Raises UserError."""
+    """Chat template and prompt keys of a backbone that is a directory. Raises UserError."""
     backbone = ModelDirectory("models.backbone", Path(config.models.backbone))
     if not backbone.path.is_dir():
         return
@@ -174,15 +175,18 @@ def check_backbone(config: Config) -> None:
     if data.thinking is not Thinking.auto and "enable_thinking" not in (backbone.chat_template or ""):
         fault = f"{data.thinking}, and the model's chat template names no enable_thinking"
         raise UserError(f"data.thinking: {fault}: leave it auto")
+
+
+def check_policy(config: Config) -> None:
+    """A backbone that is a directory has room for completions, and what the adapters are for: every target is
+    the end of a linear layer's name. Raises UserError."""
+    backbone = ModelDirectory("models.backbone", Path(config.models.backbone))
+    if not backbone.path.is_dir():
+        return
     longest, context = config.rollout.max_new_tokens, backbone.context
-    if context and longest >= context and not config.evaluate.endpoint.url:
+    if context and longest >= context:
         fault = f"{longest} tokens, and the context of {backbone.path} is {context}, prompt and all"
         raise UserError(f"rollout.max_new_tokens: {fault}: lower it")
-    check_adapters(config, backbone)
-
-
-def check_adapters(config: Config, backbone: ModelDirectory) -> None:
-    """Every target of the adapters is the end of a linear layer's name."""
     lora = config.policy.lora
     if not lora.rank:
         return

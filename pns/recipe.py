@@ -128,7 +128,8 @@ def _parsed(recipe: Path) -> DictConfig:
     try:
         text = recipe.read_text(encoding="utf-8-sig")
         said = yaml.safe_load(text)
-        loaded = OmegaConf.create(text)  # it refuses a key that is there twice
+        # It refuses a key that is there twice, and takes neither a number nor a word.
+        loaded = OmegaConf.create(text) if isinstance(said, dict) else None
     except UnicodeDecodeError as error:
         fault = f"is not UTF-8 text (byte {error.start + 1})"
         raise UserError(f"recipe {recipe} {fault}: save it as UTF-8, or name a YAML file") from error

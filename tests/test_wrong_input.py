@@ -86,7 +86,7 @@ RECIPES: list[tuple[bytes, str]] = [
     (b"extends: 3\n", "extends: 3 must be the path of another recipe"),
     (b"extends: none.yaml\n", "none.yaml does not exist (in r.yaml)"),
     (b"seed: 1\n", "models.backbone is empty ... Hub id"),
-    (b"models: {backbone: ${nope}}\n", "'nope' not found"),
+    (b'models: {backbone: "${nope}"}\n', "'nope' not found"),
     (b"rl: 3\n", "rl: 3 is no section ... rl.steps"),
 ]
 
@@ -134,7 +134,7 @@ KEYS: list[tuple[str, str]] = [
     ("data.benchmarks=[gsm8k]", "data.benchmarks ... data.source=jsonl"),
     ("data.prompt=chatgpt", "data.prompt ... 'chatgpt' ... llama"),
     ("data.prompt=auto", "data.prompt ... no known family ... data.prompt=none"),
-    ("data.thinking=on", "data.thinking ... enable_thinking ... leave it auto"),
+    ('data.thinking="on"', "data.thinking ... enable_thinking ... leave it auto"),
     ("data.few_shot=none.jsonl", "none.jsonl does not exist"),
     ("evaluate.per_suite.nosuch.temperature=1", "per_suite.nosuch: no such suite; there are short"),
     ("evaluate.samples_per_problem=4", "samples at temperature 0 ... temperature above 0"),
@@ -147,7 +147,7 @@ KEYS: list[tuple[str, str]] = [
     ("models.backbone=./nowhere", "models.backbone ... neither a directory ... Hub id"),
     ("models.reward_model=./nowhere", "models.reward_model ... neither a directory ... Hub id"),
     ("reward.terms.coherence.model=./nowhere", "coherence.model ... neither a directory ... Hub id"),
-    ("reward.terms.plausibility.model=MODEL", "plausibility.model ... no reward head ... reward model"),
+    ("reward.terms.own={weight: 1, model: MODEL}", "own.model ... no reward head ... reward model"),
     ("models.backbone=PROCESS_REWARD", "models.backbone ... Classification ... language model"),
     ("runs=a_file", "runs ... a_file is a file ... runs=DIR"),
     ("runs=/proc/none", "runs: /proc cannot be written ... runs=DIR"),
@@ -279,7 +279,9 @@ def test_model(capsys: pytest.CaptureFixture[str], here: Path, case: str) -> Non
     edit, words = MODELS[case]
     shutil.copytree(TINY / "qwen2-mixed", here / "model")
     edit(here / "model")
-    check(said(capsys, "plan", "tiny-qwen2", "models.backbone=model"), f"models.backbone: ... model {words}")
+    check(
+        said(capsys, "plan", "tiny-qwen2", "models.backbone=model"), f"models.backbone: ... model ... {words}"
+    )
 
 
 @pytest.mark.parametrize("case", ["a layer missing", "weights cut", "broken template"])
@@ -288,7 +290,7 @@ def test_judge_that_a_later_stage_asks(capsys: pytest.CaptureFixture[str], here:
     shutil.copytree(TINY / "judge", here / "model")
     edit(here / "model")
     message = said(capsys, "run", "tiny-qwen2", "reward.terms.coherence.model=model")
-    check(message, f"reward.terms.coherence.model: ... model {words}")
+    check(message, f"reward.terms.coherence.model: ... model ... {words}")
 
 
 def test_template_without_a_system_turn(capsys: pytest.CaptureFixture[str], here: Path) -> None:
@@ -517,13 +519,14 @@ def test_a_full_disk_is_one_line(
         (["plan", "tiny-qwen2", "models.backbone=cut"], "damaged model.safetensors"),
         (["run", "tiny-qwen2", "models.backbone=cut"], "damaged model.safetensors"),
         (["run", "tiny-qwen2", "preference.data.path=empty.jsonl"], "no pairs in it"),
-        (["evaluate", "cut", "data.jsonl.suites.own=empty.jsonl"], "damaged model.safetensors"),
+        (["evaluate", "cut", "data.jsonl.suites.own=good.jsonl"], "damaged model.safetensors"),
     ],
 )
 def test_nothing_heavy_is_imported(here: Path, command: list[str], words: str) -> None:
     shutil.copytree(TINY / "qwen2", here / "cut")
     os.truncate(here / "cut" / "model.safetensors", 10_000)
     (here / "empty.jsonl").touch()
+    (here / "good.jsonl").write_text(GOOD)
     code = (
         f"import sys; from pns.cli import main; code = main({command!r}); "
         f"sys.exit(repr([name for name in {HEAVY} if name in sys.modules]) if code == 2 else code)"

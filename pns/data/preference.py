@@ -254,9 +254,10 @@ def _checked_values(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
 
 def goes_into_template(tokenizer: Any, row: Mapping[str, Any]) -> bool:
     """Whether a row is plain and has not been through a template: its prompt holds no special token."""
-    prompt, *sides = (row.get(key) for key in ("prompt", *SIDES))
-    plain = isinstance(prompt, str) and all(isinstance(side, str) for side in sides)
-    if not (plain and tokenizer.chat_template and prompt.strip()):
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not all(isinstance(row.get(side), str) for side in SIDES):
+        return False
+    if not (tokenizer.chat_template and prompt.strip()):
         return False
     return not any(token in prompt for token in tokenizer.all_special_tokens)
 
