@@ -1,6 +1,7 @@
 """The `pns` command. Nothing heavy is imported before arguments and configuration are known to be right."""
 
 import argparse
+import errno
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -20,10 +21,11 @@ from pns.commands.verify import verify_file
 from pns.config import ALL_STAGES, RewardConfig
 from pns.errors import UserError, did_you_mean
 from pns.planning.hardware import GPU_KINDS
-from pns.preflight import check_model
+from pns.preflight import check_backbone, check_model, check_problems, check_runs
 from pns.recipe import load
 from pns.run.stopping import sigterm_interrupts
 
+_OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 Commands = Any  # argparse's collection of subparsers, which has no public name
 
 
@@ -36,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     takes_overrides = "overrides" in options
     unknown = [word for word in rest if "=" not in word or word.startswith("-") or not takes_overrides]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = f"; a key goes without dashes: {unknown[0].lstrip('-')}" if "=" in unknown[0] else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint if takes_overrides else ''}")
     if rest:  # overrides that stand after an option
         options.overrides += rest
     try:
@@ -53,6 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
         # `pns config | head`: the reader has what it wanted. Python flushes stdout once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except TimeoutError as error:  # it says what was waited for, and the key of the limit
+        print(f"pns: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _OF_STORAGE:
+            raise
+        way_out = "make room or choose another place; the same command goes on"
+        print(f"pns: {error.filename or 'storage'}: {error.strerror}; {way_out}", file=sys.stderr)
+        return 2
     return exit_code or 0
 
 
@@ -367,8 +379,12 @@ def handle_evaluate(options: Namespace) -> None:
             settings.append(word)
     recipe = find_recipe(options.recipe) if options.recipe else None
     config = load(recipe, [*settings, f"runs={out.parent}", f"name={out.name}"], training=False)
+    check_problems(config, training=False)
     if not at_endpoint:
         check_model("MODEL", options.model)
+        check_backbone(config)
+    if not options.show_prompt:
+        check_runs(config)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
     # A recipe is asked as it says; so is rollout.max_new_tokens.

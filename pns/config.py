@@ -89,13 +89,19 @@ class TinyData:
 
 @dataclass
 class JsonlData:
-    """Local files, one JSON object a line with `problem`, `answer` and optional `id`, `solution`, `subject`,
-    `level` (`.jsonl` or `.jsonl.gz`), or names of training sets of `pns.data.benchmarks`."""
+    """Local files of problems, or names of training sets of `pns.data.benchmarks`. A file is .jsonl or
+    .jsonl.gz (an object a line), .json (a list of objects), .csv or .parquet; a problem has `problem`,
+    `answer` and optional `id`, `solution`, `subject`, `level`."""
 
     train: str = path_or_name("", "problems of rl and reverse_rl: a file or a training set's name")
     reward: str = path_or_name("", "problems of the reward models; empty: those of train")
     preference: str = path_or_name("", "problems of synthesis and pairing; empty: those of train")
     suites: dict[str, str] = path_key({}, "name of a suite -> its file")
+    fields: dict[str, str] = key(
+        {},
+        "field of a problem -> its name in the files, e.g. {problem: question}; in a file without that name "
+        "the field has its own",
+    )
     limit: int = key(0, "at most this many problems of every file; 0: all", at_least(0))
 
 
@@ -519,6 +525,11 @@ class PreferenceData:
     hub: str = key("", "data set of the Hugging Face Hub, owner/name; empty: none")
     revision: str = key("", "of the Hub data set: the full hash of a commit, which never moves")
     split: str = key("train", "of the Hub data set")
+    chat_template: bool = key(
+        True,
+        "pairs of plain strings become a user's turn and the assistant's, where the model has a template and "
+        "the prompt none of its marks; false: as they are",
+    )
     limit: int = key(0, "at most this many pairs of path or hub; 0: all", at_least(0))
     bad_pairs: BadPairs = key(
         BadPairs.error,

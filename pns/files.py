@@ -4,6 +4,7 @@ A file is written beside its place and moved there when it is whole: a reader, o
 crash, sees the old content or all of the new one.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -96,6 +97,8 @@ def json_lines(path: str | Path, growing: bool = False) -> Iterator[tuple[int, d
             for number, line in enumerate(file, start=1):
                 if growing and not line.endswith(b"\n"):
                     return
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
                 if line.strip():
                     yield number, _json_object(line, path, number)
     except FileNotFoundError:
@@ -184,7 +187,12 @@ def _json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except ValueError as error:  # a number of thousands of digits
         fault = str(error)
     if fault:
-        raise UserError(f"{path}, line {number}: not a JSON object ({fault}); mend or remove the line")
+        way_out = "mend or remove the line"
+        if fault == "not UTF-8 text":
+            way_out = "save the file as UTF-8"
+        elif number == 1 and line.lstrip().startswith(b"["):
+            way_out = "of a list of objects, name the file .json, or write one object a line"
+        raise UserError(f"{path}, line {number}: not a JSON object ({fault}); {way_out}")
     return value
 
 

@@ -5,11 +5,13 @@
 before anything starts. No heavy import: errors answer within a second.
 """
 
+import copy
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Set as AbstractSet
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,6 +29,7 @@ from pns.config import (
     Method,
     Normalisation,
     Pool,
+    PreferenceConfig,
     RatioLevel,
     RewardTerm,
     ServicePool,
@@ -47,7 +50,8 @@ from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.preference_losses import PREFERENCE_LOSSES
 
 # Of data files; a model is a directory, and the dots of Hub ids (Qwen2.5-0.5B) are no suffixes.
-FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet")
+FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
+LONGEST_NAME = 200  # bytes; file systems take 255, and tracking adds to it
 GATES = ("malformed", "correct", "box_only_flip")  # in the order of `pns.algo.reward`
 _OF_WRONG = (TermKind.verdict, TermKind.diversity)  # 0 of every right completion
 # What comes before the arms of a study, or is of all of them.
@@ -126,39 +130,89 @@ def read(path: str | Path | None, overrides: list[str] | None = None, over: Sequ
     files = [*([] if path is None else [Path(path)]), *over]
     layers = [layer for file in files for layer in _read(file)]
     source = " or ".join([*map(str, files), "an override"])
-    config = merge_layers(Config, [*layers, override_layer(overrides or [])], source)
+    config = merge_layers(Config, own_parameters([*layers, override_layer(overrides or [])]), source)
     config.name = config.name or Path(path or "defaults").stem
     config.runs = str(Path(config.runs).absolute())  # nobody said it: the default is in the working directory
     return config
 
 
-def _read(recipe: Path) -> list[Layer]:
+def _read(recipe: Path, extended_by: Sequence[Path] = ()) -> list[Layer]:
     """The recipe after the one it `extends` (a path relative to it), if any."""
     if not recipe.is_file():
-        names = sorted(map(str, recipe.parent.glob("*.yaml")))
+        folder = recipe if recipe.is_dir() else recipe.parent
+        names = sorted(map(str, folder.glob("[!.]*.yaml")))
         there = f"; there are: {', '.join(names)}" if names else ""
-        raise UserError(f"recipe {recipe} does not exist{there}")
-    try:
-        loaded = OmegaConf.load(recipe)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"recipe {recipe} is a list; it has to be keys and values")
+        raise UserError(f"recipe {recipe} {'is a directory' if recipe.is_dir() else 'does not exist'}{there}")
+    loaded = _parsed(recipe)
     base = loaded.pop("extends", None)  # no key of the schema
     layer = (loaded, recipe.absolute().parent)
     if base is None:
         return [layer]
-    if not (recipe.parent / base).is_file():
-        raise UserError(f"extends: {recipe.parent / base} does not exist (in {recipe})")
-    return [*_read(recipe.parent / base), layer]
+    if not isinstance(base, str):
+        raise UserError(f"recipe {recipe}: extends: {base!r} must be the path of another recipe")
+    extended = recipe.parent / base
+    if not extended.is_file():
+        raise UserError(f"extends: {extended} does not exist (in {recipe})")
+    chain = [*extended_by, recipe]
+    if any(extended.samefile(earlier) for earlier in chain):
+        raise UserError(f"recipe {recipe} extends {base}, which extends it again: name another, or none")
+    return [*_read(extended, chain), layer]
+
+
+def _parsed(recipe: Path) -> DictConfig:
+    """What the file says, before it is held against the schema. Raises UserError where that is no YAML of
+    keys and values."""
+    try:
+        text = recipe.read_text(encoding="utf-8-sig")
+        said = yaml.safe_load(text)
+        # It refuses a key that is there twice, and takes neither a number nor a word.
+        loaded = OmegaConf.create(text) if isinstance(said, dict) else None
+    except UnicodeDecodeError as error:
+        fault = f"is not UTF-8 text (byte {error.start + 1})"
+        raise UserError(f"recipe {recipe} {fault}: save it as UTF-8, or name a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"recipe {recipe} cannot be read ({error.strerror}): name another file") from error
+    if not isinstance(said, dict):
+        kinds = {list: "a list", type(None): "empty"}
+        is_what = kinds.get(type(said), f"the {type(said).__name__} {str(said)[:20]!r}")
+        raise UserError(f"recipe {recipe} is {is_what}; it has to be keys and values, such as seed: 1")
+    return cast(DictConfig, loaded)
 
 
 def override_layer(overrides: list[str]) -> Layer:
     """`key=value` words of a command. Raises UserError."""
     for override in overrides:
-        if "=" not in override:
+        if not re.match("[^=]+=", override):
             raise UserError(f"override {override!r} is not of the form key=value")
-    return OmegaConf.from_dotlist(overrides), Path.cwd()
+    try:
+        return OmegaConf.from_dotlist(overrides), Path.cwd()
+    except yaml.YAMLError as error:
+        fault = " ".join(str(error).split())
+        raise UserError(f"an override of {', '.join(overrides)} has no value of YAML: {fault}") from error
+
+
+def own_parameters(layers: list[Layer]) -> list[Layer]:
+    """`layers`, where hyper-parameters of preference.loss belong to the loss that they are said with: those
+    of earlier layers go where a later one names another loss."""
+    names = {name for entry in PREFERENCE_LOSSES.values() for name in entry.defaults}
+    loss, kept = PreferenceConfig().loss, list(layers)
+    for index, (layer, _) in enumerate(layers):
+        said = OmegaConf.select(layer, "preference.loss")
+        if said is not None and said != loss:
+            loss = said
+            kept[:index] = [(_without(earlier, names), where) for earlier, where in kept[:index]]
+    return kept
+
+
+def _without(layer: DictConfig, parameters: AbstractSet[str]) -> DictConfig:
+    """The layer without those keys of its section `preference`."""
+    layer = copy.deepcopy(layer)
+    own = OmegaConf.select(layer, "preference")
+    for name in parameters & own.keys() if isinstance(own, DictConfig) else ():
+        own.pop(name)
+    return layer
 
 
 def merge_layers(schema: type[Settings], layers: list[Layer], source: str) -> Settings:
@@ -178,9 +232,32 @@ def merge_layers(schema: type[Settings], layers: list[Layer], source: str) -> Se
         key_name = error.full_key or str(error.key)
         raise UserError(f"{key_name}: unknown key (in {source}){suggest_key(key_name, schema())}") from error
     except ValidationError as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]} (in {source})") from error
+        raise UserError(f"{section_fault(layer, schema()) or value_fault(error)} (in {source})") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
+def value_fault(error: ValidationError) -> str:
+    said = str(error).splitlines()[0]
+    if "not a ListConfig" in said:  # in OmegaConf's words: AnyNode is not a ListConfig, list or tuple.
+        said = f"the value must be a list: {error.full_key}=[VALUE]"
+    return f"{error.full_key}: {said}"
+
+
+def section_fault(layer: DictConfig, settings: Any, prefix: str = "") -> str:
+    """Where `layer` gives a section of `settings` a value of its own, what is wrong; empty: nowhere."""
+    for name, own in vars(settings).items():
+        said = layer._get_node(name) if name in layer else None
+        if not is_dataclass(own) or said is None:
+            continue
+        key = f"{prefix}{name}"
+        if isinstance(said, DictConfig):
+            if fault := section_fault(said, own, f"{key}."):
+                return fault
+        else:
+            first = ", ".join(f"{key}.{inner}" for inner in list(vars(own))[:3])
+            return f"{key}: {said} is no section: name one of its keys, {first}, ... (pns config {key})"
+    return ""
 
 
 def _resolve_paths(merged: DictConfig, layer: DictConfig, key: Key, directory: Path) -> None:
@@ -214,8 +291,18 @@ def resolve_path(value: str, directory: Path, named: bool) -> str:
 def suggest_key(name: str, settings: Any) -> str:
     """The end of a message about a key `name` that `settings` do not have."""
     keys = {key.name for key in walk_keys(settings)}
+    words = name.split(".")
+    # data.train for data.jsonl.train: a section is left out.
+    within = [key for key in sorted(keys) if len(words) > 1 and _in_order(words, key.split("."))]
+    if within:
+        return f"; did you mean {within[0]}?"
     sections = {key_name.rpartition(".")[0] for key_name in keys}
     return did_you_mean(name, (keys | sections) - {""})
+
+
+def _in_order(words: Sequence[str], among: Sequence[str]) -> bool:
+    left = iter(among)
+    return words[-1] == among[-1] and all(word in left for word in words)
 
 
 def check_config(config: Config, rewards: bool) -> None:
@@ -239,7 +326,10 @@ def loss_faults(config: Config) -> Iterator[str]:
     """The loss is in the table, and what is set is what it reads."""
     settings = config.preference
     if settings.loss not in PREFERENCE_LOSSES:
-        hint = f"{did_you_mean(settings.loss, PREFERENCE_LOSSES)}; there are {', '.join(PREFERENCE_LOSSES)}"
+        near = (
+            "; DPO is sigmoid" if settings.loss == "dpo" else did_you_mean(settings.loss, PREFERENCE_LOSSES)
+        )
+        hint = f"{near}; there are {', '.join(PREFERENCE_LOSSES)}"
         yield f"preference.loss: {settings.loss!r} is not the name of a loss{hint}"
     reads = PREFERENCE_LOSSES[settings.loss].defaults
     for name in sorted({key for entry in PREFERENCE_LOSSES.values() for key in entry.defaults}):
@@ -298,6 +388,8 @@ def label_faults(config: Config) -> Iterator[str]:
 def key_faults(config: Config) -> Iterator[str]:
     if "/" in config.name or config.name in (".", ".."):
         yield f"name: {config.name!r} must be a directory name, without slashes"
+    if (length := len(config.name.encode())) > LONGEST_NAME:
+        yield f"name: {length} bytes are too long for a directory: choose one of at most {LONGEST_NAME}"
     if not config.models.backbone:
         yield "models.backbone is empty: name a model directory or a Hub id (owner/name)"
     starts = {"reverse_rl.start is": [config.reverse_rl.start], "mixture.starts has": config.mixture.starts}
@@ -552,6 +644,11 @@ def data_faults(data: Data, training: bool) -> Iterator[str]:
     if data.source is DataSource.tiny:
         if data.benchmarks and training:
             yield "data.benchmarks: the tiny world has its own suites; set data.source=jsonl"
+        unread = {f"data.jsonl.{name}": value for name, value in vars(data.jsonl).items()}
+        for name, value in (unread | {"data.root": data.root}).items():
+            if value:
+                way_out = "set data.source=jsonl, or remove it"
+                yield f"{name}: {value!r} is not read with data.source=tiny: {way_out}"
         return
     if training and not data.jsonl.train:
         yield "data.jsonl.train is empty: name a file or a training set"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,12 @@ HEAVY = ("torch", "ray", "verl", "vllm", "transformers")
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A directory that passes the checks: shapes and names only, the weights are never read."""
+    """A model that passes the checks, with a tokenizer of four tokens."""
     path = tmp_path / "model"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"vocab_size": 4}))
+    shutil.copytree(ROOT / "recipes" / "tiny" / "qwen2", path)
     (path / "tokenizer.json").write_text(
         json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}, "added_tokens": [{"id": 3}]})
     )
-    (path / "model.safetensors").write_bytes(b"")
     return path
 
 
@@ -33,7 +32,9 @@ def model(tmp_path: Path) -> Path:
 def recipe(tmp_path: Path, model: Path) -> Path:
     path = tmp_path / "small.yaml"
     judge = f"reward: {{terms: {{coherence: {{model: {model}}}}}}}"
-    path.write_text(f"models: {{backbone: {model}}}\n{judge}\nruns: {tmp_path / 'runs'}\n")
+    path.write_text(
+        f"models: {{backbone: {model}}}\n{judge}\nrollout: {{max_new_tokens: 96}}\nruns: {tmp_path / 'runs'}\n"
+    )
     return path
 
 
@@ -56,10 +57,10 @@ def test_model_without_weights(capsys: pytest.CaptureFixture[str], recipe: Path,
 
 
 def test_tokenizer_larger_than_model(capsys: pytest.CaptureFixture[str], recipe: Path, model: Path) -> None:
-    (model / "config.json").write_text(json.dumps({"vocab_size": 3}))
+    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 46}]}))
     message = fail(capsys, "run", recipe)
-    assert "tokenizer of 4 tokens" in message
-    assert "model of 3" in message
+    assert "tokenizer of 47 tokens" in message
+    assert "model of 46" in message
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_lines_are_numbered_as_in_the_file(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"x": 1}\n{"x": \n', r"a.jsonl, line 2: not a JSON object \(Expecting value\)"),
-        ("a.jsonl", b"[1]\n", r"line 1: not a JSON object \(a list\); mend or remove the line"),
+        ("a.jsonl", b"[1]\n", r"line 1: not a JSON object \(a list\); of a list of objects, name"),
         ("a.jsonl", b"\xff\n", r"line 1: not a JSON object \(not UTF-8 text\)"),
         ("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}\n", r"line 1: not a JSON object \(Exceeds the limit"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: cannot be read"),

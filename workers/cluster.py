@@ -52,7 +52,11 @@ class Cluster:
 
     def _join(self, address: str) -> str:
         # The workers' output stays in Ray's log files: the driver's shows the run.
-        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        except (ConnectionError, ValueError) as error:
+            way_out = "start the cluster, or unset it to start Ray here"
+            raise UserError(f"RAY_ADDRESS: {address}: {str(error).splitlines()[0]}: {way_out}") from error
         with ExitStack() as stack:
             stack.callback(ray.shutdown)  # `__exit__` is not called after a failed `__enter__`
             device = self._wait_for_room()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from pns.answers.exact import approximate
+from pns.answers.exact import Budget, approximate, same_value
+from pns.answers.relations import ascending
 from pns.answers.spelling import GREEK
 from pns.answers.tokens import SEPARATORS, Cursor, Token, Unreadable
 from pns.answers.tree import (
@@ -18,18 +19,14 @@ from pns.answers.tree import (
     Based,
     Expression,
     Group,
-    Negative,
     Number,
+    Operation,
     Product,
-    Quotient,
     Relation,
-    Sum,
     Symbol,
     Tree,
     Union,
     letter,
-    product_of,
-    walk,
 )
 from pns.answers.units import CURRENCIES, UNIT_LETTERS, unit_size
 from pns.answers.words import NUMBER_WORDS, SCALES
@@ -41,7 +38,10 @@ _FUNCTION_LETTERS = frozenset("fghFGH")  # with a bracket behind it such a lette
 _SCALES = SCALES | {"hundred": 100}
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?"
 _DERIVATIVE = re.compile(rf"(d|\\partial)(\^\d)?({_NAME}(?:\([A-Za-z]\))?)?/(?:\1{_NAME}(?:\^\d)?)+")
-_STOPS = (",", ";", ")", "]", "=", "<", ">")
+_STOPS = (",", ";", "]", "=", "<", ">")  # behind a unit
+_MAX_UNIT_TOKENS = 40
+_UNIT_NAME = r"[A-Za-z][A-Za-z.]*(?:\^-?\d+)?"
+_UNIT = re.compile(rf"{_UNIT_NAME}(?:\s*/\s*{_UNIT_NAME}|\s+{_UNIT_NAME})*")
 _AROUND_NUMBERS = ("$", r"\$", r"\%", "%", "{", "}")
 _DECIMAL = re.compile(
     r"\d*\.(?P<decimals>\d*)(?:[eE](?P<exponent>[+-]?\d+))?"
@@ -80,7 +80,7 @@ def read_number(cursor: Cursor, written: str) -> Number | Based:
         return _read_mixed(cursor, value) or Number(value)
     if "." in written and cursor.accept(r"\overline", r"\bar", r"\dot"):
         repeating = _fraction_digits(cursor)
-        if repeating is None or not repeating.isdigit() or len(repeating) > 50:
+        if not repeating.isdigit() or len(repeating) > 50:
             raise Unreadable
         places = len(written.partition(".")[2])
         return Number(value + Fraction(int(repeating), (10 ** len(repeating) - 1) * 10**places))
@@ -134,14 +134,8 @@ def read_symbol(cursor: Cursor, name: str, marks: Marks) -> Tree:
     plain = name
     if cursor.accept("_"):
         name += "_" + cursor.raw_group()
-    while True:
-        if cursor.accept("'"):
-            name += "'"
-        elif cursor.at("^") and cursor.peek(2 if cursor.peek(1).value == "{" else 1).value == r"\prime":
-            cursor.take()
-            name += "'" * cursor.raw_group().count("prime")
-        else:
-            break
+    while cursor.accept("'"):
+        name += "'"
     ahead = "".join(cursor.peek(place).value for place in range(6))
     if plain in _FUNCTION_LETTERS and ahead == "^{-1}(":  # f^{-1}(x), the inverse function
         cursor.position += 5
@@ -171,43 +165,17 @@ def _read_argument(cursor: Cursor, name: str) -> str:
 
 
 def read_derivative(cursor: Cursor) -> Symbol | None:
-    r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel; of `\frac{d}{dt}`
-    with the name behind it. None where they are a fraction's: `\frac{d}{2}`, `\frac{dk}{d+1}`."""
+    r"""The arguments of `\frac{dM}{dt}` as one symbol: as a fraction its d would cancel. None where they are
+    a fraction's: `\frac{d}{2}`, `\frac{dk}{d+1}`."""
+    if not cursor.at("{") or cursor.peek(1).value not in ("d", r"\partial"):
+        return None
     start = cursor.position
-    if cursor.at("{") and cursor.peek(1).value in ("d", r"\partial"):
-        upper = cursor.raw_group()
-        derivative = _DERIVATIVE.fullmatch(f"{upper}/{cursor.raw_group()}") if cursor.at("{") else None
-        if derivative and derivative[3]:
-            return Symbol(derivative[0])
-        if derivative:
-            is_in_brackets = bool(cursor.accept("("))
-            function = read_symbol(cursor, _function_name(cursor), Marks())
-            if is_in_brackets:
-                cursor.expect(")")
-            if isinstance(function, Symbol):
-                return Symbol(derivative[0].replace("/", function.name + "/", 1))
-            raise Unreadable
-    cursor.position = start
-    return None
-
-
-def _function_name(cursor: Cursor) -> str:
-    token = cursor.take()
-    if token.kind != "letter" and token.value[1:] not in GREEK:
+    upper, lower = cursor.raw_group(), cursor.raw_group()
+    derivative = _DERIVATIVE.fullmatch(f"{upper}/{lower}")
+    if derivative and not derivative[3]:  # of what is behind it
         raise Unreadable
-    return token.value
-
-
-def skip_set_builder(cursor: Cursor) -> None:
-    r"""Skip `x |` and `x \in R :` of a set given by a condition."""
-    start = cursor.position
-    is_letter = cursor.take().kind == "letter"
-    if cursor.accept(r"\in"):
-        cursor.take()
-        if cursor.at("{"):
-            cursor.raw_group()
-    if not is_letter or not cursor.accept("|", r"\mid", ":", r"\vert"):
-        cursor.position = start
+    cursor.position = cursor.position if derivative else start
+    return Symbol(derivative[0]) if derivative else None
 
 
 def read_unit(cursor: Cursor, marks: Marks, tree: Tree) -> int:
@@ -273,93 +241,38 @@ class Unit:
 def at_unit(cursor: Cursor) -> Unit | None:
     r"""The unit at a place behind a number, if all its names are known and the end follows: `5 m`, `5 m/s^2`,
     `5 kg \cdot m/s^2`, `5 \frac{m}{s}`."""
-    start = cursor.position
-    unit = None
-    if cursor.peek().kind in ("letter", "word", "text") or cursor.at(r"\frac"):
-        try:
-            unit = _known_unit(cursor)
-        except Unreadable:
-            unit = None
-    cursor.position = start
-    return unit
-
-
-def _known_unit(cursor: Cursor) -> Unit | None:
-    first = cursor.peek()
-    if cursor.accept(r"\frac"):
-        parts = [_words_of_group(cursor), "/", _words_of_group(cursor)]
-        has_only_letters = all(re.fullmatch(r"[A-Za-z](\^\d)?|/", part) for part in parts)
-        is_unit = True
-    else:
-        parts, has_only_letters, is_unit = [], True, False
-        while token := cursor.peek():
-            operator = cursor.accept("/", r"\cdot", "*") if parts else ""
-            token = cursor.peek()
-            if operator == "/" and cursor.at("("):  # J/(kg K)
-                parts += [operator, _words_of_group(cursor)]
-                is_unit = True
-                continue
-            if token.kind not in ("letter", "word", "text") or token.word in SEPARATORS:
-                break
-            is_run = cursor.peek(1).kind == "letter" or parts  # mg
-            if len(parts) > 8 or (token.kind == "letter" and not operator and not token.spaced and is_run):
-                return None
-            cursor.take()
-            power = _unit_power(cursor)
-            parts += [operator] * (operator == "/") + [token.value.strip() + power]
-            has_only_letters &= token.kind == "letter"
-            is_unit |= operator == "/" or power.startswith("^-") or (parts[0] == "N" and len(parts) > 1)
-        if not (is_unit or (first.spaced and len(parts) == 1) or not has_only_letters):
-            return None
-    following = cursor.peek()
-    name = " ".join(parts)
-    if not (following.kind == "end" or following.value in _STOPS) or not parts:
+    first, tokens, level = cursor.peek(), list[Token](), 0
+    for token in cursor.tokens[cursor.position :][:_MAX_UNIT_TOKENS]:
+        level += {"(": 1, ")": -1}.get(token.value, 0)  # J/(kg K)
+        if level < 0 or token.value in _STOPS:
+            break
+        tokens.append(token)
+    written = "".join(f" {token.value} " if token.spaced or token.word else token.value for token in tokens)
+    written = re.sub(r"\}\s*\{", "/", written) if first.value == r"\frac" else written
+    name = re.sub(r"\s*\^\s*", "^", re.sub(r"\\frac|\\cdot|[{}()*]", " ", written).strip())
+    if written.count("{") != written.count("}") or not _UNIT.fullmatch(name) or not unit_size(name)[2]:
         return None
-    is_letter = len(parts) == 1 and has_only_letters
-    if is_letter and first.value not in UNIT_LETTERS:
+    has_only_letters = not any(token.word for token in tokens)
+    is_one_letter = has_only_letters and len(re.findall("[A-Za-z]+", name)) == 1
+    is_likely = "/" in name or "^-" in name or (first.spaced if is_one_letter else name[0] == "N")
+    if has_only_letters and not (is_likely and (first.value in UNIT_LETTERS or not is_one_letter)):
         return None
-    is_known = unit_size(name)[2] and re.fullmatch(r"[A-Za-z0-9/^ .-]+", name)
-    return Unit(name, cursor.position, has_only_letters, is_letter) if is_known else None
-
-
-def _words_of_group(cursor: Cursor) -> str:
-    """The names in a group, with spaces between."""
-    if not cursor.accept("{", "("):
-        return cursor.take().value
-    parts: list[str] = []
-    while not cursor.accept("}", ")"):
-        if cursor.accept(r"\cdot", "*"):
-            continue
-        if cursor.peek().kind not in ("letter", "word", "text"):
-            raise Unreadable
-        parts.append(cursor.take().value.strip() + _unit_power(cursor))
-    return " ".join(parts)
+    return Unit(name, cursor.position + len(tokens), has_only_letters, is_one_letter)
 
 
 def in_degrees(tree: Tree) -> Tree | None:
     """The number of degrees that an expression is as a whole; None where only a part of it is in degrees."""
+    number = _without_degrees(tree)
+    return number if same_value(tree, number * DEGREE, Budget()) else None
+
+
+def _without_degrees(tree: Tree) -> Tree:
     match tree:
-        case Product((base, part)) if part == DEGREE:
-            return base
-        case Negative((part,)):
-            degrees = in_degrees(part)
-            return None if degrees is None else -degrees
-        case Quotient((numerator, denominator)) if not has_degrees(denominator):
-            degrees = in_degrees(numerator)
-            return None if degrees is None else degrees / denominator
-        case Product(parts):
-            values = [in_degrees(part) if has_degrees(part) else part for part in parts]
-            known = [value for value in values if value is not None]
-            is_linear = len(known) == len(parts) and sum(map(has_degrees, parts)) == 1
-            return product_of(known) if is_linear else None
-        case Sum(parts):
-            known = [value for part in parts if (value := in_degrees(part)) is not None]
-            return Sum(tuple(known)) if len(known) == len(parts) else None
-    return None
-
-
-def has_degrees(tree: Tree) -> bool:
-    return DEGREE in walk(tree)
+        case Product((number, unit)) if unit == DEGREE:
+            return number
+        case Operation(parts):
+            return replace(tree, parts=tuple(map(_without_degrees, parts)))
+    return tree
 
 
 def is_domain(answer: Answer) -> bool:
@@ -374,35 +287,25 @@ def is_domain(answer: Answer) -> bool:
 
 def both_hold(answer: Group) -> Answer:
     """A lower and an upper bound of one name as a chain, where both can hold: `x > 2 and x < 5`."""
-    bounds: dict[str, tuple[str, Expression]] = {}
-    names = set()
-    for item in answer.items:
-        match item:
-            case Relation((operator,), (Expression(Symbol(name)), Expression() as bound)):
-                pass
-            case Relation((operator,), (Expression() as bound, Expression(Symbol(name)))):
-                operator = operator.translate(str.maketrans("<>", "><"))
-            case _:
-                return answer
-        names.add(name)
-        bounds[operator[:1]] = operator, bound
-    if answer.brackets or len(names) != 1 or len(answer.items) != 2 or set(bounds) != {"<", ">"}:
+    bounds = [ascending(item) for item in answer.items if isinstance(item, Relation)]
+    if answer.brackets or len(answer.items) != 2:
         return answer
-    (over, low), (under, high) = bounds[">"], bounds["<"]
-    distance = approximate(high.tree - low.tree)
-    if distance is None:
-        return answer
-    if distance < 0:  # x < 1 and x > 2, for "or"
-        return Group("or", answer.items)
-    return Relation((over.replace(">", "<"), under), (low, Expression(Symbol(names.pop())), high))
+    for pair in itertools.permutations(bounds, 2):
+        match pair:
+            case (
+                Relation(("<" | "<=" as over,), (Expression() as low, Expression(Symbol(name)) as middle)),
+                Relation(("<" | "<=" as under,), (Expression(Symbol(other)), Expression() as high)),
+            ) if name == other and (distance := approximate(high.tree - low.tree)) is not None:
+                if distance < 0:  # x < 1 and x > 2, for "or"
+                    return Group("or", answer.items)
+                return Relation((over, under), (low, middle, high))
+    return answer
 
 
 def without_points(parts: list[Answer], points: Answer) -> Answer:
     r"""`\mathbb{R} \setminus \{0, 1\}` as a union of intervals; Unreadable for other differences of sets."""
     items = points.items if isinstance(points, Group) and points.brackets == "{}" else ()
-    numbers = [
-        item for item in items if isinstance(item, Expression) and isinstance(item.tree, Number | Negative)
-    ]
+    numbers = [item for item in items if isinstance(item, Expression) and isinstance(item.tree, Number)]
     if parts != [REALS] or not numbers or len(numbers) != len(items):
         raise Unreadable
     low, high = REALS.items

@@ -14,6 +14,7 @@ tell. "Different" is said only of closed kinds (`pns.answers.closed`). Conventio
   beside `3.14` or `\pi`;
 - solutions are the same whatever their arbitrary constants and whole-numbered parameters are called
   (`pns.answers.families`);
+- `m+n=31` in a prediction states 31 where the gold answer is a number;
 - letters name choices: `(A)`, `\text{A}` and `A` are one answer; words are compared without case.
 """
 
@@ -57,21 +58,23 @@ from pns.answers.tree import (
     Number,
     Ratio,
     Relation,
+    Sum,
     Symbol,
     Tree,
     Union,
     Words,
+    degree,
     is_numeric,
     substitute,
     walk,
     whole,
 )
 from pns.answers.units import unit_size
+from pns.answers.words import number_in_words
 from pns.records import AnswerRule
 
 _MAX_WRITTEN = 10**4300  # longer integers Python does not turn into text
 _MAX_PAIRS = 400  # of items compared with each other
-_MAX_BASED_DIGITS = 500  # of a number in a base that are looked at
 _ARTICLE = re.compile(r"^(?:the )?(?:a )?(?:an )?")  # "the east" and "east" are the same
 _NOTHING = {
     *("no solution", "no solutions", "empty set", "the empty set", "does not exist", "no real solution"),
@@ -163,6 +166,8 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
     basis = _Basis(rule)
     golds = [_with_unit(reading, rule.unit) for reading in golds]
     try:
+        if is_numeric(golds[0]):
+            predictions += _numbers_asked_for(basis, predictions)
         findings = [_compare(basis, a, b) for a in golds for b in predictions]
     except RecursionError:
         return _undecided("answers too deeply nested to compare")
@@ -173,6 +178,18 @@ def compare_answers(gold: str, prediction: str, rule: AnswerRule = AnswerRule())
     if best.same and all(finding.same is False for finding in of_first_reading) and "," in gold:
         return _undecided("a decimal comma in the gold answer, or a list")  # 1,5
     return best
+
+
+def _numbers_asked_for(basis: _Basis, predictions: list[Answer]) -> list[Answer]:
+    """The 31 of `m+n=31`, whose problem asks for that sum of letters."""
+    numbers: list[Answer] = []
+    for reading in predictions:
+        match reading:
+            case Relation(operators, (Expression(Sum() as asked), *_, Expression(value) as last)):
+                is_asked_for = set(operators) == {"="} and degree(asked) == 1 and len(asked.symbols) > 1
+                is_number = not value.symbols and basis.same(value, ZERO) is False  # not x+y-3=0
+                numbers += [last] if is_asked_for and is_number and _holds(basis, reading) else []
+    return numbers
 
 
 def _with_unit(answer: Answer, unit: str) -> Answer:
@@ -215,11 +232,11 @@ def _compare(basis: _Basis, a: Answer, b: Answer) -> Finding:
 
 
 def _compare_forms(basis: _Basis, a: Answer, b: Answer) -> Finding:
-    for forms in _PRECEDENCE:
-        for x, y in ((a, b), (b, a)):
-            if compare := forms.get(type(x)):
-                return compare(basis, x, y)
-    raise TypeError(type(a))
+    orders = (a, b), (b, a)
+    compare, x, y = next(
+        (forms[type(x)], x, y) for forms in _PRECEDENCE for x, y in orders if type(x) in forms
+    )
+    return compare(basis, x, y)
 
 
 def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding:
@@ -252,8 +269,6 @@ def _compare_expressions(basis: _Basis, a: Expression, b: Expression) -> Finding
         return _compare_numbers(basis, a, b, x, y)
     if not basis.in_list and is_same_up_to_constants(x, y):
         return Finding(True, "equal but for their arbitrary constants")
-    if is_ambiguous:
-        return _TWO_READINGS
     if same is None or x.symbols != y.symbols:
         return _undecided("expressions of which neither equality nor difference is proved")
     return _DIFFERENT
@@ -474,12 +489,8 @@ def _compare_inequalities(basis: _Basis, a: Relation, b: Relation) -> Finding:
             return finding
         return _undecided("the same inequality of different names")
     a, b = ascending(a), ascending(b)  # a > b > c and c < b < a
-    if a.operators == b.operators:
-        in_order = _compare_ordered(basis, a.sides, b.sides)
-        has_same_sides = _compare_unordered(basis, a.sides, b.sides).same
-        is_reordered = in_order.same is False and len(a.sides) > 2 and set(a.operators) == {"<"}
-        if in_order.same or (has_same_sides and is_reordered):
-            return in_order
+    if a.operators == b.operators and _compare_ordered(basis, a.sides, b.sides).same:
+        return _SAME
     return _undecided("inequalities of which nothing is proved")
 
 
@@ -532,24 +543,22 @@ def _compare_matrix(basis: _Basis, matrix: Matrix, other: Answer) -> Finding:
 
 def _compare_based(basis: _Basis, based: Based, other: Answer) -> Finding:
     if isinstance(other, Based):
-        own_value, other_value = _based_value(based), _based_value(other)
-        if own_value is not None and other_value is not None and own_value != other_value:
+        values = _in_bases(based, based.base) + _in_bases(other, other.base)
+        if len(values) == 2 and values[0] != values[1]:
             return Finding(False, "different numbers, in bases")
         return _undecided("one number in two bases")
     if not is_numeric(other):
         return _undecided("a number in a base and an answer of another kind")
-    readings_of_it = [whole(int(based.digits[:_MAX_BASED_DIGITS]))]
-    if (value := _based_value(based)) is not None:
-        readings_of_it.append(whole(value))
-    if all(basis.same(other.tree, reading) is False for reading in readings_of_it):
+    values = _in_bases(based, 10, based.base)
+    if values and all(basis.same(other.tree, value) is False for value in values):
         return _DIFFERENT_NUMBERS
     return _undecided("the base is not stated on both sides")
 
 
-def _based_value(based: Based) -> int | None:
-    if len(based.digits) > _MAX_BASED_DIGITS or max(map(int, based.digits)) >= based.base:
-        return None
-    return int(based.digits, based.base)
+def _in_bases(based: Based, *bases: int) -> list[Tree]:
+    """The numbers that its digits are in those of the bases that have all of them."""
+    highest = max(int(digit, 36) for digit in based.digits)
+    return [whole(int(based.digits, base)) for base in bases if highest < base]
 
 
 def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
@@ -566,18 +575,18 @@ def _compare_ratio(basis: _Basis, ratio: Ratio, other: Answer) -> Finding:
     return in_order
 
 
-def _compare_words(_basis: _Basis, words: Words, other: Answer) -> Finding:
+def _compare_words(basis: _Basis, words: Words, other: Answer) -> Finding:
     text = words.text
     if isinstance(other, Words):
         return _same_words(text, other.text)
+    if is_numeric(other) and (part := number_in_words(f"a {text}")) and basis.same(other.tree, Number(part)):
+        return _SAME  # "third" and 1/3
     if (text in _NOTHING and other == EMPTY_SET) or (text in _EVERYTHING and other == REALS):
         return _SAME
     if isinstance(other, Expression) and len(text) == 1:
         match other.tree:
             case Symbol(name) | Constant("e" | "i" as name) if len(name) == 1:
-                if name.casefold() == text.casefold() and name != text:
-                    return _undecided("two letters")
-                return _SAME if name == text else _DIFFERENT
+                return _SAME if name == text else _same_words(name, text)
     return _undecided("words or a letter that names a choice, and a formula")
 
 

@@ -13,6 +13,7 @@ grow without limit: `9^{9^{9^9}}` ends at once.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import random
@@ -24,24 +25,23 @@ from typing import Any
 
 import mpmath
 
-from pns.answers.polynomials import WHOLE_NUMBERS, degree
 from pns.answers.tree import (
     INFINITY,
     LOG_BASE,
     MINUS_INFINITY,
+    ONE,
     Call,
     Constant,
-    Negative,
     Number,
     Operation,
     Power,
     Product,
     Quotient,
-    Root,
     Series,
     Sum,
     Symbol,
     Tree,
+    degree,
     substitute,
     walk,
     whole,
@@ -60,7 +60,9 @@ _DIGITS = 50
 _HUGE_BITS = 120  # of 50 digits' 166: values beyond are not called equal, as too little is left of a fraction
 # By three of 61 bits: two different numbers agree modulo all of them as good as never.
 _PRIMES = ((1 << 61) - 1, 2305843009213693921, 2305843009213693907)
+WHOLE_NUMBERS = frozenset("nkmljN")  # names that often stand for them; beside pi, of a family of solutions
 _WHOLE_POINTS = 121  # from 0, at which functions of a whole number are compared
+_POINT = whole(7) / whole(3)
 _INFINITE = (INFINITY, MINUS_INFINITY)
 _ROUNDINGS: dict[str, Callable[..., Any]] = {"abs": abs, "floor": math.floor, "ceil": math.ceil}
 _LOG_BASES = (whole(1), Call((whole(10),), "ln"), Call((whole(2),), "ln"))  # ln of e, 10 and 2
@@ -134,23 +136,19 @@ def approximate(tree: Tree) -> Fraction | None:
         return None
     if isinstance(value, value.context.mpc) or abs(value.man_exp[1]) >= _MAX_RATIONAL:
         return None
-    mantissa, exponent = map(int, value.man_exp)  # without the sign
-    return Fraction(mantissa if value >= 0 else -mantissa) * Fraction(2) ** exponent
+    return Fraction(*map(int, mpmath.libmp.to_rational(value._mpf_)))
 
 
 def _same_function(a: Tree, b: Tree, names: list[str], budget: Budget) -> bool | None:
     generator = random.Random(",".join(names))  # the same points for the same names
     numbers = [generator.sample(range(2, 12 + 2 * len(names)), len(names)) for _ in range(3)]
     whole_points = [dict(zip(names, map(Fraction, values), strict=True)) for values in numbers]
-    positive_points = [{name: Fraction(generator.uniform(0.2, 10)) for name in names} for _ in range(3)]
+    sizes = 10, 10, 900  # \sqrt{x^2 - 40x + 400} is 20 - x up to 20 only
+    positive_points = [{name: Fraction(generator.uniform(0.2, size)) for name in names} for size in sizes]
     negative_points = [{name: -value for name, value in point.items()} for point in positive_points[:2]]
     if False in [_same_exactly(point, a, b, budget) for point in whole_points]:
         return False
     at_positive = [_same_at(point, a, b, budget) for point in positive_points]
-    if any(isinstance(part, Root) and part.symbols for part in (*walk(a), *walk(b))):
-        # \sqrt{x^2 - 40x + 400} is 20 - x up to 20 only
-        far_points = [{name: 90 * value for name, value in point.items()} for point in positive_points[:1]]
-        at_positive += [_same_at(point, a, b, budget) for point in far_points]
     # \sqrt{x^2} and x differ at negative numbers only, where the problem may not go: not decided
     at_negative = [_same_at(point, a, b, budget, only_real=True) for point in negative_points]
     is_same = at_positive.count(True) >= 2 and False not in at_positive + at_negative
@@ -163,15 +161,11 @@ def _is_same_of_whole_number(a: Tree, b: Tree, budget: Budget) -> bool:
     names = a.symbols | b.symbols
     parts = [*walk(a), *walk(b)]
     has_steps = any(isinstance(part, Call) and part.name in ("floor", "ceil") for part in parts)
-    if not has_steps or len(names) != 1 or names.isdisjoint(WHOLE_NUMBERS):
-        return False
-    denominators = [part.parts[1] for part in parts if isinstance(part, Quotient)]
-    values = [part.value for part in denominators if isinstance(part, Number)]
-    values += [1 / part.value for part in parts if isinstance(part, Number) and part.value.denominator > 1]
-    period = math.lcm(*[value.numerator for value in map(Fraction, values)])
     degrees = [degree(tree, with_steps=True) for tree in (a, b)]
-    if len(values) < len(denominators) or None in degrees:
+    if not has_steps or len(names) != 1 or names.isdisjoint(WHOLE_NUMBERS) or None in degrees:
         return False
+    written = [part.value.as_integer_ratio() for part in parts if isinstance(part, Number)]
+    period = math.lcm(*filter(None, itertools.chain.from_iterable(written)))  # or a multiple of it
     if 2 * period * (1 + max(degree or 0 for degree in degrees)) > _WHOLE_POINTS:
         return False
     (name,) = names
@@ -184,7 +178,7 @@ def _is_same_of_whole_number(a: Tree, b: Tree, budget: Budget) -> bool:
 
 class _Steps:
     """Puts symbols in the place of absolute values, floors and ceilings of what has symbols, the same one for
-    those that are equal by what is in them."""
+    those that are equal by what is in them; of absolute values, but for a factor."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -198,19 +192,19 @@ class _Steps:
             return Symbol(f"step {tree!r}") if has_steps else tree
         tree = replace(tree, parts=tuple(map(self.replaced, tree.parts)))
         match tree:
-            case Root((Power((base, Number(Fraction(numerator=2, denominator=1)))), degree)) if (
-                degree == whole(2)
-            ):
+            case Power((Power((base, square)), root)) if (square, root) == (whole(2), ONE / whole(2)):
                 tree = Call((base,), "abs")
         if not isinstance(tree, Call) or tree.name not in _ROUNDINGS:
             return tree
+        own, size = tree.parts[0], ONE
+        if tree.name == "abs" and (at_point := rational(substitute(own, dict.fromkeys(own.symbols, _POINT)))):
+            own, size = own / Number(at_point), Number(abs(at_point))  # |3x| is 3|x|
         for index, call in enumerate(self.known):
-            inside, own = call.parts[0], tree.parts[0]
             candidates = (own, -own) if tree.name == "abs" else (own,)
-            if call.name == tree.name and any(same_value(inside, x, self.budget) for x in candidates):
-                return Symbol(f"step {index}")
-        self.known.append(tree)
-        return Symbol(f"step {len(self.known) - 1}")
+            if call.name == tree.name and any(same_value(call.parts[0], x, self.budget) for x in candidates):
+                return size * Symbol(f"step {index}")
+        self.known.append(Call((own,), tree.name))
+        return size * Symbol(f"step {len(self.known) - 1}")
 
 
 def _same_exactly(point: Point, a: Tree, b: Tree, budget: Budget) -> bool | None:
@@ -263,14 +257,10 @@ class _Arithmetic:
                 return self.fold(operator.add, map(self.value, terms))
             case Product(factors):
                 return self.fold(operator.mul, map(self.value, factors))
-            case Negative((part,)):
-                return self.checked(-self.value(part))
             case Quotient((numerator, denominator)):
                 return self.divide(self.value(numerator), self.value(denominator))
             case Power((base, exponent)):
                 return self.power(self.value(base), self.argument(exponent))
-            case Root((radicand, degree)):
-                return self.power(self.value(radicand), 1 / self.argument(degree))
             case Call(parts, name):
                 return self.call(name, [self.argument(part) for part in parts])
             case Series(_, kind):

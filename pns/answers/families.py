@@ -4,13 +4,11 @@ angles such as `\frac{\pi}{4} + k\pi`."""
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
 
 from pns.answers.exact import Budget, approximate, same_value
-from pns.answers.polynomials import degree
 from pns.answers.relations import named_value, tree_of
 from pns.answers.tree import (
     DEGREE,
@@ -24,12 +22,14 @@ from pns.answers.tree import (
     Sum,
     Symbol,
     Tree,
+    degree,
     substitute,
     walk,
     whole,
 )
 
 Same = Callable[[Tree, Tree], bool]
+_Linear = tuple[Tree, list[Tree]]  # in constants: what is without one, and the factor of each
 
 _CONSTANT = re.compile(r"[A-DKck](?:_\w+)?")
 # Under one name on both sides a letter may be the problem's own (a spring's k, a line's A and B): only these
@@ -41,7 +41,7 @@ _MAX_CONSTANTS = 3
 _OPERATIONS = 80_000  # of one comparison
 _MAX_BRANCHES = 60  # of a family in the common period
 _POINT = whole(7) / whole(3)
-_ACCURACY = Fraction(1, 10**40)  # of values known to 50 digits
+_PLACES = 10**40  # that a period is divided into; values are known to 50 digits
 
 
 def is_same_up_to_constants(a: Tree, b: Tree) -> bool:
@@ -77,41 +77,34 @@ def is_same_up_to_constants(a: Tree, b: Tree) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _InConstants:
-    """`alone` + the sum of constants, each times its factor."""
-
-    alone: Tree
-    factors: list[Tree]
-
-
-def _in_constants(tree: Tree, constants: list[str], same: Same) -> _InConstants | None:
+def _in_constants(tree: Tree, constants: list[str], same: Same) -> _Linear | None:
     """The expression as a linear one in its constants; None where it is none."""
     zeros: dict[str, Tree] = dict.fromkeys(constants, ZERO)
     alone = substitute(tree, zeros)
     factors = [substitute(tree, {**zeros, name: ONE}) - alone for name in constants]
     terms = [Symbol(name) * factor for name, factor in zip(constants, factors, strict=True)]
-    return _InConstants(alone, factors) if same(tree, Sum((alone, *terms))) else None
+    return (alone, factors) if same(tree, Sum((alone, *terms))) else None
 
 
-def _is_rescaled(x: _InConstants, y: _InConstants, same: Same) -> bool:
+def _is_rescaled(x: _Linear, y: _Linear, same: Same) -> bool:
     """Whether the constants' factors are proportional, and the rest is the same; where a constant is added by
     itself, the rest may differ by a number."""
 
+    (alone_x, factors_x), (alone_y, factors_y) = x, y
+
     @cache
     def is_proportional(i: int, j: int) -> bool:
-        at_x, at_y = _at_point(x.factors[i]), _at_point(y.factors[j])
+        at_x, at_y = _at_point(factors_x[i]), _at_point(factors_y[j])
         is_known = not same(at_x, ZERO) and not same(at_y, ZERO)
-        return is_known and same(x.factors[i] * at_y, y.factors[j] * at_x)
+        return is_known and same(factors_x[i] * at_y, factors_y[j] * at_x)
 
-    places = range(len(x.factors))
-    orders = itertools.permutations(places)
-    if not any(all(map(is_proportional, places, order)) for order in orders):
+    places = range(len(factors_x))
+    if not any(all(map(is_proportional, places, order)) for order in itertools.permutations(places)):
         return False
-    if same(x.alone, y.alone):
+    if same(alone_x, alone_y):
         return True
-    left = x.alone - y.alone
-    has_added = any(same(factor, _at_point(factor)) for factor in x.factors)
+    left = alone_x - alone_y
+    has_added = any(same(factor, _at_point(factor)) for factor in factors_x)
     return has_added and same(left, _at_point(left))
 
 
@@ -122,84 +115,63 @@ def _at_point(tree: Tree) -> Tree:
 def is_same_family(a: Answer, b: Answer) -> bool:
     """Whether two answers are the same numbers, all those of expressions `base + parameter * period` with a
     whole-numbered parameter: compared as sets, modulo the common period."""
-    x, y = _family(a), _family(b)
-    names = _names(a), _names(b)
+    members = _members(a), _members(b)
+    x, y = map(_family, members)
+    names = [{name for name, _ in own if name} for own in members]
     if x is None or y is None or max(map(len, names)) > 1 or len(set().union(*names)) > 1:
         return False
     period = _common_period([step for _, step in [*x, *y]])
     if period is None:
         return False
-    is_multiple_alone = len(x) == len(y) == 1 and all(_is_multiple(*branch) for branch in (*x, *y))
-    if is_multiple_alone and _symbols(a) == _symbols(b):  # n\pi and (n - 2)\pi, of a polygon
-        return False
-    residues = [_residues(family, period) for family in (x, y)]
-    return all(
-        any(_is_multiple(value - other, period) for other in theirs)
-        for own, theirs in (residues, residues[::-1])
-        for value in own
-    ) and all(residues)
+    is_multiple_alone = len(x) == len(y) == 1 and all(_place(*branch) == 0 for branch in (*x, *y))
+    [own, *_], [other, *_] = members
+    if is_multiple_alone and tree_of(own[1]).symbols == tree_of(other[1]).symbols:
+        return False  # n\pi and (n - 2)\pi, of a polygon
+    return _places(x, period) == _places(y, period)
 
 
-def _family(answer: Answer) -> list[tuple[Fraction, Fraction]] | None:
-    """Base and period of each of its expressions; None for what is no family."""
+def _places(family: list[tuple[Fraction, Fraction]], period: Fraction) -> set[int]:
+    """Where its members lie within a common period."""
+    return {
+        _place(base + index * step, period) for base, step in family for index in range(round(period / step))
+    }
+
+
+def _place(value: Fraction, period: Fraction) -> int:
+    """Where a value lies within the period, in units too small for the error of 50 digits to show."""
+    return round(value / period * _PLACES) % _PLACES
+
+
+def _common_period(periods: list[Fraction]) -> Fraction | None:
+    """A common multiple of the periods; None where they have none that is small."""
+    ratios = [(period / periods[0]).limit_denominator(_MAX_BRANCHES) for period in periods]
+    common = periods[0] * math.lcm(*[ratio.numerator for ratio in ratios])
+    is_multiple = common > 0 and all(_place(common, period) == 0 for period in periods)
+    return common if is_multiple and common <= _MAX_BRANCHES * min(periods) else None
+
+
+def _family(members: list[tuple[str, Answer]]) -> list[tuple[Fraction, Fraction]] | None:
+    """Base and period of each expression; None for what is no family."""
     branches = []
-    for item in _items(answer):
+    for _, item in members:
         if not isinstance(item, Expression) or item.ambiguous or item.unit or len(item.tree.symbols) != 1:
             return None
         (name,) = item.tree.symbols
         has_pi = item.degrees or Constant("pi") in walk(item.tree)  # 2n and 2k may stand for one number each
-        if not has_pi or name not in _PARAMETERS:
-            return None
         tree = item.tree * DEGREE if item.degrees else item.tree
-        values = [approximate(substitute(tree, {name: whole(at)})) for at in (0, 1)]
-        base, first = values
-        if base is None or first is None or base == first or degree(tree) != 1:
+        if not has_pi or name not in _PARAMETERS or degree(tree) != 1:
+            return None
+        base, first = (approximate(substitute(tree, {name: value})) for value in (ZERO, ONE))
+        if base is None or first is None or base == first:
             return None
         branches.append((base, abs(first - base)))
-    return branches
+    return branches or None
 
 
-def _items(answer: Answer) -> tuple[Answer, ...]:
-    r"""The expressions of a list, an equation `x = ...` or an expression."""
+def _members(answer: Answer) -> list[tuple[str, Answer]]:
+    r"""The expressions of a list, an equation `x = ...` or an expression, with their names or ""."""
     if isinstance(answer, Relation) and len(answer.sides) == 2 and (named := named_value(answer)):
-        return _items(named[1])
+        return [(named[0], item) for _, item in _members(named[1])]
     if isinstance(answer, Group) and answer.brackets in ("", "or", "{}"):
-        return tuple(itertools.chain.from_iterable(map(_items, answer.items)))
-    return (answer,)
-
-
-def _names(answer: Answer) -> set[str]:
-    if isinstance(answer, Group):
-        return set().union(*map(_names, answer.items))
-    named = named_value(answer) if isinstance(answer, Relation) else None
-    return {named[0]} if named else set()
-
-
-def _symbols(answer: Answer) -> frozenset[str]:
-    return frozenset().union(*[tree_of(item).symbols for item in _items(answer)])
-
-
-def _common_period(periods: list[Fraction]) -> Fraction | None:
-    """The least common multiple of the periods; None where they have none that is small."""
-    unit, multiple = periods[0], 1
-    for period in periods[1:]:
-        ratio = (period / unit).limit_denominator(_MAX_BRANCHES)
-        if not ratio or abs(period / unit - ratio) > _ACCURACY:
-            return None
-        multiple = math.lcm(multiple, ratio.numerator)
-    return unit * multiple if multiple <= _MAX_BRANCHES else None
-
-
-def _residues(family: list[tuple[Fraction, Fraction]], period: Fraction) -> list[Fraction]:
-    """One value of each of its branches within the period."""
-    return list(itertools.chain.from_iterable(_branch(base, step, period) for base, step in family))
-
-
-def _branch(base: Fraction, step: Fraction, period: Fraction) -> Iterator[Fraction]:
-    for index in range(min(_MAX_BRANCHES, round(period / step))):
-        yield base + index * step
-
-
-def _is_multiple(value: Fraction, period: Fraction) -> bool:
-    quotient = value / period
-    return abs(quotient - round(quotient)) < _ACCURACY
+        return [member for item in answer.items for member in _members(item)]
+    return [("", answer)]

@@ -14,7 +14,6 @@ from pns.answers.atoms import (
     Marks,
     at_unit,
     both_hold,
-    has_degrees,
     in_degrees,
     is_domain,
     last_place,
@@ -23,7 +22,6 @@ from pns.answers.atoms import (
     read_number,
     read_symbol,
     read_unit,
-    skip_set_builder,
     without_points,
 )
 from pns.answers.spelling import FUNCTIONS, GREEK, STYLES, TRIGONOMETRIC, is_prose
@@ -33,6 +31,7 @@ from pns.answers.tree import (
     EMPTY_SET,
     INFINITY,
     LOG_BASE,
+    ONE,
     REALS,
     Answer,
     Call,
@@ -40,14 +39,12 @@ from pns.answers.tree import (
     Expression,
     Group,
     Matrix,
-    Negative,
     Number,
     Power,
     Product,
     Quotient,
     Ratio,
     Relation,
-    Root,
     Series,
     Sum,
     Symbol,
@@ -74,7 +71,7 @@ _TWO_SIGNS = {r"\pm": (False, True), r"\mp": (True, False)}  # whether the upper
 _SIGNS = {"+": (False, False), "-": (True, True), **_TWO_SIGNS}
 # Of each logarithm by its name, what the natural one is divided by.
 _LOGARITHMS = {"ln": None, "lg": Call((whole(10),), "ln"), "log": Symbol(LOG_BASE)}
-_PLAIN = (Number, Negative, Product, Power, Quotient)  # what a number before a unit of letters is made of
+_PLAIN = (Number, Product, Power, Quotient)  # what a number before a unit of letters is made of
 _BARS = ("|", r"\|", r"\vert")
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
 
@@ -165,10 +162,11 @@ class Parser(Cursor):
         start = self.position
         value: Tree | Answer = self.sum()
         if isinstance(value, Tree):
-            degrees = in_degrees(value) if has_degrees(value) else None
+            has_degrees = DEGREE in walk(value)
+            degrees = in_degrees(value) if has_degrees else None
             if degrees is not None:
                 value, self.marks.degrees = degrees, True
-            elif value.symbols and has_degrees(value):  # 90^\circ - x, where x may be in degrees too
+            elif value.symbols and has_degrees:  # 90^\circ - x, where x may be in degrees too
                 self.marks.ambiguous = True
             scale = read_unit(self, self.marks, value)
             if self.marks.unit and self.marks.degrees:
@@ -226,7 +224,7 @@ class Parser(Cursor):
         if token.kind == "letter" or token.value == r"\frac":
             if not are_numbers or not (unit := at_unit(self)):
                 return False
-            allowed = (Number, Negative) if unit.is_one_letter else _PLAIN
+            allowed = (Number,) if unit.is_one_letter else _PLAIN
             is_one = len(factors) == 1 or not unit.is_one_letter
             return is_one and all(isinstance(part, allowed) for factor in factors for part in walk(factor))
         if token.kind == "text":
@@ -341,8 +339,6 @@ class Parser(Cursor):
         bars, self.bars = self.bars, 0  # a bar in here closes none that was opened outside
         closing = [end for end, bracket in _CLOSING.items() if (bracket == "}") == (opening == "{")]
         answer: Answer = Group("", ())
-        if opening == "{":
-            skip_set_builder(self)
         if opening != "{" or not self.at(*closing):
             answer = self.items()
         brackets = opening + _CLOSING[self.expect(*closing)]
@@ -421,9 +417,10 @@ def _root(parser: Parser, name: str) -> Tree:
     degree: Tree = whole(3 if name == r"\cbrt" else 2)
     if parser.accept("["):
         [degree] = parser.until("]")
-    if parser.peek().kind == "number":  # \sqrt12 is \sqrt{12}, though not in TeX
-        return Root((Number(number_value(parser.take().value)), degree))
-    return Root((parser.argument(), degree))
+    # \sqrt12 is \sqrt{12}, though not in TeX
+    is_number = parser.peek().kind == "number"
+    radicand = Number(number_value(parser.take().value)) if is_number else parser.argument()
+    return radicand ** (ONE / degree)
 
 
 def _binomial(parser: Parser, _name: str) -> Tree:

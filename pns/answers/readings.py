@@ -11,7 +11,7 @@ from fractions import Fraction
 from pns.answers.parser import read_answer
 from pns.answers.spelling import CHOSEN, TEXT, TEXT_OPENING, clean, counted, is_prose
 from pns.answers.tokens import Unreadable, split_tokens
-from pns.answers.tree import INFINITY, Answer, Expression, Number, Words, letter
+from pns.answers.tree import INFINITY, Answer, Based, Expression, Number, Words, letter
 from pns.answers.units import unit_size
 from pns.answers.words import NUMBER_WORDS, number_in_words, without_phrases
 
@@ -25,7 +25,9 @@ _GROUPED = re.compile(
 _SPACED_IN_LIST = re.compile(rf"(?<![\w.,]){_SPACED}(?![\d,])")
 _DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d+)(?![\d.])([^,]*)")
 _EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3})+,\d+")
-_IN_LETTERS = re.compile(r"\d+[A-F][0-9A-F]*_\{?\d\d?\}?|0x[0-9A-Fa-f]+")  # digits above nine
+# Digits above nine.
+_IN_LETTERS = re.compile(r"(?=.*\d.*_)(?P<digits>[\dA-F]*[A-F][\dA-F]*)_\{?(?P<base>1[1-6])\}?")
+_HEXADECIMAL = re.compile(r"0x[\dA-Fa-f]+")
 _TIME = re.compile(r"(\d{1,2}):([0-5]\d)\\text\{([aApP])meridiem\}")
 _POINT = re.compile(r"[A-Z](?:_\d)?'?\s*(\([^()]*,[^()]*\))")  # a point with its name
 _UNIT_IN_BRACKETS = re.compile(
@@ -53,8 +55,10 @@ def readings(answer: str) -> list[Answer]:
     if choice := _CHOICE.fullmatch(text):
         label = next(filter(None, choice.groups()))
         return [Words(label), *_distinct(map(_read, _spellings(choice["text"])))]
-    found = _distinct(map(_read, _spellings(text)))
-    return [_as_rounded(reading) if is_rounded else reading for reading in found]
+    return [
+        replace(reading, ambiguous=True) if is_rounded and isinstance(reading, Expression) else reading
+        for reading in _distinct(map(_read, _spellings(text)))
+    ]
 
 
 def _distinct(readings: Iterable[Answer | None]) -> list[Answer]:
@@ -63,10 +67,6 @@ def _distinct(readings: Iterable[Answer | None]) -> list[Answer]:
         if reading is not None and reading not in found:
             found.append(reading)
     return found
-
-
-def _as_rounded(reading: Answer) -> Answer:
-    return replace(reading, ambiguous=True) if isinstance(reading, Expression) else reading
 
 
 def _spellings(text: str) -> list[str]:
@@ -96,9 +96,11 @@ def _spellings(text: str) -> list[str]:
 
 
 def _read(text: str) -> Answer | None:
-    if not text or re.fullmatch(r"[-+*/^_=,.;:\s]*", text) or _IN_LETTERS.fullmatch(text):
+    if not text or re.fullmatch(r"[-+*/^_=,.;:\s]*", text) or _HEXADECIMAL.fullmatch(text):
         return None
     bare = re.sub(TEXT, r" \1 ", text).strip()
+    if based := _IN_LETTERS.fullmatch(re.sub(r"\s", "", bare)):
+        return Based(based["digits"].lstrip("0"), int(based["base"]))
     if quoted := re.fullmatch(r"([\"'`])(.*)\1", bare):
         bare = quoted[2].strip()
     word = bare.casefold()

@@ -8,10 +8,11 @@ from dataclasses import replace
 from fractions import Fraction
 
 from pns.answers.exact import approximate, rational
-from pns.answers.polynomials import degree
 from pns.answers.tree import (
     INFINITY,
     MINUS_INFINITY,
+    ONE,
+    ZERO,
     Answer,
     Call,
     Constant,
@@ -26,6 +27,7 @@ from pns.answers.tree import (
     Tree,
     Union,
     Words,
+    degree,
     is_numeric,
     substitute,
     walk,
@@ -34,8 +36,6 @@ from pns.answers.tree import (
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _NO_TREE = Symbol("")
 _LOWEST, _HIGHEST = Expression(MINUS_INFINITY), Expression(INFINITY)
-_LINE = (Fraction(0), Fraction(1), Fraction(2), Fraction(1009, 3))
-
 _LEIBNIZ = re.compile(r"d(?:\^(?P<order>\d))?(?P<of>[A-Za-z])/d(?P<by>[A-Za-z])(?:\^(?P=order))?")
 
 End = tuple[Answer, bool]  # of an interval, and whether it belongs to it
@@ -46,10 +46,8 @@ def tree_of(answer: Answer) -> Tree:
     return answer.tree if isinstance(answer, Expression) else _NO_TREE
 
 
-def symbols_of(answer: Answer) -> frozenset[str]:
-    """Of an expression, or of the sides of a relation."""
-    sides = answer.sides if isinstance(answer, Relation) else (answer,)
-    return frozenset().union(*[tree_of(side).symbols for side in sides])
+def symbols_of(relation: Relation) -> frozenset[str]:
+    return frozenset().union(*[tree_of(side).symbols for side in relation.sides])
 
 
 def named_value(relation: Relation) -> tuple[str, Answer] | None:
@@ -83,12 +81,8 @@ def _name(answer: Answer) -> str:
 
 
 def _is_part_of_name(tree: Tree) -> bool:
-    match tree:
-        case Call(_, name):
-            return name != "ln"
-        case Constant(name):
-            return name in ("e", "i")  # letters that often are variables
-    return isinstance(tree, Symbol | Product | Quotient)
+    is_letter = isinstance(tree, Symbol) or tree in (Constant("e"), Constant("i"))
+    return is_letter or isinstance(tree, Product | Quotient) or (isinstance(tree, Call) and tree.name != "ln")
 
 
 def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
@@ -105,18 +99,16 @@ def with_argument_of(name: str, other: str, value: Answer) -> Answer | None:
 def with_primes_of(primed: Relation, other: Relation) -> Relation:
     r"""The other equation with Newton's and Lagrange's names of derivatives, where the first has these and
     the other has Leibniz's: `\frac{d^2y}{dx^2}` as `y''`, `\frac{dx}{dt}` as `\dot x`."""
-    names, written = symbols_of(primed), symbols_of(other)
+    names = symbols_of(primed)
+    derivatives = list(filter(None, map(_LEIBNIZ.fullmatch, symbols_of(other))))
     renamed: dict[str, Tree] = {}
-    variables = set()
-    for name in written:
-        if leibniz := _LEIBNIZ.fullmatch(name):
-            order = int(leibniz["order"] or 1)
-            primes, dots = leibniz["of"] + "'" * order, f"\\{'d' * (order - 1)}dot {leibniz['of']}"
-            variables.add(leibniz["by"])
-            is_dotted = dots in names and leibniz["by"] == "t"
-            if primes in names or is_dotted:
-                renamed[name] = Symbol(dots if is_dotted else primes)
-    if not renamed or len(variables) > 1:
+    for leibniz in derivatives:
+        order = int(leibniz["order"] or 1)
+        primes, dots = leibniz["of"] + "'" * order, f"\\{'d' * (order - 1)}dot {leibniz['of']}"
+        for name in (primes, dots)[: 1 + (leibniz["by"] == "t")]:
+            if name in names:
+                renamed[leibniz[0]] = Symbol(name)
+    if not renamed or len({leibniz["by"] for leibniz in derivatives}) > 1:
         return other
     sides = [
         replace(side, tree=substitute(side.tree, renamed)) if isinstance(side, Expression) else side
@@ -135,16 +127,11 @@ def difference_of_sides(relation: Relation) -> Tree | None:
 
 
 def linear_root(tree: Tree, name: str) -> tuple[Fraction, Fraction] | None:
-    """Zero and slope of an expression in its one symbol, if it is a polynomial that is linear, as more points
-    show than it has a degree, and not constant."""
-    at_0, at_1, *others = [rational(substitute(tree, {name: Number(x)})) for x in _LINE]
-    if at_0 is None or at_1 is None or at_0 == at_1:
+    """Zero and slope of an expression in its one symbol, if it is written as a linear one, not a constant."""
+    at_0, at_1 = (rational(substitute(tree, {name: value})) for value in (ZERO, ONE))
+    if degree(tree) != 1 or at_0 is None or at_1 is None or at_0 == at_1:
         return None
-    slope = at_1 - at_0
-    highest = degree(tree)
-    if highest is None or highest >= len(_LINE) or others != [at_0 + slope * x for x in _LINE[2:]]:
-        return None
-    return -at_0 / slope, slope
+    return at_0 / (at_0 - at_1), at_1 - at_0
 
 
 def subject(relation: Relation) -> Tree | None:

@@ -49,6 +49,7 @@ TEXT = TEXT_OPENING + r"([^{}]*)\}"
 STYLES = "mathbf boldsymbol mathit mathcal mathsf mathtt bm bold".split()
 _INDEX = r"(\{[^{}]{1,9}\}|\w)"  # a short group, a digit or a letter
 _LETTER = r"([A-Za-z]|\\[a-z]+ ?)"
+_PLACE = r"(?:\\\w+\s*\{[^{}]*\}|\\?\w+)"  # \mathbb{R}
 _N, _K = (rf"\s*(?P<{name}>\{{[^{{}}]{{1,9}}\}}|\w)" for name in "nk")
 _COUNTED = rf"(?:\\(?:{_TEXTS})\s*\{{\s*)?(?P<kind>[CAP])\s*\}}?\s*"  # combinations and permutations
 _HALF_OF_DAY = rf"(?:\\(?:{_TEXTS})\s*\{{\s*)?([aApP])\.?\s?[mM]\b\.?\s*\}}?"
@@ -104,6 +105,11 @@ _SPELLINGS: tuple[_Change, ...] = (
     (r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)", r"\\"),
     (rf"(?<![A-Za-z\\])d(\^{_INDEX})?\s?{_LETTER}/d{_LETTER}(\^{_INDEX})?(?![A-Za-z])",
      r"\\frac{d\1\3}{d\4\5}"),
+    (r"\\frac\{(d|\\partial)(\^\d|\^\{\d\})?\}\{(\1[^{}]+(?:\{\d\})?)\}\s*"
+     rf"(?:{_LETTER}|\({_LETTER}\))(?![A-Za-z(])", r"\\frac{\1\2\4\5}{\3}"),  # \frac{d}{dx} y
+    (r"(?<=[A-Za-z}])\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda match: "'" * match[1].count("prime")),
+    (rf"\\(?:\{{|lbrace)\s*[A-Za-z](?:\s*\\in\s*{_PLACE})?\s*(?:[|:]|\\(?:mid|vert)(?![A-Za-z]))",
+     r"\\{ "),  # \{x | x > 1\}
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (rf"(?<![\w)}}])(?:\{{\s*\}})?\s*[_^]{_N}\s*{_COUNTED}_{_K}", counted),  # {}_5C_2
     (r"(?<![\w.])(?P<n>\d+)(?P<kind>[CP])(?P<k>\d+)(?!\w)", counted),  # 5C2

@@ -28,7 +28,7 @@ class Tree:
         return Power((self, other))
 
     def __neg__(self) -> Tree:
-        return Negative((self,))
+        return Number(-self.value) if isinstance(self, Number) else Product((whole(-1), self))
 
     @cached_property
     def symbols(self) -> frozenset[str]:
@@ -72,16 +72,10 @@ class Sum(Operation): ...
 class Product(Operation): ...
 
 
-class Negative(Operation): ...  # of its one part
-
-
 class Quotient(Operation): ...  # numerator, denominator
 
 
-class Power(Operation): ...  # base, exponent
-
-
-class Root(Operation): ...  # radicand, degree
+class Power(Operation): ...  # base, exponent; roots have one that is a quotient
 
 
 @dataclass(frozen=True)
@@ -112,6 +106,7 @@ ZERO, ONE = whole(0), whole(1)
 INFINITY = Constant("inf")
 MINUS_INFINITY = -INFINITY
 DEGREE = Constant("pi") / whole(180)  # in radians
+_MAX_POWER = 1000  # of a polynomial
 LOG_BASE = "log base"  # the symbol that stands for ln b, where b is the base that a logarithm leaves open
 
 
@@ -200,6 +195,35 @@ def walk(tree: Tree) -> Iterator[Tree]:
     if isinstance(tree, Operation):
         for part in tree.parts:
             yield from walk(part)
+
+
+def degree(tree: Tree, with_steps: bool = False) -> int | None:
+    """At least the degree of a polynomial in its symbols, written as sums, products and powers, divided by
+    numbers; None for anything else. `with_steps`: floors and ceilings of linear terms and powers of -1 with
+    such exponents may be among its terms, for one whole number."""
+    if not tree.symbols:
+        return 0
+    parts = tree.parts if isinstance(tree, Operation) else ()
+    degrees = [degree(part, with_steps) for part in parts]
+    known = [value for value in degrees if value is not None]
+    if len(known) < len(parts):
+        return None
+    match tree:
+        case Symbol():
+            return 1
+        case Sum():
+            return max(known)
+        case Product():
+            return sum(known)
+        case Quotient((_, denominator)) if not denominator.symbols:
+            return known[0]
+        case Power((_, Number(exponent))) if exponent.denominator == 1 and 0 <= exponent <= _MAX_POWER:
+            return known[0] * int(exponent)
+        case Call(_, "floor" | "ceil") if with_steps and known == [1]:
+            return 1
+        case Power((base, _)) if with_steps and base == whole(-1):
+            return 0 if known[1] == 1 else None
+    return None
 
 
 def substitute(tree: Tree, values: Mapping[str, Tree]) -> Tree:

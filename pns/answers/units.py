@@ -61,10 +61,6 @@ _Unit = tuple[Fraction, dict[str, int]]  # factor to the base units, dimensions 
 UNITS: dict[str, _Unit] = {name: (Fraction(1), {name: 1}) for name in _ALONE.split()}
 
 
-def is_unit(name: str) -> bool:
-    return _known(name) is not None
-
-
 def unit_size(unit: str) -> tuple[Fraction, tuple[tuple[str, int], ...], bool]:
     """Factor to the base units, dimensions with their powers, and whether every word is a known unit."""
     factor, is_known, sign = Fraction(1), True, 1

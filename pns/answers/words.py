@@ -57,7 +57,7 @@ _ROUNDED = re.compile(
 
 def number_in_words(text: str) -> Fraction | None:
     """The number that words in lower case state, with halves, thirds, quarters: "two hundred and five", "two
-    thirds", "one and a half". None where they state none: "third" alone is a place."""
+    thirds", "one and a half". None where they state none: "third" alone may be a place."""
     number = _NUMBER.fullmatch(text.replace("-", " "))
     if not number:
         return None

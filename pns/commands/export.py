@@ -63,6 +63,8 @@ def export(run_path: Path, out: Path, pairs: bool = True, model: bool = True) ->
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory; choose another, or remove it")
+    if blocked := next((path for path in out.parents if path.is_file()), None):
+        raise UserError(f"{out}: {blocked} is a file, and no directory; choose another")
     run = _open(run_path)
     own = [run_path.resolve(), *linked_places(run_path).values()]
     if any(out.is_relative_to(directory) for directory in own):

@@ -10,11 +10,9 @@ import jinja2
 
 from pns.commands.config import explain, spell
 from pns.config import Config, stages
-from pns.data.benchmarks import TRAINING_SETS
-from pns.data.problems import read_problems
-from pns.errors import UserError, did_you_mean
+from pns.errors import UserError
 from pns.fields import walk_keys
-from pns.preflight import check_models
+from pns.preflight import check_backbone, check_models, check_policy, check_problems
 from pns.recipe import data_faults, key_faults, load, read, resolve_path, term_faults
 
 WIDTH = 110
@@ -88,18 +86,8 @@ def faults(recipe: Path) -> Iterator[str]:
         try:
             load(recipe)
             check_models(config, stages(config))
+            check_backbone(config)
+            check_policy(config)
             check_problems(config)
         except UserError as error:
             yield str(error)
-
-
-def check_problems(config: Config) -> None:
-    """Raises UserError for a file with a malformed line, and a training set that is not known by its name."""
-    data = config.data.jsonl
-    if Path(data.train).is_file():
-        read_problems(Path(data.train), "train")
-    elif data.train not in TRAINING_SETS:
-        hint = did_you_mean(data.train, TRAINING_SETS) or f"; there are {', '.join(TRAINING_SETS)}"
-        raise UserError(f"data.jsonl.train: {data.train!r} is neither a file nor a training set{hint}")
-    for suite, path in data.suites.items():
-        read_problems(Path(path), suite)

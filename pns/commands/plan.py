@@ -12,7 +12,7 @@ from pns.planning.hardware import DEFAULT_GPU, ClusterFile, default_cluster, nam
 from pns.planning.page import as_json, print_plan
 from pns.planning.plan import Estimate, make_estimate
 from pns.planning.work import work_of
-from pns.preflight import check_models
+from pns.preflight import check_inputs, check_machine
 from pns.recipe import load
 from workers.placement import totals
 
@@ -35,8 +35,10 @@ def plan_recipe(
 ) -> int:
     """Print the plan; the exit code is 2 where something does not fit the cluster file that is given."""
     config = load(recipe, list(overrides), over=over)
-    check_models(config, stages(config))
+    check_inputs(config, stages(config))
     cluster = cluster_of(config, options)
+    if cluster is None:
+        check_machine(config, stages(config))
     lengths = options.prompt_tokens, options.completion_tokens
     plan = make_estimate(config, cluster, options.cluster is not None, *lengths)
     price = options.price or price_of(plan)

@@ -24,7 +24,7 @@ from pns.config import Config, ReverseRl, RewardConfig, RewardTerm, Synthesize, 
 from pns.errors import UserError
 from pns.fields import check_ranges
 from pns.files import read_json, read_jsonl, sha256_of_json, write_json, write_jsonl
-from pns.preflight import check_model
+from pns.preflight import ModelKind, check_model
 from pns.recipe import merge_layers, override_layer, raise_first, reward_faults, term_faults
 from pns.records import Rollout, from_json, to_json
 from pns.run.place import UNFINISHED, Place, locked
@@ -196,7 +196,8 @@ def ask(
     terms = {name: config.reward.terms[name] for name in names}
     for name, term in terms.items():
         if term.model and not term.endpoint.url:
-            check_model(f"reward.terms.{name}.model", term.model)
+            kind = ModelKind.language_model if term.kind is TermKind.judge else ModelKind.scorer
+            check_model(f"reward.terms.{name}.model", term.model, kind)
     own_model = stored.own_reward_model if any(map(_is_own, terms.values())) else ""
     print(f"asking {', '.join(names)}; an interrupted call goes on from here", flush=True)
     from pns import driver  # takes seconds: what is wrong has been said by now

@@ -7,7 +7,7 @@ from pathlib import Path
 from pns.config import ALL_STAGES, Config, stages
 from pns.errors import UserError
 from pns.files import files_below, remove
-from pns.preflight import check_models
+from pns.preflight import check_inputs, check_start
 from pns.recipe import load
 from pns.run.page import check_page, linked_places, pages
 from pns.run.place import STORE, Place, locked
@@ -19,7 +19,8 @@ def run_recipe(
     """Make what is missing of the recipe's run, with the files `over` it."""
     config = load(recipe, list(overrides), over=over)
     check_stages(config, first, last)
-    check_models(config, stages(config, last))
+    check_inputs(config, stages(config, last))
+    check_start(config, stages(config, last), first)
     from pns import driver  # takes seconds: what is wrong has been said by now
 
     driver.run(config, first, last)

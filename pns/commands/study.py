@@ -14,7 +14,7 @@ from pns.commands.compare import check_same, comparison, comparison_tables, fini
 from pns.config import Config, Method, stages
 from pns.errors import UserError
 from pns.files import write_json
-from pns.preflight import check_models
+from pns.preflight import check_inputs
 from pns.recipe import load
 
 REFERENCES = ("target", "rft", "rs")  # arms of these names are what the others are compared with
@@ -48,7 +48,7 @@ def run_study(recipe: Path, overrides: Sequence[str], over: Sequence[Path] = ())
     driver.check_source(config)
     cells = study_cells(config)
     for cell in cells:
-        check_models(load(recipe, [*overrides, *cell.words], over=over), stages(config))
+        check_inputs(load(recipe, [*overrides, *cell.words], over=over), stages(config))
     options = [word for file in over for word in ("--with", str(file))]
     command = [sys.executable, "-m", "pns.cli", "run", str(recipe), *options, *overrides]
     failed = make_cells(cells, command, config.study.at_once)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pns.commands.run import check_stages, readable_age
 from pns.config import Config, stages, to_dict
 from pns.errors import UserError
-from pns.preflight import check_models
+from pns.preflight import check_models, check_problems
 from pns.recipe import load
 from pns.run.place import versions
 
@@ -53,6 +53,7 @@ def submit_recipe(
     config = load(recipe, list(overrides), over=over)
     check_stages(config, options.first, options.last)
     check_models(config, stages(config, options.last))
+    check_problems(config)
     check_runs_are_shared(config, overrides)
     # Ray reads its own waiting time from the job's environment.
     env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)} | key_values("--env", options.env)

@@ -73,6 +73,7 @@ class LoadedPairs:
     source: str
     num_rows: int
     sha256: str
+    in_template: int = 0  # rows of plain strings that became turns of the chat template
 
     def summary(self) -> dict[str, Any]:
         """All but the pairs, as JSON values."""
@@ -106,7 +107,8 @@ def load_pairs(
         if overlaps is not None:
             placed = [(at, row) for at, row in placed if not overlaps.of(Problem(at, question(row), ""))]
         prefix = prompts.data.assistant_prefix
-        encoded = [encode_row(prompts.tokenizer, row, where, prefix) for where, row in placed]
+        turns = data.chat_template
+        encoded = [encode_row(prompts.tokenizer, row, where, prefix, turns) for where, row in placed]
     else:
         source = "the run's pair stage"
         pairs = read_pairs(own_pairs)
@@ -115,6 +117,9 @@ def load_pairs(
         for number, pair in enumerate(pairs, start=1):
             where = f"{own_pairs}, line {number}"
             encoded.append(encode_pair(prompts, problems[pair.problem_id], pair, where))
+    in_template = 0
+    if own_pairs is None and data.chat_template:
+        in_template = sum(goes_into_template(prompts.tokenizer, row) for _, row in placed)
     in_a_suite = len(rows) - len(encoded)
     max_prompt_tokens = prompts.data.max_prompt_tokens
     kept, dropped = filter_pairs(encoded, max_prompt_tokens, max_pair_tokens, data.bad_pairs, layout)
@@ -123,7 +128,8 @@ def load_pairs(
             if token_pair.score_gap is None:
                 fault = f"no score_chosen and score_rejected, which preference.loss={settings.loss} needs"
                 raise UserError(f"{token_pair.where}: {fault}; choose another loss")
-    return LoadedPairs(kept, {"in_a_suite": in_a_suite, **dropped}, source, len(rows), data_hash(rows))
+    dropped = {"in_a_suite": in_a_suite, **dropped}
+    return LoadedPairs(kept, dropped, source, len(rows), data_hash(rows), in_template)
 
 
 def question(row: Mapping[str, Any]) -> str:
@@ -206,7 +212,69 @@ def _known(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in COLUMNS or name in _UNSUPPORTED]
 
 
-def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_prefix: str = "") -> TokenPair:
+def check_rows(settings: PreferenceData) -> None:
+    """Every row of `settings.path` or `settings.hub` has the standard format, as far as no tokenizer is
+    needed. Raises UserError, naming file and line."""
+    for where, row in read_rows(settings):
+        values, plain = _checked_values(row, where)
+        if not plain:
+            for key, value in values.items():
+                if value is not None:
+                    _messages(value, key, where)
+        if settings.bad_pairs is BadPairs.error:
+            blank = [key for key, value in values.items() if plain and not value.strip()]
+            way_out = (
+                "mend or remove the pair, or drop and count such pairs with preference.data.bad_pairs=drop"
+            )
+            if blank:
+                raise UserError(f"{where}: {blank[0]!r} is blank: {way_out}")
+            if values["chosen"] == values["rejected"]:
+                raise UserError(f"{where}: 'chosen' and 'rejected' are the same: {way_out}")
+        _margin_end(row, values["rejected"], where)
+        _score_gap(row, where)
+
+
+def _checked_values(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], bool]:
+    """prompt, chosen and rejected, and whether they are plain. Raises UserError for other types."""
+    for column in _UNSUPPORTED:
+        if row.get(column):
+            fault = f"a pair with {column!r} cannot be rendered"
+            raise UserError(f"{where}: {fault}; remove the column or the row")
+    values: dict[str, Any] = {key: row.get(key) for key in ("prompt", *SIDES)}
+    if all(isinstance(value, str) for value in values.values()):
+        return values, True
+    if all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
+        return values, False
+    types = {key: "missing" if value is None else type(value).__name__ for key, value in values.items()}
+    kinds = ", ".join(f"{key!r} is {name}" for key, name in types.items())
+    way_out = "a pair is three strings or three lists of messages ('prompt' may then be left out)"
+    there = ", ".join(row) or "none"
+    raise UserError(f"{where}: {kinds} (fields: {there}); {way_out}")
+
+
+def goes_into_template(tokenizer: Any, row: Mapping[str, Any]) -> bool:
+    """Whether a row is plain and has not been through a template: its prompt holds no special token."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not all(isinstance(row.get(side), str) for side in SIDES):
+        return False
+    if not (tokenizer.chat_template and prompt.strip()):
+        return False
+    return not any(token in prompt for token in tokenizer.all_special_tokens)
+
+
+def _as_turns(values: Mapping[str, str], end_token: str) -> dict[str, Any]:
+    """A plain pair as a conversation."""
+    turns = {side: [{"role": "assistant", "content": values[side].removesuffix(end_token)}] for side in SIDES}
+    return {"prompt": [{"role": "user", "content": values["prompt"]}], **turns}
+
+
+def encode_row(
+    tokenizer: Any,
+    row: Mapping[str, Any],
+    where: str,
+    assistant_prefix: str = "",
+    plain_in_template: bool = False,
+) -> TokenPair:
     """A row of the standard format as token ids.
 
     Plain: the prompt as the tokenizer encodes a text (with its own begin token, once), and the completions
@@ -214,28 +282,21 @@ def encode_row(tokenizer: Any, row: Mapping[str, Any], where: str, assistant_pre
     and what the template adds for the assistant's turn up to its end token; where a template ends the turn
     otherwise, the end token (what a rollout stops at) takes the place of what follows the turn's text. A
     completion has exactly one assistant message. An `assistant_prefix` that both sides begin with counts as
-    prompt, as in rollouts.
+    prompt, as in rollouts. `plain_in_template`: a plain pair becomes such a conversation, where the tokenizer
+    has a template and the prompt no special token.
 
     Raises UserError, naming `where`, for a missing or mistyped field, a template that refuses the messages,
     and one that does not render the prompt as the beginning of the conversation.
     """
-    for column in _UNSUPPORTED:
-        if row.get(column):
-            fault = f"a pair with {column!r} cannot be rendered"
-            raise UserError(f"{where}: {fault}; remove the column or the row")
-    values: dict[str, Any] = {key: row.get(key) for key in ("prompt", *SIDES)}
-    plain = all(isinstance(value, str) for value in values.values())
+    values, plain = _checked_values(row, where)
+    if plain_in_template and goes_into_template(tokenizer, row):
+        values, plain = _as_turns(values, tokenizer.eos_token), False
     if plain:
         prompt = values["prompt"] if values["prompt"].strip() else ""
         # Some files have the end token in the text; it is added once to all.
         sides = [_Side(values[side].removesuffix(tokenizer.eos_token), 0) for side in SIDES]
-    elif all(isinstance(values[side], list) for side in SIDES) and isinstance(values["prompt"], list | None):
-        prompt, sides = _render(tokenizer, values, where)
     else:
-        types = {key: "missing" if value is None else type(value).__name__ for key, value in values.items()}
-        kinds = ", ".join(f"{key!r} is {name}" for key, name in types.items())
-        way_out = "a pair is three strings or three lists of messages ('prompt' may then be left out)"
-        raise UserError(f"{where}: {kinds}; {way_out}")
+        prompt, sides = _render(tokenizer, values, where)
     prefix = assistant_prefix if all(side.text.startswith(assistant_prefix) for side in sides) else ""
     texts = [side.text.removeprefix(prefix) for side in sides]
     chosen_ids, rejected_ids = (_completion_ids(tokenizer, text) for text in texts)

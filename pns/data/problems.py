@@ -1,22 +1,29 @@
 """Problems of a run: the tiny world, named sets or local files, checked before anything starts."""
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pns.answers.extract import boxed_span
 from pns.config import Config, Data, DataSource, external_pairs
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, Hub, ProblemSet, content_hash, decodings
 from pns.data.checker import Checker
 from pns.data.decontamination import Overlap, Overlaps, decontaminate
+from pns.data.tables import table_rows
 from pns.errors import UserError
-from pns.files import json_lines
 from pns.records import AnswerRule, Problem
 from pns.tiny import world as tiny_world
 
 TRAINING = ("train", "reward", "preference")
+# What others call the fields of a problem.
+_OTHER_NAMES = {
+    "problem": ("question", "prompt", "query", "instruction", "input", "Problem", "Question"),
+    "answer": ("final_answer", "expected_answer", "solution", "target", "output", "gold", "Answer"),
+}
 _SUITES_SEED = 0
 
 
@@ -102,7 +109,7 @@ def _read_suites(config: Config) -> tuple[dict[str, list[Problem]], dict[str, Id
             first = f"the first {data.jsonl.limit} of {identities[name].source}"
             identities[name] = _identity(first, suites[name])
     for name, path in data.jsonl.suites.items():
-        suites[name] = read_problems(Path(path), name, data.jsonl.limit)
+        suites[name] = read_problems(Path(path), name, data.jsonl.limit, data.jsonl.fields)
         identities[name] = _identity(path, suites[name])
     return suites, identities
 
@@ -148,14 +155,19 @@ def load_named(
     return problems, Identity(source, count, digest, without_answer)
 
 
-def read_problems(path: Path, suite: str, limit: int = 0) -> list[Problem]:
-    """The problems of a `.jsonl` or `.jsonl.gz` file, at most `limit` (0: all).
+def read_problems(
+    path: Path, suite: str, limit: int = 0, fields: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """The problems of a file of one's own, at most `limit` (0: all); `fields` as data.jsonl.fields.
 
-    Records marked with a `note` (known to be broken) and no answer are left out; any other record without a
-    problem or an answer is an error, as is a malformed line, a duplicate id or a file without problems.
-    Raises UserError.
+    A number as answer is its text; of an answer with GSM8K's `####` that is what follows the last of them, of
+    one with a box what is in the last box, and the whole is the solution where there is no other. Records
+    marked with a `note` (known to be broken) and no answer are left out; any other record without a problem
+    or an answer is an error, as is a malformed line, a duplicate id or a file without problems. Raises
+    UserError.
     """
-    answered = (problem for record in read_records(path) if (problem := to_problem(record, suite)))
+    records = read_records(path, fields or {}, _with_final_answer)
+    answered = (problem for record in records if (problem := to_problem(record, suite)))
     problems = list(islice(answered, limit or None))
     if not problems:
         raise UserError(f"{path}: no problems in it; name a file with one JSON object a line")
@@ -173,12 +185,33 @@ def to_problem(record: Mapping[str, Any], suite: str) -> Problem | None:
     return Problem(record["id"], record["problem"], record["answer"], suite, *described, rule)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file, each with an `id` of its own. Raises UserError with file and line
-    number."""
+def read_records(
+    path: Path,
+    fields: Mapping[str, str] | None = None,
+    change: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The records of a file, each with an `id` of its own; of `fields` the names that the file has. `change`
+    is called with each before it is checked. Raises UserError with file and line number."""
     seen: set[str] = set()
-    for number, record in json_lines(path):
-        yield _checked(record, f"{path}, line {number}", f"{path.stem}/{number}", seen)
+    for number, (where, record) in enumerate(table_rows(path), start=1):
+        record |= {own: record[name] for own, name in (fields or {}).items() if name in record}
+        if change is not None:
+            change(record)
+        yield _checked(record, where, f"{path.stem}/{number}", seen)
+
+
+def _with_final_answer(record: dict[str, Any]) -> None:
+    """The answer as text, without what leads to it."""
+    answer = record.get("answer")
+    if type(answer) in (int, float):  # no bool
+        answer = str(answer)
+    if isinstance(answer, str):
+        final = answer.rpartition("####")[2].strip()
+        if (span := boxed_span(final)) is not None:
+            final = final[span[0] : span[1]]
+        if final != answer.strip():
+            record.setdefault("solution", answer)
+        record["answer"] = final
 
 
 def read_hub(name: str, hub: Hub, revision: str) -> Iterator[dict[str, Any]]:
@@ -213,7 +246,7 @@ def read_hub(name: str, hub: Hub, revision: str) -> Iterator[dict[str, Any]]:
 def _checked(record: dict[str, Any], where: str, identity: str, seen: set[str]) -> dict[str, Any]:
     for key in ("problem", "answer"):
         if not isinstance(record.get(key), str):
-            raise UserError(f"{where}: field {key!r} is missing or not a string")
+            raise UserError(f"{where}: {_field_fault(record, key)}")
     record["id"] = str(record.get("id", identity))
     broken = record.get("note") and not record["answer"]
     if not broken and not (record["problem"].strip() and record["answer"].strip()):
@@ -222,6 +255,16 @@ def _checked(record: dict[str, Any], where: str, identity: str, seen: set[str]) 
         raise UserError(f"{where}: id {record['id']!r} occurs twice; ids must be unique")
     seen.add(record["id"])
     return record
+
+
+def _field_fault(record: Mapping[str, Any], key: str) -> str:
+    if key in record:
+        return f"field {key!r} is {json.dumps(record[key])[:40]}, and has to be text: mend or remove the line"
+    there = ", ".join(str(name) for name in record) or "none"
+    other = next((name for name in _OTHER_NAMES[key] if name in record), "NAME")
+    return (
+        f"field {key!r} is missing (there are: {there}); say which it is with data.jsonl.fields.{key}={other}"
+    )
 
 
 def removals(removed: Mapping[str, Sequence[Overlap]]) -> dict[str, Any]:
@@ -241,7 +284,7 @@ def removals(removed: Mapping[str, Sequence[Overlap]]) -> dict[str, Any]:
 
 def _training_problems(name: str, part: str, data: Data) -> list[Problem]:
     if Path(name).is_file():
-        return read_problems(Path(name), part, data.jsonl.limit)
+        return read_problems(Path(name), part, data.jsonl.limit, data.jsonl.fields)
     problems, _ = load_named(name, data, TRAINING_SETS)
     return problems[: data.jsonl.limit or None]
 

@@ -59,6 +59,9 @@ def preference(
         Overlaps(benchmarks.problems) if benchmarks else None,
     )
     pairs = loaded.pairs
+    if loaded.in_template:
+        note = f"{loaded.in_template} pairs of plain strings are put into the model's chat template"
+        ctx.track.note(f"preference: {note}; as they are with preference.data.chat_template=false")
     write_json(trained.data_file, loaded.summary())
     rows = pair_batch(pairs, own.margin)
     policy.load(start.model, "language_model", own.optimizer, own.steps, ctx.seed)
