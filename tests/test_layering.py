@@ -92,6 +92,8 @@ OWNERS = {
     },
     "torch": {
         "pns/algo/losses.py",
+        "pns/tiny/deepened.py",
+        "pns/tiny/outcome_reward.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
         "workers/cluster.py",
@@ -112,6 +114,8 @@ OWNERS = {
     },
     "transformers": {
         "pns/data/prompts.py",
+        "pns/tiny/deepened.py",
+        "pns/tiny/outcome_reward.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
