@@ -26,6 +26,8 @@ ROOMS = (
     "pns/planning/",
     "pns/driver.py",
     "pns/methods.py",
+    "pns/tiny/outcome_reward.py",
+    "pns/tiny/deepened.py",
     "pns/tiny/process_reward.py",
     "pns/tiny/warm_start.py",
     "pns/tiny/step_judge.py",

@@ -128,7 +128,7 @@ def test_the_comparing_block_looks_at_the_token_before() -> None:
 
 
 def test_a_reward_model_compares_and_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepening, "NUM_FITTED", 200)
+    monkeypatch.setattr(deepening, "NUM_FITTED", 100)
     monkeypatch.setattr(deepening, "FIT_STEPS", 300)
     kept = Kept()
     ctx = own_context(kept)
