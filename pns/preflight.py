@@ -39,6 +39,7 @@ from workers.placement import bundles
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SECONDS = 5.0  # for the Hub to answer
 RAY_SECONDS = 10.0  # for the head of a cluster to answer
+_MOST_SHARE = 8  # a process's threads by the machine's cores: recipes for servers are tried on laptops
 _LEAST_GB = 0.3  # of memory that a process with torch takes, whatever it does
 _PACKAGES = {TrackingBackend.tensorboard: "tensorboard", TrackingBackend.wandb: "wandb"} | {
     TrackingBackend.mlflow: "mlflow",
@@ -279,7 +280,7 @@ def check_machine(config: Config, stages: Collection[str]) -> None:
     device = "cpu" if config.placement.device is Device.cpu else "cuda"
     asked, cores = bundles(config, used, device), len(os.sched_getaffinity(0))
     for b in asked:
-        if b.amounts["CPU"] > cores:
+        if b.amounts["CPU"] > _MOST_SHARE * cores:
             fault = f"{b.amounts['CPU']:g} cores for a process, and this machine has {cores}"
             raise UserError(f"{b.key}.cpus: {fault}: lower it, or name a cluster with RAY_ADDRESS")
     num = sum(b.replicas for b in asked)

@@ -288,9 +288,14 @@ def resolve_path(value: str, directory: Path, named: bool) -> str:
     return os.path.normpath(path)
 
 
+_SOUGHT = {"models.judge": "reward.terms.coherence.model"}  # where people look for a key that is elsewhere
+
+
 def suggest_key(name: str, settings: Any) -> str:
     """The end of a message about a key `name` that `settings` do not have."""
     keys = {key.name for key in walk_keys(settings)}
+    if name in _SOUGHT:
+        return f"; did you mean {_SOUGHT[name]}?"
     words = name.split(".")
     # data.train for data.jsonl.train: a section is left out.
     within = [key for key in sorted(keys) if len(words) > 1 and _in_order(words, key.split("."))]

@@ -287,16 +287,21 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     examples = tmp_path / "examples.jsonl"
     lines = [{"problem": f"Double {i}.", "solution": f"It is {2 * i}."} for i in range(3)]
     examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    configs = [
+    in_files.append("data.source=jsonl")
+    # The tiny world with the keys of files, which a recipe cannot have beside it: data.source moves all stages.
+    in_tiny_world = [
         tiny(*in_files, *sampled, f"data.few_shot={examples}"),
         tiny(*in_files, *sampled),
         tiny(*in_files, *sampled, "negatives=mixed"),
-        tiny(*in_files, *sampled, "data.source=jsonl"),
-        tiny(*in_files, "data.source=jsonl", f"preference.data.path={pairs}"),
         bcpg(*in_files, "bcpg.arms.own.negatives=[own,mixed]"),
         tiny(*in_files, "method=study", "study.arms.rs=[negatives=rs]", "study.arms.pns=[]"),
         tiny(*in_files, "negatives=prompted"),
         tiny(*in_files, "negatives=file", f"sources.file={suites['first']}"),
+    ]
+    configs = [
+        *(with_value(config, "data.source", DataSource.tiny) for config in in_tiny_world),
+        tiny(*in_files, *sampled),
+        tiny(*in_files, f"preference.data.path={pairs}"),
     ]
     values: dict[str, Any] = {
         "data.source": DataSource.jsonl,
@@ -308,6 +313,7 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
         "data.few_shot": str(examples),
         "data.revisions": {"own": "main"},
         "data.jsonl.suites": {"first": other},
+        "data.jsonl.fields": {"problem": "answer"},
         "evaluate.stop": ["\n\n"],
         "evaluate.per_suite": {"short": Decoding(max_new_tokens=3)},
         "mixture.sources": ["rs"],

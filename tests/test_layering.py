@@ -27,6 +27,8 @@ ROOMS = (
     "pns/planning/",
     "pns/driver.py",
     "pns/methods.py",
+    "pns/tiny/outcome_reward.py",
+    "pns/tiny/deepened.py",
     "pns/tiny/process_reward.py",
     "pns/tiny/warm_start.py",
     "pns/tiny/step_judge.py",
@@ -94,6 +96,8 @@ OWNERS = {
     },
     "torch": {
         "pns/algo/losses.py",
+        "pns/tiny/deepened.py",
+        "pns/tiny/outcome_reward.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",
         "workers/cluster.py",
@@ -114,6 +118,8 @@ OWNERS = {
     },
     "transformers": {
         "pns/data/prompts.py",
+        "pns/tiny/deepened.py",
+        "pns/tiny/outcome_reward.py",
         "pns/tiny/tokenizer.py",
         "pns/tiny/warm_start.py",
         "workers/check_gpu.py",

@@ -31,17 +31,18 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     from pns.run.place import STORE
     from pns.run.stage import Plan
     from pns.stages.session import session
+    from pns.tiny.outcome_reward import outcome_reward_stage
     from pns.tiny.process_reward import process_reward_stage
     from pns.tiny.tokenizer import build_tokenizer
     from pns.tiny.warm_start import warm_start_stage
 
+    stages = {TinyTask.process_reward: process_reward_stage, TinyTask.outcome_reward: outcome_reward_stage}
     config = tiny_config(settings, out)
     solves = settings.task is TinyTask.solve
     prompts = Prompts(build_tokenizer() if solves else load_tokenizer(settings.samples_from), config.data)
     with RunPage.open(Path(config.runs) / config.name) as page:
         plan = Plan(page.path / STORE, config, driver.prompts_digest(prompts), page.attempts)
-        grades_steps = settings.task is TinyTask.process_reward
-        made = plan(process_reward_stage(settings) if grades_steps else warm_start_stage(settings))
+        made = plan(stages.get(settings.task, warm_start_stage)(settings))
         (step,) = plan.steps
         if not step.is_done():
             with session(config, page, [step], prompts, page.attempts) as making:

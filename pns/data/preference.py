@@ -259,7 +259,9 @@ def goes_into_template(tokenizer: Any, row: Mapping[str, Any]) -> bool:
         return False
     if not (tokenizer.chat_template and prompt.strip()):
         return False
-    return not any(token in prompt for token in tokenizer.all_special_tokens)
+    # Not `all_special_tokens`, which leaves out the marks of turns in some tokenizers.
+    marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return not any(mark in prompt for mark in marks)
 
 
 def _as_turns(values: Mapping[str, str], end_token: str) -> dict[str, Any]:

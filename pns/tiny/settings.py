@@ -7,7 +7,9 @@ from pns.config import Optimizer, Schedule
 from pns.errors import UserError
 from pns.fields import at_least, between, check_ranges, key, path_or_name, section, up_to
 
-TinyTask = StrEnum("TinyTask", ["solve", "judge", "step_judge", "process_reward"])
+TinyTask = StrEnum(
+    "TinyTask", ["solve", "judge", "step_judge", "process_reward", "outcome_reward", "deep_judge"]
+)
 Architecture = StrEnum("Architecture", ["qwen2", "llama", "qwen3"])
 
 
@@ -19,12 +21,12 @@ class WarmStart:
     task: TinyTask = key(
         TinyTask.solve,
         "solve: solutions of problems; judge: the checker's rubric; step_judge, process_reward: its word on "
-        "each step",
+        "each step; outcome_reward: its word on the whole",
     )
     architecture: Architecture = key(Architecture.qwen2, "model family of a backbone")
     steps: int = key(1700, "training steps", at_least(1))
     hidden_size: int = key(128, "width of the residual stream", at_least(1))
-    layers: int = key(4, "transformer blocks", at_least(1))
+    layers: int = key(4, "transformer blocks; outcome_reward: the solver's and more", at_least(1))
     heads: int = key(4, "attention heads of a block", at_least(1))
     key_value_heads: int = key(2, "heads of keys and values that the attention heads share", at_least(1))
     feed_forward_size: int = key(384, "width of the feed-forward parts", at_least(1))
@@ -35,8 +37,8 @@ class WarmStart:
     checkpoint_every: int = key(500, "steps between checkpoints", at_least(1))
     samples_from: str = path_or_name(
         "",
-        "judges and process_reward: the model whose samples are graded beside made-up errors, and that "
-        "training starts from without starts_from",
+        "all but solve: the model whose samples are graded beside made-up errors, and that training starts "
+        "from without starts_from",
     )
     starts_from: str = path_or_name(
         "", "the model whose training goes on; empty: an untrained one (solve), or samples_from"

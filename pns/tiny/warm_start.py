@@ -28,6 +28,7 @@ CURRICULUM = {
     TinyTask.solve: ((0.4, 2), (1.0, 3)),
     TinyTask.judge: ((0.2, 1), (0.5, 2), (1.0, 3)),
     TinyTask.process_reward: ((0.2, 1), (0.5, 2), (1.0, 3)),
+    TinyTask.outcome_reward: ((0.5, 2), (1.0, 3)),
     TinyTask.step_judge: ((0.5, 1), (0.75, 2), (1.0, 3)),
 }
 # Problems whose sampled solutions the judge is trained ("train") and measured ("reward") on.

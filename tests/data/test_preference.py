@@ -110,6 +110,16 @@ def test_llama_has_one_begin_token() -> None:
     assert encode_row(tok, plain | {"prompt": prompt}, "w").prompt_ids == pair.prompt_ids
 
 
+def test_plain_strings_become_turns_where_they_have_been_in_no_template() -> None:
+    plain, turns = {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, chat("Hi", "Yes", "No")
+    chatml = tokenizer(CHATML)
+    assert encode_row(chatml, plain, "", plain_in_template=True) == encode_row(chatml, turns, "")
+    rendered = plain | {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"}
+    assert encode_row(chatml, rendered, "", plain_in_template=True) == encode_row(chatml, turns, "")
+    for own, row in ((tokenizer(None), plain), (chatml, rendered)):
+        assert encode_row(own, row, "", plain_in_template=True) == encode_row(own, row, "")
+
+
 def test_plain_prompt_of_a_tokenizer_that_ends_every_text() -> None:
     tok = tokenizer(None)
     end = (END, tok.eos_token_id)
