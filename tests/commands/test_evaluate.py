@@ -75,7 +75,7 @@ def test_another_evaluation_must_have_asked_the_same() -> None:
         ([str(MODEL)], ("name at least one suite",)),
         ([str(MODEL), "benchmarks=[gsm9k]"], ("gsm9k", "gsm8k")),
         ([str(MODEL), "benchmarks=[college_math]"], ("college_math", "data.root=DIR")),
-        ([str(MODEL), "benchmarks=[gsm8k]", "data.root=/nowhere"], ("/nowhere", "gsm8k.jsonl")),
+        ([str(MODEL), "benchmarks=[gsm8k]", "data.root=/nowhere"], ("/nowhere", "NAME.jsonl")),
     ],
 )
 def test_wrong_use(
