@@ -12,7 +12,7 @@ from pns.commands.config import explain, spell
 from pns.config import Config, stages
 from pns.errors import UserError
 from pns.fields import walk_keys
-from pns.preflight import check_backbone, check_models, check_policy, check_problems
+from pns.preflight import check_models, check_problems
 from pns.recipe import data_faults, key_faults, load, read, resolve_path, term_faults
 
 WIDTH = 110
@@ -86,8 +86,6 @@ def faults(recipe: Path) -> Iterator[str]:
         try:
             load(recipe)
             check_models(config, stages(config))
-            check_backbone(config)
-            check_policy(config)
             check_problems(config)
         except UserError as error:
             yield str(error)

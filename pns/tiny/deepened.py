@@ -80,7 +80,7 @@ def deepened(solver: str, layers: int) -> Grader:
     """The solver as a classifier with one output, with blocks on top, `layers` in all; these, the last norm
     and the head are to be trained. Raises UserError for fewer than two of them, and for a solver whose
     expectation they cannot hold."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     shallow = AutoModelForCausalLM.from_pretrained(solver, dtype=torch.float32)
     config, num_known = shallow.config, shallow.config.num_hidden_layers
@@ -91,7 +91,7 @@ def deepened(solver: str, layers: int) -> Grader:
         fault = f"keys and values of {key_value_size} must hold a vocabulary of {config.vocab_size}"
         raise UserError(f"starts_from: {solver} must be a qwen2 with tied embeddings, and its {fault}")
     shape = config.to_dict() | {"num_hidden_layers": layers, "layer_types": None, "num_labels": 1}
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(config.from_dict(shape), dtype=torch.float32)
     body = model.base_model
     body.load_state_dict(shallow.base_model.state_dict(), strict=False)
     body.requires_grad_(False)

@@ -77,7 +77,7 @@ def test_another_evaluation_must_have_asked_the_same() -> None:
         ([str(MODEL)], ("name at least one suite",)),
         ([str(MODEL), "benchmarks=[gsm9k]"], ("gsm9k", "gsm8k")),
         ([str(MODEL), "benchmarks=[college_math]"], ("college_math", "data.root=DIR")),
-        ([str(MODEL), "benchmarks=[gsm8k]", "data.root=/nowhere"], ("/nowhere", "gsm8k.jsonl")),
+        ([str(MODEL), "benchmarks=[gsm8k]", "data.root=/nowhere"], ("/nowhere", "NAME.jsonl")),
         ([str(MODEL), *TINY, "evaluate.thinking_budget=40"], ("40 leaves no token of max_new_tokens, 40",)),
         ([str(MODEL), *TINY, *BUDGET, "data.think_tags=[<t>,</t>]"], ("thinking_budget: 9", "<t> and </t>")),
         ([str(MODEL), *TINY, "data.think_tags=[[T],[/T]]"], ("data.think_tags", "not two different texts")),
