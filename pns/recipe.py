@@ -54,8 +54,9 @@ FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
 LONGEST_NAME = 200  # bytes; file systems take 255, and tracking adds to it
 GATES = ("malformed", "correct", "box_only_flip")  # in the order of `pns.algo.reward`
 _OF_WRONG = (TermKind.verdict, TermKind.diversity)  # 0 of every right completion
-# What comes before the arms of a study, or is of all of them.
-_OF_ALL_ARMS = ("data.", "models.", "seed", "runs", "name", "method", "rl.", "reward_model.", "study.arms")
+# Keys of what comes before the arms of a study, and of the run that they are in.
+_BEFORE_ARMS = ("data.", "models.backbone", "models.reward_model", "rl.", "reward_model.")
+_OF_RUN = ("seed", "runs", "name", "method", "study.arms")
 # Parts of a run that have a name beside those of reward terms, in metrics and among the services.
 RESERVED_TERMS = ("rollout", "policy", "verifier", "verdict", "format", "step_judge", "process_reward")
 
@@ -107,7 +108,7 @@ def study_arms(config: Config) -> dict[str, Config]:
         if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in ("backbone", "target"):
             raise UserError(f"{key}: {name!r} must be a plain word (a-z, 0-9, _), not backbone or target")
         for word in words:
-            if word.startswith(_OF_ALL_ARMS):
+            if word.startswith((*_BEFORE_ARMS, *_OF_RUN)):
                 section = word.split("=")[0].split(".")[0]
                 raise UserError(f"{key}: {word}: all arms have the same {section}: say it outside the arms")
         base = replace(config)
