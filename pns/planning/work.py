@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pns.config import (
+    NEGATIVE_SOURCES,
     OWN,
     BcpgArm,
     BcpgStart,
@@ -27,6 +28,7 @@ from pns.config import (
     step_services,
 )
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, decoding
+from pns.errors import UserError, did_you_mean
 from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.planning.assumptions import Assumptions
 from pns.preference_losses import PREFERENCE_LOSSES
@@ -158,7 +160,11 @@ def work_of(config: Config, assumed: Assumptions | None = None) -> dict[str, Sta
 
 
 def negatives_of(config: Config, source: str, problems: int, part: str = "") -> dict[str, StageWork]:
-    """The stages of a source of NEGATIVE_SOURCES; those of a part of a mixture have its name."""
+    """The stages of a source of NEGATIVE_SOURCES; those of a part of a mixture have its name.
+    Raises UserError for another source."""
+    if source not in NEGATIVE_SOURCES:
+        hint = did_you_mean(source, NEGATIVE_SOURCES) or f"; there are {', '.join(NEGATIVE_SOURCES)}"
+        raise UserError(f"negatives: {source!r} is no source of negatives that a plan knows{hint}")
     if source == "mixed":
         return mixture_of(config, problems, part) | {f"synthesize{part}": StageWork((), [])}
     if source == "file":

@@ -13,7 +13,7 @@ from pns.algo.losses import PairTerms, kto_kl
 from pns.preference_losses import PREFERENCE_LOSSES
 
 RECORDED = json.loads((Path(__file__).parents[1] / "parity" / "trl_losses.json").read_text(encoding="utf-8"))
-NOT_IN_TRL = {"offset"}
+NOT_IN_TRL = {"offset", "sft"}  # sft: an average of log-probabilities, nothing to compare
 
 
 def sums(name: str) -> torch.Tensor:

@@ -261,6 +261,21 @@ def preference(
     return PREFERENCE_LOSSES[settings.loss].function(pairs, **hyper_parameters(settings))
 
 
+# sft reads the chosen side alone.
+WITH_MARGIN = [name for name in PREFERENCE_LOSSES if name != "sft"]
+
+
+def test_sft_is_the_chosen_sides_nll_whatever_was_rejected() -> None:
+    sums = torch.tensor([-3.0, -5.0], requires_grad=True)
+    nll = torch.tensor([0.75, 0.5], requires_grad=True)
+    pairs = PairTerms(sums, sums - 1, torch.tensor([4, 4]), torch.tensor([4, 4]), nll)
+    loss, metrics = PREFERENCE_LOSSES["sft"].function(pairs)
+    loss.sum().backward()
+    assert loss.tolist() == nll.tolist()
+    assert (nll.grad.tolist() if nll.grad is not None else None, sums.grad) == ([1.0, 1.0], None)
+    assert metrics["margin"].tolist() == [1.0, 1.0]
+
+
 def log1pexp(x: float) -> float:
     """-log sigmoid(-x)"""
     return math.log1p(math.exp(x))
@@ -366,7 +381,7 @@ def test_variants_become_dpo(settings: PreferenceConfig, gap: float) -> None:
     }
 
 
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", WITH_MARGIN)
 def test_preference_gradients(loss: str) -> None:
     """Against finite differences; and every loss pulls chosen up and pushes rejected down."""
     sums = [
@@ -386,7 +401,7 @@ def test_preference_gradients(loss: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", WITH_MARGIN)
 def test_extreme_log_probs_and_empty_margins(loss: str, dtype: torch.dtype) -> None:
     values = torch.tensor([0.0, -1e-30, -1e-8, -0.6931471805599453, -1.0, -1e3, -1e6], dtype=dtype)
     sums = torch.cartesian_prod(values, values, values)
