@@ -159,7 +159,7 @@ def test_a_run_as_a_job_with_this_installation(head: Head) -> None:
     code, out, err = head.pns(*first, "--package", "--follow", "--env", "PNS_WORD=a b")
     assert (code, err) == (0, ""), out
     assert out.startswith(f"first-1: submitted; run {head.runs / 'first'}\n")
-    assert f"{head.runs / 'first' / 'report.json'}" in out
+    assert f"{head.runs / 'first' / 'report.html'}" in out
     manifest = Place(head.runs / "first" / "rl").manifest()
     assert manifest
     assert "commit" not in manifest["versions"]  # of the package, which is no checkout
