@@ -119,8 +119,8 @@ def study_arms(config: Config) -> dict[str, Config]:
         try:
             arm = merge_layers(Config, [(OmegaConf.structured(base), Path.cwd()), override_layer(words)], key)
             check_config(arm, rewards=True)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from error
+        except (UserError, ValidationError) as error:
+            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
         fill_parameters(arm)
         arms[name] = arm
     return arms
