@@ -17,7 +17,7 @@ from tests.test_end_to_end import SMALL
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/tiny-qwen2.yaml"
-ARMS = ("rs", "hard", "pns", "rft", "given", "own")
+ARMS = ("rs", "pns", "rft", "given", "own")
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,11 @@ def run(without_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = root / "given.jsonl"
     config = load(RECIPE, SMALL)
     problems = driver.load_problem_sets(config).preference
-    rows = [
-        {"problem": p.prompt, "completion": f"<think>So. </think>\\boxed{{{p.answer}1}}"} for p in problems
-    ]
+    rows = []
+    for own in problems:
+        assert own.solution
+        wrong = own.solution.replace(f"boxed{{{own.answer}}}", f"boxed{{{own.answer}1}}")
+        rows.append({"problem": own.prompt, "completion": wrong})
     write_jsonl(given, rows)
     words = [
         *SMALL,
@@ -37,10 +39,10 @@ def run(without_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rollout.engine=transformers",
         "method=study",
         "study.arms.rs=[negatives=rs]",
-        "study.arms.hard=[negatives=rs_hard]",
+        "pair.perplexity_samples=0",
         "study.arms.pns=[]",
         "study.arms.rft=[negatives=rs,preference.loss=sft]",
-        f"study.arms.given=[negatives=file,sources.file={given}]",
+        f"study.arms.given=[negatives=file,sources.file={given},synthesize.drop_box_only_flips=false]",
         "study.arms.own=[negatives=rs,study.pairs=own,preference.loss=simpo]",
     ]
     return driver.run(load(RECIPE, words))
@@ -55,9 +57,9 @@ def test_arms_have_problems_and_right_sides_in_common(run: Path) -> None:
     assert first
     for arm in ARMS[:-1]:
         assert [(row["problem_id"], row["chosen"]) for row in pairs(run, arm)] == first, arm
-    assert {row["problem_id"] for row in pairs(run, "own")} > {identity for identity, _ in first}
+    assert {row["problem_id"] for row in pairs(run, "own")} >= {identity for identity, _ in first}
     assert all(row["rejected"].endswith("1}") for row in pairs(run, "given"))
-    assert {row["source"] for row in pairs(run, "hard")} == {"rs_hard"}
+    assert {row["source"] for row in pairs(run, "own")} == {"rs"}
 
 
 def test_what_arms_have_in_common_is_made_once(run: Path) -> None:
@@ -67,7 +69,6 @@ def test_what_arms_have_in_common_is_made_once(run: Path) -> None:
     assert place("synthesize_rs") == place("synthesize_rft") == place("synthesize_own")
     assert place("pair_rs") == place("pair_rft")
     assert place("preference_rs") != place("preference_rft")
-    assert place("sample_wrong_hard") == place("synthesize_rs")
 
 
 def test_every_arm_is_scored_beside_the_target(run: Path) -> None:
