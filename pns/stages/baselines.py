@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pns.algo.formatting import check_format
 from pns.algo.negatives import filter_negatives
 from pns.answers.compare import same_answer
 from pns.answers.extract import boxed_span
@@ -149,7 +150,8 @@ def given(ctx: Context, settings: GivenSettings, problems: Problems) -> Negative
     for number, ((problem, text), result) in enumerate(zip(texts, results, strict=True)):
         tokens = ctx.prompts.encode_completion(text)
         completion = Completion(f"{problem.id}#{number}", problem.id, text, tokens, (), "stop")
-        reward = Reward(0.0, True, result.verdict)
+        format_ok = check_format(text, "stop", ctx.prompts.reasoning_block).ok
+        reward = Reward(0.0, format_ok, result.verdict)
         rollouts.append(Rollout(0, problem, completion, reward))
     kept, counts = filter_negatives(rollouts, drop_box_only_flips=settings.drop_box_only_flips)
     return write_negatives(ctx, rollouts, kept, counts, f"{settings.file} needs wrong solutions")

@@ -99,7 +99,13 @@ def test_the_backbone_is_told_to_end_wrong_and_pairs_are_of_the_problem_alone(be
 def test_negatives_of_a_file_are_verified_like_all_others(bench: Any, tmp_path: Path) -> None:
     problems, file = bench.problems(2), tmp_path / "own.jsonl"
     prompt = problems.problems[1].prompt
-    rows = [("p0", bench.solution(11)), ("p0", bench.solution(10)), (prompt, bench.solution(3)), ("x", "y")]
+    rows = [
+        ("p0", bench.solution(11)),
+        ("p0", bench.solution(10)),
+        (prompt, bench.solution(3)),
+        ("x", "y"),
+        ("p1", bench.malformed),
+    ]
     write_jsonl(file, [{"problem": problem, "completion": text} for problem, text in rows])
     with bench.making() as ctx:
         settings = given.settings(Config(sources=Sources(file=str(file))))
@@ -108,7 +114,7 @@ def test_negatives_of_a_file_are_verified_like_all_others(bench: Any, tmp_path: 
         ("p0", bench.solution(11)),
         ("p1", bench.solution(3)),
     ]
-    assert bench.counts()["correct"] == 1
+    assert (bench.counts()["correct"], bench.counts()["malformed"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
