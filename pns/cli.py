@@ -23,7 +23,8 @@ from pns.errors import UserError, did_you_mean
 from pns.planning.hardware import GPU_KINDS
 from pns.preflight import check_backbone, check_model, check_problems, check_runs
 from pns.recipe import load
-from pns.run.stopping import sigterm_interrupts
+from pns.run.page import way_on
+from pns.run.stopping import StopRequest, current_request, interruptible
 
 _OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 Commands = Any  # argparse's collection of subparsers, which has no public name
@@ -31,7 +32,7 @@ Commands = Any  # argparse's collection of subparsers, which has no public name
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 on success, 2 for wrong use with one line on stderr or for a plan that does not fit, 130
-    after Ctrl-C or SIGTERM; other errors keep their traceback."""
+    after Ctrl-C, 143 after SIGTERM; other errors keep their traceback."""
     parser = build_parser()
     # Not `parse_args`: it takes positional words in one run, and calls overrides after an option unknown.
     options, rest = parser.parse_known_args(arguments)
@@ -42,16 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint if takes_overrides else ''}")
     if rest:  # overrides that stand after an option
         options.overrides += rest
+    stop = StopRequest()
     try:
-        with sigterm_interrupts():
+        with interruptible(stop):
             exit_code = options.handler(options)
     except UserError as error:  # all else keeps its traceback: it is ours to mend
         print(f"pns: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        way_out = "the same command continues from the last complete checkpoint"
-        print(f"pns: interrupted; {way_out}", file=sys.stderr)
-        return 130
+        print(stop.words(), file=sys.stderr)
+        return stop.exit_code
     except BrokenPipeError:
         # `pns config | head`: the reader has what it wanted. Python flushes stdout once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -385,6 +386,7 @@ def handle_evaluate(options: Namespace) -> None:
         check_backbone(config)
     if not options.show_prompt:
         check_runs(config)
+        current_request().way_out = lambda: way_on(Path(config.runs) / config.name)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
     # A recipe is asked as it says; so is rollout.max_new_tokens.

@@ -21,6 +21,7 @@ from pns.report.run_report import write_report
 from pns.run.page import RunPage
 from pns.run.place import STORE
 from pns.run.stage import Contents, ModelFiles, Plan, Step
+from pns.run.stopping import current_request
 from pns.stages.context import Problems, Suites, World
 from pns.stages.evaluate import check_samplings
 from pns.stages.negatives import SOURCES
@@ -79,6 +80,7 @@ def make_steps(
         page.begin(config, attempts)
         for step in steps:
             page.link(step)
+    current_request().way_out = lambda: f"every stage is done; pns report {page.path} writes the report"
     write_report(page.path)
 
 
