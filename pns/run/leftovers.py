@@ -1,10 +1,10 @@
-"""The processes of a local run, known by a variable in their environment: also when the run's driver is killed, and
-leaves them without a parent."""
+"""The processes of a local run, known by a variable in their environment: also when the run's driver is killed
+and leaves them without a parent."""
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -50,7 +50,8 @@ def end_marked(value: str) -> int:
     ended: set[int] = set()
     while processes := [process for process in marked(value) if process.pid not in ended]:
         for process in processes:
-            _kill(process)
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(processes, timeout=_KILL_SECONDS)
         ended |= {process.pid for process in processes}
     return len(ended)
@@ -70,10 +71,3 @@ def _mark(process: psutil.Process) -> str | None:
         return process.environ().get(MARK)
     except (psutil.Error, OSError):  # of another user, or it has just ended
         return None
-
-
-def _kill(process: psutil.Process) -> None:
-    try:
-        process.kill()
-    except psutil.NoSuchProcess:
-        pass

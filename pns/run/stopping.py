@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM (`pns job stop`, a preempted node, the end of a Slurm job) end a command, within a limit. After
-SIGTERM a loop of training first ends its step, for a checkpoint."""
+"""Ctrl-C and SIGTERM (`pns job stop`, a preempted node, the end of a Slurm job) end a command, within a limit.
+After SIGTERM a loop of training first ends its step, for a checkpoint."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-# For the step under way after SIGTERM. Who sends it may have less: then it kills, and the last checkpoint counts.
+# After SIGTERM, for the step under way. Who sends it may have less: it kills, and the last checkpoint counts.
 STEP_SECONDS, LOCAL_STEP_SECONDS = 60, 3
 # For a command that is interrupted to end by itself: with both limits a local run is gone after 10 s.
 END_SECONDS, LOCAL_END_SECONDS = 60.0, 6.0
@@ -21,8 +21,8 @@ _SHOW_CURSOR = "\x1b[?25h"  # a line that is drawn again and again hides it
 class StopRequest:
     """The handler of both signals, and of the alarm that ends its patience.
 
-    The first one raises KeyboardInterrupt, and begins `end_seconds`; after them, and at once with a second one,
-    `end_processes` is called and this process ends, whatever it is doing."""
+    The first one raises KeyboardInterrupt, and begins `end_seconds`; after them, and at once with a second
+    one, `end_processes` is called and this process ends, whatever it is doing."""
 
     def __init__(self) -> None:
         local = not os.environ.get("RAY_ADDRESS")
