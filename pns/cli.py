@@ -60,13 +60,24 @@ def main(arguments: list[str] | None = None) -> int:
     except TimeoutError as error:  # it says what was waited for, and the key of the limit
         print(f"pns: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in _OF_STORAGE:
+    except Exception as error:
+        fault = storage_fault(error)
+        if not fault:
             raise
         way_out = "make room or choose another place; the same command goes on"
-        print(f"pns: {error.filename or 'storage'}: {error.strerror}; {way_out}", file=sys.stderr)
+        print(f"pns: {fault}; {way_out}", file=sys.stderr)
         return 2
     return exit_code or 0
+
+
+def storage_fault(error: Exception) -> str:
+    """What the storage refuses, of an error of this process or of an actor; empty: the error is another."""
+    cause = getattr(error, "cause", error)  # what an actor raised has an error of Ray's around it
+    if isinstance(cause, OSError) and cause.errno in _OF_STORAGE:
+        return f"{cause.filename or 'storage'}: {cause.strerror}"
+    # safetensors has an error of its own, with the system's words.
+    full = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+    return next((f"storage: {words}" for words in full if words in str(cause)), "")
 
 
 def build_parser() -> ArgumentParser:
@@ -421,7 +432,7 @@ def add_verify(commands: Commands) -> None:
     verify_help = "compare predictions with gold answers, with a reason for each"
     parser = add_command(commands, "verify", verify_help, handle)
     fields = "gold and prediction (a completion or an answer), optional unordered, tolerance, unit"
-    parser.add_argument("cases", type=Path, help=f"JSONL with {fields}")
+    parser.add_argument("cases", type=Path, help=f"JSONL with {fields}; - for standard input")
     out_help = "JSONL with verdict, extracted, reason and seconds, one line a case, in order"
     parser.add_argument("--out", type=Path, required=True, help=out_help)
     num_cores = len(os.sched_getaffinity(0))  # those this process may use, which `cpu_count` does not know

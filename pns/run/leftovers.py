@@ -1,8 +1,9 @@
-"""The processes of a local run, known by a variable in their environment: also when the run's driver is killed
-and leaves them without a parent."""
+"""The processes of a local run, known by a variable in their environment: also when its driver is killed and
+leaves them without a parent."""
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 from pns.run.stopping import current_request
 
 MARK = "PNS_RUN"  # the absolute path of the run's page
-_KILL_SECONDS = 2.0  # for the kernel to end what is killed
+_KILL_SECONDS, _LOOK_SECONDS = 3.0, 0.05  # for the kernel to end what is killed, and between looks
 
 
 @contextmanager
@@ -48,12 +49,13 @@ def end_marked(value: str) -> int:
     """Kill the processes with this mark but this one and its parents; how many there were. Ray's own start
     others while they end, so it looks again."""
     ended: set[int] = set()
-    while processes := [process for process in marked(value) if process.pid not in ended]:
+    until = time.monotonic() + _KILL_SECONDS
+    while (processes := marked(value)) and time.monotonic() < until:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(processes, timeout=_KILL_SECONDS)
         ended |= {process.pid for process in processes}
+        time.sleep(_LOOK_SECONDS)
     return len(ended)
 
 

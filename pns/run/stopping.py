@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM (`pns job stop`, a preempted node, the end of a Slurm job) end a command, within a limit.
+"""Ctrl-C and SIGTERM (`pns job stop`, a preempted node, the end of a Slurm job) end a command within a limit.
 After SIGTERM a loop of training first ends its step, for a checkpoint."""
 
 import os
