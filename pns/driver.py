@@ -11,8 +11,8 @@ from pns.algo.formatting import THINK_TAGS
 from pns.algo.reward import reads_tokens
 from pns.config import OWN, Config, Data, Method, PromptFamily, TermKind, Thinking, external_pairs
 from pns.data.benchmarks import decodings
-from pns.data.problems import TRAINING, ProblemSets, load_problem_sets, num_repeated, removals
 from pns.data.preference import load_pairs
+from pns.data.problems import TRAINING, ProblemSets, load_problem_sets, num_repeated, removals
 from pns.data.prompts import PROMPT_KEYS, Messages, Prompts, apply_family, check_vocabulary, load_tokenizer
 from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json

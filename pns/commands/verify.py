@@ -21,8 +21,9 @@ def verify_file(
     r"""Verify every line of `cases` and write one line each to `out`, in order; returns the number of lines
     per verdict.
 
-    A case is a JSON object with `gold` and `prediction`, strings or numbers (taken as text), and may have `unordered` (true: a list
-    whose order does not count), `tolerance` (a number, absolute) and `unit` (of numbers that state none). The
+    A case is a JSON object with `gold` and `prediction`, strings or numbers (taken as text), and may have
+    `unordered` (true: a list whose order does not count), `tolerance` (a number, absolute) and `unit` (of
+    numbers that state none); `cases` may be `-`, for standard input. The
     prediction is a whole completion, whose last box is the answer, or a bare answer
     (`pns.answers.extract.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
     `verdict` (correct, wrong, unverified), `extracted` (null: no final answer, which is unverified), `reason`

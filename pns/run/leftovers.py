@@ -24,11 +24,12 @@ def marked_processes(page: Path) -> Iterator[None]:
     ended, and said in a line."""
     value = str(page.absolute())
     if num_ended := end_marked(value):
-        print(
-            f"{page}: {num_ended} processes that an earlier start left were ended",
-            file=sys.stderr,
-            flush=True,
+        ended = (
+            "1 process that an earlier start left was"
+            if num_ended == 1
+            else (f"{num_ended} processes that an earlier start left were")
         )
+        print(f"{page}: {ended} ended", file=sys.stderr, flush=True)
     request, before = current_request(), os.environ.get(MARK)
     os.environ[MARK] = value
     request.end_processes = lambda: end_marked(value)

@@ -94,7 +94,8 @@ def way_on(page: Path, first: str | None = None) -> str:
         return f"{command} goes on after the stages that are done"
     checkpoint = Place(page / latest).latest_checkpoint()
     if checkpoint is None:
-        return f"{command} goes on with {latest}, which has no checkpoint yet"
+        trains = (page / latest / "metrics.jsonl").is_file()
+        return f"{command} goes on with {latest}" + (", which has no checkpoint yet" if trains else "")
     return f"{command} goes on with {latest} after its step {checkpoint.step}"
 
 
