@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(stop.words(), file=sys.stderr)
+        gc.freeze()  # at its exit Python would look through all objects of torch and Ray, for seconds
         return stop.exit_code
     except BrokenPipeError:
         # `pns config | head`: the reader has what it wanted. Python flushes stdout once more at its exit.
