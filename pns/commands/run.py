@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pns.config import ALL_STAGES, Config, stages
@@ -11,19 +12,29 @@ from pns.preflight import check_inputs, check_start
 from pns.recipe import load
 from pns.run.page import check_page, linked_places, pages
 from pns.run.place import STORE, Place, locked
+from pns.run.terminal import Show, open_terminal
 
 
 def run_recipe(
-    recipe: Path, overrides: Sequence[str], first: str | None, last: str | None, over: Sequence[Path] = ()
+    recipe: Path,
+    overrides: Sequence[str],
+    first: str | None,
+    last: str | None,
+    over: Sequence[Path] = (),
+    show: Show = Show.auto,
 ) -> None:
     """Make what is missing of the recipe's run, with the files `over` it."""
     config = load(recipe, list(overrides), over=over)
     check_stages(config, first, last)
     check_inputs(config, stages(config, last))
     check_start(config, stages(config, last), first)
-    from pns import driver  # takes seconds: what is wrong has been said by now
+    with closing(open_terminal(show)) as terminal:
+        page = Path(config.runs) / config.name
+        terminal.note(f"{config.name}: {', '.join(stages(config, last))}; all of it is in {page}")
+        terminal.wait("loading libraries")
+        from pns import driver  # takes seconds: what is wrong has been said by now
 
-    driver.run(config, first, last)
+        driver.run(config, first, last, terminal)
 
 
 def check_stages(config: Config, first: str | None, last: str | None) -> None:
