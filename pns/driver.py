@@ -77,11 +77,11 @@ def make_steps(
         with session(config, page, pending, prompts, attempts, terminal) as making:
             # Only now that all roles are up: a start that fails writes nothing.
             report_removals(page, problem_sets, terminal)
-            for step in steps:
+            for number, step in enumerate(steps, 1):
                 if step.is_done():  # asked again at its turn: another run may have made it since
                     page.link(step)
                 else:
-                    making.make(step)
+                    making.make(step, number, len(steps))
     else:
         page.begin(config, attempts)
         for step in steps:

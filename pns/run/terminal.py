@@ -71,7 +71,7 @@ class Terminal:
         """A line of its own, for what the user should know at once."""
 
     def stage(self, name: str, number: int, total: int, resumed: str) -> None:
-        """Stage `name`, the `number`-th of `total` that are to be made, begins; `resumed`: from where."""
+        """Stage `name`, the `number`-th of the run's `total`, begins; `resumed`: from where."""
 
     def wait(self, what: str) -> None:
         """From now on something without steps is waited for."""
@@ -142,6 +142,7 @@ class LiveTerminal(Terminal):
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(_BAR_WIDTH),
+            progress.TimeElapsedColumn(),
             progress.TextColumn("{task.fields[state]}", style="none"),
             progress.TextColumn(
                 "{task.fields[figures]}",
@@ -164,7 +165,7 @@ class LiveTerminal(Terminal):
     def stage(self, name: str, number: int, total: int, resumed: str) -> None:
         self.note(stage_line(name, number, total, resumed))
         self._last = ""
-        self.wait(name)
+        self.wait(f"{name}: loading models")
 
     def wait(self, what: str) -> None:
         self._bar.reset(self._task, total=None, description=what, state="", figures="")

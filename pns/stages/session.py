@@ -32,17 +32,16 @@ class Session:
 
     config: Config
     page: RunPage
-    pending: Sequence[Step]
     fleet: Fleet
     messages: Messages
     tracker: Tracker
 
-    def make(self, step: Step) -> None:
-        """Make a step that is not done, or go on where an interruption left it."""
+    def make(self, step: Step, number: int = 1, total: int = 1) -> None:
+        """Make a step that is not done, or go on where an interruption left it; it is the `number`-th of the
+        run's `total`."""
         if changes := changed_keys(self.page.previous(step.name), step.made_from):
             self.tracker.note(f"{step.name}: made anew, as {changes} (the output before is kept)")
-        number = 1 + [own.name for own in self.pending].index(step.name)
-        self.tracker.terminal.stage(step.name, number, len(self.pending), resumed(step))
+        self.tracker.terminal.stage(step.name, number, total, resumed(step))
         with step.place.making(step.made_from):
             self.page.link(step)
             self.tracker.enter(step.place.directory)
@@ -85,7 +84,7 @@ def session(
         stack.callback(tracker.close)
         fleet.start(roles)
         stack.enter_context(ServiceMonitor(page.path, fleet.services))
-        yield Session(config, page, pending, fleet, messages, tracker)
+        yield Session(config, page, fleet, messages, tracker)
 
 
 def resumed(step: Step) -> str:
