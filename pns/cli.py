@@ -91,6 +91,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
     add_init(commands)
+    add_doctor(commands)
     add_run_commands(commands)
     add_job_commands(commands)
     add_rescore(commands)
@@ -213,6 +214,22 @@ def add_init(commands: Commands) -> None:
     suite_help = "problems to score models on; may be repeated (none: two benchmarks by their names)"
     parser.add_argument("--suite", action="append", default=[], metavar="NAME=FILE", help=suite_help)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default NAME.yaml; never replaced")
+
+
+def add_doctor(commands: Commands) -> None:
+    def handle(options: Namespace) -> int:
+        from pns.commands.doctor import examine
+
+        recipe = find_recipe(options.recipe) if options.recipe else None
+        return examine(recipe, options.overrides, options.over, options.json)
+
+    meaning = "what of this machine would stop a run or slow it down, each with a way out"
+    parser = add_command(commands, "doctor", meaning, handle, "pns doctor tiny-qwen2")
+    recipe_help = "a recipe to check against this machine too (exit code 2 with a fault, as without one)"
+    completed_by(parser.add_argument("recipe", nargs="?", default="", help=recipe_help), complete_recipe)
+    add_overrides(parser, "with a recipe: keys to change")
+    add_over(parser)
+    parser.add_argument("--json", action="store_true", help="the rows as JSON")
 
 
 def add_plan_options(parser: ArgumentParser) -> None:
