@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -34,7 +35,8 @@ from pns.errors import UserError, did_you_mean
 from pns.planning.hardware import GPU_KINDS
 from pns.preflight import check_backbone, check_model, check_problems, check_runs
 from pns.recipe import load
-from pns.run.stopping import sigterm_interrupts
+from pns.run.page import way_on
+from pns.run.stopping import StopRequest, current_request, interruptible
 from pns.run.terminal import Show
 
 _OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -43,7 +45,7 @@ Commands = Any  # argparse's collection of subparsers, which has no public name
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 on success, 2 for wrong use with one line on stderr or for a plan that does not fit, 130
-    after Ctrl-C or SIGTERM; other errors keep their traceback."""
+    after Ctrl-C, 143 after SIGTERM; other errors keep their traceback."""
     parser = build_parser()
     if ASKED in os.environ:
         answer_shell(parser)
@@ -56,16 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint if takes_overrides else ''}")
     if rest:  # overrides that stand after an option
         options.overrides += rest
+    stop = StopRequest()
     try:
-        with sigterm_interrupts():
+        with interruptible(stop):
             exit_code = options.handler(options)
     except UserError as error:  # all else keeps its traceback: it is ours to mend
         print(f"pns: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        way_out = "the same command continues from the last complete checkpoint"
-        print(f"pns: interrupted; {way_out}", file=sys.stderr)
-        return 130
+        print(stop.words(), file=sys.stderr)
+        gc.freeze()  # at its exit Python would look through all objects of torch and Ray, for seconds
+        return stop.exit_code
     except BrokenPipeError:
         # `pns config | head`: the reader has what it wanted. Python flushes stdout once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,13 +76,24 @@ def main(arguments: list[str] | None = None) -> int:
     except TimeoutError as error:  # it says what was waited for, and the key of the limit
         print(f"pns: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in _OF_STORAGE:
+    except Exception as error:
+        fault = storage_fault(error)
+        if not fault:
             raise
         way_out = "make room or choose another place; the same command goes on"
-        print(f"pns: {error.filename or 'storage'}: {error.strerror}; {way_out}", file=sys.stderr)
+        print(f"pns: {fault}; {way_out}", file=sys.stderr)
         return 2
     return exit_code or 0
+
+
+def storage_fault(error: Exception) -> str:
+    """What the storage refuses, of an error of this process or of an actor; empty: the error is another."""
+    cause = getattr(error, "cause", error)  # what an actor raised has an error of Ray's around it
+    if isinstance(cause, OSError) and cause.errno in _OF_STORAGE:
+        return f"{cause.filename or 'storage'}: {cause.strerror}"
+    # safetensors has an error of its own, with the system's words.
+    full = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+    return next((f"storage: {words}" for words in full if words in str(cause)), "")
 
 
 def build_parser() -> ArgumentParser:
@@ -463,6 +477,7 @@ def handle_evaluate(options: Namespace) -> None:
         check_backbone(config)
     if not options.show_prompt:
         check_runs(config)
+        current_request().way_out = lambda: way_on(Path(config.runs) / config.name)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
     # A recipe is asked as it says; so is rollout.max_new_tokens.
@@ -499,7 +514,7 @@ def add_verify(commands: Commands) -> None:
     verify_example = "pns verify cases.jsonl --out verdicts.jsonl"
     parser = add_command(commands, "verify", verify_help, handle, verify_example)
     fields = "gold and prediction (a completion or an answer), optional unordered, tolerance, unit"
-    parser.add_argument("cases", type=Path, help=f"JSONL with {fields}")
+    parser.add_argument("cases", type=Path, help=f"JSONL with {fields}; - for standard input")
     out_help = "JSONL with verdict, extracted, reason and seconds, one line a case, in order"
     parser.add_argument("--out", type=Path, required=True, help=out_help)
     num_cores = len(os.sched_getaffinity(0))  # those this process may use, which `cpu_count` does not know

@@ -126,8 +126,9 @@ class Data:
     instruction: str = key("", "text appended to every problem in the user turn; empty: none")
     few_shot: str = path_or_name(
         "",
-        "worked examples before every problem, each as the problem is put and then its solution: a file (JSON "
-        "lines with problem and solution), grade_school_8 or competition_4 (recipes/few_shot); empty: none",
+        "worked examples before every problem, each as the problem is put and then its solution: a file "
+        "(JSON lines with problem and solution), or grade_school_8, competition_4 (recipes/few_shot); empty: "
+        "none",
     )
     few_shot_count: int = key(0, "the first so many of data.few_shot; 0: all", at_least(0))
     assistant_prefix: str = key("", "text that completions begin with, part of the prompt; empty: none")

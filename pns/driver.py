@@ -4,13 +4,15 @@ A method of `pns.methods` is called with a `Plan`, which notes the steps; then t
 are made.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pns.algo.formatting import THINK_TAGS
 from pns.algo.reward import reads_tokens
 from pns.config import OWN, Config, Data, Method, PromptFamily, TermKind, Thinking, external_pairs
 from pns.data.benchmarks import decodings
-from pns.data.problems import ProblemSets, load_problem_sets, removals
+from pns.data.preference import load_pairs
+from pns.data.problems import TRAINING, ProblemSets, load_problem_sets, num_repeated, removals
 from pns.data.prompts import PROMPT_KEYS, Messages, Prompts, apply_family, check_vocabulary, load_tokenizer
 from pns.errors import UserError, did_you_mean
 from pns.files import sha256_of_json, write_json
@@ -21,10 +23,12 @@ from pns.report.run_report import write_report
 from pns.run.page import RunPage
 from pns.run.place import STORE
 from pns.run.stage import Contents, ModelFiles, Plan, Step
+from pns.run.stopping import current_request
 from pns.run.terminal import PlainTerminal, Terminal
 from pns.stages.context import Problems, Suites, World
 from pns.stages.evaluate import check_samplings
 from pns.stages.negatives import SOURCES
+from pns.stages.preference import preference
 from pns.stages.session import session
 
 
@@ -74,9 +78,11 @@ def make_steps(
     if done := [step.name for step in steps if step not in pending]:
         terminal.note(f"done before: {', '.join(done)}")
     if pending:
+        check_pairs(config, pending, prompts)
         with session(config, page, pending, prompts, attempts, terminal) as making:
             # Only now that all roles are up: a start that fails writes nothing.
             report_removals(page, problem_sets, terminal)
+            report_repeats(config, problem_sets, terminal)
             for number, step in enumerate(steps, 1):
                 if step.is_done():  # asked again at its turn: another run may have made it since
                     page.link(step)
@@ -86,8 +92,18 @@ def make_steps(
         page.begin(config, attempts)
         for step in steps:
             page.link(step)
+    current_request().way_out = lambda: f"every stage is done; pns report {page.path} writes the report"
     terminal.wait("report")
     write_report(page.path, terminal)
+
+
+def check_pairs(config: Config, pending: Sequence[Step], prompts: Prompts) -> None:
+    """Raises UserError for a file of pairs with one that the model does not read, a prompt too long for it
+    among them, as the stage would with all actors up."""
+    own = config.preference
+    if external_pairs(config) and own.data.path and any(step.stage is preference for step in pending):
+        policy = config.policy
+        load_pairs(own, policy.max_tokens_per_micro_batch, policy.layout, prompts, {}, None)
 
 
 def roles_used(config: Config) -> dict[str, tuple[str, ...]]:
@@ -187,6 +203,15 @@ def prompts_digest(prompts: Prompts) -> str:
     # The backend's text has merges and normaliser as well; slow tokenizers have none.
     vocabulary = tokenizer.get_vocab() if tokenizer.is_fast is False else tokenizer.backend_tokenizer.to_str()
     return sha256_of_json([keys, vocabulary, tokenizer.chat_template, special])
+
+
+def report_repeats(config: Config, problem_sets: ProblemSets, terminal: Terminal) -> None:
+    """Say of each file of training problems how many texts are in it more than once."""
+    own = config.data.jsonl
+    for part in TRAINING:
+        name = getattr(own, part)
+        if name and (num := num_repeated(getattr(problem_sets, part))):
+            terminal.note(f"data.jsonl.{part}: {num} problems have the text of an earlier one; they are kept")
 
 
 def report_removals(page: RunPage, problem_sets: ProblemSets, terminal: Terminal) -> None:

@@ -10,6 +10,8 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
+
 from pns.config import (
     Config,
     DataSource,
@@ -22,17 +24,18 @@ from pns.config import (
     external_pairs,
     services,
     step_services,
+    to_dict,
 )
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, decodings
 from pns.data.preference import check_rows
-from pns.data.problems import TRAINING, load_named, read_problems
+from pns.data.problems import TRAINING, load_named, read_problems, read_training_problems
 from pns.data.prompts import apply_family, read_examples
 from pns.errors import UserError, did_you_mean
 from pns.model_files import HEADS, ModelDirectory
 from pns.planning.shapes import cached_config
 from pns.planning.work import work_of
 from pns.run.page import linked_places
-from pns.run.place import STORE, lock_holder
+from pns.run.place import STORE, Place, lock_holder
 from pns.tiny.world import SUITES
 from workers.placement import bundles
 
@@ -76,6 +79,8 @@ def check_start(config: Config, stages: Collection[str], first: str | None = Non
     if holder := lock_holder(page / "lock"):
         way_out = "wait for it to end, or choose another run with name=NAME"
         raise UserError(f"{page} is in use by {holder}: {way_out}")
+    if not first:
+        check_finished(config, page)
     if address := os.environ.get("RAY_ADDRESS"):
         check_address(address)
     else:
@@ -85,8 +90,25 @@ def check_start(config: Config, stages: Collection[str], first: str | None = Non
             check_hub(key, value)
 
 
-def page_links(page: Path) -> Collection[str]:
-    return linked_places(page) if page.is_dir() else ()
+def check_finished(config: Config, page: Path) -> None:
+    """What the finished stages wrote is there and as it was, where the page was made with this configuration
+    (of another the run may use other stages). Raises UserError."""
+    if not (page / "config.yaml").is_file():
+        return
+    kept = yaml.safe_load((page / "config.yaml").read_text(encoding="utf-8"))
+    said = to_dict(config)
+    if config.data.prompt is PromptFamily.auto:  # the page has the family that it came to
+        said["data"]["prompt"] = kept["data"]["prompt"]
+    if said != kept:
+        return
+    for name, directory in page_links(page).items():
+        place = Place(directory)
+        if manifest := place.manifest():
+            place.check_outputs(manifest, f"make it again with --from {name}")
+
+
+def page_links(page: Path) -> dict[str, Path]:
+    return linked_places(page) if page.is_dir() else {}
 
 
 def named_models(config: Config, stages: Collection[str]) -> dict[str, tuple[str, ModelKind]]:
@@ -228,7 +250,7 @@ def check_problems(config: Config, training: bool = True) -> None:
     own = {part: getattr(data.jsonl, part) for part in TRAINING}
     for part, name in own.items():
         if name and Path(name).is_file():
-            read_problems(Path(name), part, data.jsonl.limit, data.jsonl.fields)
+            read_training_problems(Path(name), part, data)
         elif name:
             check_set(f"data.jsonl.{part}", name, config, in_training=True)
 

@@ -223,6 +223,9 @@ def merge_layers(schema: type[Settings], layers: list[Layer], source: str) -> Se
     try:
         # After each layer: which of them says a path decides what it is relative to.
         for layer, directory in layers:
+            thinking = OmegaConf.select(layer, "data.thinking", throw_on_resolution_failure=False)
+            if isinstance(thinking, bool):  # what YAML makes of on and off
+                OmegaConf.update(layer, "data.thinking", "on" if thinking else "off")
             merged = OmegaConf.merge(merged, layer)
             for key in walk_keys(OmegaConf.to_object(merged)):
                 if "path" in key.field.metadata:

@@ -870,7 +870,7 @@ def test_no_right_completion_stops_the_run_once_and_again(world: World) -> None:
         assert stopped.returncode == 2, stopped.stderr[-3000:]
         lines = [line for line in stopped.stderr.splitlines() if line.strip()]
         assert [line for line in lines if line.startswith("pns: ")] == lines[-1:]
-        assert "reward_model: no (correct, incorrect) pairs" in lines[-1]
+        assert "(correct, incorrect) pairs: of " in lines[-1]
         assert "Traceback" not in stopped.stderr
         manifest = run / "rl" / "manifest.json"
         kept.append(

@@ -323,6 +323,11 @@ PROBLEMS: list[tuple[str, bytes, str]] = [
     ("p.jsonl", b'{"problem": "1+1?", "answer": " "}\n', "line 1: empty problem or answer"),
     ("p.jsonl", b'{"problem": 3, "answer": "2"}\n', "'problem' is 3, and has to be text"),
     ("p.jsonl", b'{"problem": "1", "answer": "2", "id": 1}\n' * 2, "line 2: id '1' occurs twice"),
+    (
+        "p.jsonl",
+        GOOD.encode() + b'{"problem": "1+1? ", "answer": "3"}\n',
+        "p.jsonl: problems p/1 and p/2 are the same text with different answers, '2' and '3': mend",
+    ),
     ("p.jsonl", b'[{"problem": "1+1?"}]\n', "line 1 ... name the file .json"),
     ("p.jsonl", GOOD.encode("utf-16"), "line 1 ... not UTF-8 text ... save the file as UTF-8"),
     ("p.jsonl", '{"problem": "é", "answer": "2"}\n'.encode("latin-1"), "line 1 ... not UTF-8 ... save"),
@@ -475,6 +480,51 @@ def test_run_in_use(capsys: pytest.CaptureFixture[str], here: Path) -> None:
         check(said(capsys, "run", "tiny-qwen2"), f"is in use by process {os.getpid()} ... name=NAME")
 
 
+def test_a_finished_stage_that_was_altered(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    from pns.recipe import load
+    from pns.run.page import RunPage
+    from pns.run.place import Place
+
+    place = here / "runs" / "stages" / "rl-1"
+    with Place(place).making({"inputs": []}):
+        (place / "model.safetensors").write_bytes(b"weights")
+    page = here / "runs" / "tiny-qwen2"
+    page.mkdir()
+    (page / "rl").symlink_to(place)
+    config = load(TINY.parent / "tiny-qwen2.yaml", [])
+    RunPage(page).begin(config, {})
+    (place / "model.safetensors").write_bytes(b"Weights")
+    words = "rl-1/model.safetensors is not what the stage wrote ... restore it, or make it ... --from rl"
+    check(said(capsys, "run", "tiny-qwen2"), words)
+    (place / "model.safetensors").unlink()
+    check(said(capsys, "run", "tiny-qwen2"), "model.safetensors is missing ... --from rl")
+
+
+def test_cases_of_verify(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    for field, shown in {"null": "null", "[1]": "[1]", "true": "true"}.items():
+        (here / "cases.jsonl").write_text(f'{{"gold": {field}, "prediction": "1"}}\n')
+        message = said(capsys, "verify", "cases.jsonl", "--out", "/dev/null", "--force")
+        check(message, f"cases.jsonl, line 1: gold is {shown}; it must be a string: mend")
+
+
+def test_numbers_and_standard_input_of_verify(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pns.cli", "verify", "-", "--out", str(tmp_path / "out.jsonl")]
+    cases = '{"gold": 2, "prediction": "2"}\n{"gold": "0.5", "prediction": 1.5}\n'
+    done = subprocess.run(command, input=cases, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0
+    verdicts = [json.loads(line)["verdict"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert verdicts == ["correct", "wrong"]
+
+
+def test_on_and_off_are_words(here: Path) -> None:
+    from pns.config import Thinking
+    from pns.recipe import load
+
+    (here / "r.yaml").write_text(f"extends: {TINY.parent / 'tiny-qwen3.yaml'}\ndata: {{thinking: off}}\n")
+    assert load(here / "r.yaml", []).data.thinking is Thinking.off
+    assert load(here / "r.yaml", ["data.thinking=on"]).data.thinking is Thinking.on
+
+
 def test_other_commands(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     (here / "p.jsonl").write_text(GOOD)
     (here / "a_file").touch()
@@ -511,6 +561,12 @@ def test_a_full_disk_is_one_line(
 
     monkeypatch.setattr(cli, "print_recipes", full)
     check(said(capsys, "recipes"), "runs/x/metrics.jsonl: No space left on device; make room ... goes on")
+
+    def full_for_safetensors(*arguments: object) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cli, "print_recipes", full_for_safetensors)
+    check(said(capsys, "recipes"), "storage: No space left on device; make room")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pns.errors import UserError
 from pns.files import write_json
 from pns.preflight import check_inputs
 from pns.recipe import load
+from pns.run.stopping import current_request
 
 REFERENCES = ("target", "rft", "rs")  # arms of these names are what the others are compared with
 _POLL_SECONDS = 0.5
@@ -115,6 +116,8 @@ def study_cells(config: Config) -> list[Cell]:
 def make_cells(cells: Sequence[Cell], command: Sequence[str], at_once: int) -> list[Cell]:
     """Run `command` with the words of each cell. Returns those that failed."""
     waiting, failed = list(cells), []
+    stop = current_request()
+    stop.end_seconds, stop.way_out = _LEAVE_SECONDS + 5, lambda: "the same command goes on with each run"
     running: dict[Cell, tuple[subprocess.Popen[bytes], float]] = {}
     num_done = 0
     try:

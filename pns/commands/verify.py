@@ -21,8 +21,9 @@ def verify_file(
     r"""Verify every line of `cases` and write one line each to `out`, in order; returns the number of lines
     per verdict.
 
-    A case is a JSON object with the strings `gold` and `prediction`, and may have `unordered` (true: a list
-    whose order does not count), `tolerance` (a number, absolute) and `unit` (of numbers that state none). The
+    A case is a JSON object with `gold` and `prediction`, strings or numbers (taken as text), and may have
+    `unordered` (true: a list whose order does not count), `tolerance` (a number, absolute) and `unit` (of
+    numbers that state none); `cases` may be `-`, for standard input. The
     prediction is a whole completion, whose last box is the answer, or a bare answer
     (`pns.answers.extract.extract_answer`); a gold answer with a box is what stands in it. A line of `out` has
     `verdict` (correct, wrong, unverified), `extracted` (null: no final answer, which is unverified), `reason`
@@ -31,7 +32,9 @@ def verify_file(
     """
     if processes < 1 or limit_seconds <= 0:
         raise UserError(f"--processes {processes} and --seconds {limit_seconds:g} must be positive")
-    if not cases.is_file():
+    if str(cases) == "-":
+        cases = Path("/dev/stdin")
+    elif not cases.is_file():
         raise UserError(f"{cases} does not exist; name a JSONL file with the fields gold and prediction")
     if out.exists() and not force:
         raise UserError(f"{out} exists; add --force to replace it")
@@ -73,10 +76,15 @@ def _opened(out: Path) -> TextIO:
 
 
 def _checked_case(case: dict[str, Any], where: str) -> tuple[str, str, AnswerRule]:
+    texts = []
     for field in ("gold", "prediction"):
-        if not isinstance(case.get(field), str):
-            kind = f"a {type(case[field]).__name__}" if field in case else "missing"
-            raise UserError(f"{where}: {field} is {kind}; it must be a string")
+        value = case.get(field)
+        if type(value) in (int, float):  # no bool
+            value = str(value)
+        if not isinstance(value, str):
+            kind = json.dumps(value)[:40] if field in case else "missing"
+            raise UserError(f"{where}: {field} is {kind}; it must be a string: mend or remove the line")
+        texts.append(value)
     unordered, tolerance = case.get("unordered", False), case.get("tolerance", 0)
     unit = case.get("unit") or ""
     if not isinstance(unordered, bool):
@@ -85,7 +93,8 @@ def _checked_case(case: dict[str, Any], where: str) -> tuple[str, str, AnswerRul
         raise UserError(f"{where}: tolerance is {tolerance!r}; it must be a number of at least 0")
     if not isinstance(unit, str):
         raise UserError(f"{where}: unit is {unit!r}; it must be a string")
-    return case["gold"], case["prediction"], AnswerRule(unordered, float(tolerance), unit)
+    gold, prediction = texts
+    return gold, prediction, AnswerRule(unordered, float(tolerance), unit)
 
 
 def _write(file: TextIO, result: Any, counts: Counter[str]) -> None:

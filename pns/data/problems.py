@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pns.answers.compare import same_answer
 from pns.answers.extract import boxed_span
 from pns.config import Config, Data, DataSource, external_pairs
 from pns.data.benchmarks import BENCHMARKS, TRAINING_SETS, Hub, ProblemSet, content_hash, decodings
@@ -174,6 +175,26 @@ def read_problems(
     return problems
 
 
+def read_training_problems(path: Path, part: str, data: Data) -> list[Problem]:
+    """As `read_problems`. Raises UserError also for a text that is there twice, with answers that differ."""
+    problems = read_problems(path, part, data.jsonl.limit, data.jsonl.fields)
+    answers: dict[str, Problem] = {}
+    for problem in problems:
+        first = answers.setdefault(problem.prompt.strip(), problem)
+        if first.answer.strip() == problem.answer.strip():
+            continue
+        if same_answer(first.answer, problem.answer, problem.rule) is False:
+            fault = f"problems {first.id} and {problem.id} are the same text with different answers"
+            shown = f"{first.answer[:40]!r} and {problem.answer[:40]!r}"
+            raise UserError(f"{path}: {fault}, {shown}: mend or remove one")
+    return problems
+
+
+def num_repeated(problems: Sequence[Problem]) -> int:
+    """How many have the text of an earlier one."""
+    return len(problems) - len({problem.prompt.strip() for problem in problems})
+
+
 def to_problem(record: Mapping[str, Any], suite: str) -> Problem | None:
     """The problem of a checked record; None for one marked as broken that has no answer."""
     if record.get("note") and not record["answer"]:
@@ -284,7 +305,7 @@ def removals(removed: Mapping[str, Sequence[Overlap]]) -> dict[str, Any]:
 
 def _training_problems(name: str, part: str, data: Data) -> list[Problem]:
     if Path(name).is_file():
-        return read_problems(Path(name), part, data.jsonl.limit, data.jsonl.fields)
+        return read_training_problems(Path(name), part, data)
     problems, _ = load_named(name, data, TRAINING_SETS)
     return problems[: data.jsonl.limit or None]
 

@@ -82,6 +82,23 @@ class RunPage:
         write_json(self.path / "run.json", figures | {"attempts": self.attempts})
 
 
+def way_on(page: Path, first: str | None = None) -> str:
+    """What the same command does after an interruption. `first`: the stage of its --from."""
+    if not (page / "config.yaml").is_file():
+        return "nothing is made yet: the same command begins again"
+    unfinished = [name for name, place in linked_places(page).items() if Place(place).manifest() is None]
+    # It goes on with one; others are of earlier starts, with other keys.
+    latest = max(unfinished, key=lambda name: (page / name / "progress.json").stat().st_mtime, default="")
+    command = f"the same command without --from {first}" if first else "the same command"
+    if not latest:
+        return f"{command} goes on after the stages that are done"
+    checkpoint = Place(page / latest).latest_checkpoint()
+    if checkpoint is None:
+        trains = (page / latest / "metrics.jsonl").is_file()
+        return f"{command} goes on with {latest}" + (", which has no checkpoint yet" if trains else "")
+    return f"{command} goes on with {latest} after its step {checkpoint.step}"
+
+
 def check_page(directory: Path) -> None:
     """Raises UserError for what is not a run's page."""
     if not (directory / "config.yaml").is_file():

@@ -78,6 +78,14 @@ class Place:
         manifest = self.manifest()
         if manifest is None:
             return False
+        self.check_outputs(manifest, way_out)
+        for stage, content in contents(made_from, self.directory.parent).items():
+            if manifest["contents"].get(stage) != content:
+                raise UserError(f"{self.directory} was made from another output of {stage}: {way_out}")
+        return True
+
+    def check_outputs(self, manifest: Mapping[str, Any], way_out: str) -> None:
+        """Raises UserError as `is_done`, for a damaged or missing output."""
         for name, entry in manifest["outputs"].items():
             path = self.directory / name
             if not path.is_file():
@@ -85,10 +93,6 @@ class Place:
             if _stat(path) != entry["stat"] and sha256_of_file(path) != entry["sha256"]:
                 fault = "is not what the stage wrote (its hash differs)"
                 raise UserError(f"{path} {fault}: restore it, or {way_out}")
-        for stage, content in contents(made_from, self.directory.parent).items():
-            if manifest["contents"].get(stage) != content:
-                raise UserError(f"{self.directory} was made from another output of {stage}: {way_out}")
-        return True
 
     @contextmanager
     def making(self, made_from: Mapping[str, Any]) -> Iterator[None]:

@@ -62,6 +62,11 @@ def preference(
     if loaded.in_template:
         note = f"{loaded.in_template} pairs of plain strings are put into the model's chat template"
         ctx.track.note(f"preference: {note}; as they are with preference.data.chat_template=false")
+    if len(pairs) < own.pairs_per_step:
+        note = (
+            f"a step takes preference.pairs_per_step={own.pairs_per_step} pairs, and there are {len(pairs)}"
+        )
+        ctx.track.note(f"preference: {note}: each is taken several times a step")
     write_json(trained.data_file, loaded.summary())
     rows = pair_batch(pairs, own.margin)
     policy.load(start.model, "language_model", own.optimizer, own.steps, ctx.seed)

@@ -1,5 +1,6 @@
 """The reward model and the held-out one: centre-regularised Bradley-Terry on the target's solutions."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ def reward_model(
     rollouts += last_rollouts(target, own.rl_steps)
     pairs = right_wrong_pairs(rollouts, own.max_length_ratio)
     write_jsonl(models.pairs_file, pairs)
+    if len({pair.problem_id for pair in pairs}) < len(models.names):
+        raise UserError(f"reward_model: {too_few(rollouts, len(pairs))}")
     prompts = {rollout.problem.id: rollout.problem for rollout in rollouts}
     quality = {}
     for name, problem_ids in zip(models.names, halves(pairs, ctx.seed), strict=True):
@@ -67,6 +70,26 @@ def halves(pairs: Sequence[PreferencePair], seed: int) -> tuple[set[str], set[st
     ids = list(dict.fromkeys(pair.problem_id for pair in pairs))
     order = [ids[i] for i in np.random.default_rng(seed).permutation(len(ids))]
     return set(order[::2]), set(order[1::2])
+
+
+def too_few(rollouts: Sequence[Rollout], num_pairs: int) -> str:
+    """Why there are not pairs of two problems, one for each model, and the way out."""
+    well_formed = [rollout for rollout in rollouts if rollout.reward.format_ok]
+    counts = Counter(rollout.reward.verdict for rollout in well_formed)
+    right, wrong = counts[Verdict.CORRECT], counts[Verdict.WRONG]
+    said = (
+        f"{num_pairs} (correct, incorrect) pairs: of {len(rollouts)} completions {len(well_formed)} are "
+        f"well-formed, {right} right, {wrong} wrong, {counts[Verdict.UNVERIFIED]} undecided"
+    )
+    if not well_formed:
+        return f"{said}; completions have no box or no end: see data.prompt, rollout.max_new_tokens"
+    if not right:
+        return (
+            f"{said}; problems too hard for the model, or answers of another kind: see browse/ and the file"
+        )
+    if not wrong:
+        return f"{said}; problems too easy for the model: name harder ones"
+    return f"{said}, seldom of one problem; raise reward_model.samples_per_problem or name more problems"
 
 
 def last_rollouts(target: TrainedModel, num_steps: int) -> list[Rollout]:

@@ -11,6 +11,7 @@ from pns.config import Config
 from pns.data.prompts import Messages
 from pns.files import read_jsonl, write_json
 from pns.records import leaves
+from pns.run.leftovers import marked_processes
 from pns.run.memory import PeakMemory
 from pns.run.page import NODES, RunPage, linked_places
 from pns.run.stage import Step
@@ -68,6 +69,8 @@ def session(
     place = "joining the Ray cluster" if os.environ.get("RAY_ADDRESS") else "starting Ray"
     terminal.wait(f"{place} for {', '.join(roles)}")
     with ExitStack() as stack:
+        if not os.environ.get("RAY_ADDRESS"):  # there the processes are Ray's to end
+            stack.enter_context(marked_processes(page.path))
         device = stack.enter_context(Cluster(config, roles))
         memory = stack.enter_context(PeakMemory())
         page.begin(config, attempts)  # only now: a start that fails changes nothing

@@ -215,7 +215,7 @@ def test_a_job_that_is_stopped_goes_on_from_its_last_step(head: Head) -> None:
     assert checkpoint
     assert checkpoint.step == num_steps  # it ended its step, and nothing of it is made again
     code, out, err = head.pns("job", "logs", "long", "--follow")
-    assert "pns: interrupted; the same command continues" in out
+    assert "pns: interrupted; the same command goes on with rl after its step" in out
     assert (code, err) == (1, "pns: long-1: stopped, exit code 1: Job was intentionally stopped.\n")
 
 

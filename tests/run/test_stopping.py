@@ -11,7 +11,7 @@ import pytest
 
 from pns import cli
 from pns.run import stopping
-from pns.run.stopping import current_request, finishing_steps, sigterm_interrupts
+from pns.run.stopping import StopRequest, current_request, finishing_steps, interruptible
 
 
 def terminate() -> None:
@@ -25,7 +25,7 @@ def terminate_and_wait() -> None:
 
 def test_sigterm_interrupts_and_its_handler_is_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
+    with pytest.raises(KeyboardInterrupt), interruptible(StopRequest()):
         terminate_and_wait()
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -34,7 +34,7 @@ def test_a_command_ends_as_after_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "list_runs", lambda runs: terminate_and_wait())
-    assert cli.main(["runs", "--runs", str(tmp_path)]) == 130
+    assert cli.main(["runs", "--runs", str(tmp_path)]) == 143
     said = capsys.readouterr().err
     assert (said.startswith("pns: interrupted"), said.count("\n")) == (True, 1)
 
@@ -42,7 +42,7 @@ def test_a_command_ends_as_after_ctrl_c(
 def test_in_a_step_the_first_one_is_noted_and_the_second_interrupts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with sigterm_interrupts():
+    with interruptible(StopRequest()):
         with finishing_steps() as request:
             assert not request.came
             terminate()
@@ -56,13 +56,13 @@ def test_in_a_step_the_first_one_is_noted_and_the_second_interrupts(
 
 
 def test_a_step_that_takes_too_long_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "STEP_SECONDS", 1)
-    with sigterm_interrupts(), finishing_steps(), pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(stopping, "LOCAL_STEP_SECONDS", 1)
+    with interruptible(StopRequest()), finishing_steps(), pytest.raises(KeyboardInterrupt):
         terminate_and_wait()
 
 
 def test_what_came_in_the_last_step_is_not_forgotten() -> None:
-    with sigterm_interrupts():
+    with interruptible(StopRequest()):
         with finishing_steps():
             terminate()
             time.sleep(0.01)

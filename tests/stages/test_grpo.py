@@ -16,7 +16,7 @@ from pns.config import Advantage, GrpoConfig, RatioLevel
 from pns.errors import UserError
 from pns.files import read_json, read_jsonl
 from pns.records import Rollout
-from pns.run.stopping import current_request, sigterm_interrupts
+from pns.run.stopping import StopRequest, current_request, interruptible
 from pns.stages import grpo
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import draw
@@ -339,7 +339,7 @@ def test_after_sigterm_the_step_ends_and_is_kept(bench: Any, stopped: int) -> No
             os.kill(os.getpid(), signal.SIGTERM)
         return False
 
-    with sigterm_interrupts():
+    with interruptible(StopRequest()):
         if stopped == 4:
             artefact = trained(bench, {}, stop=stop)
             assert current_request().came

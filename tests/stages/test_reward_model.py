@@ -118,6 +118,22 @@ def test_completions_are_not_sampled_again_for_the_second_model(bench: Any) -> N
     assert bench.fleet.rollout.take_asked() == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda bench: bench.solution(77), "0 right, 16 wrong, 0 undecided; problems too hard"),
+        (lambda bench: "no box", "0 are well-formed, 0 right, 0 wrong, 0 undecided; completions have no box"),
+    ],
+)
+def test_without_pairs_the_verdicts_are_counted(bench: Any, answer: Any, words: str) -> None:
+    with bench.making() as ctx:
+        bench.fleet.rollout.write = lambda problem, sample, model: answer(bench)
+        settings = reward_model.settings(config_of())
+        target = TrainedModel(bench.store / "target")
+        with pytest.raises(UserError, match=f"0 .correct, incorrect. pairs: of 16 completions .*{words}"):
+            reward_model.make(ctx, settings, target, ModelFiles("initial"), bench.problems(8))
+
+
 def rollout_of(step: int, problem: str, answer: str, verdict: Verdict, length: int) -> Rollout:
     completion = Completion(f"{problem}#{step}", problem, answer, tuple(range(length)), (), "stop")
     return Rollout(step, Problem(problem, "?", "1"), completion, Reward(1.0, True, verdict))
@@ -149,7 +165,8 @@ def test_sides_are_matched_in_length_and_used_once() -> None:
 
 def test_no_pairs_stop_the_stage(bench: Any) -> None:
     with pytest.raises(
-        UserError, match=r"no .* pairs for the main model; raise reward_model.samples_per_problem"
+        UserError,
+        match=r"0 .* pairs: .* 4 right, 4 wrong, 0 undecided.*; raise reward_model.samples_per_problem",
     ):
         made(bench, config_of(samples_per_problem=1))  # all are right
 
