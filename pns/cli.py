@@ -478,6 +478,7 @@ def handle_evaluate(options: Namespace) -> None:
     if not options.show_prompt:
         check_runs(config)
         current_request().way_out = lambda: way_on(Path(config.runs) / config.name)
+        print(f"{model}: its evaluation is in {out}; loading libraries", flush=True)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
     # A recipe is asked as it says; so is rollout.max_new_tokens.
