@@ -7,9 +7,20 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pns.commands.completion import (
+    ASKED,
+    SHELLS,
+    answer_shell,
+    complete_override,
+    complete_recipe,
+    complete_run,
+    completed_by,
+    print_completion,
+)
 from pns.commands.config import print_config
 from pns.commands.plan import PlanOptions, plan_recipe
 from pns.commands.recipes import find_recipe, print_recipes
@@ -26,6 +37,7 @@ from pns.preflight import check_backbone, check_model, check_problems, check_run
 from pns.recipe import load
 from pns.run.page import way_on
 from pns.run.stopping import StopRequest, current_request, interruptible
+from pns.run.terminal import Show
 
 _OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 Commands = Any  # argparse's collection of subparsers, which has no public name
@@ -35,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 on success, 2 for wrong use with one line on stderr or for a plan that does not fit, 130
     after Ctrl-C, 143 after SIGTERM; other errors keep their traceback."""
     parser = build_parser()
+    if ASKED in os.environ:
+        answer_shell(parser)
     # Not `parse_args`: it takes positional words in one run, and calls overrides after an option unknown.
     options, rest = parser.parse_known_args(arguments)
     takes_overrides = "overrides" in options
@@ -87,9 +101,11 @@ def build_parser() -> ArgumentParser:
         "Learn from plausible negative samples: reverse RL of a generator, then preference optimisation."
     )
     parser = ArgumentParser(prog="pns", description=meaning)
+    parser.add_argument("--version", action="version", version=f"pns {version('pns')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
     add_init(commands)
+    add_doctor(commands)
     add_run_commands(commands)
     add_job_commands(commands)
     add_rescore(commands)
@@ -97,19 +113,22 @@ def build_parser() -> ArgumentParser:
     add_export(commands)
     add_verify(commands)
     add_tiny(commands)
+    add_completion(commands)
     return parser
 
 
 def add_command(
-    commands: Commands, name: str, meaning: str, handler: Callable[[Namespace], int | None]
+    commands: Commands, name: str, meaning: str, handler: Callable[[Namespace], int | None], example: str
 ) -> ArgumentParser:
-    parser = commands.add_parser(name, help=meaning)
+    sentence = f"{meaning[0].upper()}{meaning[1:]}."
+    parser = commands.add_parser(name, help=meaning, description=sentence, epilog=f"Example: {example}")
     parser.set_defaults(handler=handler)
     return parser
 
 
 def add_overrides(parser: ArgumentParser, meaning: str) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=meaning)
+    words = parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=meaning)
+    completed_by(words, complete_override)
 
 
 def add_over(parser: ArgumentParser) -> None:
@@ -128,9 +147,21 @@ def stage_name(word: str) -> str:
 
 
 def add_recipe(parser: ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
+    recipe = parser.add_argument("recipe", help="a name that pns recipes lists, or a YAML file")
+    completed_by(recipe, complete_recipe)
     add_overrides(parser, "configuration keys to change, e.g. rl.steps=10")
     add_over(parser)
+
+
+def add_show(parser: ArgumentParser) -> None:
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--quiet", action="store_true", help="print only what the run came to")
+    json_help = "print what happens as JSON lines: stage, progress, note, end"
+    less.add_argument("--json", action="store_true", help=json_help)
+
+
+def shown(options: Namespace) -> Show:
+    return Show.quiet if options.quiet else Show.json if options.json else Show.auto
 
 
 def add_stage_range(parser: ArgumentParser) -> None:
@@ -143,11 +174,13 @@ def add_stage_range(parser: ArgumentParser) -> None:
 def add_recipe_commands(commands: Commands) -> None:
     def run(options: Namespace) -> None:
         recipe = find_recipe(options.recipe)
-        run_recipe(recipe, options.overrides, options.first, options.last, options.over)
+        run_recipe(recipe, options.overrides, options.first, options.last, options.over, shown(options))
 
-    runs = add_command(commands, "run", "make what is missing of a recipe's run, or go on with it", run)
+    run_help = "make what is missing of a recipe's run, or go on with it"
+    runs = add_command(commands, "run", run_help, run, "pns run tiny-qwen2 rl.steps=20 name=short")
     plan_help = "what a run takes: roles, memory, time, cost, and what does not fit; starts nothing"
-    plans = add_command(commands, "plan", plan_help, handle_plan)
+    plan_example = "pns plan qwen2.5-7b --gpu h100 --price 2.5"
+    plans = add_command(commands, "plan", plan_help, handle_plan, plan_example)
     add_plan_options(plans)
 
     def study(options: Namespace) -> None:
@@ -156,17 +189,19 @@ def add_recipe_commands(commands: Commands) -> None:
         run_study(find_recipe(options.recipe), options.overrides, options.over)
 
     study_help = "make the runs of a study (arms, seeds, backbones), or go on with them; write its page"
-    studies = add_command(commands, "study", study_help, study)
+    study_example = "pns study study-tiny study.seeds=[0,1]"
+    studies = add_command(commands, "study", study_help, study, study_example)
     for parser in (runs, plans, studies):
         add_recipe(parser)
     add_stage_range(runs)
+    add_show(runs)
 
     config_help = "print keys with default, range and meaning, or a merged recipe"
 
     def config(options: Namespace) -> None:
         print_config(options.subject, options.overrides, options.over)
 
-    parser = add_command(commands, "config", config_help, config)
+    parser = add_command(commands, "config", config_help, config, "pns config preference")
     subject_help = "a key or section, e.g. rl.steps or reward, or a recipe (name or file); nothing: every key"
     parser.add_argument("subject", nargs="?", default="", help=subject_help)
     add_overrides(parser, "with a recipe: keys to change")
@@ -175,7 +210,7 @@ def add_recipe_commands(commands: Commands) -> None:
 
 def add_init(commands: Commands) -> None:
     recipes_help = "list the recipes that come with PNS: name, backbone, hardware, what it is"
-    add_command(commands, "recipes", recipes_help, lambda options: print_recipes())
+    add_command(commands, "recipes", recipes_help, lambda options: print_recipes(), "pns recipes")
 
     def init(options: Namespace) -> None:
         from pns.commands.init import init_recipe
@@ -183,7 +218,9 @@ def add_init(commands: Commands) -> None:
         out = options.out or Path(f"{options.name}.yaml")
         init_recipe(options.name, options.backbone, options.train, options.suite, out)
 
-    parser = add_command(commands, "init", "write a recipe for a model and problems of your own", init)
+    init_help = "write a recipe for a model and problems of your own"
+    init_example = "pns init own --backbone Qwen/Qwen2.5-1.5B-Instruct --train problems.jsonl"
+    parser = add_command(commands, "init", init_help, init, init_example)
     parser.add_argument("name", help="of the recipe and its run")
     parser.add_argument("--backbone", default="", metavar="MODEL", help="model directory or Hub id")
     train_help = "JSON lines with problem and answer, or a training set's name, e.g. math_train"
@@ -191,6 +228,22 @@ def add_init(commands: Commands) -> None:
     suite_help = "problems to score models on; may be repeated (none: two benchmarks by their names)"
     parser.add_argument("--suite", action="append", default=[], metavar="NAME=FILE", help=suite_help)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default NAME.yaml; never replaced")
+
+
+def add_doctor(commands: Commands) -> None:
+    def handle(options: Namespace) -> int:
+        from pns.commands.doctor import examine
+
+        recipe = find_recipe(options.recipe) if options.recipe else None
+        return examine(recipe, options.overrides, options.over, options.json)
+
+    meaning = "what of this machine would stop a run or slow it down, each with a way out"
+    parser = add_command(commands, "doctor", meaning, handle, "pns doctor tiny-qwen2")
+    recipe_help = "a recipe to check against this machine too (exit code 2 with a fault, as without one)"
+    completed_by(parser.add_argument("recipe", nargs="?", default="", help=recipe_help), complete_recipe)
+    add_overrides(parser, "with a recipe: keys to change")
+    add_over(parser)
+    parser.add_argument("--json", action="store_true", help="the rows as JSON")
 
 
 def add_plan_options(parser: ArgumentParser) -> None:
@@ -230,15 +283,23 @@ def add_run_commands(commands: Commands) -> None:
     def handle_report(options: Namespace) -> None:
         report_runs(options.directories, options.against, options.json)
 
-    report = add_command(commands, "report", report_help, handle_report)
+    report_example = "pns report runs/tiny-qwen2"
+    report = add_command(commands, "report", report_help, handle_report, report_example)
     directories_help = "a run, e.g. runs/tiny-qwen2, or several of one recipe with other seeds"
-    report.add_argument("directories", type=Path, nargs="+", metavar="RUN", help=directories_help)
+    runs_shown = report.add_argument(
+        "directories", type=Path, nargs="+", metavar="RUN", help=directories_help
+    )
+    completed_by(runs_shown, complete_run)
     against_help = "differences from this model too, beside those from the first; may be repeated"
     report.add_argument("--against", action="append", default=[], metavar="MODEL", help=against_help)
     report.add_argument("--json", type=Path, metavar="FILE", help="write the comparison there")
     status_help = "show what the services of a run do: replicas, queue, speed, failures"
     status = add_command(
-        commands, "status", status_help, lambda options: show_status(options.directory, options.watch)
+        commands,
+        "status",
+        status_help,
+        lambda options: show_status(options.directory, options.watch),
+        "pns status runs/tiny-qwen2 --watch",
     )
     status.add_argument("--watch", action="store_true", help="until Ctrl-C or the end of the run")
     scale_help = "give services of a run that is at work another number of replicas"
@@ -247,17 +308,21 @@ def add_run_commands(commands: Commands) -> None:
         "scale",
         scale_help,
         lambda options: scale(options.directory, options.overrides, options.timeout),
+        "pns scale runs/tiny-qwen2 coherence=4",
     )
     for parser in (status, scaling):
-        parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
+        directory = parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
+        completed_by(directory, complete_run)
     terms_help = "a reward term and its replicas, e.g. coherence=4, until the run ends or is started again"
     scaling.add_argument("overrides", nargs="+", metavar="TERM=N", help=terms_help)
     timeout_help = "seconds to wait for it (default %(default)g)"
     scaling.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help=timeout_help)
     runs_help = "list runs and the outputs of their stages, with size and age"
-    runs = add_command(commands, "runs", runs_help, lambda options: list_runs(options.runs))
+    runs = add_command(commands, "runs", runs_help, lambda options: list_runs(options.runs), "pns runs")
     gc_help = "remove stage outputs that no run leads to, after asking"
-    gc = add_command(commands, "gc", gc_help, lambda options: collect_garbage(options.runs, options.yes))
+    gc = add_command(
+        commands, "gc", gc_help, lambda options: collect_garbage(options.runs, options.yes), "pns gc"
+    )
     gc.add_argument("--yes", action="store_true", help="do not ask")
     where_help = "the directory of runs (default %(default)s)"
     for parser in (runs, gc):
@@ -279,7 +344,8 @@ def add_job_commands(commands: Commands) -> None:
         submit_recipe(find_recipe(options.recipe), options.overrides, how, options.over)
 
     submit_help = "make a recipe's run, or go on with it, as a job of a Ray cluster"
-    submits = add_command(commands, "submit", submit_help, submit)
+    submit_example = "pns submit qwen2.5-7b --address http://HEAD:8265 runs=/shared/runs --follow"
+    submits = add_command(commands, "submit", submit_help, submit, submit_example)
     add_recipe(submits)
     add_stage_range(submits)
     follow_help = "show what it prints until it ends, and exit as it does; Ctrl-C leaves it running"
@@ -297,17 +363,26 @@ def add_job_commands(commands: Commands) -> None:
 
     job = commands.add_parser("job", help="list the jobs of pns submit, show what they print, stop one")
     actions = job.add_subparsers(required=True, metavar="ACTION")
+    list_help = "id, state, age and run of each"
     lists = add_command(
-        actions, "list", "id, state, age and run of each", lambda options: list_jobs(options.address)
+        actions, "list", list_help, lambda options: list_jobs(options.address), "pns job list"
     )
     logs_help = "print what a job's driver has printed"
     logs = add_command(
-        actions, "logs", logs_help, lambda options: show_logs(options.job, options.address, options.follow)
+        actions,
+        "logs",
+        logs_help,
+        lambda options: show_logs(options.job, options.address, options.follow),
+        "pns job logs qwen2.5-7b --follow",
     )
     logs.add_argument("--follow", action="store_true", help=follow_help)
     stop_help = "end a job; pns submit goes on with its run later"
     stop = add_command(
-        actions, "stop", stop_help, lambda options: stop_job(options.job, options.address, options.timeout)
+        actions,
+        "stop",
+        stop_help,
+        lambda options: stop_job(options.job, options.address, options.timeout),
+        "pns job stop qwen2.5-7b",
     )
     timeout_help = "seconds to wait for its end (default %(default)g)"
     longest = STOP_SECONDS + 30.0
@@ -325,8 +400,10 @@ def add_rescore(commands: Commands) -> None:
         rescore_run(options.directory, options.overrides, *choice)
 
     rescore_help = "reward a run's stored rollouts by other rules, and compare"
-    parser = add_command(commands, "rescore", rescore_help, handle)
-    parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2; it is not changed")
+    rescore_example = "pns rescore runs/tiny-qwen2 reward.terms.coherence.weight=0.1"
+    parser = add_command(commands, "rescore", rescore_help, handle, rescore_example)
+    run_help = "a run, e.g. runs/tiny-qwen2; it is not changed"
+    completed_by(parser.add_argument("directory", type=Path, help=run_help), complete_run)
     add_overrides(parser, "keys below reward. to change, e.g. reward.terms.coherence.weight=0.1")
     stage_help = "whose rollouts: %(choices)s (default %(default)s)"
     parser.add_argument("--stage", choices=RESCORED_STAGES, default=RESCORED_STAGES[0], help=stage_help)
@@ -338,7 +415,8 @@ def add_rescore(commands: Commands) -> None:
 
 def add_evaluate(commands: Commands) -> None:
     evaluate_help = "score a model on benchmarks, or go on with it; needs no recipe"
-    parser = add_command(commands, "evaluate", evaluate_help, handle_evaluate)
+    evaluate_example = "pns evaluate Qwen/Qwen2.5-7B-Instruct benchmarks=[gsm8k,math500] out=runs/base"
+    parser = add_command(commands, "evaluate", evaluate_help, handle_evaluate, evaluate_example)
     parser.add_argument(
         "model", nargs="?", default="", help="model directory, Hub id, or http://HOST:PORT/v1 of a server"
     )
@@ -400,6 +478,7 @@ def handle_evaluate(options: Namespace) -> None:
     if not options.show_prompt:
         check_runs(config)
         current_request().way_out = lambda: way_on(Path(config.runs) / config.name)
+        print(f"{model}: its evaluation is in {out}; loading libraries", flush=True)
     from pns.commands import evaluate  # takes seconds: what is wrong has been said by now
 
     # A recipe is asked as it says; so is rollout.max_new_tokens.
@@ -418,8 +497,9 @@ def add_export(commands: Commands) -> None:
         export(options.directory, options.out, pairs=not options.model_only, model=not options.pairs_only)
 
     export_help = "write a run's pairs and trained model, each with a card"
-    parser = add_command(commands, "export", export_help, handle)
-    parser.add_argument("directory", type=Path, help="a run, e.g. runs/tiny-qwen2")
+    parser = add_command(commands, "export", export_help, handle, "pns export runs/tiny-qwen2 exported")
+    run_help = "a run, e.g. runs/tiny-qwen2"
+    completed_by(parser.add_argument("directory", type=Path, help=run_help), complete_run)
     parser.add_argument("out", type=Path, help="directory to be made: OUT/pairs and OUT/model")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--pairs-only", action="store_true", help="no model")
@@ -432,7 +512,8 @@ def add_verify(commands: Commands) -> None:
         verify_file(options.cases, options.out, *limits, options.force, not options.evaluation)
 
     verify_help = "compare predictions with gold answers, with a reason for each"
-    parser = add_command(commands, "verify", verify_help, handle)
+    verify_example = "pns verify cases.jsonl --out verdicts.jsonl"
+    parser = add_command(commands, "verify", verify_help, handle, verify_example)
     fields = "gold and prediction (a completion or an answer), optional unordered, tolerance, unit"
     parser.add_argument("cases", type=Path, help=f"JSONL with {fields}; - for standard input")
     out_help = "JSONL with verdict, extracted, reason and seconds, one line a case, in order"
@@ -452,10 +533,23 @@ def add_tiny(commands: Commands) -> None:
     actions = tiny.add_subparsers(required=True, metavar="ACTION")
     make_help = "train one from nothing and write it to OUT"
     parser = add_command(
-        actions, "make", make_help, lambda options: make_tiny(options.out, options.overrides)
+        actions,
+        "make",
+        make_help,
+        lambda options: make_tiny(options.out, options.overrides),
+        "pns tiny make models/judge task=judge",
     )
     parser.add_argument("out", type=Path, help="directory to be made")
     add_overrides(parser, "settings of pns.tiny.settings, e.g. task=judge architecture=llama seed=1")
+
+
+def add_completion(commands: Commands) -> None:
+    meaning = "print a shell's code that completes verbs, recipes, keys and runs"
+    example = 'eval "$(pns completion bash)", in ~/.bashrc'
+    parser = add_command(
+        commands, "completion", meaning, lambda options: print_completion(options.shell), example
+    )
+    parser.add_argument("shell", choices=SHELLS)
 
 
 if __name__ == "__main__":

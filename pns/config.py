@@ -124,10 +124,11 @@ class Data:
     system_prompt: str = key("", "system turn put before every problem; empty: none")
     problem_prefix: str = key("", "text put before every problem in the user turn; empty: none")
     instruction: str = key("", "text appended to every problem in the user turn; empty: none")
-    few_shot: str = path_key(
+    few_shot: str = path_or_name(
         "",
-        "file of worked examples (JSON lines with problem and solution) before every problem, each as the "
-        "problem is put and then its solution; empty: none",
+        "worked examples before every problem, each as the problem is put and then its solution: a file "
+        "(JSON lines with problem and solution), or grade_school_8, competition_4 (recipes/few_shot); empty: "
+        "none",
     )
     few_shot_count: int = key(0, "the first so many of data.few_shot; 0: all", at_least(0))
     assistant_prefix: str = key("", "text that completions begin with, part of the prompt; empty: none")

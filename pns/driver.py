@@ -24,6 +24,7 @@ from pns.run.page import RunPage
 from pns.run.place import STORE
 from pns.run.stage import Contents, ModelFiles, Plan, Step
 from pns.run.stopping import current_request
+from pns.run.terminal import PlainTerminal, Terminal
 from pns.stages.context import Problems, Suites, World
 from pns.stages.evaluate import check_samplings
 from pns.stages.negatives import SOURCES
@@ -31,11 +32,14 @@ from pns.stages.preference import preference
 from pns.stages.session import session
 
 
-def run(config: Config, first: str | None = None, last: str | None = None) -> Path:
+def run(
+    config: Config, first: str | None = None, last: str | None = None, terminal: Terminal | None = None
+) -> Path:
     """Make what is missing of a run until `last`; `first` is made anew, and with it all that follows from it.
 
     Returns the run's page. Raises UserError before anything is started or written where the inputs are wrong.
     """
+    terminal = terminal or PlainTerminal()
     check_source(config)
     if config.evaluate.endpoint.url:
         raise UserError("evaluate.endpoint.url: pns evaluate alone asks a server: leave it empty in a run")
@@ -53,7 +57,7 @@ def run(config: Config, first: str | None = None, last: str | None = None) -> Pa
         METHODS[config.method](plan, config, world)
         steps = plan.until(check_step(plan, last, "--until"))
         check_step(plan, first, "--from")
-        make_steps(config, page, steps, prompts, attempts, problem_sets)
+        make_steps(config, page, steps, prompts, attempts, problem_sets, terminal)
     return page.path
 
 
@@ -64,29 +68,33 @@ def make_steps(
     prompts: Prompts,
     attempts: dict[str, int],
     problem_sets: ProblemSets,
+    terminal: Terminal,
 ) -> None:
     """Make the steps whose output is not there, and lead the page to all of them."""
     pending = [step for step in steps if not step.is_done()]
     if not pending and all(page.leads_to(step) for step in steps):
-        print(f"{page.path}: every stage is done; --from STAGE makes one again")
+        terminal.note(f"{page.path}: every stage is done; --from STAGE makes one again")
         return
+    if done := [step.name for step in steps if step not in pending]:
+        terminal.note(f"done before: {', '.join(done)}")
     if pending:
         check_pairs(config, pending, prompts)
-        with session(config, page, pending, prompts, attempts) as making:
+        with session(config, page, pending, prompts, attempts, terminal) as making:
             # Only now that all roles are up: a start that fails writes nothing.
-            report_removals(page, problem_sets)
-            report_repeats(config, problem_sets)
-            for step in steps:
+            report_removals(page, problem_sets, terminal)
+            report_repeats(config, problem_sets, terminal)
+            for number, step in enumerate(steps, 1):
                 if step.is_done():  # asked again at its turn: another run may have made it since
                     page.link(step)
                 else:
-                    making.make(step)
+                    making.make(step, number, len(steps))
     else:
         page.begin(config, attempts)
         for step in steps:
             page.link(step)
     current_request().way_out = lambda: f"every stage is done; pns report {page.path} writes the report"
-    write_report(page.path)
+    terminal.wait("report")
+    write_report(page.path, terminal)
 
 
 def check_pairs(config: Config, pending: Sequence[Step], prompts: Prompts) -> None:
@@ -197,20 +205,20 @@ def prompts_digest(prompts: Prompts) -> str:
     return sha256_of_json([keys, vocabulary, tokenizer.chat_template, special])
 
 
-def report_repeats(config: Config, problem_sets: ProblemSets) -> None:
+def report_repeats(config: Config, problem_sets: ProblemSets, terminal: Terminal) -> None:
     """Say of each file of training problems how many texts are in it more than once."""
     own = config.data.jsonl
     for part in TRAINING:
         name = getattr(own, part)
         if name and (num := num_repeated(getattr(problem_sets, part))):
-            print(f"data.jsonl.{part}: {num} problems have the text of an earlier one; they are kept")
+            terminal.note(f"data.jsonl.{part}: {num} problems have the text of an earlier one; they are kept")
 
 
-def report_removals(page: RunPage, problem_sets: ProblemSets) -> None:
+def report_removals(page: RunPage, problem_sets: ProblemSets, terminal: Terminal) -> None:
     """Write what decontamination left out to decontamination.json, and say it in one line."""
     if problem_sets.removed:
         removed = removals(problem_sets.removed)
         file = page.path / "decontamination.json"
         write_json(file, removed)
         counts = ", ".join(f"{part} {values['problems']}" for part, values in removed.items())
-        print(f"decontamination: problems removed because a suite has them: {counts} ({file})")
+        terminal.note(f"decontamination: problems removed because a suite has them: {counts} ({file})")

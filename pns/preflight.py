@@ -315,19 +315,19 @@ def check_machine(config: Config, stages: Collection[str]) -> None:
         raise UserError(f"{largest.key}.replicas: {fault}: lower it, or name a cluster with RAY_ADDRESS")
 
 
-def check_address(address: str) -> None:
-    """A head that RAY_ADDRESS names by host and port answers. Raises UserError."""
+def check_address(address: str, seconds: float = RAY_SECONDS, name: str = "RAY_ADDRESS") -> None:
+    """A head that the variable `name` names by host and port answers within `seconds`. Raises UserError."""
     if address in ("auto", "local"):
         return
     found = re.fullmatch(r"(?:ray://)?([\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", address)
     if not found or int(found[2]) > 65535:
         way_out = "set it to HOST:PORT of the cluster's head, or unset it to start Ray here"
-        raise UserError(f"RAY_ADDRESS: {address!r} is no address: {way_out}")
+        raise UserError(f"{name}: {address!r} is no address: {way_out}")
     try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), RAY_SECONDS).close()
+        socket.create_connection((found[1].strip("[]"), int(found[2])), seconds).close()
     except OSError as error:
-        way_out = "start the cluster, or unset RAY_ADDRESS to start Ray here"
-        raise UserError(f"RAY_ADDRESS: {address} does not answer ({error}): {way_out}") from error
+        way_out = f"start the cluster, or unset {name} to start Ray here"
+        raise UserError(f"{name}: {address} does not answer ({error}): {way_out}") from error
 
 
 def check_hub(key: str, name: str) -> None:

@@ -36,6 +36,7 @@ from pns.methods import METHODS
 from pns.recipe import load
 from pns.run.page import RunPage, linked_places
 from pns.run.stage import Artefact, Plan, Step, stage
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import Tracker
 from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
 from pns.stages.context import Context, World
@@ -518,7 +519,9 @@ def run_toys(
         plan = Plan(runs / driver.STORE, config, "", attempts)
         toys.method(plan)
         page.begin(config, attempts or {})
-        tracker = Tracker(page.path, Tracking(), lambda *arguments: pytest.fail("no backends"), out=out)
+        tracker = Tracker(
+            page.path, Tracking(), lambda *arguments: pytest.fail("no backends"), terminal=PlainTerminal(out)
+        )
         making = Session(config, page, NO_FLEET, NO_PROMPTS, tracker)
         for step in plan.steps:
             if step.is_done():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pns.report.run_report import difference_interval, interval
 from pns.run.page import RunPage
 from pns.run.place import STORE, UNFINISHED
 from pns.run.stage import ModelFiles, Plan
+from pns.run.terminal import open_terminal
 from pns.run.tracking import METRICS
 from pns.stages.artefacts import Evaluation
 from pns.stages.context import Suites
@@ -65,7 +67,10 @@ def evaluate_model(config: Config, against: Path | None = None, choose_limit: bo
         earlier = read_other(against, evaluation, suites) if against else None
         (step,) = plan.steps
         if not step.is_done():
-            with session(config, page, [step], messages, page.attempts) as making:
+            with (
+                closing(open_terminal()) as terminal,
+                session(config, page, [step], messages, page.attempts, terminal) as making,
+            ):
                 making.make(step)
         scores = evaluation.scores()
         if earlier is not None:

@@ -1,11 +1,13 @@
 """`pns export`: a run's pairs as a data set, and its trained model, each with a card (`templates/`). Every
 figure comes from the run's own files; what no stage has written is left out."""
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +16,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pns.config import Config, to_dict
+from pns.config import Config, DataSource, to_dict
+from pns.data.benchmarks import TRAINING_SETS
 from pns.data.preference import COLUMNS, canonical_line, data_hash, pair_rows, read_pairs, read_rows
 from pns.errors import UserError
+from pns.fields import walk_keys
 from pns.files import PARTIAL, read_json, read_jsonl
 from pns.preflight import HUB_ID
 from pns.records import leaves
@@ -26,14 +30,17 @@ from pns.run.place import Place
 from pns.run.tracking import METRICS
 
 PAPER = "arXiv:2602.03516"
-_TAGS = ["preference", "dpo", "reasoning", "pns", PAPER.lower()]
+# First words of a license's text, and how the Hub spells it.
+_LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}
+_ENGLISH = ("gsm8k_train", "math_train")
 # The Hub's names of sizes, each with the first number of rows that is too many for it.
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run with its configuration; `external`: where its pairs come from, empty for its own pair stage."""
+    """A run with its configuration; `external`: where its pairs come from (for others to read), empty for its
+    own pair stage."""
 
     path: Path
     config: Config
@@ -42,6 +49,15 @@ class _Run:
     @property
     def name(self) -> str:
         return self.config.name or self.path.resolve().name
+
+    @cached_property
+    def shown(self) -> Config:
+        """The configuration for others to read: of a local path its last part alone."""
+        config = copy.deepcopy(self.config)
+        for key in walk_keys(config):
+            if key.field.metadata.get("path"):
+                setattr(key.section, key.field.name, _last_part(key.value))
+        return config
 
     def finished(self, stage: str) -> dict[str, Any]:
         """The stage's manifest. Raises UserError while it has none."""
@@ -76,7 +92,8 @@ def export(run_path: Path, out: Path, pairs: bool = True, model: bool = True) ->
     rows = _rows(run) if pairs or not run.external else []
     sha256 = _trained_on(run)["sha256"] if run.external else data_hash(rows)
     if run.external and rows and data_hash(rows) != sha256:
-        fault = f"{run.external} is not what stage preference of {run_path} has read"
+        source = run.config.preference.data.path or run.external
+        fault = f"{source} is not what stage preference of {run_path} has read"
         raise UserError(f"{fault} (data hash {sha256}): restore it")
     partial = out.with_name(f"{PARTIAL}{out.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +121,9 @@ def _open(path: Path) -> _Run:
         fault = str(error).splitlines()[0]
         raise UserError(f"{file}: {fault}; export with the version of pns that made the run") from error
     data = config.preference.data
-    external = data.path or (f"{data.hub}, revision {data.revision}, split {data.split}" if data.hub else "")
+    external = Path(data.path).name or (
+        f"{data.hub}, revision {data.revision}, split {data.split}" if data.hub else ""
+    )
     return _Run(path, config, external)
 
 
@@ -134,15 +153,16 @@ def _write_pairs(run: _Run, directory: Path, rows: Sequence[Mapping[str, Any]], 
     try:
         table = pyarrow.Table.from_pydict({name: [row.get(name) for row in written] for name in columns})
     except pyarrow.ArrowException as error:
-        source = run.external or run.path
+        source = run.config.preference.data.path or run.external or run.path
         raise UserError(f"{source}: the rows have no common Parquet type ({error})") from error
     parquet.write_table(table, directory / "train.parquet")
 
     report = build_report(run.path)
     front = {
         "pretty_name": f"Preference pairs of {run.name}",
+        **_data_front(run),
         "task_categories": ["text-generation"],
-        "tags": _TAGS,
+        "tags": ["preference", "dpo", *_method_tags(run)],
         "size_categories": [next((name for limit, name in _SIZES.items() if len(rows) < limit), "n>10M")],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "train.parquet"}]}],
     }
@@ -161,18 +181,118 @@ def _write_model(run: _Run, directory: Path, sha256: str) -> None:
     shutil.copytree(run.path / "preference" / "model", directory, copy_function=_link_or_copy)
     report, manifest = build_report(run.path), run.finished("preference")
     front: dict[str, Any] = {}
+    if base_license := _base_license(run.config.models.backbone):
+        front = {"license": base_license}
     if HUB_ID.fullmatch(run.config.models.backbone):  # a directory's path is absolute, and no id
-        front = {"base_model": run.config.models.backbone, "base_model_relation": "finetune"}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _TAGS}
+        front |= {"base_model": run.config.models.backbone, "base_model_relation": "finetune"}
+    if sources := _hub_sources(run):
+        front["datasets"] = sources
+    if language := _data_front(run).get("language"):
+        front["language"] = language
+    own_tags = ["dpo"] if run.config.preference.loss == "sigmoid" else []
+    tags = ["preference-optimization", *own_tags, *_method_tags(run)]
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     values = {
         "manifest": manifest,
         "scores": _scores(run, report),
-        "settings": _settings({"preference": manifest["settings"]["preference"]}),
+        "settings": _settings({"preference": _shown_settings(run, manifest["settings"]["preference"])}),
         **_first_and_last_metrics(run.path / "preference" / METRICS),
     }
     readme = directory / "README.md"
     readme.unlink(missing_ok=True)  # it may be a link to the run's own file
     readme.write_text(_card("model", run, report, sha256, front, values), encoding="utf-8")
+
+
+def _last_part(value: Any) -> Any:
+    """Of a local path, or of those of a dict, the last part; a name stays."""
+    if isinstance(value, dict):
+        return {name: _last_part(entry) for name, entry in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _shown_settings(run: _Run, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the preference stage, with its path as `shown` has it."""
+    shown = copy.deepcopy(dict(settings))
+    if "path" in shown.get("data", {}):
+        shown["data"]["path"] = _last_part(shown["data"]["path"])
+    return shown
+
+
+def _method_tags(run: _Run) -> list[str]:
+    """What is true of the run's pairs: those from elsewhere have nothing of the paper's."""
+    if run.external:
+        return []
+    negatives = run.config.negatives
+    of_paper = "pns" in (run.config.mixture.sources if negatives == "mixed" else [negatives])
+    return ["reasoning", *(["pns", PAPER.lower()] if of_paper else [])]
+
+
+def _named_sets(run: _Run) -> list[str]:
+    """Names of the sets, or files, that the problems of the run's pairs and RL come from."""
+    if run.external or run.config.data.source is DataSource.tiny:
+        return []
+    jsonl = run.config.data.jsonl
+    return list(dict.fromkeys(name for name in (jsonl.train, jsonl.reward, jsonl.preference) if name))
+
+
+def _problems(run: _Run) -> str:
+    """A clause on the problems of the run's own pairs, with what is known of their license."""
+    if run.config.data.source is DataSource.tiny:
+        return "word problems of PNS's tiny world, made by a program"
+    said = []
+    for name in _named_sets(run):
+        known = TRAINING_SETS.get(name)
+        if known is None:
+            said.append(f"`{_last_part(name)}` (a file of the run's; its license is not known here)")
+        else:
+            where = f", `{known.hub.repository}`" if known.hub else ""
+            said.append(f"`{name}`{where} (license: {known.license or 'not known here'})")
+    return ", ".join(said)
+
+
+def _hub_sources(run: _Run) -> list[str]:
+    """Hub data sets that the run has trained on."""
+    if run.external:
+        return [run.config.preference.data.hub] if run.config.preference.data.hub else []
+    known = [TRAINING_SETS[name].hub for name in _named_sets(run) if name in TRAINING_SETS]
+    return list(dict.fromkeys(hub.repository for hub in known if hub))
+
+
+def _data_front(run: _Run) -> dict[str, Any]:
+    """`license` and `language` of the pairs: left out unless those of all problems are known."""
+    if run.external:
+        return {}
+    if run.config.data.source is DataSource.tiny:
+        return {"language": ["en"]}
+    names = _named_sets(run)
+    if any(name not in TRAINING_SETS for name in names):
+        return {}
+    front: dict[str, Any] = {}
+    licenses = {TRAINING_SETS[name].license for name in names} | {_base_license(run.config.models.backbone)}
+    if len(licenses) == 1 and "" not in licenses:  # of the problems and of the model whose solutions they are
+        front["license"] = licenses.pop()
+    if names and all(name in _ENGLISH for name in names):
+        front["language"] = ["en"]
+    return front
+
+
+def _base_license(backbone: str) -> str:
+    """The license that a model directory's own card or LICENSE names, as the Hub spells it; else empty."""
+    directory = Path(backbone)
+    card, text = directory / "README.md", directory / "LICENSE"
+    if card.is_file():
+        parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+        if len(parts) == 3 and not parts[0].strip():
+            try:
+                front = yaml.safe_load(parts[1])
+            except yaml.YAMLError:
+                front = None
+            if isinstance(front, dict) and isinstance(front.get("license"), str):
+                return str(front["license"])
+    if text.is_file():
+        head = text.read_text(encoding="utf-8", errors="replace")[:200]
+        return next((name for words, name in _LICENSES.items() if words in head), "")
+    return ""
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -201,13 +321,15 @@ def _card(
     return environment.get_template(f"{kind}.md.jinja").render(
         paper=PAPER,
         name=run.name,
-        config=run.config,
+        config=run.shown,
+        problems=_problems(run),
+        base_license=_base_license(run.config.models.backbone),
         external=run.external,
         report=report,
         sha256=sha256,
         front=front,
         trained_on={key: trained_on[key] for key in ("rows", "pairs", "dropped")} if trained_on else {},
-        changed=_changed(to_dict(run.config), to_dict(Config(runs=run.config.runs))),
+        changed=_changed(to_dict(run.shown), to_dict(Config(runs=run.shown.runs))),
         **values,
     )
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pns.config import ALL_STAGES, Config, stages
@@ -12,10 +13,16 @@ from pns.recipe import load
 from pns.run.page import RunPage, check_page, linked_places, pages, way_on
 from pns.run.place import STORE, Place, locked
 from pns.run.stopping import current_request
+from pns.run.terminal import Show, open_terminal
 
 
 def run_recipe(
-    recipe: Path, overrides: Sequence[str], first: str | None, last: str | None, over: Sequence[Path] = ()
+    recipe: Path,
+    overrides: Sequence[str],
+    first: str | None,
+    last: str | None,
+    over: Sequence[Path] = (),
+    show: Show = Show.auto,
 ) -> None:
     """Make what is missing of the recipe's run, with the files `over` it."""
     config = load(recipe, list(overrides), over=over)
@@ -25,9 +32,12 @@ def run_recipe(
     page = Path(config.runs) / config.name
     before = RunPage(page).attempts
     current_request().way_out = lambda: way_on(page, first if RunPage(page).attempts != before else None)
-    from pns import driver  # takes seconds: what is wrong has been said by now
+    with closing(open_terminal(show)) as terminal:
+        terminal.note(f"{config.name}: {', '.join(stages(config, last))}; all of it is in {page}")
+        terminal.wait("loading libraries")
+        from pns import driver  # takes seconds: what is wrong has been said by now
 
-    driver.run(config, first, last)
+        driver.run(config, first, last, terminal)
 
 
 def check_stages(config: Config, first: str | None, last: str | None) -> None:

@@ -44,12 +44,17 @@ def run_study(recipe: Path, overrides: Sequence[str], over: Sequence[Path] = ())
     config = load(recipe, list(overrides), over=over)
     if config.method is not Method.study:
         raise UserError(f"{recipe}: method is {config.method}: a study has method=study, and study.arms")
-    from pns import driver  # takes seconds: what is wrong with the words has been said by now
-
-    driver.check_source(config)
     cells = study_cells(config)
     for cell in cells:
         check_inputs(load(recipe, [*overrides, *cell.words], over=over), stages(config))
+    place = Path(config.runs) / config.name
+    print(
+        f"{config.name}: {len(cells)} runs of {len(config.study.arms)} arms; their page is in {place}",
+        flush=True,
+    )
+    from pns import driver  # takes seconds: what is wrong with the words has been said by now
+
+    driver.check_source(config)
     options = [word for file in over for word in ("--with", str(file))]
     command = [sys.executable, "-m", "pns.cli", "run", str(recipe), *options, *overrides]
     failed = make_cells(cells, command, config.study.at_once)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pns.config import Config, Device, EngineKind, Placement, PolicyConfig, RolloutEngine
@@ -30,6 +31,7 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
     from pns.run.page import RunPage
     from pns.run.place import STORE
     from pns.run.stage import Plan
+    from pns.run.terminal import open_terminal
     from pns.stages.session import session
     from pns.tiny.outcome_reward import outcome_reward_stage
     from pns.tiny.process_reward import process_reward_stage
@@ -45,7 +47,10 @@ def make_tiny(out: Path, words: Sequence[str]) -> None:
         made = plan(stages.get(settings.task, warm_start_stage)(settings))
         (step,) = plan.steps
         if not step.is_done():
-            with session(config, page, [step], prompts, page.attempts) as making:
+            with (
+                closing(open_terminal()) as terminal,
+                session(config, page, [step], prompts, page.attempts, terminal) as making,
+            ):
                 making.make(step)
         partial = out.with_name(f"{PARTIAL}{out.name}")
         remove(partial)

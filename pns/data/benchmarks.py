@@ -68,13 +68,15 @@ class Hub:
 @dataclass(frozen=True)
 class ProblemSet:
     """`count` records whose `content_hash` is `sha256`; `hub` None: local files only. `decoding` is complete
-    but for max_new_tokens. `parts`: files that are the set together, where it has none of its own name."""
+    but for max_new_tokens. `parts`: files that are the set together, where it has none of its own name.
+    `license`: as the Hub spells it; empty where it is not known for certain."""
 
     count: int
     sha256: str
     hub: Hub | None = None
     decoding: Decoding = field(default_factory=lambda: _GREEDY)
     parts: tuple[str, ...] = ()
+    license: str = ""
 
 
 # Fields of a record here, by their names there.
@@ -146,11 +148,13 @@ TRAINING_SETS: dict[str, ProblemSet] = {
         7473,
         "48c9ad8d3d9b10383f9e290909b76a150b58187745c598788cb0f1346f2ed01e",
         Hub(*_GSM8K, _QUESTION | {"solution": "answer"}, _after_marks, ("main",), "train"),
+        license="mit",
     ),
     "math_train": ProblemSet(
         7500,
         "a895859a390e8720903abdb3db93fc2979b950e03517fa0e9a6aa0251bd4d25c",
         Hub(*_MATH_REVISION, _MATH_TRAIN, _boxed, tuple(_MATH.split()), "train"),
+        license="mit",
     ),
     "dapo_math_17k": ProblemSet(17917, "2f6680a6f81627ee59a6af0a4814a179452e0f5fbff6d8e7455c428c7a03cc58"),
 }

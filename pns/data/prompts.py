@@ -12,6 +12,8 @@ from pns.errors import UserError
 from pns.files import json_lines
 from pns.records import Problem
 
+# The examples that come with PNS, beside the package as its recipes are.
+FEW_SHOT = Path(__file__).parents[2] / "recipes" / "few_shot"
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 # What each family puts into the keys of `Data`; keys that are not named stay empty.
@@ -230,14 +232,18 @@ def read_examples(data: Data) -> list[tuple[str, str]]:
     """(problem, solution) of `data.few_shot`. Raises UserError with file and line."""
     if not data.few_shot:
         return []
+    shipped = {path.stem: path for path in sorted(FEW_SHOT.glob("*.jsonl"))}
+    file = shipped.get(data.few_shot, Path(data.few_shot))
+    if not file.is_file():
+        raise UserError(f"data.few_shot: {file} does not exist; there are {', '.join(shipped)}, or your file")
     examples = []
-    for number, record in json_lines(Path(data.few_shot)):
+    for number, record in json_lines(file):
         if not (isinstance(record, dict) and record.get("problem") and record.get("solution")):
-            fault = f"{data.few_shot}, line {number}: an example needs problem and solution"
+            fault = f"{file}, line {number}: an example needs problem and solution"
             raise UserError(f"data.few_shot: {fault}")
         examples.append((str(record["problem"]), str(record["solution"])))
     if len(examples) < max(1, data.few_shot_count):
-        fault = f"{data.few_shot} has {len(examples)} examples"
+        fault = f"{file} has {len(examples)} examples"
         raise UserError(f"data.few_shot: {fault}; set data.few_shot_count to at most as many")
     return examples[: data.few_shot_count or None]
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from pns.files import read_json, write_json
 from pns.report.closing import closing
 from pns.run.page import NODES
+from pns.run.terminal import PlainTerminal, Terminal
 
 BASES = ("backbone", "target")  # models that others are compared with
 _WRITTEN = {  # key of the report: what a stage wrote
@@ -59,8 +59,8 @@ _MEANINGS = {  # figure -> what it is; others are called by their names
 _MODELS_AS_COLUMNS = 4  # with more of them each is a row
 
 
-def write_report(run_path: Path, console: Console | None = None) -> dict[str, Any]:
-    """Write report.json and report.html, print the tables and what the run came to, and return the report.
+def write_report(run_path: Path, terminal: Terminal | None = None) -> dict[str, Any]:
+    """Write report.json and report.html, show the tables and what the run came to, and return the report.
 
     Keys: `suites.<suite>.<model>.{accuracy,low,high,n}` (with "mean"; models: backbone, target, result or
     arms), `generator.{before,after}.<figure>` (of a mixture `generator.<part> {before,after}`),
@@ -71,14 +71,14 @@ def write_report(run_path: Path, console: Console | None = None) -> dict[str, An
     """
     report = build_report(run_path)
     write_json(run_path / "report.json", report)
-    console = console or Console()
+    terminal = terminal or PlainTerminal()
     tables = report_tables(report)
-    console.print(*tables.values(), sep="\n")
     from pns.report.run_page import write_run_page  # it draws: whoever only reads a report loads less
 
     page = write_run_page(run_path, report, tables)
-    ending = closing(run_path, report, unicode=console.encoding.startswith("utf"))
-    console.print(*ending, f"Report: {page}", sep="\n", soft_wrap=True, highlight=False, markup=False)
+    ending = closing(run_path, report, unicode=terminal.console.encoding.startswith("utf"))
+    terminal.tables(list(tables.values()))
+    terminal.summary([*ending, f"Report: {page}"], report)
     return report
 
 

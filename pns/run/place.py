@@ -65,6 +65,10 @@ class Place:
         path = self.directory / "manifest.json"
         return read_json(path) if path.is_file() else None
 
+    def has_begun(self) -> bool:
+        """Whether an interruption left a part of the stage."""
+        return (self.directory / "progress.json").is_file()
+
     def is_done(self, made_from: Mapping[str, Any], way_out: str) -> bool:
         """Whether the stage is finished and its output is what it wrote, made of what its inputs are now.
 

@@ -42,7 +42,8 @@ class StopRequest:
         self.exit_code = _CODES.get(signal.Signals(signum), self.exit_code)
         if signum == signal.SIGTERM and self.finishes_step and not self.came:
             self.came = True
-            print("SIGTERM: the run ends with this step, or at once with a second one", flush=True)
+            words = "SIGTERM: the run ends with this step, or at once with a second one"
+            print(words, file=sys.stderr, flush=True)
             signal.alarm(self.step_seconds)
             return
         self.obey()

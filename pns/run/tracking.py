@@ -1,23 +1,17 @@
-"""Metrics: a row a step in metrics.jsonl, the same to tracking backends, and a live line on the terminal."""
+"""Metrics: a row a step in metrics.jsonl, the same to tracking backends, and progress on the terminal."""
 
 import math
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from pns.config import Tracking
 from pns.files import append_jsonl, cut_rows, read_jsonl, write_jsonl
+from pns.run.terminal import PlainTerminal, Progress, Terminal
 
-PLAIN_INTERVAL_SECONDS = 5.0  # between lines where the output is not a terminal
 METRICS = "metrics.jsonl"
-SHOWN = (  # of a step's metrics, on the terminal
-    "reward loss accuracy wrong_rate format_rate plausibility_mean coherence_mean masked_rate "
-    "tokens_per_second"
-).split()
 
 
 class Backends(Protocol):
@@ -46,10 +40,10 @@ class Tracker:
         settings: Tracking,
         open_backends: OpenBackends,
         num_rows: int = 0,
-        out: TextIO | None = None,
+        terminal: Terminal | None = None,
     ) -> None:
         """`page` is the run's; `num_rows` of metrics are there already."""
-        self._out = out or sys.stdout
+        self.terminal = terminal or PlainTerminal()
         self._backends: Backends | None = None
         if settings.backends:
             # Where verl's tensorboard backend writes, read while it opens; a directory that the user has set
@@ -62,7 +56,7 @@ class Tracker:
                 del os.environ["TENSORBOARD_DIR"]
         self._path = page / METRICS
         self._stage, self._total, self._first_step, self._num_rows = "", 0, 0, num_rows
-        self._began = self._shown = 0.0
+        self._began = 0.0
 
     def enter(self, directory: Path) -> None:
         """Write to metrics.jsonl of `directory` from now on."""
@@ -78,7 +72,7 @@ class Tracker:
         kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
         write_jsonl(self._path, kept)
         self._stage, self._total, self._first_step = stage, total, first_step
-        self._began, self._shown = time.monotonic(), -math.inf
+        self._began = time.monotonic()
         return [row["values"] for row in kept if row["stage"] == stage]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -90,18 +84,20 @@ class Tracker:
             known = {f"{self._stage}/{key}": value for key, value in values.items() if value is not None}
             self._backends.log(known, self._num_rows)
         self._num_rows += 1
-        self._show(step + 1, values)
+        done = step + 1
+        self.terminal.progress(Progress(self._stage, done, self._total, self._seconds_left(done), values))
+
+    def part(self, label: str, done: int, total: int) -> None:
+        """How far a step is that takes long."""
+        self.terminal.progress(Progress(label, done, total, None, {}))
 
     def note(self, text: str) -> None:
         """A line of its own on the terminal, for what the user should know at once."""
-        self._out.write(f"\r\x1b[K{text}\n" if self._out.isatty() else f"{text}\n")
-        self._out.flush()
+        self.terminal.note(text)
 
     def end(self) -> None:
-        """Finish the stage's line on the terminal."""
-        if self._out.isatty():
-            self._out.write("\n")
-            self._out.flush()
+        """The stage's last step is done."""
+        self.terminal.end_stage()
 
     def close(self) -> None:
         """Flush and close the backends."""
@@ -109,20 +105,7 @@ class Tracker:
             self._backends.finish()
             self._backends = None
 
-    def _show(self, done: int, values: Mapping[str, float | None]) -> None:
-        now = time.monotonic()
-        terminal = self._out.isatty()
-        if not terminal and done < self._total and now - self._shown < PLAIN_INTERVAL_SECONDS:
-            return
-        self._shown = now
+    def _seconds_left(self, done: int) -> float:
         # Of the steps since this start alone: those before an interruption were in another process.
-        remaining = (now - self._began) / max(done - self._first_step, 1) * (self._total - done)
-        shown = {key: values[key] for key in SHOWN if key in values} or dict(list(values.items())[:4])
-        spelt = {key: "-" if value is None else f"{value:.3g}" for key, value in shown.items()}
-        figures = "  ".join(f"{key} {value}" for key, value in spelt.items())
-        eta = f"ETA {remaining // 60:.0f}:{remaining % 60:02.0f}"
-        line = f"{self._stage}  {done}/{self._total}  {eta}  {figures}"
-        # On a terminal in the place of the last one, and never so long that it would wrap.
-        width = shutil.get_terminal_size().columns - 1
-        self._out.write(f"\r\x1b[K{line[:width]}" if terminal else f"{line}\n")
-        self._out.flush()
+        seconds_a_step = (time.monotonic() - self._began) / max(done - self._first_step, 1)
+        return seconds_a_step * (self._total - done)

@@ -16,6 +16,7 @@ from pns.run.memory import PeakMemory
 from pns.run.page import NODES, RunPage, linked_places
 from pns.run.stage import Step
 from pns.run.stopping import current_request
+from pns.run.terminal import PlainTerminal, Terminal
 from pns.run.tracking import METRICS, Tracker
 from pns.stages.context import Context
 from pns.stages.monitor import ServiceMonitor
@@ -36,10 +37,12 @@ class Session:
     messages: Messages
     tracker: Tracker
 
-    def make(self, step: Step) -> None:
-        """Make a step that is not done, or go on where an interruption left it."""
+    def make(self, step: Step, number: int = 1, total: int = 1) -> None:
+        """Make a step that is not done, or go on where an interruption left it; it is the `number`-th of the
+        run's `total`."""
         if changes := changed_keys(self.page.previous(step.name), step.made_from):
             self.tracker.note(f"{step.name}: made anew, as {changes} (the output before is kept)")
+        self.tracker.terminal.stage(step.name, number, total, resumed(step))
         with step.place.making(step.made_from):
             self.page.link(step)
             self.tracker.enter(step.place.directory)
@@ -53,10 +56,18 @@ class Session:
 
 @contextmanager
 def session(
-    config: Config, page: RunPage, pending: Sequence[Step], messages: Messages, attempts: dict[str, int]
+    config: Config,
+    page: RunPage,
+    pending: Sequence[Step],
+    messages: Messages,
+    attempts: dict[str, int],
+    terminal: Terminal | None = None,
 ) -> Iterator[Session]:
     """Everything that `pending` needs, up. Raises UserError, with nothing written, where it cannot be."""
+    terminal = terminal or PlainTerminal()
     roles = list(dict.fromkeys(role for step in pending for role in step.roles))
+    place = "joining the Ray cluster" if os.environ.get("RAY_ADDRESS") else "starting Ray"
+    terminal.wait(f"{place} for {', '.join(roles)}")
     with ExitStack() as stack:
         if not os.environ.get("RAY_ADDRESS"):  # there the processes are Ray's to end
             stack.enter_context(marked_processes(page.path))
@@ -72,11 +83,19 @@ def session(
         files = [directory / METRICS for directory in linked_places(page.path).values()]
         # Backends want one count of rows that never falls, over all stages and starts.
         num_rows = sum(len(read_jsonl(file)) for file in files if file.is_file())
-        tracker = Tracker(page.path, config.tracking, open_backends, num_rows)
+        tracker = Tracker(page.path, config.tracking, open_backends, num_rows, terminal)
         stack.callback(tracker.close)
         fleet.start(roles)
         stack.enter_context(ServiceMonitor(page.path, fleet.services))
         yield Session(config, page, fleet, messages, tracker)
+
+
+def resumed(step: Step) -> str:
+    """Where an interruption left the step; "" where it begins."""
+    if not step.place.has_begun():
+        return ""
+    checkpoint = step.place.latest_checkpoint()
+    return f"from step {checkpoint.step}" if checkpoint else "with what is kept of its beginning"
 
 
 def changed_keys(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ asked again.
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from pns.files import append_jsonl, cut_rows, read_jsonl
 from pns.records import Problem, from_json
 from pns.stages.context import Context
 from workers.rollout.engine import Request, Sample, Sampling
-
-_PROGRESS_SECONDS = 15.0  # between lines on a long stream
 
 Row = TypeVar("Row")
 
@@ -87,8 +84,8 @@ def stream(
     sampled again.
 
     `model` is loaded first where something is missing; None: rollout has its weights. Neither order, number
-    of replicas nor interruption changes a sample: it depends on the seed of its ask alone. `label`: of
-    progress lines. `sampled`: yields the samples of asks in the place of rollout, with their keys as ids.
+    of replicas nor interruption changes a sample: it depends on the seed of its ask alone. `label`: what
+    progress is called. `sampled`: yields the samples of asks in the place of rollout, with their keys as ids.
     """
     rows = {ask.key: unfinished.rows[ask.key] for ask in asks if ask.key in unfinished.rows}
     missing = {ask.key: ask for ask in asks if ask.key not in rows}
@@ -100,15 +97,15 @@ def stream(
         rows.update(whole)
         unfinished.add(row for row in whole.values() if keep(row))  # on disk before the next one comes
 
-    shown = time.monotonic()
     for samples in (sampled or _rollout)(ctx, list(missing.values())):
         scorer.submit([(missing[sample.id], sample) for sample in samples])
         take(wait=False)
-        if label and time.monotonic() - shown >= _PROGRESS_SECONDS:
-            shown = time.monotonic()
-            ctx.track.note(f"{label}  {len(rows)}/{len(asks)} completions")
+        if label:
+            ctx.track.part(label, len(rows), len(asks))
     while len(rows) < len(asks):
         take(wait=True)  # row by row: what is whole is kept, however long the others take
+        if label:
+            ctx.track.part(label, len(rows), len(asks))
     return [rows[ask.key] for ask in asks]
 
 

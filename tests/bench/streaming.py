@@ -29,6 +29,7 @@ from pns.config import Config, Data, RewardConfig, RewardTerm, TermKind, Trackin
 from pns.data.prompts import Prompts
 from pns.records import Problem, Verdict
 from pns.run.place import Place
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import Tracker
 from pns.stages.context import Context
 from pns.stages.scoring import Draws, roll_out
@@ -107,7 +108,7 @@ def wall_seconds(times: Sequence[float], service_seconds: float) -> float:
     problem = Problem("p", "Ann has 3. How many has Ann? ", "3")
     with TemporaryDirectory() as directory:
         place = Place(Path(directory) / "step")
-        tracker = Tracker(Path(directory), Tracking(), lambda *_: None, out=io.StringIO())
+        tracker = Tracker(Path(directory), Tracking(), lambda *_: None, terminal=PlainTerminal(io.StringIO()))
         with place.making({"inputs": []}):
             ctx = Context(0, place, fleet, prompts, tracker, Path(directory))
             draws = Draws("bench", len(times), Sampling(1.0, 1.0, 30), 0.2, rules)

@@ -25,6 +25,7 @@ from pns.driver import load_prompts
 from pns.recipe import load
 from pns.records import Rollout
 from pns.run.place import Place
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import Tracker
 from pns.stages.context import Context
 from pns.stages.scoring import Draws, roll_out, unfinished_rollouts
@@ -48,7 +49,7 @@ def main() -> None:
     with TemporaryDirectory() as directory, Cluster(config, ["rollout", "verifier", *names]) as device:
         fleet = Fleet(config, Runtime(device))
         fleet.start(["rollout", "verifier", *names])
-        tracker = Tracker(Path(directory), Tracking(), lambda *_: None, out=io.StringIO())
+        tracker = Tracker(Path(directory), Tracking(), lambda *_: None, terminal=PlainTerminal(io.StringIO()))
         place = Place(Path(directory) / "step")
         sampling = Sampling(1.0, 1.0, config.rollout.max_new_tokens)
         fleet.rollout.load(config.models.backbone)

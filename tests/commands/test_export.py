@@ -15,7 +15,18 @@ import pytest
 import yaml
 
 from pns import cli
-from pns.config import BadPairs, Config, Data, Evaluate, Models, PreferenceConfig, PreferenceData, to_dict
+from pns.commands.export import PAPER
+from pns.config import (
+    BadPairs,
+    Config,
+    Data,
+    DataSource,
+    Evaluate,
+    Models,
+    PreferenceConfig,
+    PreferenceData,
+    to_dict,
+)
 from pns.data.preference import encode_pair, encode_row, load_pairs, read_rows
 from pns.data.prompts import Prompts, load_tokenizer
 from pns.files import write_json, write_jsonl
@@ -249,17 +260,61 @@ def test_external_pairs_are_given_as_they_are(tmp_path: Path, capsys: pytest.Cap
     ]
     assert found == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     card = (tmp_path / "out" / "pairs" / "README.md").read_text()
-    assert f"read them from `{path}`" in card
+    assert "read them from `theirs.jsonl`" in card
+    assert "license:" not in card
     assert "| dropped.identical_sides | 1 |" in card
     assert "reverse RL" not in card
     model_card = (tmp_path / "out" / "model" / "README.md").read_text()
-    assert f"Pairs from `{path}`" in model_card
-    assert "plausible" not in model_card
+    assert "on pairs from elsewhere, `theirs.jsonl`" in model_card
+    assert not [word for word in ("plausible", PAPER.lower(), "reasoning") if word in model_card.lower()]
+    assert str(tmp_path) not in card + model_card
 
     write_jsonl(path, rows[:1])
     assert "is not what stage preference" in fail(capsys, run, tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
     assert export(run, tmp_path / "out2", "--model-only") == 0  # needs the recorded hash only
+
+
+def test_cards_of_own_problems_name_what_is_known(tmp_path: Path) -> None:
+    from huggingface_hub import DatasetCard, ModelCard
+
+    base = tmp_path / "models" / "base"
+    shutil.copytree(MODEL, base)
+    config = settings(data=Data(source=DataSource.jsonl))
+    config.models.backbone = str(base)
+    config.data.jsonl.train = str(tmp_path / "mine.jsonl")
+    config.data.jsonl.suites = {"own": str(tmp_path / "test.jsonl")}
+    run = make_run(tmp_path / "demo", config)
+    assert export(run, tmp_path / "out") == 0
+    pairs, model = ((tmp_path / "out" / part / "README.md").read_text() for part in ("pairs", "model"))
+    assert str(tmp_path) not in pairs + model
+    assert "license:" not in (pairs + model).replace("Problems: ", "")
+    assert "`mine.jsonl` (a file of the run's; its license is not known here)" in pairs
+    assert "The license of the base model `base` is not known here" in model
+
+    (base / "LICENSE").write_text("                Apache License\n          Version 2.0")
+    config.data.jsonl.train = "gsm8k_train"
+    again = make_run(tmp_path / "other" / "demo", config)
+    assert export(again, tmp_path / "out2") == 0
+    card = ModelCard.load(tmp_path / "out2" / "model" / "README.md").data
+    assert (card.license, card.datasets, card.language) == ("apache-2.0", ["openai/gsm8k"], ["en"])
+    data_card = DatasetCard.load(tmp_path / "out2" / "pairs" / "README.md")
+    assert data_card.data.license is None  # MIT problems, solutions of a model under another license
+    assert "`gsm8k_train`, `openai/gsm8k` (license: mit)" in data_card.text
+    (base / "README.md").write_text("---\nlicense: mit\n---\nA model.")
+    assert export(again, tmp_path / "out3") == 0
+    assert DatasetCard.load(tmp_path / "out3" / "pairs" / "README.md").data.license == "mit"
+
+
+def test_cards_of_the_tiny_world(tmp_path: Path) -> None:
+    config = settings()
+    config.models.backbone = str(MODEL)
+    assert export(make_run(tmp_path / "demo", config), tmp_path / "out") == 0
+    pairs, model = ((tmp_path / "out" / part / "README.md").read_text() for part in ("pairs", "model"))
+    assert str(MODEL) not in pairs + model
+    assert "word problems of PNS's tiny world, made by a program" in pairs
+    assert "Backbone: `qwen2`, then RL" in model
+    assert "arxiv:2602.03516" in model
 
 
 def test_nothing_half_written_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

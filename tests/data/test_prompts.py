@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pns.data.prompts import (
     check_vocabulary,
     encode_conversation,
     load_tokenizer,
+    read_examples,
 )
 from pns.errors import UserError
 from pns.records import Problem
@@ -355,3 +357,20 @@ def test_examples_stand_before_the_problem(tmp_path: Path) -> None:
     file.write_text('{"problem": "What?"}\n')
     with pytest.raises(UserError, match="line 1: an example needs problem and solution"):
         Prompts(tokenizer(None), Data(few_shot=str(file)))
+
+
+@pytest.mark.parametrize(("name", "num"), [("grade_school_8", 8), ("competition_4", 4)])
+def test_the_examples_that_come_with_pns_are_right(name: str, num: int) -> None:
+    examples = read_examples(Data(few_shot=name))
+    assert len(examples) == num
+    for problem, solution in examples:
+        answer = extract_boxed(solution)
+        assert answer is not None, problem
+        assert answer in solution.split("The answer is")[0], problem
+        for sides in re.findall(r"\$([\d.+*/ -]+) = ([\d.]+)\$", solution):
+            assert eval(sides[0]) == float(sides[1]), problem
+
+
+def test_a_name_of_no_examples_says_which_there_are() -> None:
+    with pytest.raises(UserError, match="there are competition_4, grade_school_8, or your file"):
+        read_examples(Data(few_shot="gsm8k_8"))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from pns.config import Config
 from pns.files import write_json, write_jsonl
 from pns.report.run_report import write_report
 from pns.run.page import RunPage
 from pns.run.place import Place
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import METRICS
 
 SCORES = {
@@ -85,7 +85,7 @@ def made_stage(page: Path, name: str, **settings: Any) -> Iterator[Place]:
 
 def printed(run: Path) -> str:
     out = io.StringIO()
-    write_report(run, Console(file=out, width=120))
+    write_report(run, PlainTerminal(out, 120))
     return out.getvalue()
 
 
@@ -241,4 +241,4 @@ def test_report_of_a_run_until_reverse_rl(run: Path) -> None:
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
-    assert write_report(tmp_path, Console(file=io.StringIO())) == {"stages": {}}
+    assert write_report(tmp_path, PlainTerminal(io.StringIO())) == {"stages": {}}

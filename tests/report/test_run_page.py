@@ -13,7 +13,6 @@ from random import Random
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from pns.config import Config, DataSource
 from pns.errors import UserError
@@ -22,6 +21,7 @@ from pns.records import Problem, to_json
 from pns.report.run_report import write_report
 from pns.run.page import RunPage
 from pns.run.place import Place
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import METRICS
 from pns.tiny.world import check, corrupt, problems
 
@@ -126,7 +126,7 @@ def tiny_run(tmp_path: Path) -> Path:
 
 
 def written(run: Path) -> Page:
-    write_report(run, Console(file=io.StringIO(), width=100))
+    write_report(run, PlainTerminal(io.StringIO()))
     return Page((run / "report.html").read_text())
 
 

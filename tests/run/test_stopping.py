@@ -52,7 +52,7 @@ def test_in_a_step_the_first_one_is_noted_and_the_second_interrupts(
             with pytest.raises(KeyboardInterrupt):
                 terminate_and_wait()
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    assert capsys.readouterr().out.startswith("SIGTERM: the run ends with this step")
+    assert capsys.readouterr().err.startswith("SIGTERM: the run ends with this step")
 
 
 def test_a_step_that_takes_too_long_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pns.config import Tracking, TrackingBackend
 from pns.files import read_jsonl
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import Tracker
 
 
@@ -31,14 +32,9 @@ class Recorder:
         self.num_finished += 1
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def make_tracker(page: Path, recorder: Recorder, out: io.StringIO, num_rows: int = 0) -> Tracker:
     settings = Tracking([TrackingBackend.tensorboard], "project")
-    return Tracker(page, settings, recorder.open, num_rows, out)
+    return Tracker(page, settings, recorder.open, num_rows, PlainTerminal(out))
 
 
 def logged_steps(directory: Path) -> list[tuple[str, int]]:
@@ -87,34 +83,9 @@ def test_a_resumed_series_drops_only_its_own_later_rows(tmp_path: Path) -> None:
     assert logged_steps(tmp_path) == [("main", 0), *(("held_out", step) for step in range(3))]
 
 
-def test_a_log_file_gets_the_first_and_the_last_line(tmp_path: Path) -> None:
-    out = io.StringIO()
-    tracker = make_tracker(tmp_path, Recorder(), out)
-    tracker.begin("rl", 3, 0)
-    for step in range(3):
-        tracker.log(step, {"reward": step / 2, "loss": math.nan})
-    tracker.note("something to know")
-    lines = out.getvalue().splitlines()
-    assert lines[0].startswith("rl  1/3  ETA ")
-    assert "reward 0  loss -" in lines[0]
-    assert lines[-2].startswith("rl  3/3  ETA 0:00  reward 1")
-    assert lines[-1] == "something to know"
-
-
-def test_one_live_line_on_a_terminal(tmp_path: Path) -> None:
-    out = Terminal()
-    tracker = make_tracker(tmp_path, Recorder(), out)
-    tracker.begin("rl", 2, 0)
-    tracker.log(0, {"reward": 0.5})
-    tracker.log(1, {"reward": 0.75})
-    tracker.end()
-    assert out.getvalue().count("\r\x1b[K") == 2
-    assert out.getvalue().count("\n") == 1
-
-
 def test_no_backend_is_opened_where_none_is_asked_for(tmp_path: Path) -> None:
     recorder = Recorder()
-    tracker = Tracker(tmp_path, Tracking(), recorder.open, out=io.StringIO())
+    tracker = Tracker(tmp_path, Tracking(), recorder.open, terminal=PlainTerminal(io.StringIO()))
     tracker.begin("rl", 1, 0)
     tracker.log(0, {"loss": 1.0})
     tracker.close()

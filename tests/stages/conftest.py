@@ -25,6 +25,7 @@ from pns.data.prompts import Prompts
 from pns.files import read_json, write_json
 from pns.records import Problem, Verdict
 from pns.run.place import Place
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import Tracker
 from pns.stages.context import Context, Problems
 from pns.tiny.tokenizer import build_tokenizer
@@ -282,7 +283,9 @@ class Bench:
     @contextmanager
     def making(self, name: str = "stage") -> Iterator[Context]:
         place = Place(self.store / name)
-        tracker = Tracker(self.store, Tracking(), lambda *_: pytest.fail("no backends"), out=self.shown)
+        tracker = Tracker(
+            self.store, Tracking(), lambda *_: pytest.fail("no backends"), terminal=PlainTerminal(self.shown)
+        )
         with place.making({"inputs": []}):
             tracker.enter(place.directory)
             fleet: Any = self.fleet

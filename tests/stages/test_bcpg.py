@@ -23,6 +23,7 @@ from pns.offline_objectives import OFFLINE_OBJECTIVES
 from pns.records import Completion, LabelledCompletion, LabelledStep, Problem, Reward, Rollout, Verdict
 from pns.run.place import Place
 from pns.run.stage import ModelFiles
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import Tracker
 from pns.stages.artefacts import Negatives, Samples, StepLabels
 from pns.stages.bcpg import BcpgSettings, bcpg, bcpg_settings, choose_rows
@@ -99,7 +100,7 @@ def train(fleet: Fleet, given: tuple[Samples, StepLabels, Negatives], tmp_path: 
         config = load(objective, *overrides)
         place = Place(tmp_path / (name or objective))
         with place.making({"inputs": []}):
-            tracker = Tracker(tmp_path, config.tracking, no_backends, out=io.StringIO())
+            tracker = Tracker(tmp_path, config.tracking, no_backends, terminal=PlainTerminal(io.StringIO()))
             tracker.enter(place.directory)
             ctx = Context(config.seed, place, fleet, load_prompts(config), tracker, shared=tmp_path)
             read = labels if OFFLINE_OBJECTIVES[objective].reads_steps else None

@@ -21,6 +21,7 @@ from pns.files import read_jsonl
 from pns.preference_losses import PREFERENCE_LOSSES
 from pns.run.place import Place
 from pns.run.stage import ModelFiles
+from pns.run.terminal import PlainTerminal
 from pns.run.tracking import Tracker
 from pns.stages.artefacts import PreferenceTrained
 from pns.stages.context import Context, Problems
@@ -88,7 +89,7 @@ def train(fleet: Fleet, pairs: Path, tmp_path: Path) -> Train:
         fleet.policy.settings = config.policy
         place = Place(tmp_path / name)
         with place.making({"inputs": []}):
-            tracker = Tracker(tmp_path, config.tracking, no_backends, out=out)
+            tracker = Tracker(tmp_path, config.tracking, no_backends, terminal=PlainTerminal(out))
             tracker.enter(place.directory)
             ctx = Context(config.seed, place, fleet, load_prompts(config), tracker, shared=tmp_path)
             settings = preference.settings(config)
