@@ -37,7 +37,7 @@ class StopRequest:
         self._ends = threading.Lock()  # by one thread alone
 
     def __call__(self, signum: int, frame: object) -> None:
-        if self._patience is not None:
+        if self.obeyed:
             self.end_now()
         self.exit_code = _CODES.get(signal.Signals(signum), self.exit_code)
         if signum == signal.SIGTERM and self.finishes_step and not self.came:
@@ -66,6 +66,10 @@ class StopRequest:
         finally:
             os._exit(self.exit_code)
 
+    @property
+    def obeyed(self) -> bool:
+        return self._patience is not None
+
     def words(self) -> str:
         return "; ".join(filter(None, ["pns: interrupted", self.way_out()]))
 
@@ -85,6 +89,10 @@ def interruptible(request: StopRequest) -> Iterator[None]:
     before = {which: signal.signal(which, request) for which in signals}
     try:
         yield
+    except Exception as error:
+        if request.obeyed:  # what a library has made of the interruption
+            raise KeyboardInterrupt from error
+        raise
     finally:
         request.leave()
         for which, handler in before.items():

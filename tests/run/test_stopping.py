@@ -70,3 +70,16 @@ def test_what_came_in_the_last_step_is_not_forgotten() -> None:
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert not current_request().came
+
+
+def test_what_a_library_makes_of_it_is_an_interruption_too() -> None:
+    def load() -> None:
+        try:
+            terminate_and_wait()
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    with pytest.raises(KeyboardInterrupt), interruptible(StopRequest()):
+        load()
+    with pytest.raises(ValueError, match="another"), interruptible(StopRequest()):
+        raise ValueError("another")
