@@ -334,6 +334,8 @@ def test_every_key_moves_a_stage_or_can_change_no_result(
     for config in configs:
         before = plan_of(config)
         for key in walk_keys(config):
+            if key.name in effective:
+                continue  # one configuration in which it moves a stage is enough
             try:
                 now = plan_of(with_value(config, key.name, another_value(key, values)))
             except UserError:  # a value that fits another of the configurations

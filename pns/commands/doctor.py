@@ -37,7 +37,7 @@ _NVIDIA = Path("/proc/driver/nvidia/gpus")  # a directory for each GPU of this m
 _LISTS = "docker/requirements-{}.txt"  # exact versions, beside an installation from a checkout
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     """`note`: a run starts, and may be slower, or other than expected; `fault`: it fails."""
 
     ok = "ok"
@@ -49,7 +49,7 @@ class Verdict(StrEnum):
 class Row:
     what: str
     found: str
-    verdict: Verdict = Verdict.ok
+    severity: Severity = Severity.ok
     way_out: str = ""
 
 
@@ -60,7 +60,7 @@ def examine(recipe: Path | None, overrides: Sequence[str], over: Sequence[Path],
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
         print_rows(rows)
-    return 2 if any(row.verdict is Verdict.fault for row in rows) else 0
+    return 2 if any(row.severity is Severity.fault for row in rows) else 0
 
 
 def all_rows(recipe: Path | None, overrides: Sequence[str], over: Sequence[Path]) -> Iterator[Row]:
@@ -86,21 +86,21 @@ def all_rows(recipe: Path | None, overrides: Sequence[str], over: Sequence[Path]
 
 def print_rows(rows: Sequence[Row]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("what", "found", "verdict", "way out"):
+    for name in ("what", "found", "severity", "way out"):
         table.add_column(name, overflow="fold")
-    styles = {Verdict.ok: "green", Verdict.note: "yellow", Verdict.fault: "bold red"}
+    styles = {Severity.ok: "green", Severity.note: "yellow", Severity.fault: "bold red"}
     for row in rows:
-        table.add_row(row.what, Text(row.found), Text(row.verdict, styles[row.verdict]), Text(row.way_out))
+        table.add_row(row.what, Text(row.found), Text(row.severity, styles[row.severity]), Text(row.way_out))
     Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(table)
-    counts = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
-    print(f"{counts[Verdict.fault]} faults, {counts[Verdict.note]} notes")
+    counts = {severity: sum(row.severity is severity for row in rows) for severity in Severity}
+    print(f"{counts[Severity.fault]} faults, {counts[Severity.note]} notes")
 
 
 def python_row() -> Row:
     if (3, 11) <= sys.version_info < (3, 13):
         return Row("Python", platform.python_version())
     return Row(
-        "Python", platform.python_version(), Verdict.fault, "make an environment of Python 3.11 or 3.12"
+        "Python", platform.python_version(), Severity.fault, "make an environment of Python 3.11 or 3.12"
     )
 
 
@@ -122,19 +122,19 @@ def package_rows(with_gpu: bool) -> Iterator[Row]:
         wanted = tested.get(name) or " and ".join(str(one.specifier) for one, _ in requirements)
         if found is None:
             optional = all(of_extra for _, of_extra in requirements)  # an engine: the other one needs none
-            verdict = Verdict.note if optional else Verdict.fault
+            severity = Severity.note if optional else Severity.fault
             way_out = f"{install}, or set rollout.engine=transformers" if optional else install
-            yield Row(name, "not installed", verdict, way_out)
+            yield Row(name, "not installed", severity, way_out)
             continue
         refused = [of_extra for one, of_extra in requirements if not one.specifier.contains(found, True)]
         if not all(refused):
-            yield Row(name, f"{found}; works with {wanted} alone", Verdict.fault, install)
+            yield Row(name, f"{found}; works with {wanted} alone", Severity.fault, install)
         elif refused or (name in tested and found.partition("+")[0] != tested[name]):
-            yield Row(name, f"{found}; tested: {wanted}", Verdict.note, install)
+            yield Row(name, f"{found}; tested: {wanted}", Severity.note, install)
         else:
             fine.append(f"{name} {found}")
     if with_gpu and "+cpu" in (installed("torch") or ""):
-        yield Row("torch", f"{installed('torch')}: built without CUDA", Verdict.fault, install)
+        yield Row("torch", f"{installed('torch')}: built without CUDA", Severity.fault, install)
     yield Row(f"packages ({extra})", ", ".join(fine) or "none as tested")
     differing = []
     for name, version in tested.items():
@@ -144,7 +144,7 @@ def package_rows(with_gpu: bool) -> Iterator[Row]:
     if differing:
         more = f" and {len(differing) - MOST_DIFFERING} more" if len(differing) > MOST_DIFFERING else ""
         said = ", ".join(differing[:MOST_DIFFERING]) + more
-        yield Row("what they need", said, Verdict.note, install)
+        yield Row("what they need", said, Severity.note, install)
 
 
 def exact_versions(path: Path) -> dict[str, str]:
@@ -168,9 +168,9 @@ def cores_row() -> Row:
     found = f"{may_use} of {all_cores}"
     quota = cgroup_cores()
     if quota is not None and quota < may_use:
-        return Row("cores", f"{found}, and a cgroup leaves {quota:g}", Verdict.note, slow_cores())
+        return Row("cores", f"{found}, and a cgroup leaves {quota:g}", Severity.note, slow_cores())
     if may_use < 2:
-        return Row("cores", found, Verdict.note, "roles take turns: expect twice the time of two cores")
+        return Row("cores", found, Severity.note, "roles take turns: expect twice the time of two cores")
     return Row("cores", found)
 
 
@@ -187,7 +187,7 @@ def memory_row() -> Row:
         found, free = f"{found}; a cgroup leaves {left:.1f} GB", min(free, left)
     if free < LEAST_MEMORY_GB:
         way_out = f"end what else runs, or raise the limit: a tiny run takes {LEAST_MEMORY_GB:g} GB"
-        return Row("memory", found, Verdict.note, way_out)
+        return Row("memory", found, Severity.note, way_out)
     return Row("memory", found)
 
 
@@ -267,7 +267,7 @@ def gpu_rows(gpus: Sequence[str]) -> Iterator[Row]:
             "nvidia-smi itself says why; mend the driver, or give the container its devices (--gpus all)"
         )
         yield Row(
-            "GPUs", f"{len(gpus)} by the driver, and nvidia-smi does not answer", Verdict.fault, way_out
+            "GPUs", f"{len(gpus)} by the driver, and nvidia-smi does not answer", Severity.fault, way_out
         )
         return
     kinds: dict[str, int] = {}
@@ -281,18 +281,20 @@ def gpu_rows(gpus: Sequence[str]) -> Iterator[Row]:
         yield Row("flash-attn", version)
     else:
         found = "not installed: packed rows go through torch's own kernel"
-        yield Row("flash-attn", found, Verdict.note, "optional; docker/README.md says how to build it")
+        yield Row("flash-attn", found, Severity.note, "optional; docker/README.md says how to build it")
 
 
 def shm_row() -> Row:
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        return Row("/dev/shm", "missing", Verdict.fault, "mount a tmpfs there: Ray's object store lies in it")
+        return Row(
+            "/dev/shm", "missing", Severity.fault, "mount a tmpfs there: Ray's object store lies in it"
+        )
     usage = shutil.disk_usage(shm)
     found = f"{usage.free / 1e9:.1f} GB free of {usage.total / 1e9:.1f}"
     if usage.free / 1e9 < LEAST_SHM_GB:
         way_out = "give the container --shm-size=8g or --ipc=host, or remove what lies in /dev/shm"
-        return Row("/dev/shm", f"{found}: Ray would keep objects on the disk", Verdict.note, way_out)
+        return Row("/dev/shm", f"{found}: Ray would keep objects on the disk", Severity.note, way_out)
     return Row("/dev/shm", found)
 
 
@@ -310,7 +312,7 @@ def ray_rows() -> Iterator[Row]:
             check_address(url[1] if url else value, HEAD_SECONDS, name)
         except UserError as error:
             found, _, way_out = str(error).removeprefix(f"{name}: ").rpartition(": ")
-            yield Row(name, found, Verdict.fault, way_out)
+            yield Row(name, found, Severity.fault, way_out)
         else:
             yield Row(name, f"{value} answers" if value not in ("auto", "local") else value)
     yield token_row()
@@ -325,19 +327,19 @@ def token_row() -> Row:
         found = "RAY_AUTH_TOKEN"
     elif path:
         if not os.access(path, os.R_OK):
-            return Row("Ray's token", f"RAY_AUTH_TOKEN_PATH: {path} cannot be read", Verdict.fault, way_out)
+            return Row("Ray's token", f"RAY_AUTH_TOKEN_PATH: {path} cannot be read", Severity.fault, way_out)
         found = path
     elif os.access(default, os.R_OK):
         found = str(default)
     else:
         asked = os.environ.get("RAY_AUTH_MODE") == "token"
-        verdict = Verdict.fault if asked else Verdict.note
+        severity = Severity.fault if asked else Severity.note
         return Row(
-            "Ray's token", "none", verdict, way_out + ("" if asked else ", if the cluster asks for one")
+            "Ray's token", "none", severity, way_out + ("" if asked else ", if the cluster asks for one")
         )
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return Row(
-            "Ray's token", f"{found}; RAY_AUTH_MODE is not token", Verdict.note, "set RAY_AUTH_MODE=token"
+            "Ray's token", f"{found}; RAY_AUTH_MODE is not token", Severity.note, "set RAY_AUTH_MODE=token"
         )
     return Row("Ray's token", found)
 
@@ -348,13 +350,13 @@ def runs_row(config: Config) -> Row:
         check_runs(config)
     except UserError as error:
         found, _, way_out = str(error).removeprefix("runs: ").rpartition(": ")
-        return Row("runs", found, Verdict.fault, way_out)
+        return Row("runs", found, Severity.fault, way_out)
     there = next(path for path in (runs, *runs.parents) if path.exists())
     free = shutil.disk_usage(there).free / 1e9
     found = f"{free:.1f} GB free at {runs}"
     if free < AMPLE_SPACE_GB:
-        verdict = Verdict.fault if free < LEAST_SPACE_GB else Verdict.note
-        return Row("runs", found, verdict, "pns gc removes old outputs; runs=DIR chooses another place")
+        severity = Severity.fault if free < LEAST_SPACE_GB else Severity.note
+        return Row("runs", found, severity, "pns gc removes old outputs; runs=DIR chooses another place")
     return Row("runs", found)
 
 
@@ -364,19 +366,19 @@ def environment_rows(num_gpus: int) -> Iterator[Row]:
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > cores:
         yield Row(
-            before, f"OMP_NUM_THREADS={threads} on {cores} cores", Verdict.note, "unset it, or set it to 1"
+            before, f"OMP_NUM_THREADS={threads} on {cores} cores", Severity.note, "unset it, or set it to 1"
         )
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         if os.environ.get(name, "0") not in ("", "0"):
             way_out = "unset it, or name directories: only what is in the cache is found"
-            yield Row(before, f"{name}={os.environ[name]}", Verdict.note, way_out)
+            yield Row(before, f"{name}={os.environ[name]}", Severity.note, way_out)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if num_gpus and visible in ("", "-1", "NoDevFiles"):
         found = f"CUDA_VISIBLE_DEVICES={visible} hides {num_gpus} GPUs"
-        yield Row(before, found, Verdict.note, "unset it, or leave it so for placement.device=cpu")
+        yield Row(before, found, Severity.note, "unset it, or leave it so for placement.device=cpu")
     if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
         yield Row(
-            before, "CUDA_LAUNCH_BLOCKING is set: kernels wait for each other", Verdict.note, "unset it"
+            before, "CUDA_LAUNCH_BLOCKING is set: kernels wait for each other", Severity.note, "unset it"
         )
 
 
@@ -394,5 +396,5 @@ def recipe_row(recipe: Path, config: Config, fault: str) -> Row:
         except UserError as error:
             fault = str(error)
     if fault:
-        return Row(str(recipe), "does not start here", Verdict.fault, fault)
+        return Row(str(recipe), "does not start here", Severity.fault, fault)
     return Row(str(recipe), "models, problems, prompts and placement go with this machine")

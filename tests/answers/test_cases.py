@@ -81,7 +81,7 @@ def test_the_exact_comparison_alone_is_never_against_the_table(cases: Path) -> N
         ("{", "line 2: not a JSON object (Expecting property name"),
         ("[1]", "line 2: not a JSON object (a list)"),
         ('{"gold": "5"}', "line 2: prediction is missing"),
-        ('{"gold": 5, "prediction": "5"}', "line 2: gold is a int; it must be a string"),
+        ('{"gold": null, "prediction": "5"}', "line 2: gold is null; it must be a string"),
         ('{"gold": "5", "prediction": "5", "tolerance": -1}', "line 2: tolerance is -1"),
         ('{"gold": "5", "prediction": "5", "unordered": "yes"}', "line 2: unordered is 'yes'"),
         ('{"gold": "5", "prediction": "5", "unit": 3}', "line 2: unit is 3"),

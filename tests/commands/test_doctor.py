@@ -13,7 +13,7 @@ import pytest
 
 from pns import cli
 from pns.commands import doctor
-from pns.commands.doctor import Verdict
+from pns.commands.doctor import Severity
 
 HEAVY = ("torch", "ray", "verl", "vllm", "transformers")
 VARIABLES = (
@@ -56,7 +56,7 @@ print("heavy:", *(name for name in {HEAVY} if name in sys.modules))
 
 def test_a_recipe_is_checked_against_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     _, rows = examine(capsys, "tiny-qwen2")
-    assert [row["verdict"] for what, row in rows.items() if what.endswith("tiny-qwen2.yaml")] == ["ok"]
+    assert [row["severity"] for what, row in rows.items() if what.endswith("tiny-qwen2.yaml")] == ["ok"]
     code, rows = examine(capsys, "tiny-qwen2", "models.backbone=nowhere")
     [row] = [row for what, row in rows.items() if what.endswith("tiny-qwen2.yaml")]
     assert code == 2
@@ -75,22 +75,22 @@ def test_runs_that_cannot_be_written_and_a_head_that_does_not_answer(
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free}")
         code, rows = examine(capsys)
     assert code == 2
-    assert rows["runs"]["verdict"] == rows["RAY_ADDRESS"]["verdict"] == Verdict.fault
+    assert rows["runs"]["severity"] == rows["RAY_ADDRESS"]["severity"] == Severity.fault
     assert "runs=DIR" in rows["runs"]["way_out"]
     assert "unset RAY_ADDRESS" in rows["RAY_ADDRESS"]["way_out"]
-    assert rows["RAY_API_SERVER_ADDRESS"]["verdict"] == Verdict.ok
+    assert rows["RAY_API_SERVER_ADDRESS"]["severity"] == Severity.ok
 
 
 def test_where_the_token_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.token_row().verdict is Verdict.note
+    assert doctor.token_row().severity is Severity.note
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert doctor.token_row().verdict is Verdict.fault
+    assert doctor.token_row().severity is Severity.fault
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
-    assert doctor.token_row().verdict is Verdict.ok
+    assert doctor.token_row().severity is Severity.ok
     assert "secret" not in doctor.token_row().found
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
-    assert doctor.token_row().verdict is Verdict.fault
+    assert doctor.token_row().severity is Severity.fault
 
 
 def test_packages_against_the_tested_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +100,13 @@ def test_packages_against_the_tested_list(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "docker" / "requirements-gpu.txt").write_text("\n".join(lines))
     monkeypatch.setattr(doctor, "_ROOT", tmp_path)
     monkeypatch.setattr(doctor, "installed", lambda name: found.get(name, "0"))
-    rows = {(row.what, row.verdict): row for row in doctor.package_rows(with_gpu=True)}
-    assert "works with ==0.9.1 alone" in rows["verl", Verdict.fault].found
-    assert "2.9.9; tested: 2.3.5" in rows["numpy", Verdict.note].found
-    assert "rollout.engine=transformers" in rows["vllm", Verdict.note].way_out
-    assert "built without CUDA" in rows["torch", Verdict.fault].found
-    assert "rich 15.0.0" in rows["packages (gpu)", Verdict.ok].found
-    assert "six 0 (tested: 1.17.0)" in rows["what they need", Verdict.note].found
+    rows = {(row.what, row.severity): row for row in doctor.package_rows(with_gpu=True)}
+    assert "works with ==0.9.1 alone" in rows["verl", Severity.fault].found
+    assert "2.9.9; tested: 2.3.5" in rows["numpy", Severity.note].found
+    assert "rollout.engine=transformers" in rows["vllm", Severity.note].way_out
+    assert "built without CUDA" in rows["torch", Severity.fault].found
+    assert "rich 15.0.0" in rows["packages (gpu)", Severity.ok].found
+    assert "six 0 (tested: 1.17.0)" in rows["what they need", Severity.note].found
 
 
 def test_variables_that_hurt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,4 +121,4 @@ def test_variables_that_hurt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_of_one_kind_are_one_entry() -> None:
     gpus = ["NVIDIA H100 80GB HBM3, 81559, 580.65.06"] * 2
     assert next(doctor.gpu_rows(gpus)).found == "2 × NVIDIA H100 80GB HBM3, 80 GiB, driver 580.65.06"
-    assert next(doctor.gpu_rows([""])).verdict is Verdict.fault
+    assert next(doctor.gpu_rows([""])).severity is Severity.fault
