@@ -36,7 +36,7 @@ from pns.methods import METHODS
 from pns.recipe import load
 from pns.run.page import RunPage, linked_places
 from pns.run.stage import Artefact, Plan, Step, stage
-from pns.run.terminal import PlainTerminal
+from pns.run.terminal import Terminal
 from pns.run.tracking import Tracker
 from pns.stages.artefacts import Negatives, RewardModels, TrainedModel
 from pns.stages.context import Context, World
@@ -510,27 +510,36 @@ NO_FLEET = cast(Fleet, None)
 NO_PROMPTS = cast(Prompts, None)
 
 
+class Notes(Terminal):
+    """What a run wants known at once, and nothing else that it shows."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(f"{text}\n")
+
+
 def run_toys(
     toys: Toys, runs: Path, name: str, changes: Sequence[str] = (), attempts: dict[str, int] | None = None
 ) -> str:
     """Make a run of toy stages as the driver does, without a cluster; what its tracker said."""
     config = tiny(f"runs={runs}", f"name={name}", *changes)
     toys.made.clear()
-    out = io.StringIO()
+    notes = Notes()
     with RunPage.open(runs / name) as page:
         plan = Plan(runs / driver.STORE, config, "", attempts)
         toys.method(plan)
         page.begin(config, attempts or {})
-        tracker = Tracker(
-            page.path, Tracking(), lambda *arguments: pytest.fail("no backends"), terminal=PlainTerminal(out)
-        )
+        tracker = Tracker(page.path, Tracking(), lambda *_: pytest.fail("no backends"), terminal=notes)
         making = Session(config, page, NO_FLEET, NO_PROMPTS, tracker)
         for step in plan.steps:
             if step.is_done():
                 page.link(step)
             else:
                 making.make(step)
-    return out.getvalue()
+    return "".join(notes.said)
 
 
 def test_two_arms_make_what_they_share_once(tmp_path: Path) -> None:
