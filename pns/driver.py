@@ -73,7 +73,8 @@ def make_steps(
     """Make the steps whose output is not there, and lead the page to all of them."""
     pending = [step for step in steps if not step.is_done()]
     if not pending and all(page.leads_to(step) for step in steps):
-        terminal.note(f"{page.path}: every stage is done; --from STAGE makes one again")
+        # The run's end, which --quiet and --json show, too.
+        terminal.summary([f"{page.path}: every stage is done; --from STAGE makes one again"], {})
         return
     if done := [step.name for step in steps if step not in pending]:
         terminal.note(f"done before: {', '.join(done)}")
