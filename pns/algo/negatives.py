@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -195,10 +195,31 @@ def degeneration(
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float | None:
     """Different n-grams over all n-grams of `sequences`, in (0, 1]; None where there is none."""
-    ngrams: Counter[tuple[int, ...]] = Counter()
-    for sequence in sequences:
-        ngrams.update(tuple(sequence[start : start + n]) for start in range(len(sequence) - n + 1))
-    return len(ngrams) / ngrams.total() if ngrams else None
+    lengths = [len(sequence) for sequence in sequences]
+    if max(lengths, default=0) < n:
+        return None
+    tokens = np.fromiter(chain.from_iterable(sequences), np.int64, sum(lengths))
+    ends = np.repeat(np.cumsum(lengths), lengths)  # of each token's sequence
+    whole = np.arange(len(tokens) - n + 1) + n <= ends[: len(tokens) - n + 1]
+    ngrams = np.sort(_ngrams(tokens, n)[whole])
+    return (1 + np.count_nonzero(np.diff(ngrams))) / len(ngrams)
+
+
+def _ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
+    """A number for the n-gram that begins at each token, equal where the n-grams are."""
+    if n == 1:
+        return tokens
+    half = n // 2
+    first = _ranks(_ngrams(tokens, half))
+    second = first if n - half == half else _ranks(_ngrams(tokens, n - half))
+    return (first[: len(tokens) - n + 1] << 32) | second[half : len(tokens) - n + 1 + half]
+
+
+def _ranks(numbers: np.ndarray) -> np.ndarray:
+    """Below 2^31, and equal where `numbers` are."""
+    if not len(numbers) or numbers.max() < 2**31:
+        return numbers
+    return np.unique(numbers, return_inverse=True)[1]
 
 
 def error_kind(rollout: Rollout) -> str:
