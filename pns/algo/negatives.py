@@ -22,6 +22,7 @@ _NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-)?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?"
     r"|-?\\[dt]?frac\s*\{[^{}]+\}\s*\{[^{}]+\}"
 )
+_UP_TO_DIGIT = re.compile(r".*\d", re.DOTALL)
 # A full stop with a digit behind it is a decimal point.
 _END_OF_EQUATION = re.compile(r"[.,;!?]?(?:\s*\$|\s*\\[\])]|\n|\.\s|\.$)")
 _MAX_CHARACTERS = 300  # of the right side of an equation that is read as an answer
@@ -45,11 +46,20 @@ def box_only_flip(text: str, gold: str) -> bool:
     if "=" in reasoning:
         right_side = reasoning.rpartition("=")[2][:_MAX_CHARACTERS].strip().lstrip("$ ")
         stated.append(_END_OF_EQUATION.split(right_side)[0])
-    if numbers := _NUMBER.findall(reasoning):
-        stated.append(numbers[-1])
+    stated += _last_number(reasoning)
     if exact_value(gold) is None and (words := _WORD.findall(reasoning)):
         stated.append(words[-1])
     return any(same_answer(gold, answer) is True for answer in stated)
+
+
+def _last_number(text: str) -> list[str]:
+    """The last number of `text`; empty where there is none."""
+    if "frac" not in text:  # no other number holds white space: from the last word with a digit on is enough
+        up_to_digit = _UP_TO_DIGIT.match(text)
+        if up_to_digit is None:
+            return []
+        text = up_to_digit[0].rsplit(maxsplit=1)[-1] + text[up_to_digit.end() :]
+    return _NUMBER.findall(text)[-1:]
 
 
 def filter_negatives(

@@ -58,10 +58,9 @@ from workers.training.policy import Policy
 
 SIZES = (512, 1024, 2048, 4096)
 GROUP, CHUNK, VOCABULARY = 8, 32, 151_643
-# In the order of a step. Those up to `service` run while rollout decodes.
+# In the order of a step; "fakes", "other", and "restore" and "skip" of an interruption are no part of it.
 WHILE_DECODING = ("receive", "text", "bookkeeping", "write_unfinished")
 AFTERWARDS = ("rewards", "write_rollouts", "metrics", "advantages", "batch", "plan", "layout", "send")
-NOT_OF_A_STEP = ("fakes", "restore", "skip", "other")
 
 
 class Clock:
@@ -249,25 +248,26 @@ def _at_once() -> Iterator[None]:
     yield
 
 
-def watch(clock: Clock) -> None:
-    clock.wrap(Prompts, "encode", "text")
-    clock.wrap(Prompts, "decode", "text")
-    clock.wrap(grpo, "roll_out", "bookkeeping")
-    clock.wrap(stream, "append_jsonl", "write_unfinished")
-    clock.wrap(scoring, "rewarded", "rewards")
-    clock.wrap(scoring, "check_failures", "rewards")
-    clock.wrap(grpo, "append_jsonl", "write_rollouts")
-    clock.wrap(grpo, "masked_counts", "metrics")
-    clock.wrap(grpo, "rollout_advantages", "advantages")
-    clock.wrap(grpo, "training_batch", "batch")
-    clock.wrap(policy_module, "check_batch", "batch")
-    clock.wrap(policy_module, "plan", "plan")
-    clock.wrap(policy_module, "micro_batch", "layout")
+WATCHED: tuple[tuple[Any, str, str], ...] = (
+    (Prompts, "encode", "text"),
+    (Prompts, "decode", "text"),
+    (grpo, "roll_out", "bookkeeping"),
+    (stream, "append_jsonl", "write_unfinished"),
+    (scoring, "rewarded", "rewards"),
+    (scoring, "check_failures", "rewards"),
+    (grpo, "append_jsonl", "write_rollouts"),
+    (grpo, "masked_counts", "metrics"),
+    (grpo, "rollout_advantages", "advantages"),
+    (grpo, "training_batch", "batch"),
+    (policy_module, "check_batch", "batch"),
+    (policy_module, "plan", "plan"),
+    (policy_module, "micro_batch", "layout"),
+)
 
 
-def one_step(num_completions: int, num_tokens: int, ranks: int, memory: bool) -> dict[str, float]:
-    """The parts of a step, and of what an interruption after it would cost."""
-    prompts = Prompts(make_tokenizer(), config.Data(chat_template=False))
+def one_step(tokenizer: Any, clock: Clock, num_completions: int, num_tokens: int, ranks: int = 1) -> None:
+    """A step, and what an interruption after it would cost; its parts are in the clock."""
+    prompts = Prompts(tokenizer, config.Data(chat_template=False))
     rules = reward_rules(config.Config())
     settings = config.ReverseRl(
         steps=1, problems_per_step=num_completions // GROUP, completions_per_problem=GROUP, max_skipped_updates=1
@@ -276,8 +276,6 @@ def one_step(num_completions: int, num_tokens: int, ranks: int, memory: bool) ->
         Problem(f"train/{i}", f"Ann has {i} apples and eats some of them. How many are left? " * 2, "3", "made")
         for i in range(num_completions // GROUP)
     ]
-    clock = Clock(memory)
-    watch(clock)
     scorers = {"plausibility": Scorer(judges=False), "coherence": Scorer(judges=True)}
     fleet: Any = SimpleNamespace(
         rollout=Rollout(clock, prompts),
@@ -303,14 +301,12 @@ def one_step(num_completions: int, num_tokens: int, ranks: int, memory: bool) ->
             trained = TrainedModel(place.directory)
             grpo.train(ctx, run, trained, "none", problems, describe)
             clock.values["file_mib"] = trained.rollouts_file.stat().st_size / 2**20
-            clock.values["same"] = sum(row["reward"]["value"] for row in grpo.read_jsonl(trained.rollouts_file))
             with clock.part("skip"):  # rows of steps before the checkpoint
                 grpo.take_back(trained, scoring.unfinished_rollouts(ctx), 1)
             with clock.part("restore"):
                 grpo.take_back(trained, scoring.unfinished_rollouts(ctx), 0)
                 restored = scoring.unfinished_rollouts(ctx)
         assert len(restored.rows) == num_completions
-    return clock.values
 
 
 def measure(num_completions: int, arguments: argparse.Namespace, memory: bool) -> dict[str, float]:
@@ -332,7 +328,11 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        return print(json.dumps(one_step(arguments.one, arguments.tokens, arguments.ranks, arguments.memory)))
+        tokenizer, clock = make_tokenizer(), Clock(arguments.memory)
+        for watched in WATCHED:
+            clock.wrap(*watched)
+        one_step(tokenizer, clock, arguments.one, arguments.tokens, arguments.ranks)
+        return print(json.dumps(clock.values))
     seconds: dict[str, dict[str, float]] = {}
     mib: dict[str, dict[str, float]] = {}
     for size in arguments.sizes:
