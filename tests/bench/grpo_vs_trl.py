@@ -9,7 +9,7 @@ completions a prompt, reward, precision (float32 on the CPU; bf16 with float32 m
 optimizer (AdamW, clipping at 1). The sides take turns, one step each; `--warm-up` rounds are not timed, and a
 figure is the median over rounds, in tokens of the completions a second.
 
-Update: completions of given tokens, of about 220 with a long tail. A step is everything from token ids to new
+Update: completions of given tokens, of about 110 with a tail. A step is everything from token ids to new
 weights: rewards, advantages, layout, forward, backward, clipping, AdamW. What the engine would have given
 beside the tokens (our old log-probabilities) is there before the clock starts. `trl` has the same number of
 rows in a micro-batch as our `padded`, `trl-small` a quarter.
@@ -92,15 +92,15 @@ def part_of(side: str) -> str:
 
 
 def draw_rows(shape: Shape, num_prompts: int, group: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Random prompts of about 90 tokens, and completions of about 220 with a long tail."""
+    """Random prompts of about 90 tokens, and completions of about 110 with a tail."""
     noise = np.random.default_rng(seed)
 
     def tokens(median: float, sigma: float, high: int) -> list[int]:
         length = int(np.clip(noise.lognormal(math.log(median), sigma), 16, high))
         return noise.integers(2, shape.vocab_size, length).tolist()
 
-    prompts = [tokens(90, 0.45, 512) for _ in range(num_prompts)]
-    return prompts, [tokens(220, 0.6, 1536) for _ in range(num_prompts * group)]
+    prompts = [tokens(90, 0.45, 256) for _ in range(num_prompts)]
+    return prompts, [tokens(110, 0.5, 512) for _ in range(num_prompts * group)]
 
 
 def reward(token_ids: Any) -> float:
