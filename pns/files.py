@@ -137,7 +137,7 @@ def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
 def append_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Add records or dicts to a JSON-lines file, on disk when this returns."""
     with open(path, "ab") as file:
-        file.write(b"".join(_line(row) for row in rows))  # one write: a crash cuts at most the last lines
+        file.writelines(map(_line, rows))  # a crash cuts at most the last lines
         file.flush()
         os.fsync(file.fileno())
 

@@ -154,13 +154,13 @@ class Rollout:
             yield samples
 
     def _sample(self, request: Request, sampling: Sampling) -> Sample:
-        opening = self._prompts.tokenizer.encode("<think>", add_special_tokens=False)
-        ending = self._prompts.tokenizer.encode(
-            f"</think>\\boxed{{{request.seed % 7}}}", add_special_tokens=False
-        ) + [self._prompts.tokenizer.eos_token_id]
+        tokenizer = self._prompts.tokenizer
+        opening = tokenizer.encode("<think>", add_special_tokens=False)
+        ending = tokenizer.encode(f"</think>\\boxed{{{request.seed % 7}}}", add_special_tokens=False)
+        ending.append(tokenizer.eos_token_id)
         num = sampling.max_new_tokens - len(opening) - len(ending)
         ids = (*opening, *self._noise.integers(256, VOCABULARY - 3, num).tolist(), *ending)
-        log_probs = -self._noise.exponential(0.3, len(ids)).astype(np.float32) ** 3
+        log_probs = -(self._noise.exponential(0.3, len(ids)).astype(np.float32) ** 3)
         return Sample(request.id, ids, tuple(log_probs.tolist()), "stop", 0)
 
 
@@ -270,10 +270,15 @@ def one_step(tokenizer: Any, clock: Clock, num_completions: int, num_tokens: int
     prompts = Prompts(tokenizer, config.Data(chat_template=False))
     rules = reward_rules(config.Config())
     settings = config.ReverseRl(
-        steps=1, problems_per_step=num_completions // GROUP, completions_per_problem=GROUP, max_skipped_updates=1
+        steps=1,
+        problems_per_step=num_completions // GROUP,
+        completions_per_problem=GROUP,
+        max_skipped_updates=1,
     )
     problems = [
-        Problem(f"train/{i}", f"Ann has {i} apples and eats some of them. How many are left? " * 2, "3", "made")
+        Problem(
+            f"train/{i}", f"Ann has {i} apples and eats some of them. How many are left? " * 2, "3", "made"
+        )
         for i in range(num_completions // GROUP)
     ]
     scorers = {"plausibility": Scorer(judges=False), "coherence": Scorer(judges=True)}
@@ -349,8 +354,10 @@ def main() -> None:
     result: dict[str, Any] = {"tokens": arguments.tokens, "seconds": seconds, "mib": mib}
     if least != most:
         ratio = math.log(int(most) / int(least))
-        growth = {f"{n}_seconds": math.log(seconds[most][n] / seconds[least][n]) / ratio
-                  for n in ("while_decoding", "critical")}
+        growth = {
+            f"{n}_seconds": math.log(seconds[most][n] / seconds[least][n]) / ratio
+            for n in ("while_decoding", "critical")
+        }
         if mib:
             growth["memory"] = math.log(mib[most]["whole"] / mib[least]["whole"]) / ratio
         result["growth"] = {name: round(value, 2) for name, value in growth.items()}

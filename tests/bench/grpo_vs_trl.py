@@ -51,14 +51,8 @@ from typing import Any
 import numpy as np
 from dpo_vs_trl import CLIP, SHAPES, Shape, Side, save_model
 
-OURS = {
-    "update": ("padded", "packed", "shared", "shared-compiled"),
-    "whole": ("transformers", "vllm"),
-}
-TRL = {
-    "update": ("trl", "trl-small", "trl-compiled"),
-    "whole": ("whole-trl", "whole-trl-paged"),
-}
+OURS = {"update": ("padded", "packed", "shared", "shared-compiled"), "whole": ("transformers", "vllm")}
+TRL = {"update": ("trl", "trl-small", "trl-compiled"), "whole": ("whole-trl", "whole-trl-paged")}
 DEFAULT_SIDES = {
     "cpu": ("trl", "trl-small", "padded", "packed", "shared", "whole-trl", "transformers", "vllm"),
     "cuda": ("trl", "shared", "whole-trl", "whole-trl-paged", "transformers", "vllm"),
@@ -91,7 +85,9 @@ def part_of(side: str) -> str:
     return next(part for part in OURS if side in OURS[part] + TRL[part])
 
 
-def draw_rows(shape: Shape, num_prompts: int, group: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+def draw_rows(
+    shape: Shape, num_prompts: int, group: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
     """Random prompts of about 90 tokens, and completions of about 110 with a tail."""
     noise = np.random.default_rng(seed)
 
@@ -335,7 +331,9 @@ def disagreement(sides: list[GrpoSide], cuda: bool) -> str | None:
         pairs = zip(side.losses, updates[0].losses, side.grad_norms, updates[0].grad_norms, strict=True)
         for step, (loss, first_loss, norm, first_norm) in enumerate(pairs, start=1):
             if not abs(loss - first_loss) <= loss_tolerance:
-                return f"{side.name}: the loss of step {step} is {loss}, that of {updates[0].name} {first_loss}"
+                return (
+                    f"{side.name}: the loss of step {step} is {loss}, that of {updates[0].name} {first_loss}"
+                )
             if not math.isclose(norm, first_norm, rel_tol=norm_tolerance):
                 return f"{side.name}: the gradient norm of step {step} is {norm}, not {first_norm}"
     for side in sides:
@@ -415,7 +413,9 @@ def report(arguments: argparse.Namespace, shape: Shape, sides: list[GrpoSide]) -
         "tokens_per_second": rates,
         "last_losses": {side.name: side.losses[-1] for side in updates},
         "last_grad_norms": {side.name: side.grad_norms[-1] for side in updates},
-        "settings": {name: value for name, value in vars(arguments).items() if name not in ("worker", "sides")},
+        "settings": {
+            name: value for name, value in vars(arguments).items() if name not in ("worker", "sides")
+        },
         "model": asdict(shape),
         "versions": {name: version(name) for name in ("trl", "transformers", "torch", "verl")},
     }
