@@ -8,12 +8,14 @@ what it gave, after two steps that are not counted. `rollout` and `update` are s
 without any profiler, the median of `--steps`; `driver` are those of the driver's own functions for the same
 completions. `share` splits them, in [0, 1], by the file that a function belongs to, from one more step under
 cProfile: `multiplying` is time inside operations of torch, the rest is Python. cProfile makes calls of Python
-dearer, so that their share is an upper bound. Prints one JSON line; `--functions N` also the dearest
-functions, on the standard error.
+dearer, so that their share is an upper bound. `digest` is of what was sampled and of the last
+update's loss and gradient norm: the same to the bit before and after a change. Prints one JSON line;
+`--functions N` also the dearest functions, on the standard error.
 """
 
 import argparse
 import cProfile
+import hashlib
 import json
 import os
 import pstats
@@ -148,7 +150,7 @@ def main() -> None:
         return parts, {**counts, "global_token_num": lengths}
 
     parts, constants = lay_out()
-    _, update, of_update = measured(
+    metrics, update, of_update = measured(
         lambda: rank.train(parts, objective, constants), arguments.steps, arguments.functions, "update"
     )
     _, handing_out, _ = measured(lambda: rank._full_weights(), arguments.steps, 0, "weights")
@@ -175,6 +177,7 @@ def main() -> None:
         "completions": len(samples),
         "tokens": num_tokens,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "digest": hashlib.sha256(repr((samples, metrics["loss"], metrics["grad_norm"])).encode()).hexdigest(),
         "driver": {name: round(value, 3) for name, value in driver.items()},
         "share": {"rollout": of_rollout, "update": of_update},
     }

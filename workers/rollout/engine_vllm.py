@@ -173,6 +173,7 @@ class VllmEngine:
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(self.end_ids),
                 logprobs=0,  # of the chosen token alone
+                skip_clone=True,  # nobody else has it: vLLM would copy it deeply
                 extra_args={_NOISE: (request.seed, *how)} if changed else None,
             )
         prompts = [(request.id, list(request.prompt_ids)) for request in requests]

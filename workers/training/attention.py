@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from inspect import signature
 from itertools import accumulate
@@ -30,17 +29,21 @@ from transformers import AttentionInterface
 NAME = "pns_packed"
 
 
-@dataclass(frozen=True)
 class Segments:
     """Lengths in tokens: of every trunk with its first branch (`leading`), of every further branch
     (`branches`), and for each of these the family it belongs to (index into `leading`) and the length of its
     trunk."""
 
-    leading: tuple[int, ...]
-    branches: tuple[int, ...] = ()
-    families: tuple[int, ...] = ()
-    trunks: tuple[int, ...] = ()
-    _indices: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, compare=False, repr=False)
+    # No dataclass: FSDP would search each number of it for tensors, and build it anew, in every layer.
+    def __init__(
+        self,
+        leading: tuple[int, ...],
+        branches: tuple[int, ...] = (),
+        families: tuple[int, ...] = (),
+        trunks: tuple[int, ...] = (),
+    ) -> None:
+        self.leading, self.branches, self.families, self.trunks = leading, branches, families, trunks
+        self._indices: dict[torch.device, tuple[Tensor, ...]] = {}
 
     @cached_property
     def longest(self) -> int:
