@@ -15,6 +15,7 @@ update's loss and gradient norm: the same to the bit before and after a change. 
 
 import argparse
 import cProfile
+import gc
 import hashlib
 import json
 import os
@@ -71,16 +72,28 @@ def measured(
 ) -> tuple[Any, float, dict[str, float]]:
     """What `function` gives, its seconds of the processor, and their shares."""
     times = []
-    for _ in range(steps + 1):  # the first is not counted
+    collecting = [0.0, 0.0]  # when the garbage collector began, and its seconds so far
+
+    def collector(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            collecting[0] = time.process_time()
+        else:
+            collecting[1] += time.process_time() - collecting[0]
+
+    function()  # the first is not counted
+    gc.callbacks.append(collector)
+    for _ in range(steps):
         began = time.process_time()
         function()
         times.append(time.process_time() - began)
+    gc.callbacks.remove(collector)
+    print(f"{label}: {collecting[1] / steps:.3f} s of a step collecting garbage", file=sys.stderr)
     profile = cProfile.Profile(time.process_time)
     result = profile.runcall(function)
     if functions:
         print(label, file=sys.stderr)
         pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(functions)
-    return result, statistics.median(times[1:]), shares(profile)
+    return result, statistics.median(times), shares(profile)
 
 
 def main() -> None:
