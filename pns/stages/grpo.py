@@ -88,8 +88,8 @@ def train(
         append_jsonl(trained.rollouts_file, rollouts)
         unfinished.drop(map(rollout_key, rollouts))
         metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, run, used)
-        sync_weights(ctx, step + 1)
-        metrics |= step_times(rollouts, began, sampled)
+        updated = time.monotonic()
+        metrics |= sync_weights(ctx, step + 1) | step_times(rollouts, began, sampled, updated)
         ctx.track.log(step, metrics)
         history.append(metrics)
         check_progress(run, step, history, rollouts)
@@ -146,11 +146,12 @@ def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step
     cut_rows(trained.rollouts_file, first_step)
 
 
-def sync_weights(ctx: Context, num_steps: int) -> None:
-    """The policy's weights after `num_steps` steps into every rollout replica, by the object store. Their
+def sync_weights(ctx: Context, num_steps: int) -> dict[str, float]:
+    """The policy's weights after `num_steps` steps into every rollout replica; seconds and bytes. Their
     version is that number, also after an interruption: rollouts say which weights they are of."""
-    _, reference = ctx.fleet.policy.weights()
-    ctx.fleet.rollout.update_weights([reference], num_steps)
+    began = time.monotonic()
+    weights = ctx.fleet.rollout.update_weights(ctx.fleet.policy.weights, num_steps)
+    return {"sync_seconds": time.monotonic() - began, "sync_bytes": float(weights.num_bytes)}
 
 
 def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -264,14 +265,15 @@ def masked_counts(rewards: Sequence[Reward]) -> dict[str, float]:
     return counts
 
 
-def step_times(rollouts: Sequence[Rollout], began: float, sampled: float) -> dict[str, float]:
-    """Seconds and tokens of a step that began and had its rollouts at these times (monotonic seconds)."""
+def step_times(rollouts: Sequence[Rollout], began: float, sampled: float, updated: float) -> dict[str, float]:
+    """Seconds and tokens of a step that began, had its rollouts and was trained at these times (monotonic
+    seconds)."""
     now = time.monotonic()
     num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
     return {
         "completions": float(len(rollouts)),
         "rollout_seconds": sampled - began,
-        "update_seconds": now - sampled,
+        "update_seconds": updated - sampled,
         "completion_tokens": num_tokens / len(rollouts),
         "step_tokens_per_second": num_tokens / (now - began),
     }
