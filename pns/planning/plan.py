@@ -337,7 +337,7 @@ def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions
         parts["driver"] = assumed.driver_gb + verifiers * assumed.verifier_gb
     here = any(p.role == "rollout" or (p.role == "policy" and p.rank == 0) for p in node.processes)
     if moment == "sync" and shape is not None and here:
-        parts["object store (two versions)"] = memory.object_store_gb(shape)
+        parts["object store (weights)"] = memory.object_store_gb(shape)
     return parts
 
 
