@@ -307,6 +307,10 @@ class GrpoConfig:
         "importance sampling); 0: the engine's log-probabilities are the old policy's",
         at_least(0),
     )
+    overlap: bool = key(
+        False,
+        "sample a step while the one before is trained on, from weights one step older; needs importance_cap",
+    )
     overlong_tokens: int = key(
         0,
         "the reward falls to -1 over the last so many of rollout.max_new_tokens; 0: it does not",

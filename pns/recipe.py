@@ -26,6 +26,7 @@ from pns.config import (
     DataSource,
     GeneratorStart,
     Grading,
+    GrpoConfig,
     Method,
     Normalisation,
     Pool,
@@ -440,9 +441,24 @@ def sampling_faults(config: Config) -> Iterator[str]:
                 yield f"{section}.{name} is read by {section}.ratio=token alone: set it to 0"
         if 0 < own.dual_clip <= highest:
             yield f"{section}.dual_clip: {own.dual_clip} must be 0, or above 1 + clip_high ({highest:g})"
+        if own.overlap:
+            yield from overlap_faults(config, section, own)
         if own.overlong_tokens > max_tokens:
             fault = f"{own.overlong_tokens} is more than rollout.max_new_tokens, {max_tokens}"
             yield f"{section}.overlong_tokens: {fault}: lower it"
+
+
+def overlap_faults(config: Config, section: str, own: GrpoConfig) -> Iterator[str]:
+    """Sampling and training at a time need GPUs of their own, and a bound on what the weights' age does."""
+    if config.placement.colocate:
+        fault = "rollout and policy take turns on the same GPUs (placement.colocate)"
+        yield f"{section}.overlap: {fault}: set it to false, or placement.colocate=[]"
+    if not own.importance_cap:
+        fault = "clipping does not bound tokens of negative advantage, whose sampler is one step older"
+        yield f"{section}.overlap: {fault}: set {section}.importance_cap, e.g. to 2"
+    if own is config.reverse_rl and config.reverse_rl.refresh_every:
+        fault = "the reward model changes between two steps"
+        yield f"{section}.overlap: {fault}: set it to false, or {section}.refresh_every=0"
 
 
 def pool_faults(config: Config) -> Iterator[str]:

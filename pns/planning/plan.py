@@ -46,15 +46,19 @@ class StageTime:
     trained_tokens: int
     scored: int
     seconds: Mapping[str, float] | None = None
+    overlaps: bool = False
 
     @property
     def once(self) -> float | None:
-        """Sampling, verdicts and scores go on at once; the rest one after the other."""
+        """Sampling, verdicts and scores go on at once; training after them, or beside those of the next time;
+        and then the sync."""
         if self.seconds is None:
             return None
-        after = ("other log-probs", "update", "sync", "turns")
-        together = max((value for name, value in self.seconds.items() if name not in after), default=0.0)
-        return together + sum(self.seconds.get(name, 0.0) for name in after)
+        after = ("other log-probs", "update", "turns")
+        together = [value for name, value in self.seconds.items() if name not in (*after, "sync")]
+        sampling, training = max(together, default=0.0), sum(self.seconds.get(name, 0.0) for name in after)
+        both = max(sampling, training) if self.overlaps else sampling + training
+        return both + self.seconds.get("sync", 0.0)
 
     @property
     def bound(self) -> str:
@@ -373,7 +377,8 @@ def time_of(plan: Estimate, stage: str, phase: Phase, assumed: Assumptions) -> S
     if phase.updates is not None:
         held = work.held_tokens(phase.updates, lengths, plan.config.policy.layout)
     parts = seconds_by_part(plan, phase, assumed) if plan.device == "cuda" else None
-    return StageTime(stage, phase.name, phase.times, sampled, held, sum(phase.scored.values()), parts)
+    scored = sum(phase.scored.values())
+    return StageTime(stage, phase.name, phase.times, sampled, held, scored, parts, phase.overlaps)
 
 
 def mean_completion(plan: Estimate, phase: Phase) -> float:

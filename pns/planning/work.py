@@ -76,7 +76,8 @@ class Updates:
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of work of a stage, `times` times; sampling and scoring go on at once, training after them."""
+    """One kind of work of a stage, `times` times; sampling and scoring go on at once, training after them, or
+    (`overlaps`) beside those of the next time."""
 
     name: str
     times: int
@@ -84,6 +85,7 @@ class Phase:
     scored: dict[str, int] = field(default_factory=dict)  # service -> completions
     updates: Updates | None = None
     syncs: bool = False
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,8 @@ def grpo_step(config: Config, settings: GrpoConfig, model: str, terms: tuple[str
         forwards,
         has_reference=has_reference,
     )
-    return Phase("step", settings.steps, sampling, dict.fromkeys(terms, num), updates, syncs=True)
+    scored = dict.fromkeys(terms, num)
+    return Phase("step", settings.steps, sampling, scored, updates, syncs=True, overlaps=settings.overlap)
 
 
 def reverse_rl(config: Config, terms: tuple[str, ...]) -> list[Phase]:

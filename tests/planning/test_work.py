@@ -10,6 +10,7 @@ from pns import driver
 from pns.config import NEGATIVE_SOURCES, Layout
 from pns.planning import work
 from pns.planning.assumptions import Assumptions
+from pns.planning.plan import StageTime
 from pns.planning.work import Lengths, Phase, Sampling, Updates
 from pns.recipe import load
 from pns.stages.negatives import SOURCES
@@ -83,6 +84,13 @@ def test_other_forward_passes_and_refreshing_are_counted() -> None:
         30,
         Updates("reward model", 32, 16, score_head=True, together=2),
     )
+
+
+def test_a_step_with_overlap_takes_what_is_longer_of_sampling_and_training() -> None:
+    [step] = phases_of("rl.overlap=true", "rl.importance_cap=2")["rl"]
+    assert step.overlaps
+    seconds = {"rollout": 10.0, "judge": 12.0, "other log-probs": 2.0, "update": 5.0, "sync": 1.0}
+    assert [StageTime("rl", "step", 1, 0, 0, 0, seconds, own).once for own in (False, True)] == [20, 13]
 
 
 def test_suites_are_sampled_as_they_are_decoded(tmp_path: Path) -> None:
