@@ -20,6 +20,8 @@ from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.packing import Bundles, counted
 from workers.placement import bundles
 
+OBJECT_STORE = "object store (weights)"  # a part of a machine's memory
+
 
 @dataclass(frozen=True)
 class RoleMemory:
@@ -85,6 +87,7 @@ class Estimate:
     nodes: list[Machine] = field(default_factory=list)
     unplaced: list[Process] = field(default_factory=list)
     host: dict[str, Parts] = field(default_factory=dict)  # node -> host memory at its fullest moment
+    stores: Parts = field(default_factory=dict)  # node -> what lies in Ray's object store at a sync
     machine_gb: float = 0.0  # of this machine
     times: list[StageTime] = field(default_factory=list)
     disk: Parts = field(default_factory=dict)
@@ -316,8 +319,9 @@ def add_host(plan: Estimate, assumed: Assumptions) -> None:
         plan.machine_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
         return
     for node in plan.nodes:
-        moments = [host_memory(plan, node, moment, assumed) for moment in ("load", "sync")]
-        plan.host[node.name] = memory.largest(*moments)
+        load, sync = (host_memory(plan, node, moment, assumed) for moment in ("load", "sync"))
+        plan.host[node.name] = memory.largest(load, sync)
+        plan.stores[node.name] = sync.get(OBJECT_STORE, 0.0)
 
 
 def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions) -> Parts:
@@ -341,7 +345,7 @@ def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions
         parts["driver"] = assumed.driver_gb + verifiers * assumed.verifier_gb
     here = any(p.role == "rollout" or (p.role == "policy" and p.rank == 0) for p in node.processes)
     if moment == "sync" and shape is not None and here:
-        parts["object store (weights)"] = memory.object_store_gb(shape)
+        parts[OBJECT_STORE] = memory.object_store_gb(shape)
     return parts
 
 

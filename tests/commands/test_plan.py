@@ -253,10 +253,10 @@ def test_a_process_that_no_machine_holds_is_named(
 def test_host_memory_is_checked_where_it_is_known(
     seven: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = cluster(tmp_path, memory_gb=150)
+    file = cluster(tmp_path, memory_gb=40)
     faults = planned(capsys, *seven, "--cluster", str(file), code=2)["faults"]
-    assert any("box-1: 182 GB of host memory" in fault for fault in faults)
-    assert any("do not fit Ray's store of 45 GB" in fault for fault in faults)
+    assert any("box-1: 60 GB of host memory" in fault for fault in faults)
+    assert any("do not fit Ray's store of 12 GB" in fault for fault in faults)
     # Without a file nothing is said of machines that nobody described.
     assert planned(capsys, *seven)["faults"] == []
 
