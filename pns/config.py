@@ -362,6 +362,10 @@ class ReverseRl(GrpoConfig):
 class ServicePool(Pool):
     """Where a reward term is computed. None of it changes a score."""
 
+    engine: EngineKind = key(
+        EngineKind.transformers,
+        "of a judge: transformers; vllm: it shares what prompts have in common, and takes more GPUs than one",
+    )
     min_replicas: int = key(0, "fewest replicas when there is little to do; 0: replicas", at_least(0))
     max_replicas: int = key(0, "most replicas while items queue up; 0: replicas", at_least(0))
     batch_tokens: int = key(

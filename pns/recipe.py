@@ -24,6 +24,7 @@ from pns.config import (
     Config,
     Data,
     DataSource,
+    EngineKind,
     GeneratorStart,
     Grading,
     GrpoConfig,
@@ -475,11 +476,21 @@ def pool_faults(config: Config) -> Iterator[str]:
     if rollout_gpus > 1 and not float(rollout_gpus).is_integer():
         fault = "must be whole where it is above 1: only one GPU can be shared"
         yield f"placement.rollout.gpus: {rollout_gpus} {fault}"
+    judges = {
+        f"reward.terms.{name}.pool"
+        for name, term in config.reward.terms.items()
+        if term.kind is TermKind.judge
+    }
     service_pools = {f"{service.key}.pool": service.pool for service in services(config).values()}
     for key, service in service_pools.items():
-        if service.gpus > 1:
-            fault = "must be at most 1, as reward models and judges are not split over GPUs"
-            yield f"{key}.gpus: {service.gpus} {fault}: add replicas, or take a smaller model"
+        on_vllm = service.engine is EngineKind.vllm
+        if on_vllm and key not in judges:
+            yield f"{key}.engine: vllm runs the judges of reward.terms alone: set it to transformers"
+        if service.gpus > 1 and not on_vllm:
+            fault = "must be at most 1, as transformers splits no model over GPUs"
+            yield f"{key}.gpus: {service.gpus} {fault}: add replicas, or set engine=vllm for a judge"
+        if service.gpus > 1 and not float(service.gpus).is_integer():
+            yield f"{key}.gpus: {service.gpus} must be whole where it is above 1: only one GPU can be shared"
         yield from growth_faults(key, service)
     pools: dict[str, Pool] = {
         "placement.rollout": config.placement.rollout,

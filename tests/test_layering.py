@@ -80,7 +80,7 @@ OWNERS = {
         "workers/training/verl_cpu.py",
         "workers/training/verl_engine.py",
     },
-    "vllm": {"workers/rollout/engine_vllm.py"},
+    "vllm": {"workers/rewards/vllm_grades.py", "workers/rollout/engine_vllm.py"},
     "openai": {"workers/http_client.py"},
     "wtpsplit": {"pns/data/sat.py"},
     "ray": {

@@ -20,6 +20,8 @@ from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.packing import Bundles, counted
 from workers.placement import bundles
 
+# As `workers.rewards.vllm_grades` has them: of a GPU's memory; sequences at once.
+VLLM_JUDGE_SHARE, VLLM_JUDGE_BATCH = 0.85, 256
 OBJECT_STORE = "object store (weights)"  # a part of a machine's memory
 
 
@@ -223,12 +225,24 @@ def add_memory(plan: Estimate, gpu_gb: float, assumed: Assumptions) -> None:
         if b.role in ("rollout", "policy"):
             continue
         if (found := plan.models[b.role]) is not None:
-            judges = services(plan.config)[b.role].judges
-            tokens = forward_tokens(plan, b.role, assumed)
-            parts = memory.scorer_memory(found.shape, judges, tokens, plan.device, assumed)
+            parts = service_memory(plan, b, found, gpu_gb, assumed)
             for stage, own in plan.stages.items():
                 if b.role in own.roles:
                     add(plan, b.role, stage, parts)
+
+
+def service_memory(
+    plan: Estimate, b: Bundles, found: KnownModel, gpu_gb: float, assumed: Assumptions
+) -> Parts:
+    service = services(plan.config)[b.role]
+    if service.pool.engine is EngineKind.vllm and plan.device == "cuda":
+        fraction = VLLM_JUDGE_SHARE * min(1.0, service.pool.gpus)
+        parts, _ = memory.vllm_memory(
+            found.shape, tensor_parallel(b), VLLM_JUDGE_BATCH, fraction, gpu_gb, assumed
+        )
+        return {name: gb for name, gb in parts.items() if name != "sampler (noise)"}
+    tokens = forward_tokens(plan, b.role, assumed)
+    return memory.scorer_memory(found.shape, service.judges, tokens, plan.device, assumed)
 
 
 def forward_tokens(plan: Estimate, role: str, assumed: Assumptions) -> int:
@@ -434,7 +448,7 @@ def term_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[str
         b, found, gpu = plan.bundle(name), plan.models.get(name), plan.gpu_of(name)
         if b is not None and found is not None and gpu is not None:
             judges, shape = services(plan.config)[name].judges, found.shape
-            told = completions, plan.lengths, b.replicas, gpu, assumed
+            told = completions, plan.lengths, b.replicas * tensor_parallel(b), gpu, assumed
             parts[name] = speed.scoring_seconds(shape, judges, *told)
             if judges and name in STEP_SERVICES:
                 num_steps = work.steps_of(plan.config, plan.lengths.completion, assumed)

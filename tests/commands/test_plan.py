@@ -126,6 +126,18 @@ def test_seven_billion_parameters_on_sixteen_gpus(
     assert made["costs"][0]["price"] == pytest.approx(16 * hours * 2.5)
 
 
+def test_a_judge_on_vllm_is_spread_over_its_gpus(
+    seven: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = "reward.terms.coherence.pool"
+    made = planned(capsys, *seven, f"{pool}.engine=vllm", f"{pool}.gpus=2", f"{pool}.replicas=1")
+    assert made["faults"] == []
+    [judge] = [own["parts"] for own in made["memory_gb"] if own["role"] == "coherence"]
+    assert judge["weights (bfloat16)"] == pytest.approx(7.6, abs=0.1)
+    # 0.85 of a GPU of 80 GB, and beside it CUDA graphs and a context.
+    assert sum(judge.values()) == pytest.approx(0.85 * 80 + 2, rel=0.02)
+
+
 def test_steps_are_labelled_by_two_services(bcpg: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     made = planned(capsys, *bcpg, "--completion-tokens", "700")
     assert made["faults"] == []
