@@ -294,7 +294,11 @@ def resolve_path(value: str, directory: Path, named: bool) -> str:
     return os.path.normpath(path)
 
 
-_SOUGHT = {"models.judge": "reward.terms.coherence.model"}  # where people look for a key that is elsewhere
+# Where people look for a key that is elsewhere.
+_SOUGHT = {
+    "models.judge": "reward.terms.coherence.model",
+    "pair.prefer_shared_prefix": "pair.prefer (first, shared_prefix or likely)",
+}
 
 
 def suggest_key(name: str, settings: Any) -> str:

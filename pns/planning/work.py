@@ -20,6 +20,7 @@ from pns.config import (
     GrpoConfig,
     Layout,
     Method,
+    PairPreference,
     TermKind,
     external_pairs,
     labels_steps,
@@ -262,9 +263,13 @@ def scoring_of_pairs(
     scored = 2 * problems * own.pairs_per_problem + 2 * (num + num_negatives)
     phases = [Phase("scoring", 1, scored={own.scored_by: scored})]
     roles = [own.scored_by]
+    if own.prefer is PairPreference.likely and num_negatives:
+        likely = Updates(BACKBONE, num_negatives, problems, 0, forwards=1)
+        phases.append(Phase("log-probs", 1, updates=likely))
     if own.perplexity_samples:  # of right ones, of the target's wrong ones and of the negatives
         rows = 3 * min(own.perplexity_samples, num)
         phases.append(Phase("perplexity", 1, updates=Updates(BACKBONE, rows, rows, 0, forwards=1)))
+    if own.perplexity_samples or own.prefer is PairPreference.likely:
         roles.insert(0, "policy")
     return tuple(roles), phases
 

@@ -27,6 +27,7 @@ BCPG = ["method=bcpg", "bcpg.step_judge.model=a/judge", "bcpg.process_reward.mod
         ["negatives=mixed"],
         ["negatives=mixed", "mixture.starts=[backbone,target]", "synthesize.min_log_prob=-2"],
         ["negatives=rs", "synthesize.max_log_prob=-0.1", "pair.perplexity_samples=0"],
+        ["negatives=rs", "pair.prefer=likely", "pair.perplexity_samples=0"],
         ["reward.terms.coherence.weight=0"],
         ["reward.terms.second={kind: reward_model, weight: 0.1, model: a/b}", "pair.scored_by=second"],
         ["reverse_rl.refresh_every=10"],
@@ -67,6 +68,13 @@ def test_work_of_the_tiny_recipe_by_hand() -> None:
     # 800 of the target and 400 negatives by two reward models, and both sides of 100 pairs.
     assert phases["pair"][1].scored == {"plausibility": 2 * 100 + 2 * (800 + 400)}
     assert phases["evaluate"] == [Phase("sampling", 3, Sampling("backbone", 700, 700, 96))]
+
+
+def test_the_log_probs_of_negatives_are_counted_where_the_likeliest_goes_first() -> None:
+    words = ["data.tiny.num_preference=100", "pair.perplexity_samples=0"]
+    log_probs = Phase("log-probs", 1, updates=Updates("backbone", 400, 100, 0, forwards=1))
+    assert log_probs in phases_of(*words, "pair.prefer=likely")["pair"]
+    assert log_probs not in phases_of(*words)["pair"]
 
 
 def test_other_forward_passes_and_refreshing_are_counted() -> None:
