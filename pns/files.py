@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 import zlib
@@ -18,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import orjson
+
 from pns.errors import UserError
-from pns.records import to_json
+from pns.records import fields_of, is_record, to_json
 
 PARTIAL = ".partial-"  # begins the name of whatever is being written
 _MISSING = "does not exist; name a file that is there, or run the stage that writes it"
@@ -107,6 +110,16 @@ def json_lines(path: str | Path, growing: bool = False) -> Iterator[tuple[int, d
         raise UserError(f"{path}: cannot be read ({error}); mend it or name another file") from error
 
 
+def rows_from(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file whose `step` is `first_step` or later; the others are not read."""
+    with open(path, "rb") as file:
+        return [
+            _json_object(line, path, number)
+            for number, line in enumerate(file, start=1)
+            if _step(line, path, number) >= first_step
+        ]
+
+
 def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
     """Cut a JSON-lines file at an unfinished last line, and at the first row from `keep_below_step` on."""
     end = 0
@@ -114,10 +127,8 @@ def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):  # a crash cut it
                 break
-            if keep_below_step is not None:
-                row = _json_object(line, Path(path), number)
-                if row["step"] >= keep_below_step:
-                    break
+            if keep_below_step is not None and _step(line, Path(path), number) >= keep_below_step:
+                break
             end += len(line)
         file.truncate(end)
         os.fsync(file.fileno())
@@ -126,7 +137,7 @@ def cut_rows(path: str | Path, keep_below_step: int | None = None) -> None:
 def append_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Add records or dicts to a JSON-lines file, on disk when this returns."""
     with open(path, "ab") as file:
-        file.write(b"".join(_line(row) for row in rows))  # one write: a crash cuts at most the last lines
+        file.writelines(map(_line, rows))  # a crash cuts at most the last lines
         file.flush()
         os.fsync(file.fileno())
 
@@ -172,8 +183,51 @@ def files_below(path: Path) -> list[tuple[str, Path]]:
 
 
 def _line(row: Any) -> bytes:
+    if _all_finite(row):
+        try:
+            return orjson.dumps(row, _plain, _LINE)
+        except TypeError:  # an integer of more than 64 bits, and what is no JSON for json either
+            pass
     # NaN is no JSON: other readers would refuse the whole file.
     return f"{json.dumps(to_json(row), ensure_ascii=False, allow_nan=False)}\n".encode()
+
+
+# Our records go through `_plain`, which knows which fields count.
+_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+
+
+def _plain(value: Any) -> Any:
+    """`value`, which orjson does not know, as something that it knows."""
+    if is_record(value):
+        return fields_of(value)
+    if isinstance(value, tuple):  # a subclass, as is a float that comes here
+        return list(value)
+    if isinstance(value, float):
+        return float(value)
+    raise TypeError(f"a {type(value).__name__} is not written as JSON")
+
+
+def _all_finite(value: Any) -> bool:
+    """False where a number in `value` is NaN or infinite, which orjson would write as null."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, list | tuple):
+        try:
+            return math.isfinite(sum(value))  # thousands of log-probabilities at once
+        except (TypeError, OverflowError):  # other things than numbers, or very large ones
+            return all(map(_all_finite, value))
+    if isinstance(value, dict):
+        return all(map(_all_finite, value.values()))
+    return not is_record(value) or all(map(_all_finite, fields_of(value).values()))
+
+
+def _step(line: bytes, path: Path, number: int) -> int:
+    """The step of a row, which its line begins with: a row of thousands of tokens is not read for it."""
+    begun = _STEP.match(line)
+    return int(begun[1]) if begun else _json_object(line, path, number)["step"]
+
+
+_STEP = re.compile(rb'\{"step": ?(\d+)[,}]')
 
 
 def _json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -186,14 +186,23 @@ def to_json(record: Any) -> Any:
     """The record as JSON values (dict, list, str, number, None); `from_json` is the inverse."""
     if isinstance(record, Enum):
         return record.value
-    # `is_dataclass` holds for a class, too.
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if is_record(record):
+        return {name: to_json(value) for name, value in fields_of(record).items()}
     if isinstance(record, dict):
         return {key: to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
         return [to_json(value) for value in record]
     return record
+
+
+def is_record(value: Any) -> bool:
+    # `is_dataclass` holds for a class, too.
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """Name -> value of a record's fields, in their order."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

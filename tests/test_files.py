@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pns.errors import UserError
@@ -24,7 +27,7 @@ from pns.files import (
     write_json,
     write_jsonl,
 )
-from pns.records import Verdict
+from pns.records import Completion, Verdict, from_json, to_json
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
@@ -97,6 +100,28 @@ def test_rows_are_appended_and_cut_at_a_torn_line_or_a_step(tmp_path: Path) -> N
     assert [row["step"] for row in read_jsonl(path)] == [0, 1, 1, 2]
     cut_rows(path, keep_below_step=1)
     assert read_jsonl(path) == [{"step": 0}]
+
+
+def test_rows_are_what_json_reads(tmp_path: Path) -> None:
+    log_probs = (-1.1920928955078125e-07, -0.0, 5e-324, 1e16, 0.1)
+    completion = Completion("p#0", "p", "\u00e4\u2028\x00", (1, 2), log_probs, "stop")
+    rows: list[Any] = [
+        completion,
+        {"large": 2**70, "nested": [[], {}, ((0.5,), (True, None))], "verdict": Verdict.WRONG},
+        {"numpy": np.float64(0.1)},
+    ]
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    assert repr(read_jsonl(path)) == repr([json.loads(json.dumps(to_json(row))) for row in rows])
+    assert repr(from_json(Completion, read_jsonl(path)[0])) == repr(completion)
+
+
+@pytest.mark.parametrize(
+    "row", [{"a": math.nan}, {"a": [1, math.inf]}, {"a": [math.inf, -math.inf]}, {"a": {"b": (math.nan,)}}]
+)
+def test_a_number_that_json_has_not_is_refused(row: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        append_jsonl(tmp_path / "rows.jsonl", [row])
 
 
 def test_the_hash_of_a_tree_is_of_names_and_contents(tmp_path: Path) -> None:

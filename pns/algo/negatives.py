@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-)?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?"
     r"|-?\\[dt]?frac\s*\{[^{}]+\}\s*\{[^{}]+\}"
 )
+_UP_TO_DIGIT = re.compile(r".*\d", re.DOTALL)
 # A full stop with a digit behind it is a decimal point.
 _END_OF_EQUATION = re.compile(r"[.,;!?]?(?:\s*\$|\s*\\[\])]|\n|\.\s|\.$)")
 _MAX_CHARACTERS = 300  # of the right side of an equation that is read as an answer
@@ -45,11 +46,20 @@ def box_only_flip(text: str, gold: str) -> bool:
     if "=" in reasoning:
         right_side = reasoning.rpartition("=")[2][:_MAX_CHARACTERS].strip().lstrip("$ ")
         stated.append(_END_OF_EQUATION.split(right_side)[0])
-    if numbers := _NUMBER.findall(reasoning):
-        stated.append(numbers[-1])
+    stated += _last_number(reasoning)
     if exact_value(gold) is None and (words := _WORD.findall(reasoning)):
         stated.append(words[-1])
     return any(same_answer(gold, answer) is True for answer in stated)
+
+
+def _last_number(text: str) -> list[str]:
+    """The last number of `text`; empty where there is none."""
+    if "frac" not in text:  # no other number holds white space: from the last word with a digit on is enough
+        up_to_digit = _UP_TO_DIGIT.match(text)
+        if up_to_digit is None:
+            return []
+        text = up_to_digit[0].rsplit(maxsplit=1)[-1] + text[up_to_digit.end() :]
+    return _NUMBER.findall(text)[-1:]
 
 
 def filter_negatives(
@@ -195,10 +205,31 @@ def degeneration(
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float | None:
     """Different n-grams over all n-grams of `sequences`, in (0, 1]; None where there is none."""
-    ngrams: Counter[tuple[int, ...]] = Counter()
-    for sequence in sequences:
-        ngrams.update(tuple(sequence[start : start + n]) for start in range(len(sequence) - n + 1))
-    return len(ngrams) / ngrams.total() if ngrams else None
+    lengths = [len(sequence) for sequence in sequences]
+    if max(lengths, default=0) < n:
+        return None
+    tokens = np.fromiter(chain.from_iterable(sequences), np.int64, sum(lengths))
+    ends = np.repeat(np.cumsum(lengths), lengths)  # of each token's sequence
+    whole = np.arange(len(tokens) - n + 1) + n <= ends[: len(tokens) - n + 1]
+    ngrams = np.sort(_ngrams(tokens, n)[whole])
+    return (1 + np.count_nonzero(np.diff(ngrams))) / len(ngrams)
+
+
+def _ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
+    """A number for the n-gram that begins at each token, equal where the n-grams are."""
+    if n == 1:
+        return tokens
+    half = n // 2
+    first = _ranks(_ngrams(tokens, half))
+    second = first if n - half == half else _ranks(_ngrams(tokens, n - half))
+    return (first[: len(tokens) - n + 1] << 32) | second[half : len(tokens) - n + 1 + half]
+
+
+def _ranks(numbers: np.ndarray) -> np.ndarray:
+    """Below 2^31, and equal where `numbers` are."""
+    if not len(numbers) or numbers.max() < 2**31:
+        return numbers
+    return np.unique(numbers, return_inverse=True)[1]
 
 
 def error_kind(rollout: Rollout) -> str:

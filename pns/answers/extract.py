@@ -11,6 +11,7 @@ _BOX = re.compile(
     r"|\\.|[{}]",
     re.DOTALL,
 )
+_COMMAND = re.compile(r"\\+(?:boxed|fbox)")  # from the first backslash on: a pair of them is no command
 _JOINED = re.compile(r"[,;]|\b(?:and|or)\b")
 _JOINT = re.compile(
     r"(?:[\s$,;]|\\[()\[\], ]|\\quad|\\qquad|\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}|\band\b|\bor\b)*"
@@ -81,7 +82,9 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     """Spans of the contents of all balanced boxes, by their start."""
     opened: list[int | None] = []  # per open brace: start of the content if the brace opens a box
     spans = []
-    for match in _BOX.finditer(text):
+    first = _COMMAND.search(text)
+    # What a brace before the first box opens is never a box's content.
+    for match in _BOX.finditer(text, first.start()) if first else ():
         if match["box"]:
             opened.append(match.end())
         elif match["bare"]:

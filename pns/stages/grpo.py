@@ -11,7 +11,7 @@ from pns.algo.advantages import rollout_advantages
 from pns.algo.masks import mask_report
 from pns.config import GrpoConfig, RatioLevel, RewardConfig
 from pns.errors import UserError
-from pns.files import append_jsonl, cut_rows, read_jsonl
+from pns.files import append_jsonl, cut_rows, rows_from
 from pns.records import Problem, Reward, Rollout, Verdict, from_json
 from pns.stages.ahead import Ahead
 from pns.stages.artefacts import TrainedModel
@@ -150,8 +150,7 @@ def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step
     if not trained.rollouts_file.exists():
         return
     cut_rows(trained.rollouts_file)  # first the line that a crash cut, which cannot be read
-    rows = read_jsonl(trained.rollouts_file)
-    later = [from_json(Rollout, row) for row in rows if row["step"] >= first_step]
+    later = [from_json(Rollout, row) for row in rows_from(trained.rollouts_file, first_step)]
     unfinished.add(rollout for rollout in later if not rollout.reward.missing)
     cut_rows(trained.rollouts_file, first_step)
 

@@ -334,9 +334,9 @@ def work_off() -> None:
 
 
 class Side:
-    """A worker seen from the parent."""
+    """A worker of `script`, on our `side` of the comparison or TRL's, seen from the parent."""
 
-    def __init__(self, work: Work, log: IO[str]) -> None:
+    def __init__(self, work: Any, log: IO[str], script: str, ours: bool, vllm: bool = False) -> None:
         environment = dict(
             os.environ,
             PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
@@ -345,8 +345,8 @@ class Side:
         if work.device == "cpu":
             from workers.runtime import VERL_CPU, process_environment
 
-            environment |= {"CUDA_VISIBLE_DEVICES": "", **process_environment("reward", "cpu", cpus=1)}
-        if work.side in OURS:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", **process_environment("reward", "cpu", 1, vllm)}
+        if ours:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
@@ -365,7 +365,7 @@ class Side:
         self.grad_norms: list[float] = []
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"],
+            [sys.executable, script, "--worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -500,7 +500,8 @@ def main() -> None:
             per_micro_batch = 1 if name.startswith("trl-single") else shape.pairs_per_micro_batch
             steps = arguments.warm_up + arguments.rounds
             work = Work(name, arguments.device, directory, shape, pairs, per_micro_batch, steps)
-            sides.append(Side(work, stack.enter_context(tempfile.TemporaryFile("w+"))))
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            sides.append(Side(work, log, __file__, name in OURS))
             stack.callback(sides[-1].kill)
         for _ in range(arguments.warm_up + arguments.rounds):
             for side in sides:

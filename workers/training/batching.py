@@ -7,7 +7,7 @@ order of a packed micro-batch is that of `workers.training.attention`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, count, takewhile
+from itertools import accumulate, chain, count
 
 import numpy as np
 
@@ -28,8 +28,8 @@ class Batch:
     models rows come in pairs: chosen, rejected, chosen, ...
     """
 
-    prompt_ids: Sequence[Sequence[int]]
-    completion_ids: Sequence[Sequence[int]]
+    prompt_ids: Sequence[Sequence[int] | np.ndarray]
+    completion_ids: Sequence[Sequence[int] | np.ndarray]
     token_values: dict[str, Sequence[Sequence[float] | np.ndarray]] = field(default_factory=dict)
     row_values: dict[str, Sequence[float]] = field(default_factory=dict)
 
@@ -151,12 +151,22 @@ def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 def _fill_micro_batches(units: Sequence[Unit], max_tokens: int, layout: Layout) -> list[list[Unit]]:
     """The longest units first, so that rows of similar length come together."""
     micro_batches: list[list[Unit]] = []
-    for unit in sorted(units, key=lambda unit: max(max(family.lengths) for family in unit), reverse=True):
-        if micro_batches and _size([*micro_batches[-1], unit], layout) <= max_tokens:
+    longest = num_held = 0  # tokens of the last micro-batch's longest row, and tokens or rows that it holds
+    for unit in sorted(units, key=_longest, reverse=True):
+        num_added = sum(len(family.rows) if layout is Layout.padded else family.tokens for family in unit)
+        a_piece = longest if layout is Layout.padded else 1
+        if micro_batches and (num_held + num_added) * a_piece <= max_tokens:
             micro_batches[-1].append(unit)
+            num_held += num_added
         else:
             micro_batches.append([unit])
+            longest, num_held = _longest(unit), num_added
     return micro_batches
+
+
+def _longest(unit: Unit) -> int:
+    """Tokens of its longest row."""
+    return max(max(family.lengths) for family in unit)
 
 
 def _split_to(count: int, micro_batches: list[list[Unit]], padding: Unit) -> None:
@@ -182,14 +192,28 @@ def _units(batch: Batch, group_size: int, max_tokens: int, layout: Layout) -> li
     for group in groups:
         unit = _families(batch, group)
         before = units[-1] if units else []
-        alike = len(before) == len(unit) == 1
-        if alike and batch.prompt_ids[before[0].rows[0]] == batch.prompt_ids[group[0]]:
-            merged = _families(batch, [*before[0].rows, *group])
-            if len(merged) == 1 and merged[0].tokens <= max_tokens:
-                units[-1] = merged
+        if len(before) == len(unit) == 1 and _same_prompt(batch, before[0].rows[0], group[0]):
+            merged = _merged(batch, before[0], unit[0])
+            if merged and merged.tokens <= max_tokens:
+                units[-1] = [merged]
                 continue
         units.append(unit)
     return units
+
+
+def _same_prompt(batch: Batch, first: int, second: int) -> bool:
+    return np.array_equal(batch.prompt_ids[first], batch.prompt_ids[second])
+
+
+def _merged(batch: Batch, one: Family, other: Family) -> Family | None:
+    """Both as one family; None where they do not begin alike."""
+    # What all rows of two families share is the least of what each shares and what their first rows share.
+    common = _num_common(batch, one.rows[0], other.rows[0])
+    if not common:
+        return None
+    lengths = one.lengths + other.lengths
+    trunks = [family.trunk for family in (one, other) if len(family.rows) > 1]
+    return Family(one.rows + other.rows, lengths, min(common, *trunks, min(lengths) - 1))
 
 
 def _families(batch: Batch, rows: Sequence[int]) -> Unit:
@@ -203,10 +227,12 @@ def _families(batch: Batch, rows: Sequence[int]) -> Unit:
 
 def _num_common(batch: Batch, first: int, second: int) -> int:
     """Tokens that two rows have in common at their beginning."""
-    first_ids = chain(batch.prompt_ids[first], batch.completion_ids[first])
-    second_ids = chain(batch.prompt_ids[second], batch.completion_ids[second])
-    common = takewhile(lambda ids: ids[0] == ids[1], zip(first_ids, second_ids, strict=False))
-    return sum(1 for _ in common)
+    num = min(batch.length(first), batch.length(second))
+    first_ids, second_ids = (
+        np.concatenate([batch.prompt_ids[row], batch.completion_ids[row]])[:num] for row in (first, second)
+    )
+    different = first_ids != second_ids
+    return int(different.argmax()) if different.any() else num
 
 
 def micro_batch(batch: Batch, families: Sequence[Family], layout: Layout) -> MicroBatch:
@@ -225,7 +251,8 @@ def micro_batch(batch: Batch, families: Sequence[Family], layout: Layout) -> Mic
     token_ids, position_ids = np.zeros(num_held, np.int64), np.zeros(num_held, np.int64)
     predictors = []
     for place, prompt, completion in zip(places, prompts, completions, strict=True):
-        token_ids[place] = np.fromiter((*prompt, *completion), np.int64, len(place))
+        token_ids[place[: len(prompt)]] = prompt
+        token_ids[place[len(prompt) :]] = completion
         position_ids[place] = np.arange(len(place))
         predictors.append(place[len(prompt) - 1 : -1])  # each token is predicted by the one before it
     row_values = {"weight": [1.0] * len(batch), **batch.row_values}
@@ -276,9 +303,10 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
     if any(not len(ids) for ids in batch.prompt_ids) or any(not len(ids) for ids in batch.completion_ids):
         raise ValueError("a row has an empty prompt or completion")
     for ids in (*batch.prompt_ids, *batch.completion_ids):
-        if min(ids) < 0 or max(ids) >= vocab_size:  # on a GPU they would end in an assertion of the kernel
+        lowest, highest = np.min(ids), np.max(ids)
+        if lowest < 0 or highest >= vocab_size:  # on a GPU they would end in an assertion of the kernel
             raise ValueError(
-                f"token id {max(ids)} is outside the model's vocabulary of {vocab_size}: "
+                f"token id {highest} is outside the model's vocabulary of {vocab_size}: "
                 "use the tokenizer of the model"
             )
     columns = {"completion_ids": batch.completion_ids, **batch.token_values, **batch.row_values}

@@ -312,6 +312,11 @@ class Policy:
 
     def _parts(self, batch: Batch, group_size: int) -> list[list[MicroBatch]]:
         """The micro-batches of every rank."""
+        # Once: each of the steps below reads every token.
+        prompts, completions = (
+            list(map(np.asarray, ids)) for ids in (batch.prompt_ids, batch.completion_ids)
+        )
+        batch = replace(batch, prompt_ids=prompts, completion_ids=completions)
         check_batch(batch, self._vocab_size)
         layout = self.settings.layout
         planned = plan(batch, group_size, self._ranks, self.settings.max_tokens_per_micro_batch, layout)
