@@ -142,8 +142,14 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
             ("reverse_rl.refresh_every", "own reward model"),
         ),
         ("placement.rollout.gpus=1.5", ("placement.rollout.gpus: 1.5", "whole")),
-        ("reward.terms.coherence.pool.gpus=2", ("coherence.pool.gpus: 2.0", "splits no model", "engine=vllm")),
-        ("reward.terms.plausibility.pool.engine=vllm", ("plausibility.pool.engine", "judges", "transformers")),
+        (
+            "reward.terms.coherence.pool.gpus=2",
+            ("coherence.pool.gpus: 2.0", "splits no model", "engine=vllm"),
+        ),
+        (
+            "reward.terms.plausibility.pool.engine=vllm",
+            ("plausibility.pool.engine", "judges", "transformers"),
+        ),
         ("placement.rollout.labels={zone: ''}", ("placement.rollout.labels: 'zone'", "value")),
         ("placement.policy.resources={slot: 1.5}", ("placement.policy.resources.slot: 1.5", "whole")),
         (
