@@ -21,8 +21,9 @@ $(VENV)/.ready: docker/requirements-cpu.txt pyproject.toml
 demo: setup  ## the whole method on the tiny world, at most 10 minutes on two cores
 	$(BIN)/pns run recipes/tiny-qwen2.yaml
 
+# Two processes, each with whole files and a Ray of its own: half of the time is waiting for processes to start.
 test: setup lint  ## format, lint, types and every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 lint: setup  ## format, lint and types alone; changes nothing
 	$(BIN)/ruff format --check .

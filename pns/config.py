@@ -60,6 +60,9 @@ Normalisation = StrEnum("Normalisation", ["auto", "none", "sigmoid", "z_score"])
 When = StrEnum("When", ["any", "wrong", "correct"])
 RewardInput = StrEnum("RewardInput", ["auto", "tokens", "chat"])
 Grading = StrEnum("Grading", ["likeliest", "expected"])
+# Which negative of a problem is paired first, and with which right side: in the order of sampling; the two
+# with the longest common prefix; or the negative likeliest under the target, with the right side nearest it.
+PairPreference = StrEnum("PairPreference", ["first", "shared_prefix", "likely"])
 MarginMask = StrEnum("MarginMask", ["completion", "first_wrong_step", "first_divergent_token"])
 Method = StrEnum("Method", ["pns", "bcpg", "study"])
 # Which pairs an arm of a study has: of the problems that every such arm has a negative of, with the same
@@ -307,6 +310,10 @@ class GrpoConfig:
         "importance sampling); 0: the engine's log-probabilities are the old policy's",
         at_least(0),
     )
+    overlap: bool = key(
+        False,
+        "sample a step while the one before is trained on, from weights one step older; needs importance_cap",
+    )
     overlong_tokens: int = key(
         0,
         "the reward falls to -1 over the last so many of rollout.max_new_tokens; 0: it does not",
@@ -358,6 +365,10 @@ class ReverseRl(GrpoConfig):
 class ServicePool(Pool):
     """Where a reward term is computed. None of it changes a score."""
 
+    engine: EngineKind = key(
+        EngineKind.transformers,
+        "of a judge: transformers; vllm: it shares what prompts have in common, and takes more GPUs than one",
+    )
     min_replicas: int = key(0, "fewest replicas when there is little to do; 0: replicas", at_least(0))
     max_replicas: int = key(0, "most replicas while items queue up; 0: replicas", at_least(0))
     batch_tokens: int = key(
@@ -506,7 +517,10 @@ class PairStage:
     temperature: float = key(1.0, "sampling temperature; 0: greedy", at_least(0))
     max_length_ratio: float = key(2.0, "longer over shorter side of a pair, in tokens, at most", at_least(1))
     pairs_per_problem: int = key(1, "pairs of each problem, at most", at_least(1))
-    prefer_shared_prefix: bool = key(True, "give each negative the right side with the longest common prefix")
+    prefer: PairPreference = key(
+        PairPreference.shared_prefix,
+        "which negative goes first: as sampled, nearest to a right side, or likeliest under the target",
+    )
     balance_flow: bool = key(False, "as many (right, wrong) as (wrong, right) tokens at the first divergence")
     scored_by: str = key("plausibility", "reward_model term whose model scores pairs")
     perplexity_samples: int = key(

@@ -96,9 +96,8 @@ def study(run: Plan, config: Config, world: World) -> None:
     for name, own in arms.items():
         part = run.part(name, own)
         of_arm = choice if own.study.pairs is StudyPairs.common else None
-        pairs = part(
-            pair_arm, solutions, rejected[name], rewards, world.preference, backbone, of_arm, name="pair"
-        )
+        inputs = target, solutions, rejected[name], rewards, world.preference, backbone, of_arm
+        pairs = part(pair_arm, *inputs, name="pair")
         models[name] = part(preference, target, pairs, world.preference, None)
     run(evaluate, models, world.suites)
 

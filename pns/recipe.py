@@ -24,8 +24,10 @@ from pns.config import (
     Config,
     Data,
     DataSource,
+    EngineKind,
     GeneratorStart,
     Grading,
+    GrpoConfig,
     Method,
     Normalisation,
     Pool,
@@ -292,7 +294,11 @@ def resolve_path(value: str, directory: Path, named: bool) -> str:
     return os.path.normpath(path)
 
 
-_SOUGHT = {"models.judge": "reward.terms.coherence.model"}  # where people look for a key that is elsewhere
+# Where people look for a key that is elsewhere.
+_SOUGHT = {
+    "models.judge": "reward.terms.coherence.model",
+    "pair.prefer_shared_prefix": "pair.prefer (first, shared_prefix or likely)",
+}
 
 
 def suggest_key(name: str, settings: Any) -> str:
@@ -440,9 +446,24 @@ def sampling_faults(config: Config) -> Iterator[str]:
                 yield f"{section}.{name} is read by {section}.ratio=token alone: set it to 0"
         if 0 < own.dual_clip <= highest:
             yield f"{section}.dual_clip: {own.dual_clip} must be 0, or above 1 + clip_high ({highest:g})"
+        if own.overlap:
+            yield from overlap_faults(config, section, own)
         if own.overlong_tokens > max_tokens:
             fault = f"{own.overlong_tokens} is more than rollout.max_new_tokens, {max_tokens}"
             yield f"{section}.overlong_tokens: {fault}: lower it"
+
+
+def overlap_faults(config: Config, section: str, own: GrpoConfig) -> Iterator[str]:
+    """Sampling and training at a time need GPUs of their own, and a bound on what the weights' age does."""
+    if config.placement.colocate:
+        fault = "rollout and policy take turns on the same GPUs (placement.colocate)"
+        yield f"{section}.overlap: {fault}: set it to false, or placement.colocate=[]"
+    if not own.importance_cap:
+        fault = "clipping does not bound tokens of negative advantage, whose sampler is one step older"
+        yield f"{section}.overlap: {fault}: set {section}.importance_cap, e.g. to 2"
+    if own is config.reverse_rl and config.reverse_rl.refresh_every:
+        fault = "the reward model changes between two steps"
+        yield f"{section}.overlap: {fault}: set it to false, or {section}.refresh_every=0"
 
 
 def pool_faults(config: Config) -> Iterator[str]:
@@ -459,11 +480,21 @@ def pool_faults(config: Config) -> Iterator[str]:
     if rollout_gpus > 1 and not float(rollout_gpus).is_integer():
         fault = "must be whole where it is above 1: only one GPU can be shared"
         yield f"placement.rollout.gpus: {rollout_gpus} {fault}"
+    judges = {
+        f"reward.terms.{name}.pool"
+        for name, term in config.reward.terms.items()
+        if term.kind is TermKind.judge
+    }
     service_pools = {f"{service.key}.pool": service.pool for service in services(config).values()}
     for key, service in service_pools.items():
-        if service.gpus > 1:
-            fault = "must be at most 1, as reward models and judges are not split over GPUs"
-            yield f"{key}.gpus: {service.gpus} {fault}: add replicas, or take a smaller model"
+        on_vllm = service.engine is EngineKind.vllm
+        if on_vllm and key not in judges:
+            yield f"{key}.engine: vllm runs the judges of reward.terms alone: set it to transformers"
+        if service.gpus > 1 and not on_vllm:
+            fault = "must be at most 1, as transformers splits no model over GPUs"
+            yield f"{key}.gpus: {service.gpus} {fault}: add replicas, or set engine=vllm for a judge"
+        if service.gpus > 1 and not float(service.gpus).is_integer():
+            yield f"{key}.gpus: {service.gpus} must be whole where it is above 1: only one GPU can be shared"
         yield from growth_faults(key, service)
     pools: dict[str, Pool] = {
         "placement.rollout": config.placement.rollout,

@@ -142,7 +142,14 @@ def test_recipe_overrides_schema_and_override_overrides_recipe(recipe: Path) -> 
             ("reverse_rl.refresh_every", "own reward model"),
         ),
         ("placement.rollout.gpus=1.5", ("placement.rollout.gpus: 1.5", "whole")),
-        ("reward.terms.coherence.pool.gpus=2", ("coherence.pool.gpus: 2.0", "not split", "replicas")),
+        (
+            "reward.terms.coherence.pool.gpus=2",
+            ("coherence.pool.gpus: 2.0", "splits no model", "engine=vllm"),
+        ),
+        (
+            "reward.terms.plausibility.pool.engine=vllm",
+            ("plausibility.pool.engine", "judges", "transformers"),
+        ),
         ("placement.rollout.labels={zone: ''}", ("placement.rollout.labels: 'zone'", "value")),
         ("placement.policy.resources={slot: 1.5}", ("placement.policy.resources.slot: 1.5", "whole")),
         (
@@ -402,6 +409,15 @@ def test_settings_of_tiny_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (["rl.top_p=0.9"], r"rl.top_p: 0.9; .*set it to 1, and use the temperature"),
         (["reverse_rl.importance_cap=2", "reverse_rl.temperature=0.7"], r"reverse_rl.importance_cap: 2.0; "),
+        (["rl.overlap=true"], r"rl.overlap: clipping does not bound .*: set rl.importance_cap, e.g. to 2"),
+        (
+            ["rl.overlap=true", "rl.importance_cap=2", "placement.colocate=[rollout,policy]"],
+            r"rl.overlap: rollout and policy take turns on the same GPUs .*set it to false, or placement.col",
+        ),
+        (
+            ["reverse_rl.overlap=true", "reverse_rl.importance_cap=2", "reverse_rl.refresh_every=5"],
+            r"reverse_rl.overlap: the reward model changes between two steps: .* reverse_rl.refresh_every=0",
+        ),
         (["rl.ratio=sequence", "rl.dual_clip=3"], "rl.dual_clip is read by rl.ratio=token alone"),
         (["rl.dual_clip=1.2"], r"rl.dual_clip: 1.2 must be 0, or above 1 \+ clip_high \(1.28\)"),
         (["rl.overlong_tokens=5000"], "rl.overlong_tokens: 5000 is more than rollout.max_new_tokens, 2048"),

@@ -87,10 +87,16 @@ def test_the_studys_page(run: Path, tmp_path: Path) -> None:
     covered = figures["coverage"]
     assert covered["given"]["all"] == 1.0
     assert 0 < covered["rs"]["all"] <= 1.0
+    errors = figures["first_errors"]
+    assert errors["given"].keys() == errors["rs"].keys()
+    # A right derivation and another number in the box, which may be that of another quantity.
+    assert errors["given"]["answer"] + errors["given"].get("query", 0.0) == pytest.approx(1)
+    assert sum(errors["pns"].values()) == pytest.approx(1)
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
     for said in ("qwen2: results", "qwen2: negatives", "qwen2: side by side", "<svg", "<mark"):
         assert said in page
     tables = (tmp_path / "study" / "tables.md").read_text(encoding="utf-8")
     assert "| pns |" in tables
+    assert "| first error, share of negatives |" in tables
     rft = figures["suites"]["mean"]["pns"]["against"]["rft"]
     assert f"{100 * rft['difference']:+.1f} [" in tables

@@ -104,6 +104,7 @@ KEYS: list[tuple[str, str]] = [
     ("data.jsonl=FILE", "data.jsonl: FILE is no section ... data.jsonl.train"),
     ("=3", "'=3' ... key=value"),
     ("models.judge=", "models.judge: unknown key ... did you mean reward.terms.coherence.model?"),
+    ("pair.prefer_shared_prefix=true", "pair.prefer_shared_prefix: unknown key ... did you mean pair.prefer"),
     ("--rl.steps=3", "unrecognized ... without dashes: rl.steps=3"),
     ("data.train=x", "data.train: unknown key ... data.jsonl.train?"),
     ("data.path=x", "data.path: unknown key ... preference.data.path?"),

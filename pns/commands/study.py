@@ -91,6 +91,7 @@ def report_study(
             "suites": own.compared,
             "negatives": {arm: study_page.source_figures(own.pages, arm) for arm in own.arms},
             "coverage": study_page.coverage(own.pages, own.arms),
+            "first_errors": study_page.error_kinds(own.pages, own.arms),
         }
         for name, own in found.items()
     }

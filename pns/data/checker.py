@@ -22,7 +22,8 @@ class CheckedStep(Protocol):
 class StepCheck(Protocol):
     """`first_wrong_step`: index of the first wrong step (the number of steps for the final answer), and
     `first_wrong_end`: characters of the text up to and including it; None where all are right.
-    `single_error`: whether the text is well formed and has exactly one error. `steps` are those that could be
+    `kinds`: of all errors, in the order of the text. `single_error`: whether the text is well formed and has
+    exactly one error. `steps` are those that could be
     read, in order and without gaps."""
 
     @property
@@ -33,6 +34,9 @@ class StepCheck(Protocol):
 
     @property
     def first_wrong_end(self) -> int | None: ...
+
+    @property
+    def kinds(self) -> Sequence[str]: ...
 
     @property
     def single_error(self) -> bool: ...

@@ -1,6 +1,7 @@
 """Problems to token ids through the model's chat template, and back; how each family is asked."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,13 @@ class Prompts(Messages):
 
     The prompt is [system turn] + user turn (`data.problem_prefix`, problem, `data.instruction`) + generation
     prompt + `data.assistant_prefix`; without `data.chat_template` it is the text of the user turn alone, with
-    the tokenizer's own first token.
+    the tokenizer's own first token. Threads may share it: a tokenizer serves one at a time.
     """
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
         super().__init__(data)
         self.tokenizer = tokenizer
+        self._in_use = threading.RLock()
         self._template_arguments: dict[str, Any] = dict(_TEMPLATE_ARGUMENTS)
         if data.thinking is not Thinking.auto:
             if not data.chat_template or "enable_thinking" not in (tokenizer.chat_template or ""):
@@ -154,8 +156,9 @@ class Prompts(Messages):
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids (T,)."""
-        text, templated = self._text(self.messages(problem)), self.data.chat_template
-        return tuple(self.tokenizer.encode(text, add_special_tokens=not templated))
+        with self._in_use:
+            text, templated = self._text(self.messages(problem)), self.data.chat_template
+            return tuple(self.tokenizer.encode(text, add_special_tokens=not templated))
 
     def _text(self, messages: list[dict[str, str]]) -> str:
         """The prompt's text, without the first token that a plain one gets from the tokenizer."""
@@ -187,14 +190,17 @@ class Prompts(Messages):
         """Completion ids (T,) with the end token, of a text as `decode` gives it: `prefix` is part of the
         prompt."""
         completion = _replaced(text.removeprefix(self.prefix), THINK_TAGS, self._tags)
-        return (*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id)
+        with self._in_use:
+            token_ids = self.tokenizer.encode(completion, add_special_tokens=False)
+        return (*token_ids, self.tokenizer.eos_token_id)
 
     def token_starts(self, text: str) -> list[int]:
         """The first character in `text`, as `decode` gives it, of each token of `encode_completion` but the
         end token."""
         completion = text.removeprefix(self.prefix)
         own = _replaced(completion, THINK_TAGS, self._tags)
-        encoded = self.tokenizer(own, add_special_tokens=False, return_offsets_mapping=True)
+        with self._in_use:
+            encoded = self.tokenizer(own, add_special_tokens=False, return_offsets_mapping=True)
         starts = [start for start, _ in encoded["offset_mapping"]]
         if self._tags != THINK_TAGS:
             # A start is where the text before it ends; in a tag of several tokens, somewhere in it.
@@ -213,7 +219,8 @@ class Prompts(Messages):
         return self.prefix + self.canonical(text)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        with self._in_use:
+            text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
     def fitting(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:

@@ -78,11 +78,10 @@ class Assumptions:
         "measured: tests/bench/verifier.py",
         above(0),
     )
-    device_to_host_gb_s: float = _assumed(4, "of a copy to pageable memory", "estimated", above(0))
-    pickle_gb_s: float = _assumed(1.5, "of pickling float32 tensors", _SINGLE_CORE, above(0))
+    device_to_host_gb_s: float = _assumed(4, "of a copy to pageable memory, or back", "estimated", above(0))
+    pickle_gb_s: float = _assumed(1.5, "of pickling tensors", _SINGLE_CORE, above(0))
     store_gb_s: float = _assumed(4, "of writing into the object store", "estimated", above(0))
     unpickle_gb_s: float = _assumed(0.6, "of reading pickled tensors", _SINGLE_CORE, above(0))
-    cast_gb_s: float = _assumed(4, "of float32 to bfloat16 on one core", _SINGLE_CORE, above(0))
     node_to_node_gb_s: float = _assumed(
         1.5, "of Ray's objects between machines", "estimated: 1 to 2", above(0)
     )

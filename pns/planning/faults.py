@@ -216,7 +216,7 @@ def host_faults(plan: Estimate) -> Iterator[str]:
             largest = max(parts, key=lambda name: parts[name])
             need = f"{total(parts):.0f} GB of host memory (most: {largest} {parts[largest]:.0f})"
             yield f"{node.name}: {need} do not fit {known:g}: take machines with more, or spread the roles"
-        store = parts.get("object store (two versions)", 0.0)
+        store = plan.stores.get(node.name, 0.0)
         limit = min(_RAY_STORE_SHARE * known, _RAY_STORE_GB)
         if store > limit:
             way_out = f"start Ray there with --object-store-memory={store * 1e9:.0f}"

@@ -12,10 +12,13 @@ from pns.planning.shapes import Shape
 
 GB = 1e9
 FLOAT32 = 4
+BFLOAT16 = 2
 # As `workers.training.log_probs` has it: logits that the head holds at once.
 PIECE_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 # As `workers.rewards.service` has it: tokens of a forward pass of a reward model or judge.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
+# As `workers.weights` has it.
+WEIGHTS_BUCKET_GB = 256 * 2**20 / GB
 VLLM_BATCHED_TOKENS = 2048  # of one step, as vLLM takes it without a usage context
 
 Parts = dict[str, float]  # what it is for -> GB
@@ -73,7 +76,7 @@ def training_of(
         shape=shape,
         ranks=ranks,
         device=device,
-        dtype_bytes=2 if computes_bfloat16 else FLOAT32,
+        dtype_bytes=BFLOAT16 if computes_bfloat16 else FLOAT32,
         micro_batch_tokens=min(tokens, settings.max_tokens_per_micro_batch),
         checkpointing=settings.gradient_checkpointing,
         lora_rank=0 if options.get("score_head") else lora.rank,
@@ -292,28 +295,29 @@ def scorer_memory(shape: Shape, judges: bool, batch_tokens: int, device: str, as
 
 def policy_host(of: Training, rank: int, moment: str, assumed: Assumptions) -> Parts:
     """`moment` "load": rank 0 reads the whole model in float32; every rank does where the head is tied.
-    "sync": rank 0 holds the gathered weights, their pickled bytes and a copy of those."""
+    "sync": rank 0 holds one bucket of the gathered weights, or a larger tensor."""
     model = FLOAT32 * of.parameters / GB
     parts = {"process": assumed.process_gb}
     if moment == "load" and (rank == 0 or of.shape.tied):
         parts["whole model (float32)"] = model
     if moment == "sync" and rank == 0:
-        parts |= {"gathered weights (float32)": model, "pickled, and a copy": 2 * model}
+        embedding = BFLOAT16 * of.shape.embedding_parameters / GB
+        parts["bucket of gathered weights"] = max(WEIGHTS_BUCKET_GB, embedding)
     return parts
 
 
 def rollout_host(shape: Shape, tensor_parallel: int, moment: str, assumed: Assumptions) -> Parts:
-    """At a sync a replica reads its own copy; with tensor parallelism that is pickled to each GPU again."""
+    """At a sync a replica reads the object store; with tensor parallelism that is pickled to each GPU's
+    process."""
     parts = {"process": assumed.process_gb}
-    if moment == "sync":
-        copies = 1 if tensor_parallel == 1 else 2 + 2 * tensor_parallel
-        parts["weights (float32)"] = copies * FLOAT32 * shape.parameters / GB
+    if moment == "sync" and tensor_parallel > 1:
+        parts["pickled weights"] = (1 + 2 * tensor_parallel) * BFLOAT16 * shape.parameters / GB
     return parts
 
 
 def object_store_gb(shape: Shape) -> float:
-    """Of each machine with the policy's first rank or a replica: the new weights and those before."""
-    return 2 * FLOAT32 * shape.parameters / GB
+    """Of each machine with the policy's first rank or a replica: the present weights."""
+    return BFLOAT16 * shape.parameters / GB
 
 
 # Disk

@@ -20,6 +20,10 @@ from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.packing import Bundles, counted
 from workers.placement import bundles
 
+# As `workers.rewards.vllm_grades` has them: of a GPU's memory; sequences at once.
+VLLM_JUDGE_SHARE, VLLM_JUDGE_BATCH = 0.85, 256
+OBJECT_STORE = "object store (weights)"  # a part of a machine's memory
+
 
 @dataclass(frozen=True)
 class RoleMemory:
@@ -46,15 +50,19 @@ class StageTime:
     trained_tokens: int
     scored: int
     seconds: Mapping[str, float] | None = None
+    overlaps: bool = False
 
     @property
     def once(self) -> float | None:
-        """Sampling, verdicts and scores go on at once; the rest one after the other."""
+        """Sampling, verdicts and scores go on at once; training after them, or beside those of the next time;
+        and then the sync."""
         if self.seconds is None:
             return None
-        after = ("other log-probs", "update", "sync", "turns")
-        together = max((value for name, value in self.seconds.items() if name not in after), default=0.0)
-        return together + sum(self.seconds.get(name, 0.0) for name in after)
+        after = ("other log-probs", "update", "turns")
+        together = [value for name, value in self.seconds.items() if name not in (*after, "sync")]
+        sampling, training = max(together, default=0.0), sum(self.seconds.get(name, 0.0) for name in after)
+        both = max(sampling, training) if self.overlaps else sampling + training
+        return both + self.seconds.get("sync", 0.0)
 
     @property
     def bound(self) -> str:
@@ -81,6 +89,7 @@ class Estimate:
     nodes: list[Machine] = field(default_factory=list)
     unplaced: list[Process] = field(default_factory=list)
     host: dict[str, Parts] = field(default_factory=dict)  # node -> host memory at its fullest moment
+    stores: Parts = field(default_factory=dict)  # node -> what lies in Ray's object store at a sync
     machine_gb: float = 0.0  # of this machine
     times: list[StageTime] = field(default_factory=list)
     disk: Parts = field(default_factory=dict)
@@ -216,12 +225,24 @@ def add_memory(plan: Estimate, gpu_gb: float, assumed: Assumptions) -> None:
         if b.role in ("rollout", "policy"):
             continue
         if (found := plan.models[b.role]) is not None:
-            judges = services(plan.config)[b.role].judges
-            tokens = forward_tokens(plan, b.role, assumed)
-            parts = memory.scorer_memory(found.shape, judges, tokens, plan.device, assumed)
+            parts = service_memory(plan, b, found, gpu_gb, assumed)
             for stage, own in plan.stages.items():
                 if b.role in own.roles:
                     add(plan, b.role, stage, parts)
+
+
+def service_memory(
+    plan: Estimate, b: Bundles, found: KnownModel, gpu_gb: float, assumed: Assumptions
+) -> Parts:
+    service = services(plan.config)[b.role]
+    if service.pool.engine is EngineKind.vllm and plan.device == "cuda":
+        fraction = VLLM_JUDGE_SHARE * min(1.0, service.pool.gpus)
+        parts, _ = memory.vllm_memory(
+            found.shape, tensor_parallel(b), VLLM_JUDGE_BATCH, fraction, gpu_gb, assumed
+        )
+        return {name: gb for name, gb in parts.items() if name != "sampler (noise)"}
+    tokens = forward_tokens(plan, b.role, assumed)
+    return memory.scorer_memory(found.shape, service.judges, tokens, plan.device, assumed)
 
 
 def forward_tokens(plan: Estimate, role: str, assumed: Assumptions) -> int:
@@ -312,8 +333,9 @@ def add_host(plan: Estimate, assumed: Assumptions) -> None:
         plan.machine_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
         return
     for node in plan.nodes:
-        moments = [host_memory(plan, node, moment, assumed) for moment in ("load", "sync")]
-        plan.host[node.name] = memory.largest(*moments)
+        load, sync = (host_memory(plan, node, moment, assumed) for moment in ("load", "sync"))
+        plan.host[node.name] = memory.largest(load, sync)
+        plan.stores[node.name] = sync.get(OBJECT_STORE, 0.0)
 
 
 def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions) -> Parts:
@@ -337,7 +359,7 @@ def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions
         parts["driver"] = assumed.driver_gb + verifiers * assumed.verifier_gb
     here = any(p.role == "rollout" or (p.role == "policy" and p.rank == 0) for p in node.processes)
     if moment == "sync" and shape is not None and here:
-        parts["object store (two versions)"] = memory.object_store_gb(shape)
+        parts[OBJECT_STORE] = memory.object_store_gb(shape)
     return parts
 
 
@@ -373,7 +395,8 @@ def time_of(plan: Estimate, stage: str, phase: Phase, assumed: Assumptions) -> S
     if phase.updates is not None:
         held = work.held_tokens(phase.updates, lengths, plan.config.policy.layout)
     parts = seconds_by_part(plan, phase, assumed) if plan.device == "cuda" else None
-    return StageTime(stage, phase.name, phase.times, sampled, held, sum(phase.scored.values()), parts)
+    scored = sum(phase.scored.values())
+    return StageTime(stage, phase.name, phase.times, sampled, held, scored, parts, phase.overlaps)
 
 
 def mean_completion(plan: Estimate, phase: Phase) -> float:
@@ -425,7 +448,7 @@ def term_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[str
         b, found, gpu = plan.bundle(name), plan.models.get(name), plan.gpu_of(name)
         if b is not None and found is not None and gpu is not None:
             judges, shape = services(plan.config)[name].judges, found.shape
-            told = completions, plan.lengths, b.replicas, gpu, assumed
+            told = completions, plan.lengths, b.replicas * tensor_parallel(b), gpu, assumed
             parts[name] = speed.scoring_seconds(shape, judges, *told)
             if judges and name in STEP_SERVICES:
                 num_steps = work.steps_of(plan.config, plan.lengths.completion, assumed)

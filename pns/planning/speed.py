@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import GpuKind
-from pns.planning.memory import FLOAT32, GB, Cache, Parts, total
+from pns.planning.memory import BFLOAT16, FLOAT32, GB, Cache, Parts, total
 from pns.planning.shapes import Shape
 from pns.planning.work import Lengths, Sampling
 
@@ -148,13 +148,12 @@ def turns_seconds(state: Parts, assumed: Assumptions) -> float:
 
 
 def sync_seconds(shape: Shape, tensor_parallel: int, crosses_nodes: bool, assumed: Assumptions) -> float:
-    """Float32 weights through the object store: copied from the GPU, pickled, written, brought to other
-    machines, read by every replica at once, and cast."""
-    gb = FLOAT32 * shape.parameters / GB
-    speeds = [assumed.device_to_host_gb_s, assumed.pickle_gb_s, assumed.store_gb_s, assumed.unpickle_gb_s]
-    speeds.append(assumed.cast_gb_s)
+    """Bfloat16 weights through the object store: copied from the GPU, written, brought to other machines, and
+    copied to the GPU of every replica at once."""
+    gb = BFLOAT16 * shape.parameters / GB
+    speeds = [assumed.device_to_host_gb_s, assumed.store_gb_s, assumed.device_to_host_gb_s]
     if crosses_nodes:
         speeds.append(assumed.node_to_node_gb_s)
-    if tensor_parallel > 1:  # vLLM pickles them once more to its own processes
+    if tensor_parallel > 1:  # vLLM pickles them to its own processes
         speeds += [assumed.pickle_gb_s, assumed.unpickle_gb_s]
     return sum(gb / speed for speed in speeds)

@@ -20,6 +20,7 @@ from pns.config import (
     GrpoConfig,
     Layout,
     Method,
+    PairPreference,
     TermKind,
     external_pairs,
     labels_steps,
@@ -76,7 +77,8 @@ class Updates:
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of work of a stage, `times` times; sampling and scoring go on at once, training after them."""
+    """One kind of work of a stage, `times` times; sampling and scoring go on at once, training after them, or
+    (`overlaps`) beside those of the next time."""
 
     name: str
     times: int
@@ -84,6 +86,7 @@ class Phase:
     scored: dict[str, int] = field(default_factory=dict)  # service -> completions
     updates: Updates | None = None
     syncs: bool = False
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,9 +263,13 @@ def scoring_of_pairs(
     scored = 2 * problems * own.pairs_per_problem + 2 * (num + num_negatives)
     phases = [Phase("scoring", 1, scored={own.scored_by: scored})]
     roles = [own.scored_by]
+    if own.prefer is PairPreference.likely and num_negatives:
+        likely = Updates(BACKBONE, num_negatives, problems, 0, forwards=1)
+        phases.append(Phase("log-probs", 1, updates=likely))
     if own.perplexity_samples:  # of right ones, of the target's wrong ones and of the negatives
         rows = 3 * min(own.perplexity_samples, num)
         phases.append(Phase("perplexity", 1, updates=Updates(BACKBONE, rows, rows, 0, forwards=1)))
+    if own.perplexity_samples or own.prefer is PairPreference.likely:
         roles.insert(0, "policy")
     return tuple(roles), phases
 
@@ -281,7 +288,8 @@ def grpo_step(config: Config, settings: GrpoConfig, model: str, terms: tuple[str
         forwards,
         has_reference=has_reference,
     )
-    return Phase("step", settings.steps, sampling, dict.fromkeys(terms, num), updates, syncs=True)
+    scored = dict.fromkeys(terms, num)
+    return Phase("step", settings.steps, sampling, scored, updates, syncs=True, overlaps=settings.overlap)
 
 
 def reverse_rl(config: Config, terms: tuple[str, ...]) -> list[Phase]:

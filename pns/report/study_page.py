@@ -119,6 +119,25 @@ def checked(negatives: Sequence[Rollout], checker: Checker) -> Figures:
     }
 
 
+def error_kinds(pages: Sequence[Path], arms: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Arm -> kind of error by the checker, the most frequent first -> share of the negatives of all runs
+    whose first error it is. Empty where no checker knows the problems."""
+    firsts: dict[str, Counter[str]] = {arm: Counter() for arm in arms}
+    for own in pages:
+        if (checker := checker_of(own)) is None:
+            continue
+        for arm in arms:
+            negatives = read_rollouts(own / f"synthesize_{arm}" / "negatives.jsonl")
+            checks = (checker.check(row.problem, row.completion.text) for row in negatives)
+            firsts[arm].update(check.kinds[0] for check in checks if check.kinds)
+    kinds = [kind for kind, _ in sum(firsts.values(), Counter[str]()).most_common()]
+    return {
+        arm: {kind: counted[kind] / counted.total() for kind in kinds}
+        for arm, counted in firsts.items()
+        if counted
+    }
+
+
 def coverage(pages: Sequence[Path], arms: Sequence[str]) -> dict[str, dict[str, float]]:
     """Arm -> how often the target solves a problem -> share of such problems of which the arm's source has a
     negative, over all runs. All sources draw as many samples of a problem."""
@@ -248,6 +267,12 @@ def quality(name: str, found: Backbone) -> Section:
         caption="Share of problems of which a source has a negative, by how often the target solves them, at "
         "the same number of samples.",
     )
+    kinds = {
+        arm: {kind: Share(share) for kind, share in own.items()}
+        for arm, own in error_kinds(found.pages, sources).items()
+    }
+    if kinds:
+        body += results_table(kinds, caption="Share of negatives by the kind of their first error (checker).")
     figures = [bars("Problems with a negative", shares, "problems", "solved by the target")] if often else []
     scores = scores_by_source(found.pages[0], sources)
     if scores.get(CORRECT):
@@ -338,6 +363,13 @@ def study_markdown(name: str, found: Backbone, references: Sequence[str]) -> str
     for often in covered[sources[0]]:
         cells = [f"{100 * covered[arm][often]:.0f} %" for arm in sources]
         lines.append(f"| {often} | {' | '.join(cells)} |")
+    kinds = error_kinds(found.pages, sources)
+    if kinds:
+        lines += ["", f"| first error, share of negatives | {' | '.join(kinds)} |"]
+        lines.append("|---" * (len(kinds) + 1) + "|")
+        for kind in next(iter(kinds.values())):
+            cells = [f"{100 * own[kind]:.0f} %" for own in kinds.values()]
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

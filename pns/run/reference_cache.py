@@ -49,8 +49,8 @@ class ReferenceKey:
 def reference_key(
     model: Path,
     tokenizer: Path,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int] | np.ndarray],
+    completion_ids: Sequence[Sequence[int] | np.ndarray],
     dtype: str,
 ) -> ReferenceKey:
     """The key for rows of `prompt_ids` and `completion_ids` under the checkpoint in directory `model`

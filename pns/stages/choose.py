@@ -91,6 +91,7 @@ def shared_with_all(
 def pair_arm(
     ctx: Context,
     settings: PairSettings,
+    target: TrainedModel,
     samples: Samples,
     negatives: Negatives,
     rewards: RewardModels,
@@ -103,4 +104,4 @@ def pair_arm(
     ctx.track.begin("pair", 1, 0)
     chosen = choice.choice() if choice else None
     rollouts = samples.rollouts()
-    return write_pairs(ctx, settings, rollouts, negatives, rewards, problems, backbone, chosen)
+    return write_pairs(ctx, settings, target, rollouts, negatives, rewards, problems, backbone, chosen)

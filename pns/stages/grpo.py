@@ -13,6 +13,7 @@ from pns.config import GrpoConfig, RatioLevel, RewardConfig
 from pns.errors import UserError
 from pns.files import append_jsonl, cut_rows, rows_from
 from pns.records import Problem, Reward, Rollout, Verdict, from_json
+from pns.stages.ahead import Ahead
 from pns.stages.artefacts import TrainedModel
 from pns.stages.context import Context, draw
 from pns.stages.refresh import Refresher
@@ -59,7 +60,8 @@ def train(
     Every step's rollouts are kept with all reward terms; `describe` gives the step's metrics from them, and
     `stop(step, metrics)` ends the stage early; it is told every step once, in order, also after a resume.
     `refresher` exchanges the reward model between steps. Continues after the stage's last complete
-    checkpoint.
+    checkpoint. With `settings.overlap` a step is sampled while the one before is trained on, from weights
+    that are one step older (the form of slime's train_async.py).
     """
     settings, policy = run.settings, ctx.fleet.policy
     ctx.fleet.rollout.load(start_model)
@@ -72,6 +74,7 @@ def train(
     # A stop condition has a memory, which an interruption has wiped.
     for step, values in enumerate(history):
         stop(step, values)
+    sampling = Ahead(lambda step: sample_step(ctx, run, problems, unfinished, step))
     for step in ctx.steps(first_step, settings.steps):
         began = time.monotonic()
         if refresher is not None:
@@ -81,19 +84,26 @@ def train(
                 refresher.refresh(step)
                 load_policy(ctx, run, start_model)
             refresher.serve(step)
-        rollouts, used = sample_step(ctx, run, problems, unfinished, step)
+        rollouts, used = sampling.take(step)
+        check_versions(run, step, rollouts)
         sampled = time.monotonic()
         rewards = [rollout.reward for rollout in rollouts]
         # First where they stay, then out of the unfinished: an interruption between the two loses none.
         append_jsonl(trained.rollouts_file, rollouts)
         unfinished.drop(map(rollout_key, rollouts))
+        if settings.overlap and step + 1 < settings.steps:
+            sampling.begin(step + 1)
         metrics = describe(rollouts) | masked_counts(rewards) | update(ctx, run, used)
-        sync_weights(ctx, step + 1)
-        metrics |= step_times(rollouts, began, sampled)
+        updated = time.monotonic()
+        # Weights change when no request runs. The next step's rollouts are on disk by then, and so before the
+        # step's checkpoint: a run that goes on from there trains on the same ones.
+        sampling.wait()
+        metrics |= sync_weights(ctx, step + 1) | step_times(rollouts, began, sampled, updated)
         ctx.track.log(step, metrics)
         history.append(metrics)
         check_progress(run, step, history, rollouts)
         if stop(step, metrics):
+            unfinished.clear()  # of a step that will not be trained
             break
         ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)
     ctx.track.end()
@@ -145,11 +155,12 @@ def take_back(trained: TrainedModel, unfinished: Unfinished[Rollout], first_step
     cut_rows(trained.rollouts_file, first_step)
 
 
-def sync_weights(ctx: Context, num_steps: int) -> None:
-    """The policy's weights after `num_steps` steps into every rollout replica, by the object store. Their
+def sync_weights(ctx: Context, num_steps: int) -> dict[str, float]:
+    """The policy's weights after `num_steps` steps into every rollout replica; seconds and bytes. Their
     version is that number, also after an interruption: rollouts say which weights they are of."""
-    _, reference = ctx.fleet.policy.weights()
-    ctx.fleet.rollout.update_weights([reference], num_steps)
+    began = time.monotonic()
+    weights = ctx.fleet.rollout.update_weights(ctx.fleet.policy.weights, num_steps)
+    return {"sync_seconds": time.monotonic() - began, "sync_bytes": float(weights.num_bytes)}
 
 
 def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -173,7 +184,8 @@ def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str,
     rows = [row for row in unmasked if row[1] != 0 or settings.kl_coefficient]
     # The loss is a mean over all unmasked rows: those left out would add nothing to its sum.
     share = mean_weight(rows, settings.ratio) / mean_weight(unmasked, settings.ratio)
-    batch = training_batch(ctx, settings, [(rollout, advantage * share) for rollout, advantage in rows])
+    weighted = [(rollout, advantage * share) for rollout, advantage in rows]
+    batch, of_batch = training_batch(ctx, settings, weighted)
     objective = grpo_objective(settings)
     metrics: dict[str, float] = {}
     num_skipped = 0.0
@@ -181,7 +193,8 @@ def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str,
         last = number == settings.updates_per_step - 1
         metrics = policy.train_step(batch, objective, end_of_step=last)
         num_skipped += metrics["update_skipped"]
-    return {**metrics, "no_signal": no_signal, "no_update": 0.0, "update_skipped": num_skipped}
+    counts = {"no_signal": no_signal, "no_update": 0.0, "update_skipped": num_skipped}
+    return metrics | of_batch | counts
 
 
 def mean_weight(rows: Sequence[tuple[Rollout, float]], ratio: RatioLevel) -> int:
@@ -191,8 +204,10 @@ def mean_weight(rows: Sequence[tuple[Rollout, float]], ratio: RatioLevel) -> int
     return sum(len(rollout.completion.token_ids) for rollout, _ in rows)
 
 
-def training_batch(ctx: Context, settings: GrpoConfig, rows: Sequence[tuple[Rollout, float]]) -> Batch:
-    """Rollouts with their advantages as the policy takes them.
+def training_batch(
+    ctx: Context, settings: GrpoConfig, rows: Sequence[tuple[Rollout, float]]
+) -> tuple[Batch, dict[str, float]]:
+    """Rollouts with their advantages as the policy takes them, and metrics of the importance weights.
 
     The old policy's log-probabilities are the rollout engine's own: the importance ratio then also corrects
     what differs between the two. They are the policy's where it is to be corrected with a bound
@@ -208,16 +223,27 @@ def training_batch(ctx: Context, settings: GrpoConfig, rows: Sequence[tuple[Roll
     )
     engine_log_probs = [np.asarray(rollout.completion.log_probs, np.float32) for rollout, _ in rows]
     old_log_probs = engine_log_probs
+    metrics: dict[str, float] = {}
     if settings.importance_cap or temperature != 1:
         old_log_probs = policy.log_probs(batch, temperature)
     if settings.importance_cap:
         pairs = zip(old_log_probs, engine_log_probs, strict=True)
         ratios = [np.exp(old - engine) for old, engine in pairs]
         batch.token_values["importance"] = [np.minimum(ratio, settings.importance_cap) for ratio in ratios]
+        metrics = importance_metrics(np.concatenate(ratios), settings.importance_cap)
     batch.token_values["old_log_probs"] = old_log_probs
     if settings.kl_coefficient:
         batch.token_values["ref_log_probs"] = policy.reference_log_probs(batch, temperature)
-    return batch
+    return batch, metrics
+
+
+def importance_metrics(ratios_T: np.ndarray, cap: float) -> dict[str, float]:
+    """Of the policy's over the engine's probability of every token."""
+    return {
+        "importance/mean": float(ratios_T.mean()),
+        "importance/max": float(ratios_T.max()),
+        "importance/capped": float((ratios_T > cap).mean()),
+    }
 
 
 def grpo_objective(settings: GrpoConfig) -> Objective:
@@ -225,6 +251,15 @@ def grpo_objective(settings: GrpoConfig) -> Objective:
     if settings.ratio is RatioLevel.sequence:
         return GspoObjective(*bounds, settings.temperature)
     return GrpoObjective(*bounds, settings.dual_clip, settings.temperature)
+
+
+def check_versions(run: GrpoRun, step: int, rollouts: Sequence[Rollout]) -> None:
+    """A completion is of one version of the weights: the last, or with `overlap` the one before. RuntimeError
+    for another: the ratio would be of weights that are not the ones that are trained."""
+    oldest = step - 1 if run.settings.overlap else step
+    versions = {rollout.completion.weights_version for rollout in rollouts}
+    if not versions <= set(range(oldest, step + 1)):
+        raise RuntimeError(f"{run.name}: step {step} has rollouts of weights version {sorted(versions)}")
 
 
 def check_progress(
@@ -263,14 +298,15 @@ def masked_counts(rewards: Sequence[Reward]) -> dict[str, float]:
     return counts
 
 
-def step_times(rollouts: Sequence[Rollout], began: float, sampled: float) -> dict[str, float]:
-    """Seconds and tokens of a step that began and had its rollouts at these times (monotonic seconds)."""
+def step_times(rollouts: Sequence[Rollout], began: float, sampled: float, updated: float) -> dict[str, float]:
+    """Seconds and tokens of a step that began, had its rollouts and was trained at these times (monotonic
+    seconds)."""
     now = time.monotonic()
     num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
     return {
         "completions": float(len(rollouts)),
         "rollout_seconds": sampled - began,
-        "update_seconds": now - sampled,
+        "update_seconds": updated - sampled,
         "completion_tokens": num_tokens / len(rollouts),
         "step_tokens_per_second": num_tokens / (now - began),
     }

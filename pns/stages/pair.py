@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pns.algo.pairs import balance_flow, build_pairs, num_shared
-from pns.config import Config, PairStage
+from pns.config import Config, PairPreference, PairStage
 from pns.data.checker import Checker
 from pns.data.preference import pair_rows
 from pns.errors import UserError
@@ -13,6 +15,7 @@ from pns.records import Completion, PreferencePair, Problem, Rollout, Verdict
 from pns.run.stage import ModelFiles, stage
 from pns.stages.artefacts import Negatives, Pairs, RewardModels, TrainedModel
 from pns.stages.context import Context, Problems
+from pns.stages.likelihood import log_probs_under
 from pns.stages.quality import CORRECT, flow_quality, perplexities, score_quality, text_quality
 from pns.stages.scoring import Draws, by_problem, by_verdict, roll_out
 from workers.rollout.engine import Sampling
@@ -32,7 +35,8 @@ def pair_settings(config: Config) -> PairSettings:
 
 
 def pair_roles(settings: PairSettings) -> tuple[str, ...]:
-    policy = ["policy"] if settings.pair.perplexity_samples else []
+    own = settings.pair
+    policy = ["policy"] if own.perplexity_samples or own.prefer is PairPreference.likely else []
     return ("rollout", "verifier", *policy, settings.pair.scored_by)
 
 
@@ -50,7 +54,7 @@ def pair(
     ctx.track.begin("pair", 1, 0)
     rollouts = sample_solutions(ctx, settings, ctx.fitting(problems), target)
     write_jsonl(Pairs(ctx.directory).rollouts_file, rollouts)
-    return write_pairs(ctx, settings, rollouts, negatives, rewards, problems, backbone, None)
+    return write_pairs(ctx, settings, target, rollouts, negatives, rewards, problems, backbone, None)
 
 
 def sample_solutions(
@@ -66,6 +70,7 @@ def sample_solutions(
 def write_pairs(
     ctx: Context,
     settings: PairSettings,
+    target: TrainedModel,
     rollouts: Sequence[Rollout],
     negatives: Negatives,
     rewards: RewardModels,
@@ -77,7 +82,7 @@ def write_pairs(
     pair. None: those that suit the negatives best."""
     artefact, own = Pairs(ctx.directory), settings.pair
     fitting, rejected, origins = ctx.fitting(problems), negatives.negatives(), negatives.sources()
-    pairs, counts = make_pairs(ctx, settings, fitting, rollouts, rejected, origins, choice)
+    pairs, counts = make_pairs(ctx, settings, target, fitting, rollouts, rejected, origins, choice)
     if not pairs:
         way_out = "raise pair.samples_per_problem or synthesize.samples_per_problem"
         raise UserError(f"pair: no pairs ({counts}); {way_out}")
@@ -104,6 +109,7 @@ def write_pairs(
 def make_pairs(
     ctx: Context,
     settings: PairSettings,
+    target: TrainedModel,
     problems: list[Problem],
     rollouts: Sequence[Rollout],
     negatives: Sequence[Rollout],
@@ -118,14 +124,28 @@ def make_pairs(
             identity: [completion for completion in chosen[identity] if completion.id == chosen_id]
             for identity, chosen_id in choice.items()
         }
-    if own.prefer_shared_prefix:
-        for identity in chosen.keys() & rejected.keys():
+    with_both = chosen.keys() & rejected.keys()
+    if own.prefer is PairPreference.likely:
+        candidates = [negative for negative in negatives if negative.problem.id in with_both]
+        rejected |= by_problem(likeliest_first(ctx, target, candidates))
+    for identity in with_both:
+        if own.prefer is PairPreference.likely:
+            chosen[identity], _ = nearest_first(chosen[identity], rejected[identity][:1])
+        elif own.prefer is PairPreference.shared_prefix:
             chosen[identity], rejected[identity] = nearest_first(chosen[identity], rejected[identity])
     limits = own.max_length_ratio, own.pairs_per_problem
     pairs, counts = build_pairs(problems, chosen, rejected, *limits, settings.source, origins)
     if own.balance_flow:
         pairs = [pairs[i] for i in balance_flow([pair_token_ids(ctx, made) for made in pairs])]
     return pairs, counts
+
+
+def likeliest_first(ctx: Context, target: TrainedModel, negatives: Sequence[Rollout]) -> list[Rollout]:
+    """Sorted by the mean log-probability of their tokens under the target, the highest first."""
+    log_probs = log_probs_under(ctx, target.model, negatives)
+    means_B = [float(log_probs_T.mean(dtype=np.float64)) for log_probs_T in log_probs]
+    order = sorted(range(len(negatives)), key=means_B.__getitem__, reverse=True)
+    return [negatives[index] for index in order]
 
 
 def nearest_first(

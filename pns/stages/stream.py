@@ -68,6 +68,10 @@ class Unfinished(Generic[Row]):
         if not self.rows:
             self._path.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget all of it."""
+        self.drop(list(self.rows))
+
 
 def stream(
     ctx: Context,

@@ -60,6 +60,14 @@ OBJECTS = {
         "entry[token]": "vllm.logprobs.Logprob",
         "params": "vllm.sampling_params.SamplingParams",
     },
+    "workers/rewards/vllm_grades.py": {
+        "engine": _LLM_ENGINE,
+        "self.engine": _LLM_ENGINE,
+        "self.engine.model_config": "vllm.config.ModelConfig",
+        "request": "vllm.outputs.RequestOutput",
+        "request.outputs[0]": "vllm.outputs.CompletionOutput",
+        "own": "vllm.logprobs.Logprob",
+    },
     "workers/training/policy.py": {
         "resources": "verl.single_controller.ray.RayResourcePool",
         "rank_class": "verl.single_controller.ray.RayClassWithInitArgs",
@@ -82,7 +90,7 @@ OBJECTS = {
 _CAUSAL = "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM.forward"
 CALLED = {
     "workers/rollout/engine_transformers.py": {"self.model": _CAUSAL},
-    "workers/rewards/judge.py": {"self._model": _CAUSAL},
+    "workers/rewards/verdict_model.py": {"self._model": _CAUSAL},
     "workers/rewards/reward_model.py": {
         "self._body": "transformers.models.qwen2.modeling_qwen2.Qwen2Model.forward"
     },

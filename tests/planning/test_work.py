@@ -10,6 +10,7 @@ from pns import driver
 from pns.config import NEGATIVE_SOURCES, Layout
 from pns.planning import work
 from pns.planning.assumptions import Assumptions
+from pns.planning.plan import StageTime
 from pns.planning.work import Lengths, Phase, Sampling, Updates
 from pns.recipe import load
 from pns.stages.negatives import SOURCES
@@ -26,6 +27,7 @@ BCPG = ["method=bcpg", "bcpg.step_judge.model=a/judge", "bcpg.process_reward.mod
         ["negatives=mixed"],
         ["negatives=mixed", "mixture.starts=[backbone,target]", "synthesize.min_log_prob=-2"],
         ["negatives=rs", "synthesize.max_log_prob=-0.1", "pair.perplexity_samples=0"],
+        ["negatives=rs", "pair.prefer=likely", "pair.perplexity_samples=0"],
         ["reward.terms.coherence.weight=0"],
         ["reward.terms.second={kind: reward_model, weight: 0.1, model: a/b}", "pair.scored_by=second"],
         ["reverse_rl.refresh_every=10"],
@@ -68,6 +70,13 @@ def test_work_of_the_tiny_recipe_by_hand() -> None:
     assert phases["evaluate"] == [Phase("sampling", 3, Sampling("backbone", 700, 700, 96))]
 
 
+def test_the_log_probs_of_negatives_are_counted_where_the_likeliest_goes_first() -> None:
+    words = ["data.tiny.num_preference=100", "pair.perplexity_samples=0"]
+    log_probs = Phase("log-probs", 1, updates=Updates("backbone", 400, 100, 0, forwards=1))
+    assert log_probs in phases_of(*words, "pair.prefer=likely")["pair"]
+    assert log_probs not in phases_of(*words)["pair"]
+
+
 def test_other_forward_passes_and_refreshing_are_counted() -> None:
     words = [
         "rl.kl_coefficient=0.1",
@@ -83,6 +92,13 @@ def test_other_forward_passes_and_refreshing_are_counted() -> None:
         30,
         Updates("reward model", 32, 16, score_head=True, together=2),
     )
+
+
+def test_a_step_with_overlap_takes_what_is_longer_of_sampling_and_training() -> None:
+    [step] = phases_of("rl.overlap=true", "rl.importance_cap=2")["rl"]
+    assert step.overlaps
+    seconds = {"rollout": 10.0, "judge": 12.0, "other log-probs": 2.0, "update": 5.0, "sync": 1.0}
+    assert [StageTime("rl", "step", 1, 0, 0, 0, seconds, own).once for own in (False, True)] == [20, 13]
 
 
 def test_suites_are_sampled_as_they_are_decoded(tmp_path: Path) -> None:

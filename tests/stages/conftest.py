@@ -53,6 +53,14 @@ def made_up_problems(num: int) -> Problems:
     )
 
 
+@dataclass(frozen=True)
+class FakeWeights:
+    """What the policy has been through."""
+
+    state: str
+    num_bytes: int = 0
+
+
 class FakeRollout:
     """Yields what `write(problem id, sample, model)` gives, last request first, `chunk` at a time; a text
     that ends in "..." is cut off. `interrupt_after`: completions, after which it fails once."""
@@ -72,10 +80,11 @@ class FakeRollout:
         self.model, self.version = model, 0
         self.loaded.append(model)
 
-    def update_weights(self, references: list[Any], version: int) -> None:
-        [weights] = references
-        self.model, self.version = weights, version
-        self.updates.append(weights)
+    def update_weights(self, gather: Callable[[], FakeWeights], version: int) -> FakeWeights:
+        weights = gather()
+        self.model, self.version = weights.state, version
+        self.updates.append(weights.state)
+        return weights
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         self.asked += requests
@@ -183,7 +192,7 @@ class FakePolicy:
     compute_dtype = "float32"
 
     def __init__(self) -> None:
-        self.model, self.head, self.steps, self.version = "", "", 0, 0
+        self.model, self.head, self.steps = "", "", 0
         self.loads: list[tuple[str, str, int, int]] = []
         self.references: list[str] = []
         self.trained: list[tuple[Batch, Any]] = []
@@ -219,7 +228,7 @@ class FakePolicy:
             raise KeyboardInterrupt
         self.trained.append((batch, objective))
         self.ends_of_steps.append(end_of_step)
-        self.steps, self.version = self.steps + 1, self.version + 1
+        self.steps += 1
         return {
             "loss": self.losses(self.steps - 1),
             "grad_norm": 1.0,
@@ -239,8 +248,8 @@ class FakePolicy:
         self.scored.append(batch)
         return [self.score(*row) for row in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
 
-    def weights(self) -> tuple[int, str]:
-        return self.version, self.state
+    def weights(self) -> FakeWeights:
+        return FakeWeights(self.state)
 
     def save(self, directory: Path) -> None:
         write_json(directory / "policy.json", [self.model, self.steps])

@@ -62,19 +62,19 @@ def test_arms_have_the_same_problems_and_right_sides_and_their_own_wrong_ones(be
         choice = choose.make(ctx, choose.settings(Config()), samples, {"0": first, "1": other})
     # p1 has no negative of the other source; of p0 the second right one is nearer to both.
     assert list(choice.choice()) == ["p0", "p2"]
-    sides = {}
+    target, sides = TrainedModel(bench.store / TARGET), {}
     for name, own in (("first", first), ("other", other)):
         with bench.making(f"pair_{name}") as ctx:
             rewards, backbone = RewardModels(bench.store / "rewards"), ModelFiles("backbone")
             settings = pair_arm.settings(Config())
-            arguments = samples, own, rewards, bench.problems(3), backbone, choice
+            arguments = target, samples, own, rewards, bench.problems(3), backbone, choice
             made = pair_arm.make(ctx, settings, *arguments)
         pairs = [from_json(PreferencePair, row) for row in read(made)]
         sides[name] = [(pair.problem_id, pair.chosen) for pair in pairs]
         assert pairs[0].rejected == own.negatives()[0].completion.text
     assert sides["first"] == sides["other"] == [("p0", bench.solution(10, near)), ("p2", bench.solution(12))]
     with bench.making("pair_own") as ctx:  # without the choice: every problem that the source has one of
-        arguments = samples, first, rewards, bench.problems(3), backbone, None
+        arguments = target, samples, first, rewards, bench.problems(3), backbone, None
         made = pair_arm.make(ctx, settings, *arguments)
     assert [row["problem_id"] for row in read(made)] == ["p0", "p1", "p2"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -327,6 +328,106 @@ def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted:
     assert len(bench.fleet.rollout.take_asked()) == 20 - len(sampled)
     assert len(metrics_of(artefact)) == 5
     assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
+
+
+def sampled_ahead() -> None:
+    """Until no rollouts are made in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "rollouts ahead":
+            thread.join()
+
+
+OVERLAP = {"overlap": True, "importance_cap": 2.0}
+
+
+def test_with_overlap_a_step_is_sampled_from_weights_one_step_older(bench: Any) -> None:
+    """The engine writes which weights a completion is of."""
+    half_right(bench)
+    artefact = trained(bench, OVERLAP)
+    versions = {rollout.step: rollout.completion.weights_version for rollout in artefact.rollouts()}
+    assert versions == {0: 0, 1: 0, 2: 1, 3: 2, 4: 3}
+    policy, rollout = bench.fleet.policy, bench.fleet.rollout
+    assert rollout.updates == [f"backbone+{step}" for step in range(1, 6)]
+    # Each step is asked for and trained on once, as without overlap.
+    assert len(rollout.take_asked()) == 20
+    assert len(policy.trained) == 5
+    assert {"importance/mean", "importance/max", "importance/capped"} <= metrics_of(artefact)[-1].keys()
+
+
+def test_with_overlap_sampling_and_training_are_at_a_time(bench: Any) -> None:
+    """The update of a step waits until the next one is asked for: one after the other would never end."""
+    half_right(bench)
+    asked = [threading.Event() for _ in range(3)]
+    policy, rollout = bench.fleet.policy, bench.fleet.rollout
+    stream, train_step = rollout.stream, policy.train_step
+
+    def noticed(requests: Any, sampling: Any) -> Any:
+        asked[int(requests[0].id.partition("/")[0])].set()
+        yield from stream(requests, sampling)
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        assert asked[len(policy.trained) + 1].wait(timeout=60)
+        return train_step(*args, **kwargs)
+
+    rollout.stream, policy.train_step = noticed, waiting
+    trained(bench, OVERLAP | {"steps": 3}, stop=lambda step, metrics: step == 1)  # no step follows the last
+    assert len(policy.trained) == 2
+
+
+def test_rollouts_of_other_weights_are_refused(bench: Any) -> None:
+    half_right(bench)
+    artefact = trained(bench, OVERLAP)
+    step_3 = [rollout for rollout in artefact.rollouts() if rollout.step == 3]
+    older = grpo.GrpoRun("rl", GrpoConfig(**SMALL | OVERLAP), 30, 0.5)
+    grpo.check_versions(older, 3, step_3)
+    with pytest.raises(RuntimeError, match=r"step 3 has rollouts of weights version \[2\]"):
+        grpo.check_versions(grpo.GrpoRun("rl", GrpoConfig(**SMALL), 30, 0.5), 3, step_3)
+    with pytest.raises(RuntimeError, match="step 4"):
+        grpo.check_versions(older, 4, step_3)
+
+
+def test_what_fails_in_the_background_fails_the_step(bench: Any) -> None:
+    half_right(bench)
+    fine = bench.fleet.rollout.write
+
+    def write(problem: str, sample: int, model: str) -> str:
+        if model == "backbone+1":
+            raise ValueError("the engine is gone")
+        return fine(problem, sample, model)
+
+    bench.fleet.rollout.write = write
+    with pytest.raises(ValueError, match="the engine is gone"):
+        trained(bench, OVERLAP)
+    assert len(bench.fleet.policy.trained) == 2  # step 2 is sampled during the update of step 1
+
+
+@pytest.mark.parametrize("interrupted", range(5))
+def test_a_resumed_stage_with_overlap_trains_on_what_an_uninterrupted_one_does(
+    bench: Any, interrupted: int
+) -> None:
+    """Which weights a completion is of is what an interruption could change: the engine writes it."""
+    fine = bench.solution
+    bench.fleet.rollout.write = lambda problem, sample, model: fine(
+        10 + int(problem[1:]) if sample % 2 else 77, f"So Ann={len(model)}{model[-1:]}. "
+    )
+    bench.fleet.policy.interrupt_at = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trained(bench, OVERLAP)
+    sampled_ahead()
+    resumed = trained(bench, OVERLAP)
+    rows = read_jsonl(resumed.rollouts_file)
+    assert [row["completion"]["weights_version"] for row in rows] == [
+        max(0, step - 1) for step in range(5) for _ in range(4)
+    ]
+    assert len(bench.fleet.rollout.take_asked()) == 20
+    assert not list(resumed.directory.glob("*unfinished*"))
+
+
+def test_a_stop_with_overlap_leaves_no_rollouts_behind(bench: Any) -> None:
+    half_right(bench)
+    artefact = trained(bench, OVERLAP, stop=lambda step, metrics: step == 2)
+    assert steps_of(artefact.rollouts()) == [step for step in range(3) for _ in range(4)]
+    assert not list(artefact.directory.glob("*unfinished*"))
 
 
 @pytest.mark.parametrize("stopped", [0, 1, 4])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pns.config import Config, PairStage
+from pns.config import Config, PairPreference, PairStage
 from pns.data.checker import Checker
 from pns.data.preference import read_pairs
 from pns.errors import UserError
@@ -22,7 +22,7 @@ from pns.stages.pair import nearest_first, pair
 
 
 def config_of(**changes: Any) -> Config:
-    return Config(pair=PairStage(**{"samples_per_problem": 2, "prefer_shared_prefix": False} | changes))
+    return Config(pair=PairStage(**{"samples_per_problem": 2, "prefer": PairPreference.first} | changes))
 
 
 def negatives_of(bench: Any, texts: dict[str, list[str]], sources: dict[str, str] | None = None) -> Negatives:
@@ -158,6 +158,20 @@ def test_perplexity_is_of_the_backbone_over_samples_of_each_source(bench: Any) -
         assert quality["perplexity"][source] == pytest.approx(math.exp(1.0 if length % 2 else 2.0))
 
 
+def test_the_likeliest_negative_goes_first_with_the_right_side_nearest_to_it(bench: Any) -> None:
+    steps = ["So Ann=3. ", "So Bob=4. "]
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10, steps[sample])
+    policy = bench.fleet.policy
+    likely = tuple(bench.prompts.encode_completion(bench.solution(66, "So Bob=4. ")))
+    policy.log_prob = lambda token_ids: -1.0 if tuple(token_ids) == likely else -2.0
+    unlikely = [bench.solution(55, "So Ann=3. "), bench.solution(55, "So Ann=5. ")]
+    negatives = negatives_of(bench, {"p0": [*unlikely, bench.solution(66, "So Bob=4. ")]})
+    config = config_of(prefer=PairPreference.likely, perplexity_samples=0)
+    [kept] = read_pairs(made(bench, config, negatives, bench.problems(1)).pairs_file)
+    assert (kept.chosen, kept.rejected) == (bench.solution(10, steps[1]), bench.solution(66, steps[1]))
+    assert policy.loads == [(str(bench.store / "target" / "model"), "language_model", 1, bench.seed)]
+
+
 def test_no_perplexity_asks_nothing_of_the_policy(bench: Any) -> None:
     bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
     negatives = negatives_of(bench, {"p0": [bench.solution(55)]})
@@ -240,3 +254,5 @@ def test_roles_and_source_are_declared() -> None:
     assert pair.roles(settings) == ("rollout", "verifier", "policy", "style")
     unmeasured = pair.settings(Config(pair=PairStage(perplexity_samples=0)))
     assert pair.roles(unmeasured) == ("rollout", "verifier", "plausibility")
+    likely = pair.settings(Config(pair=PairStage(perplexity_samples=0, prefer=PairPreference.likely)))
+    assert pair.roles(likely) == ("rollout", "verifier", "policy", "plausibility")

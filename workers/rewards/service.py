@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pns.config import RewardConfig, ServicePool
+from pns.config import EngineKind, RewardConfig, ServicePool
 from pns.errors import UserError
 from workers.actor_logs import actor_log, print_to
 from workers.rewards.scaling import Autoscaler, ScaleRule
@@ -392,7 +392,8 @@ class ScoringPool(Generic[_Item, _Value]):
 
     def _start(self) -> _Replica:
         """A replica that is starting; it takes work once the process is up and has loaded the model."""
-        environment = process_environment("reward", self._runtime.device, self._pool.cpus)
+        vllm = self._pool.engine is EngineKind.vllm
+        environment = process_environment("reward", self._runtime.device, self._pool.cpus, vllm)
         remote = ray.remote(ScoringActor).options(
             num_cpus=self._pool.cpus,
             num_gpus=self._gpus,

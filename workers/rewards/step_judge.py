@@ -58,7 +58,7 @@ class StepJudge(VerdictModel):
             Outcome(None, "too_long" if steps else "unparsable") for _, steps in items_B
         ]
         nonces, prompts, lengths = {}, {}, {}
-        context = self._model.config.max_position_embeddings
+        context = self._max_tokens
         for row, (problem, steps) in enumerate(items_B):
             nonces[row] = step_nonce(self._seed, problem, steps, self._template)
             prompts[row] = self._prompt(problem, steps, nonces[row])

@@ -27,7 +27,8 @@ Reply = tuple[list[int], Probabilities]
 
 class VerdictModel:
     """A language model that grades. A tokenizer with the token `<judge>` is the tiny world's; any other model
-    is prompted through its chat template. float32 on CPU, bfloat16 on a GPU.
+    is prompted through its chat template. float32 on CPU, bfloat16 on a GPU. Without `with_model` a subclass
+    has another engine, and sets `_max_tokens`.
 
     `role` stands in messages; `grades` are the texts of a grade for each template. Raises UserError where the
     model cannot be loaded, has no chat template or does not write every grade as a single token.
@@ -41,6 +42,7 @@ class VerdictModel:
         seed: int,
         forward_tokens: int,
         grades: Mapping[Template, Sequence[str]],
+        with_model: bool = True,
     ) -> None:
         self._device, self._seed = runtime.device, seed
         self._forward_tokens = forward_tokens or FORWARD_TOKENS[runtime.device]
@@ -48,10 +50,13 @@ class VerdictModel:
         trust = {"trust_remote_code": runtime.trust_remote_code}
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, **trust)
-            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **trust)
+            self._model: Any = None
+            if with_model:
+                model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **trust)
+                self._model = model.to(self._device).eval()
+                self._max_tokens = model.config.max_position_embeddings
         except OSError as error:
             raise UserError(f"{role} {model_path}: {str(error).splitlines()[0]}") from error
-        self._model = model.to(self._device).eval()
         self._template = Template.TINY if "<judge>" in self._tokenizer.get_vocab() else Template.TEXT
         if self._template is Template.TEXT and not self._tokenizer.chat_template:
             raise UserError(f"{role} {model_path} has no chat template: name an instruction-tuned model")
@@ -121,7 +126,7 @@ class VerdictModel:
     @torch.inference_mode()
     def _continued(self, ids: list[int], max_tokens: int) -> list[int]:
         """`ids` and the likeliest tokens after them, up to the end token, which is left out."""
-        ids = ids[: self._model.config.max_position_embeddings]
+        ids = ids[: self._max_tokens]
         cache: Any = None
         new = ids
         for _ in range(max_tokens):
@@ -173,13 +178,15 @@ class VerdictModel:
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(num_rows, added)], 1)
             positions_BT = positions_BT[:, -1:] + torch.arange(1, added + 1, device=self._device)
             # Of a row whose verdict is complete, while the others go on.
-            positions_BT = positions_BT.clamp(max=self._model.config.max_position_embeddings - 1)
-        rounded_B = [
-            tuple(tuple(round(p, _DECIMALS) for p in place) for place in row)
-            for row in zip(*(place.tolist() for place in probabilities), strict=True)
-        ]
+            positions_BT = positions_BT.clamp(max=self._max_tokens - 1)
+        rounded_B = list(map(rounded, zip(*(place.tolist() for place in probabilities), strict=True)))
         ids_B = torch.cat(reply, 1).tolist()
         return [
-            (ids, rounded) if finite else None
-            for ids, rounded, finite in zip(ids_B, rounded_B, finite_B.tolist(), strict=True)
+            (ids, own) if finite else None
+            for ids, own, finite in zip(ids_B, rounded_B, finite_B.tolist(), strict=True)
         ]
+
+
+def rounded(places: Sequence[Sequence[float]]) -> Probabilities:
+    """As probabilities are kept: engines differ in the last bits."""
+    return tuple(tuple(round(p, _DECIMALS) for p in place) for place in places)

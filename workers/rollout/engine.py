@@ -79,7 +79,8 @@ class Engine(Protocol):
         """Take the weights, as version 0, and the architecture of a checkpoint directory or Hub id."""
 
     def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        """Replace all weights; names and shapes as in the checkpoint. ValueError for other names."""
+        """Replace all weights by copies of these, which may lie in memory that cannot be written; names and
+        shapes as in the checkpoint. ValueError for other names."""
 
     def sleep(self) -> None:
         """Leave the device to others. What it held is gone: after `wake_up` it needs weights before it can

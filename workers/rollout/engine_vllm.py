@@ -309,7 +309,8 @@ def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:
     """Runs in each worker. The reload does not process a tied head anew (it belongs to the embedding), and on
     CPU the head multiplies with a packed copy of its weight: without the second step it keeps the old one."""
     runner = worker.model_runner
-    runner.reload_weights(weights_iterator=iter(tensors.items()))
+    on_device = ((name, tensor.to(runner.device)) for name, tensor in tensors.items())
+    runner.reload_weights(weights_iterator=on_device)
     head = getattr(runner.get_model(), "lm_head", None)
     if head is not None and runner.model_config.hf_config.tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)

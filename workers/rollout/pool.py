@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from pns.config import EngineKind, Pool, RolloutEngine
@@ -25,6 +24,7 @@ from workers.actor_logs import actor_log, print_to
 from workers.reservation import Slot
 from workers.rollout.engine import Engine, Request, Sample, Sampling
 from workers.runtime import Limit, Runtime, process_environment
+from workers.weights import StoredWeights, rollout_dtype
 
 __all__ = ["Request", "RolloutActor", "RolloutPool", "Sample", "Sampling"]
 
@@ -62,8 +62,7 @@ class RolloutActor:
         else:
             from workers.rollout.engine_transformers import TransformersEngine
 
-            dtype = torch.float32 if runtime.device == "cpu" else torch.bfloat16
-            self.engine = TransformersEngine(runtime, dtype, engine.max_batch)
+            self.engine = TransformersEngine(runtime, rollout_dtype(runtime), engine.max_batch)
 
     def ready(self) -> None:
         """Return once the process is up."""
@@ -72,8 +71,8 @@ class RolloutActor:
         self.engine.load(model_path)
         self.has_weights = True
 
-    def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        self.engine.update_weights(tensors, version)
+    def update_weights(self, weights: StoredWeights, version: int) -> None:
+        self.engine.update_weights(weights.tensors(), version)
         self.has_weights = True
 
     def sleep(self) -> None:
@@ -155,8 +154,8 @@ class RolloutPool:
             pool, engine, runtime, replica, slots[replica] if slots else None
         )
         self._model_path: str | None = None
-        # Object reference of the tensors, and their version; None while the model's own are in use.
-        self._weights: tuple[Any, int] | None = None
+        # With their version; None while the model's own are in use.
+        self._weights: tuple[StoredWeights, int] | None = None
         self._weights_gone = False  # by a sleep
         self._actors = [self._start(replica) for replica in range(pool.replicas)]
         with ExitStack() as stack:
@@ -171,11 +170,15 @@ class RolloutPool:
             self._model_path, self._weights = model_path, None
             self._give_weights()
 
-    def update_weights(self, ref: list[Any], version: int) -> None:
-        """Every replica takes the weights of `ref` = [object reference of dict name -> tensor]."""
+    def update_weights(self, gather: Callable[[], StoredWeights], version: int) -> StoredWeights:
+        """Every replica takes the weights that `gather` gives. The version before is let go first, so that
+        the object store never holds two."""
+        self._weights = None
+        weights = gather()
         with self._turn():
-            self._weights = (ref[0], version)
+            self._weights = (weights, version)
             self._give_weights()
+        return weights
 
     def _give_weights(self) -> None:
         """The present ones, to every replica."""

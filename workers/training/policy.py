@@ -29,6 +29,7 @@ from workers.runtime import VERL_CPU, Limit, Runtime, process_environment
 from workers.training.batching import Batch, MicroBatch, check_batch, micro_batch, plan
 from workers.training.objectives import Head, Objective, with_length_bias, with_means_by_sign
 from workers.training.rank import ModelSpec, actor_class
+from workers.weights import StoredWeights
 
 _SHARDS_FILE = "shards.json"  # of a checkpoint: how many ranks hold a copy of the model together
 
@@ -80,7 +81,6 @@ class Policy:
         self.turn = turn
         self._model: ModelSpec | None = None
         self._vocab_size = 0
-        self._version = 0
         self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
         self._group = self._spawn(pool, process_environment("policy", runtime.device, pool.cpus), cuda)
         up = [worker.__ray_ready__.remote() for worker in self._group.workers]
@@ -130,7 +130,6 @@ class Policy:
         awaited = f"the policy's processes to load {path}"
         self._vocab_size = self._wait(loading, self._runtime.load_limit, awaited)[0]
         self._model = spec
-        self._version += 1
 
     @property
     def compute_dtype(self) -> str:
@@ -218,19 +217,18 @@ class Policy:
         num_held = sum(len(part.token_ids) for part in all_parts)
         metrics["prefix_saved"] = max(0.0, 1 - num_held / num_tokens)  # padded ones hold more
         metrics["update_skipped"] = float(not np.isfinite(metrics["grad_norm"]))  # verl only prints it
-        self._version += 1
         # The peak of a CPU is not known, so neither is how much of it was used.
         dropped = ("perf/", "mfu") if self._runtime.device == "cpu" else ("perf/",)
         return {name: value for name, value in metrics.items() if not name.startswith(dropped)}
 
     @_in_turn
-    def weights(self) -> tuple[int, ray.ObjectRef]:
-        """`(version, reference)`: float32 CPU tensors by their checkpoint names (a tied head left out), in
-        rank 0's object store. The version rises with every change of the weights."""
+    def weights(self) -> StoredWeights:
+        """By their checkpoint names (a tied head left out), in the dtype of rollout, in the object store of
+        rank 0's node."""
         self._loaded()
         gathering = self._group.weights()
-        [reference], *_ = self._wait(gathering, self._runtime.sync_limit, "the weights of the policy")
-        return self._version, reference
+        of_rank_0, *_ = self._wait(gathering, self._runtime.sync_limit, "the weights of the policy")
+        return of_rank_0
 
     @_in_turn
     def save(self, directory: str | Path) -> None:
@@ -262,7 +260,6 @@ class Policy:
             )
         restoring = self._group.restore(str(directory))
         self._wait_for_step(restoring, f"the policy to restore {directory}")
-        self._version += 1
 
     @_in_turn
     def export(self, directory: str | Path) -> None:

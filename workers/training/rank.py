@@ -5,14 +5,14 @@ The driver imports this for the class of its actors, so verl is imported where i
 
 import gc
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import ray
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +21,10 @@ from workers.actor_logs import actor_log, print_to
 from workers.runtime import Runtime
 from workers.training.batching import MicroBatch
 from workers.training.objectives import Head, Objective
+from workers.weights import StoredWeights, rollout_dtype, store
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -219,27 +223,35 @@ class Rank:
             global_token_num=constants.get("global_token_num"),
         )
 
-    def weights(self) -> list[ray.ObjectRef]:
-        """The full weights, float32 on the CPU, in the object store; from rank 0 only."""
-        weights = self._full_weights()  # all ranks gather them together
-        return [ray.put(weights)] if self.training.rank == 0 else []
+    def weights(self) -> StoredWeights | None:
+        """The full weights, in the dtype of rollout, in the object store; from rank 0 only."""
+        return self._on_rank_0(self._full_weights(rollout_dtype(self.spec.runtime)), store)
 
-    def _full_weights(self) -> dict[str, torch.Tensor]:
-        """By checkpoint names, on rank 0 alone; a LoRA adapter is added in, a tied tensor left out."""
-        module = self.training.engine.module
+    def _on_rank_0(self, tensors: Iterator[_T], use: Callable[[Iterator[_T]], _R]) -> _R | None:
+        """Rank 0 uses them; the others gather with it what it asks for."""
+        if self.training.rank == 0:
+            return use(tensors)
+        deque(tensors, maxlen=0)
+        return None
+
+    def _full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Checkpoint names with whole tensors of `dtype`, one at a time, on the device; all ranks go through
+        them together. A LoRA adapter is added in, a tied tensor left out."""
+        module, lora = self.training.engine.module, self.spec.settings.lora
         tied = set(module._tied_weights_keys or ()) if module.config.tie_word_embeddings else set()
-        kept = {}
-        for name, tensor in module.state_dict().items():
-            full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")  # PEFT's
-            if self.training.rank == 0 and name not in tied:
-                kept[name] = full.to("cpu", copy=True)
-        lora = self.spec.settings.lora
-        for down in [name for name in kept if name.endswith(".lora_A.default.weight")]:
-            adapted = down.removesuffix(".lora_A.default.weight")
-            update = kept.pop(f"{adapted}.lora_B.default.weight") @ kept.pop(down)
-            kept[f"{adapted}.weight"] += lora.alpha / lora.rank * update
-        return kept
+        weights = module.state_dict()
+        for name, weight in weights.items():
+            checkpoint_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")  # PEFT's
+            if checkpoint_name in tied or ".lora_A." in name or ".lora_B." in name:
+                continue
+            adapted = name.removesuffix(".base_layer.weight")
+            down = f"{adapted}.lora_A.default.weight"
+            if down not in weights:
+                yield checkpoint_name, _whole(weight.detach().to(dtype))  # half as much to gather in bfloat16
+                continue
+            update = _whole(weights[f"{adapted}.lora_B.default.weight"]) @ _whole(weights[down])
+            merged = _whole(weight) + lora.alpha / lora.rank * update
+            yield checkpoint_name, merged.detach().to(dtype)
 
     def save(self, directory: str) -> None:
         self.training.save_checkpoint(directory)
@@ -252,18 +264,18 @@ class Rank:
         from huggingface_hub import save_torch_state_dict
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        weights = self._full_weights()
-        if self.training.rank != 0:
+        dtype = torch.bfloat16 if self.spec.compute_dtype == "bfloat16" else torch.float32
+        weights = self._on_rank_0(self._full_weights(dtype), _on_host)
+        if weights is None:
             return
         own_config = self.training.engine.module.config
-        dtype = torch.bfloat16 if self.spec.compute_dtype == "bfloat16" else torch.float32
         hf_config = type(own_config).from_dict(own_config.to_dict())
         hf_config.dtype = dtype
         if self.spec.head == "score":  # it was built as a token classifier
             architecture = AutoModelForSequenceClassification._model_mapping[type(hf_config)]
             hf_config.architectures = [architecture.__name__]
         Path(directory).mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, directory)
+        save_torch_state_dict(weights, directory)
         trust_remote_code = self.spec.runtime.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(self.spec.path, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(directory)
@@ -273,6 +285,16 @@ class Rank:
         generation_config = self.training.model_config.generation_config
         if self.spec.head == "language_model" and generation_config is not None:
             generation_config.save_pretrained(directory)
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """Of all ranks' shards; all of them call this together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _on_host(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    # Copies: a tensor may be a part of a larger one, which safetensors refuses.
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
 
 
 def actor_class() -> Any:

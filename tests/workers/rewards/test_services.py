@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from pns.algo.judging import Template, make_nonce, render_text, render_tiny, verdict_parts
-from pns.config import ServicePool
+from pns.config import EngineKind, ServicePool
 from pns.errors import UserError
 from pns.tiny.tokenizer import build_tokenizer
 from workers.rewards.judge import Judge, JudgePool
@@ -197,6 +197,23 @@ def test_the_judge_takes_the_likeliest_digits_with_their_probabilities_whatever_
             ids.append(digits[score])
     rows = json.dumps([judgement.probabilities for judgement in graded])
     assert max(map(len, re.findall(r"\d\.\d+", rows))) <= 8  # six decimals are kept
+
+
+def test_a_judge_on_vllm_grades_as_on_transformers(ray_session: None) -> None:
+    shipped, items = "recipes/tiny/judge", candidates(16)
+    long = ("How many? " * 300, "So Ann=3. ")
+    expected = Judge(shipped, CPU).score([*items, long])
+    pool = JudgePool("coherence", ServicePool(replicas=1, engine=EngineKind.vllm), CPU, 0, 600)
+    try:
+        pool.load(shipped)
+        graded = pool.score([*items, long])
+    finally:
+        pool.shutdown()
+    assert [outcome.cause for outcome in graded] == [outcome.cause for outcome in expected]
+    assert expected[-1].cause == "too_long"
+    assert [own.scores for own in values(graded[:-1])] == [own.scores for own in values(expected[:-1])]
+    for own, of_transformers in zip(values(graded[:-1]), values(expected[:-1]), strict=True):
+        assert np.allclose(own.probabilities, of_transformers.probabilities, atol=1e-4)
 
 
 def test_no_added_token_of_any_kind_reaches_the_judge_from_problem_or_candidate(tmp_path: Path) -> None:
