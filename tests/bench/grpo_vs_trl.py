@@ -195,6 +195,7 @@ def train_ours(work: Work, turn: Turn) -> None:
     from workers.training.batching import Batch, MicroBatch, micro_batch, plan
     from workers.training.objectives import GrpoObjective
     from workers.training.rank import ModelSpec, Rank
+    from workers.weights import rollout_dtype
 
     runtime = Runtime(device=work.device, step_timeout_seconds=600)
     engine: Any = None
@@ -266,7 +267,7 @@ def train_ours(work: Work, turn: Turn) -> None:
         given = [np.asarray(sample.log_probs, np.float32) for sample in in_order]
         metrics = update([sample.token_ids for sample in in_order], given)
         step += 1
-        engine.update_weights(rank._full_weights(), step)
+        engine.update_weights(dict(rank._full_weights(rollout_dtype(runtime))), step)
 
 
 # A worker: told what to do by its first line of input, then one step for every further line.

@@ -166,8 +166,9 @@ def main() -> None:
     metrics, update, of_update = measured(
         lambda: rank.train(parts, objective, constants), arguments.steps, arguments.functions, "update"
     )
-    _, handing_out, _ = measured(lambda: rank._full_weights(), arguments.steps, 0, "weights")
-    weights = rank._full_weights()
+    weights, handing_out, _ = measured(
+        lambda: dict(rank._full_weights(torch.float32)), arguments.steps, 0, "weights"
+    )
     _, taking, _ = measured(lambda: engine.update_weights(weights, 1), arguments.steps, 0, "new weights")
 
     def write() -> None:
