@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--sides", nargs="+", choices=every_side, help="default: by the device")
-    parser.add_argument("--prompts", type=int, default=4, help="of a step (default %(default)s)")
+    parser.add_argument("--prompts", type=int, default=2, help="of a step (default %(default)s)")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="of a completion (default %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="of a micro-batch (default %(default)s)")
