@@ -43,6 +43,7 @@ Thinking = StrEnum("Thinking", ["auto", "on", "off"])
 # Whether completions begin with <think>...</think>.
 ReasoningBlock = StrEnum("ReasoningBlock", ["auto", "tags", "none"])
 EngineKind = StrEnum("EngineKind", ["vllm", "transformers"])
+WeightTransport = StrEnum("WeightTransport", ["auto", "store", "broadcast"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float32"])
 Schedule = StrEnum("Schedule", ["constant", "cosine"])
@@ -223,6 +224,11 @@ class RolloutEngine:
     max_batch: int = key(256, "sequences decoded at once per replica", at_least(1))
     memory_fraction: float = key(0.85, "of the GPU's memory, for vLLM's weights and cache", up_to(1))
     kv_cache_gib: float = key(0.25, "vLLM's cache on CPU, GiB", above(0))
+    weight_transport: WeightTransport = key(
+        WeightTransport.auto,
+        "of the policy's weights to rollout: store, Ray's object store; broadcast, from process to process "
+        "(NCCL on cuda, gloo on a CPU); auto: broadcast where rollout has whole GPUs of its own, else store",
+    )
 
 
 @dataclass

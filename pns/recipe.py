@@ -37,6 +37,7 @@ from pns.config import (
     ServicePool,
     SplitterKind,
     TermKind,
+    WeightTransport,
     When,
     arm_parameters,
     external_pairs,
@@ -523,6 +524,9 @@ def colocation_faults(config: Config) -> Iterator[str]:
     if rollout.labels != policy.labels or rollout.resources:
         way_out = "give placement.rollout the labels of placement.policy, and the resources to policy alone"
         yield f"{key}: the two roles lie on the same nodes: {way_out}"
+    if config.rollout.weight_transport is WeightTransport.broadcast:
+        fault = "NCCL takes no two processes on one GPU"
+        yield f"rollout.weight_transport: broadcast cannot be with {key}: {fault}: set it to store or auto"
     if config.policy.fsdp_size % int(rollout.gpus):
         fault = f"{config.policy.fsdp_size} is no multiple of placement.rollout.gpus, {rollout.gpus:g}"
         yield f"policy.fsdp_size: {fault}, whose GPUs lie on one node ({key}): raise it, or set it to 0"

@@ -230,6 +230,7 @@ WITHOUT_EFFECT = {
         "rollout.memory_fraction",
         "rollout.kv_cache_gib",
     ),
+    "how weights travel, not what they are": ("rollout.weight_transport",),
     "the same sums in another order": ("policy.gradient_checkpointing", "policy.compile", "policy.fsdp_size"),
     "whether a model is read, not what it is": ("models.trust_remote_code",),
     "where sets come from; their content counts": ("data.revisions",),

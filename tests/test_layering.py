@@ -42,6 +42,7 @@ ROOMS = (
     "workers/training/",
     "workers/rewards/",
     "workers/rollout/",
+    "workers/broadcast.py",
     "workers/weights.py",
     "workers/probe.py",
     "workers/reservation.py",
@@ -93,6 +94,7 @@ OWNERS = {
         "workers/rewards/service.py",
         "workers/rollout/pool.py",
         "workers/training/policy.py",
+        "workers/broadcast.py",
         "workers/weights.py",
     },
     "torch": {
@@ -115,6 +117,7 @@ OWNERS = {
         "workers/training/rank.py",
         "workers/training/verl_cpu.py",
         "workers/training/verl_engine.py",
+        "workers/broadcast.py",
         "workers/weights.py",
     },
     "transformers": {

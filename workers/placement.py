@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pns.config import Config, Device, EngineKind, Pool, ServicePool, services
+from pns.config import Config, Device, EngineKind, Pool, RolloutEngine, ServicePool, WeightTransport, services
 from pns.errors import UserError
 from workers.packing import Bundles, Misfit, Node, counted, first_misfit, has_labels, needed_together
 from workers.runtime import process_environment
@@ -79,6 +79,20 @@ def shared_pool(config: Config) -> Pool:
 def ranks_per_replica(config: Config) -> int:
     """Of the policy, with whose GPUs a rollout replica works where they are shared."""
     return max(1, int(config.placement.rollout.gpus))
+
+
+def broadcasts_weights(pool: Pool, engine: RolloutEngine, device: str, colocated: bool) -> bool:
+    """Whether rollout replicas get new weights from process to process. UserError where they cannot: NCCL
+    takes no two processes on one GPU."""
+    own_gpus = device == "cuda" and pool.gpus >= 1 and not colocated
+    if engine.weight_transport is not WeightTransport.broadcast:
+        return engine.weight_transport is WeightTransport.auto and own_gpus
+    if device == "cuda" and not own_gpus:
+        raise UserError(
+            "rollout.weight_transport: broadcast needs whole GPUs of rollout's own: set it to store, or "
+            "placement.rollout.gpus=1 and placement.colocate=[]"
+        )
+    return True
 
 
 def ranks_on_a_node(config: Config) -> int:

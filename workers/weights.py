@@ -1,9 +1,11 @@
-"""A model's weights on their way from the policy to rollout, through Ray's object store.
+"""A model's weights on their way from the policy to rollout: packed, and stored in Ray's object store.
 
 The tensors lie end to end in flat buckets of bytes. Ray writes such an array into the store once and reads it
-where it lies; a tensor it would pickle, and every reader would have a copy of its own.
+where it lies; a tensor it would pickle, and every reader would have a copy of its own. `workers.broadcast`
+sends the same buckets from process to process.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,10 +34,13 @@ class Slice:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
     def of(self, data: torch.Tensor) -> torch.Tensor:
         """The tensor, in the memory of the bucket's bytes `data`."""
-        num_bytes = self.dtype.itemsize * int(np.prod(self.shape))
-        return data[self.start : self.start + num_bytes].view(self.dtype).view(self.shape)
+        return data[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -71,29 +76,35 @@ def store(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKE
     # Without a GPU pinned memory is not to be had.
     room = torch.empty(bucket_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     references: list[ray.ObjectRef] = []
+    num_bytes = 0
+    for slices, data in packed(tensors, room):
+        references.append(ray.put(Bucket(slices, data.numpy())))
+        num_bytes += sum(own.num_bytes for own in slices)
+    return StoredWeights(tuple(references), num_bytes)
+
+
+def packed(
+    tensors: Iterable[tuple[str, torch.Tensor]], room: torch.Tensor
+) -> Iterator[tuple[tuple[Slice, ...], torch.Tensor]]:
+    """The tensors end to end in the bytes of `room`, as many at a time as it holds; one that is larger comes
+    alone, in memory of its own. Both are on the device of `room`. What is yielded is overwritten when the
+    next is asked for."""
     slices: list[Slice] = []
-    end = num_bytes = 0  # of the bucket's bytes; of all tensors
-
-    def close() -> None:
-        nonlocal end
-        if slices:
-            references.append(ray.put(Bucket(tuple(slices), room[:end].numpy())))
-            slices.clear()
-            end = 0
-
+    end = 0  # of what is in `room`
     for name, tensor in tensors:
-        num_bytes += tensor.nbytes
-        if tensor.nbytes > bucket_bytes:
-            alone = tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy()
-            references.append(ray.put(Bucket((Slice(name, tensor.dtype, tuple(tensor.shape), 0),), alone)))
+        tensor = tensor.detach()
+        if tensor.nbytes > len(room):
+            alone = tensor.to(room.device).contiguous().view(torch.uint8).flatten()
+            yield (Slice(name, tensor.dtype, tuple(tensor.shape), 0),), alone
             continue
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        if start + tensor.nbytes > bucket_bytes:
-            close()
+        if start + tensor.nbytes > len(room):
+            yield tuple(slices), room[:end]
+            slices.clear()
             start = 0
         own = Slice(name, tensor.dtype, tuple(tensor.shape), start)
-        own.of(room).copy_(tensor.detach())
+        own.of(room).copy_(tensor)
         slices.append(own)
         end = start + tensor.nbytes
-    close()
-    return StoredWeights(tuple(references), num_bytes)
+    if slices:
+        yield tuple(slices), room[:end]

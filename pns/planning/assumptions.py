@@ -85,6 +85,10 @@ class Assumptions:
     node_to_node_gb_s: float = _assumed(
         1.5, "of Ray's objects between machines", "estimated: 1 to 2", above(0)
     )
+    peer_gb_s: float = _assumed(100, "of NCCL between GPUs of a machine", "estimated: NVLink", above(0))
+    broadcast_gb_s: float = _assumed(
+        8, "of NCCL to other machines, where the network is not slower", "verl's figure: 8.25", above(0)
+    )
     context_gb: float = _assumed(
         1.0, "of a GPU for each process: CUDA context, NCCL's buffers", "estimated", at_least(0)
     )

@@ -293,25 +293,28 @@ def scorer_memory(shape: Shape, judges: bool, batch_tokens: int, device: str, as
 # Host memory of processes with GPUs, at the two moments that take most
 
 
-def policy_host(of: Training, rank: int, moment: str, assumed: Assumptions) -> Parts:
+def policy_host(
+    of: Training, rank: int, moment: str, assumed: Assumptions, broadcasts: bool = False
+) -> Parts:
     """`moment` "load": rank 0 reads the whole model in float32; every rank does where the head is tied.
-    "sync": rank 0 holds one bucket of the gathered weights, or a larger tensor."""
+    "sync": rank 0 holds one bucket of the gathered weights, or a larger tensor; on its GPU where it
+    `broadcasts` them."""
     model = FLOAT32 * of.parameters / GB
     parts = {"process": assumed.process_gb}
     if moment == "load" and (rank == 0 or of.shape.tied):
         parts["whole model (float32)"] = model
-    if moment == "sync" and rank == 0:
+    if moment == "sync" and rank == 0 and not broadcasts:
         embedding = BFLOAT16 * of.shape.embedding_parameters / GB
         parts["bucket of gathered weights"] = max(WEIGHTS_BUCKET_GB, embedding)
     return parts
 
 
-def rollout_host(shape: Shape, tensor_parallel: int, moment: str, assumed: Assumptions) -> Parts:
-    """At a sync a replica reads the object store; with tensor parallelism that is pickled to each GPU's
-    process."""
+def rollout_host(shape: Shape, pickled_to: int, moment: str, assumed: Assumptions) -> Parts:
+    """At a sync a replica reads the object store; with tensor parallelism that is pickled to the process of
+    each of its GPUs, `pickled_to` of them."""
     parts = {"process": assumed.process_gb}
-    if moment == "sync" and tensor_parallel > 1:
-        parts["pickled weights"] = (1 + 2 * tensor_parallel) * BFLOAT16 * shape.parameters / GB
+    if moment == "sync" and pickled_to > 1:
+        parts["pickled weights"] = (1 + 2 * pickled_to) * BFLOAT16 * shape.parameters / GB
     return parts
 
 

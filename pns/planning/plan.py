@@ -18,7 +18,7 @@ from pns.planning.nodes import Machine, Process, homes, kinds_of, lay_inside, no
 from pns.planning.shapes import KnownModel, find_model
 from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.packing import Bundles, counted
-from workers.placement import bundles
+from workers.placement import broadcasts_weights, bundles
 
 # As `workers.rewards.vllm_grades` has them: of a GPU's memory; sequences at once.
 VLLM_JUDGE_SHARE, VLLM_JUDGE_BATCH = 0.85, 256
@@ -98,6 +98,14 @@ class Estimate:
     def gpu_of(self, role: str) -> GpuKind | None:
         """The GPU that a role's speed is told for: the slowest that it is on; None on a CPU."""
         return min(kinds_of(self.nodes, role), key=lambda kind: kind.tflops, default=None)
+
+    @property
+    def broadcasts(self) -> bool:
+        """New weights come to rollout from process to process, not through Ray's object store."""
+        placement = self.config.placement
+        return broadcasts_weights(
+            placement.rollout, self.config.rollout, self.device, bool(placement.colocate)
+        )
 
     @property
     def num_gpus(self) -> float:
@@ -346,11 +354,12 @@ def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions
     for process in node.processes:
         own: Parts = {"process": assumed.process_gb}
         if process.role == "policy" and trained is not None:
-            own = memory.policy_host(trained, process.rank, moment, assumed)
+            own = memory.policy_host(trained, process.rank, moment, assumed, plan.broadcasts)
             if moment == "sync" and plan.config.placement.colocate:
                 own |= memory.away_on_the_host(trained)
         elif process.role == "rollout" and shape is not None:
-            own = memory.rollout_host(shape, math.ceil(process.gpus), moment, assumed)
+            pickled_to = 0 if plan.broadcasts else math.ceil(process.gpus)
+            own = memory.rollout_host(shape, pickled_to, moment, assumed)
         elif moment == "load" and (found := plan.models.get(process.role)):
             own["weights on their way"] = 2 * found.shape.parameters / GB
         parts[process.role] = parts.get(process.role, 0.0) + total(own)
@@ -358,7 +367,7 @@ def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions
         verifiers = plan.config.placement.verifier_processes
         parts["driver"] = assumed.driver_gb + verifiers * assumed.verifier_gb
     here = any(p.role == "rollout" or (p.role == "policy" and p.rank == 0) for p in node.processes)
-    if moment == "sync" and shape is not None and here:
+    if moment == "sync" and shape is not None and here and not plan.broadcasts:
         parts[OBJECT_STORE] = memory.object_store_gb(shape)
     return parts
 
@@ -499,5 +508,10 @@ def policy_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[s
         parts["turns"] = speed.turns_seconds(memory.training_state(training), assumed)
     if phase.syncs and rollout is not None:
         apart = homes(plan.nodes, "rollout") - homes(plan.nodes, "policy")
-        parts["sync"] = speed.sync_seconds(shape, tensor_parallel(rollout), bool(apart), assumed)
+        if plan.broadcasts:
+            both = homes(plan.nodes, "rollout") | on_nodes
+            slowest = min(node.type.network_gb_s for node in plan.nodes if node.name in both)
+            parts["sync"] = speed.broadcast_seconds(shape, slowest if len(both) > 1 else None, assumed)
+        else:
+            parts["sync"] = speed.store_seconds(shape, tensor_parallel(rollout), bool(apart), assumed)
     return parts

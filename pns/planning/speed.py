@@ -147,7 +147,15 @@ def turns_seconds(state: Parts, assumed: Assumptions) -> float:
     return 2 * total(state) / assumed.device_to_host_gb_s
 
 
-def sync_seconds(shape: Shape, tensor_parallel: int, crosses_nodes: bool, assumed: Assumptions) -> float:
+def broadcast_seconds(shape: Shape, network_gb_s: float | None, assumed: Assumptions) -> float:
+    """Bfloat16 weights gathered on rank 0, and sent from there to every replica at once; with `network_gb_s`
+    of a GPU where they are on several machines."""
+    gb = BFLOAT16 * shape.parameters / GB
+    to_replicas = min(network_gb_s, assumed.broadcast_gb_s) if network_gb_s else assumed.peer_gb_s
+    return gb / assumed.peer_gb_s + gb / to_replicas
+
+
+def store_seconds(shape: Shape, tensor_parallel: int, crosses_nodes: bool, assumed: Assumptions) -> float:
     """Bfloat16 weights through the object store: copied from the GPU, written, brought to other machines, and
     copied to the GPU of every replica at once."""
     gb = BFLOAT16 * shape.parameters / GB

@@ -159,8 +159,8 @@ def sync_weights(ctx: Context, num_steps: int) -> dict[str, float]:
     """The policy's weights after `num_steps` steps into every rollout replica; seconds and bytes. Their
     version is that number, also after an interruption: rollouts say which weights they are of."""
     began = time.monotonic()
-    weights = ctx.fleet.rollout.update_weights(ctx.fleet.policy.weights, num_steps)
-    return {"sync_seconds": time.monotonic() - began, "sync_bytes": float(weights.num_bytes)}
+    num_bytes = ctx.fleet.rollout.update_weights(ctx.fleet.policy, num_steps)
+    return {"sync_seconds": time.monotonic() - began, "sync_bytes": float(num_bytes)}
 
 
 def update(ctx: Context, run: GrpoRun, rollouts: Sequence[Rollout]) -> dict[str, float]:

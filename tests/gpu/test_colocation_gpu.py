@@ -88,7 +88,7 @@ def test_one_gpu_is_for_one_role_at_a_time(ray_with_gpu: None, checkpoint: str, 
         for step in range(3):
             losses.append(policy.train_step(batch, SftObjective())["loss"])
             in_policy = used_gib()
-            rollout.update_weights(policy.weights, step + 1)  # the policy is away
+            rollout.update_weights(policy, step + 1)  # the policy is away
             in_rollout = max(in_rollout, used_gib())
             requests = [Request(f"{step}/{i}", (5, 6, 7), i) for i in range(8)]
             samples = [s for part in rollout.stream(requests, Sampling(1.0, 1.0, 16)) for s in part]

@@ -174,7 +174,7 @@ def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: 
         before = np.concatenate(pool.log_probs(batch.prompt_ids, batch.completion_ids))
         for _ in range(5):
             policy.train_step(batch, SftObjective())
-        pool.update_weights(policy.weights, version=5)
+        pool.update_weights(policy, version=5)
         after = np.concatenate(pool.log_probs(batch.prompt_ids, batch.completion_ids))
         own = np.concatenate(policy.log_probs(batch))
     finally:

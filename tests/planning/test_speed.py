@@ -38,13 +38,18 @@ def test_rollout_of_a_step(problems: int, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "seconds"), [("Qwen2.5-1.5B", 2.3), ("Qwen2.5-7B", 11.4), ("Qwen2.5-32B", 49)]
+    ("name", "by_store", "broadcast"),
+    [("Qwen2.5-1.5B", 2.3, 0.06), ("Qwen2.5-7B", 11.4, 0.3), ("Qwen2.5-32B", 49, 1.3)],
 )
-def test_sync(name: str, seconds: float) -> None:
-    assert speed.sync_seconds(SHAPES[name], 1, False, ASSUMED) == pytest.approx(seconds, rel=0.1)
-    assert speed.sync_seconds(SHAPES[name], 1, True, ASSUMED) > speed.sync_seconds(
-        SHAPES[name], 1, False, ASSUMED
-    )
+def test_sync(name: str, by_store: float, broadcast: float) -> None:
+    shape = SHAPES[name]
+    assert speed.store_seconds(shape, 1, False, ASSUMED) == pytest.approx(by_store, rel=0.1)
+    assert speed.store_seconds(shape, 1, True, ASSUMED) > speed.store_seconds(shape, 1, False, ASSUMED)
+    assert speed.broadcast_seconds(shape, None, ASSUMED) == pytest.approx(broadcast, rel=0.1)
+    # Between machines at 8 GB/s, or what a slower network has.
+    over_network = [speed.broadcast_seconds(shape, gb_s, ASSUMED) for gb_s in (40, 8, 4)]
+    assert over_network[0] == over_network[1] < over_network[2]
+    assert over_network[2] == pytest.approx(2 * shape.parameters * (1 / 100 + 1 / 4) / 1e9)
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("Qwen2.5-7B", 125), ("Qwen2.5-32B", 540)])

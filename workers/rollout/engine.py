@@ -6,8 +6,8 @@ engines, devices and batches agree on it up to the rounding of the logits.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 from pns.data.prompts import find_tokenizer
 from pns.data.thinking import ThinkingBudget
 from pns.errors import UserError
+from workers.broadcast import Seat, member
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,26 @@ class Sample:
     weights_version: int
 
 
+# By name, in memory that may not be written; or a replica's first seat in the group that they are sent to.
+Weights = dict[str, torch.Tensor] | Seat
+
+
+def tensors_of(weights: Weights, worker: int = 0) -> Iterable[tuple[str, torch.Tensor]]:
+    """For one of the replica's workers, each of which has a seat of its own."""
+    if isinstance(weights, dict):
+        return weights.items()
+    return member(replace(weights, rank=weights.rank + worker)).receive()
+
+
 class Engine(Protocol):
     """One model on one device. Not safe for concurrent calls."""
 
     def load(self, model_path: str) -> None:
         """Take the weights, as version 0, and the architecture of a checkpoint directory or Hub id."""
 
-    def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        """Replace all weights by copies of these, which may lie in memory that cannot be written; names and
-        shapes as in the checkpoint. ValueError for other names."""
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """Replace all weights by copies of these; names and shapes as in the checkpoint. ValueError for other
+        names: then the engine is of no use before it has been given the right ones."""
 
     def sleep(self) -> None:
         """Leave the device to others. What it held is gone: after `wake_up` it needs weights before it can

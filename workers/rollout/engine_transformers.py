@@ -17,11 +17,13 @@ from workers.rollout.engine import (
     Sample,
     Sampling,
     StopWatch,
+    Weights,
     check_names,
     force,
     penalise,
     perturb,
     stop_watch,
+    tensors_of,
     tokenizer_of,
 )
 from workers.runtime import Runtime
@@ -48,9 +50,14 @@ class TransformersEngine:
         self.max_tokens = int(model.config.max_position_embeddings)
         self.version = 0
 
-    def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        check_names(set(self.model.state_dict()), set(tensors), bool(self.model.config.tie_word_embeddings))
-        self.model.load_state_dict(tensors, strict=False)
+    def update_weights(self, weights: Weights, version: int) -> None:
+        own = self.model.state_dict()
+        given = set()
+        for name, tensor in tensors_of(weights):
+            given.add(name)
+            if name in own:
+                own[name].copy_(tensor)
+        check_names(set(own), given, bool(self.model.config.tie_word_embeddings))
         self.version = version
 
     def sleep(self) -> None:

@@ -42,11 +42,13 @@ from workers.rollout.engine import (
     Request,
     Sample,
     Sampling,
+    Weights,
     check_names,
     force,
     penalise,
     perturb,
     stop_watch,
+    tensors_of,
     tokenizer_of,
 )
 from workers.runtime import Runtime
@@ -134,11 +136,11 @@ class VllmEngine:
             with safe_open(file, framework="pt") as stored:
                 self.weight_names |= set(stored.keys())
 
-    def update_weights(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+    def update_weights(self, weights: Weights, version: int) -> None:
         engine = self.engine
         assert engine is not None  # after `load`
-        check_names(self.weight_names, set(tensors), bool(engine.model_config.hf_config.tie_word_embeddings))
-        engine.collective_rpc(_reload, args=(tensors,))
+        given = engine.collective_rpc(_reload, args=(weights,))[0]
+        check_names(self.weight_names, given, bool(engine.model_config.hf_config.tie_word_embeddings))
         if not engine.reset_prefix_cache():  # its keys and values are of the old weights
             raise RuntimeError(
                 "vLLM's prefix cache could not be reset after a weight update: requests are still running"
@@ -305,12 +307,20 @@ def _noise_of(params: SamplingParams, prompt_ids: list[int] | None, output_ids: 
     return _Row(seed, (temperature, top_p, top_k, min_p), own, prompt_ids or [], output_ids, thinking)
 
 
-def _reload(worker: WorkerBase, tensors: dict[str, torch.Tensor]) -> None:
-    """Runs in each worker. The reload does not process a tied head anew (it belongs to the embedding), and on
-    CPU the head multiplies with a packed copy of its weight: without the second step it keeps the old one."""
+def _reload(worker: WorkerBase, weights: Weights) -> set[str]:
+    """Runs in each worker; the names of what was loaded. The reload does not process a tied head anew (it
+    belongs to the embedding), and on CPU the head multiplies with a packed copy of its weight: without the
+    second step it keeps the old one."""
     runner = worker.model_runner
-    on_device = ((name, tensor.to(runner.device)) for name, tensor in tensors.items())
-    runner.reload_weights(weights_iterator=on_device)
+    given = set()
+
+    def on_device() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors_of(weights, worker.rank):
+            given.add(name)
+            yield name, tensor.to(runner.device)
+
+    runner.reload_weights(weights_iterator=on_device())
     head = getattr(runner.get_model(), "lm_head", None)
     if head is not None and runner.model_config.hf_config.tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)
+    return given

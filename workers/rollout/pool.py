@@ -4,15 +4,20 @@ The pool starts its actors once and keeps them: a stage gives them a model (`loa
 weights (`update_weights`), and `stream` yields finished samples while others still decode. An actor that dies
 is started anew with the pool's present weights, and the requests it had not answered are asked again; a
 request has its own seed, so it gets the same sample.
+
+New weights come through Ray's object store (`workers.weights`), which holds them until the next ones, or from
+process to process (`workers.broadcast`); then the policy alone has them, and a new actor gets them from it.
 """
 
 import itertools
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import ray
@@ -21,6 +26,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from pns.config import EngineKind, Pool, RolloutEngine
 from pns.errors import UserError
 from workers.actor_logs import actor_log, print_to
+from workers.broadcast import Meeting, Seat
+from workers.placement import broadcasts_weights
 from workers.reservation import Slot
 from workers.rollout.engine import Engine, Request, Sample, Sampling
 from workers.runtime import Limit, Runtime, process_environment
@@ -71,8 +78,9 @@ class RolloutActor:
         self.engine.load(model_path)
         self.has_weights = True
 
-    def update_weights(self, weights: StoredWeights, version: int) -> None:
-        self.engine.update_weights(weights.tensors(), version)
+    def update_weights(self, weights: StoredWeights | Seat, version: int) -> None:
+        self.has_weights = False
+        self.engine.update_weights(weights if isinstance(weights, Seat) else weights.tensors(), version)
         self.has_weights = True
 
     def sleep(self) -> None:
@@ -125,6 +133,24 @@ class RolloutActor:
         return self.engine.log_probs(prompt_ids, completion_ids)
 
 
+class WeightsSource(Protocol):
+    """Who has new weights: `workers.training.policy.Policy`, whose methods these are."""
+
+    num_updates: int
+
+    def weights(self) -> StoredWeights: ...
+
+    def send_weights(self, seat: Seat) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class _Present:
+    """What to give to a replica that has no weights."""
+
+    weights: Callable[[], StoredWeights]
+    version: int
+
+
 class RolloutPool:
     """`pool.replicas` rollout actors. The constructor returns when all are up (they start in parallel).
 
@@ -154,9 +180,12 @@ class RolloutPool:
             pool, engine, runtime, replica, slots[replica] if slots else None
         )
         self._model_path: str | None = None
-        # With their version; None while the model's own are in use.
-        self._weights: tuple[StoredWeights, int] | None = None
+        self._present: _Present | None = None  # None while the model's own weights are in use
         self._weights_gone = False  # by a sleep
+        self._workers = int(pool.gpus) if tensor_parallel and pool.gpus > 1 else 1  # of a replica
+        self._meeting: Meeting | None = None
+        if broadcasts_weights(pool, engine, runtime.device, bool(slots)):
+            self._meeting = Meeting(pool.replicas * self._workers, runtime)
         self._actors = [self._start(replica) for replica in range(pool.replicas)]
         with ExitStack() as stack:
             stack.callback(self.shutdown)  # where one does not come up
@@ -167,29 +196,86 @@ class RolloutPool:
     def load(self, model_path: str) -> None:
         """Every replica takes the model, as version 0. Raises UserError if it is no usable checkpoint."""
         with self._turn():
-            self._model_path, self._weights = model_path, None
+            self._model_path, self._present = model_path, None
             self._give_weights()
 
-    def update_weights(self, gather: Callable[[], StoredWeights], version: int) -> StoredWeights:
-        """Every replica takes the weights that `gather` gives. The version before is let go first, so that
-        the object store never holds two."""
-        self._weights = None
-        weights = gather()
+    def update_weights(self, source: WeightsSource, version: int) -> int:
+        """Every replica takes the weights that the source has now; their bytes. The version before is let go
+        first, so that the object store never holds two."""
+        self._present = None
+        if self._meeting is not None:
+            num_bytes = self._receive_weights(self._meeting, source, version)
+            self._present = _Present(_gathered_again(source), version)
+            return num_bytes
+        weights = source.weights()
         with self._turn():
-            self._weights = (weights, version)
+            self._present = _Present(lambda: weights, version)
             self._give_weights()
-        return weights
+        return weights.num_bytes
 
     def _give_weights(self) -> None:
         """The present ones, to every replica."""
-        path, weights = self._model_path, self._weights
-        if weights is None:
+        path, present = self._model_path, self._present
+        if present is None:
             limit, purpose = self._runtime.load_limit, f"to load {path}"
             self._on_all(lambda actor, _: actor.load.remote(path), purpose, limit)
         else:
-            limit, purpose = self._runtime.sync_limit, f"to take weights version {weights[1]}"
-            self._on_all(lambda actor, _: actor.update_weights.remote(*weights), purpose, limit)
+            limit, purpose = self._runtime.sync_limit, f"to take weights version {present.version}"
+            weights = present.weights()
+            self._on_all(
+                lambda actor, _: actor.update_weights.remote(weights, present.version), purpose, limit
+            )
         self._weights_gone = False
+
+    def _receive_weights(self, meeting: Meeting, source: WeightsSource, version: int) -> int:
+        """From process to process; anew to all of them, where a replica dies of it."""
+        restarts = Counter[int]()
+        while True:
+            taking = {}  # an actor's call -> replica
+            for replica, actor in enumerate(self._actors):
+                seat = meeting.seat(1 + replica * self._workers)
+                taking[actor.update_weights.remote(seat, version)] = replica
+            sending = source.send_weights(meeting.seat(0))
+            died = self._until_sent(meeting, taking, sending, version)
+            if not died:
+                return ray.get(sending[0])
+            restarts.update(died.keys())
+            for replica, error in died.items():
+                self._restart(replica, restarts[replica], error)
+
+    def _until_sent(
+        self, meeting: Meeting, taking: dict[Any, int], sending: list[Any], version: int
+    ) -> dict[int, RayActorError]:
+        """Wait for all of them; the replicas that died. Raises what went wrong else."""
+        limit = self._runtime.sync_limit
+        ends = time.monotonic() + limit.seconds
+        pending = [*taking, *sending]
+        died: dict[int, RayActorError] = {}
+        failures: list[Exception] = []
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, ends - time.monotonic()))
+            if not ready:
+                meeting.give_up()
+                raise TimeoutError(
+                    f"rollout: weights version {version} were not with all {len(self._actors)} replicas "
+                    f"within {limit.seconds:g} s: raise {limit.key}, or set rollout.weight_transport=store"
+                )
+            try:
+                _get(ready[0], limit.seconds)
+            except RayActorError as error:
+                if ready[0] not in taking:
+                    failures.insert(0, error)  # the policy's: there is nobody to send
+                else:
+                    died[taking[ready[0]]] = error
+            except Exception as error:
+                failures.append(error)
+            else:
+                continue
+            if len(died) + len(failures) == 1:
+                meeting.give_up()  # the others wait for this one; what they end with is of no interest
+        if failures and not died:
+            raise failures[0]
+        return died
 
     def sleep(self) -> None:
         """Every replica leaves its GPUs to others; its weights are dropped."""
@@ -308,9 +394,13 @@ class RolloutPool:
         if self._model_path is not None:
             purpose = f"to load {self._model_path} (replica {replica})"
             self._wait([actor.load.remote(self._model_path)], purpose, self._runtime.load_limit)
-        if self._weights is not None:
-            purpose = f"to take weights version {self._weights[1]} (replica {replica})"
-            self._wait([actor.update_weights.remote(*self._weights)], purpose, self._runtime.sync_limit)
+        if self._present is not None:
+            version = self._present.version
+            purpose = f"to take weights version {version} (replica {replica})"
+            taking = actor.update_weights.remote(self._present.weights(), version)
+            self._wait([taking], purpose, self._runtime.sync_limit)
+        if self._meeting is not None:
+            self._meeting.give_up()  # the process that died had a seat in the group
 
     def _wait(self, refs: list[Any], purpose: str, limit: Limit) -> list[Any]:
         _, waiting = ray.wait(refs, num_returns=len(refs), timeout=limit.seconds)
@@ -322,6 +412,23 @@ class RolloutPool:
                 f"{limit.key}"
             )
         return [_get(ref, limit.seconds) for ref in refs]
+
+
+def _gathered_again(source: WeightsSource) -> Callable[[], StoredWeights]:
+    """The weights that the source has now, when they are asked for; RuntimeError where it has trained on."""
+    num_updates = source.num_updates
+
+    def gather() -> StoredWeights:
+        weights = source.weights()
+        if source.num_updates != num_updates:
+            raise RuntimeError(
+                "rollout: a replica died while the policy trained, and nobody has the weights that it "
+                "sampled with: run the same command again, which goes on from the last checkpoint; "
+                "rollout.weight_transport=store keeps a copy"
+            )
+        return weights
+
+    return gather
 
 
 def _start_actor(pool: Pool, engine: RolloutEngine, runtime: Runtime, replica: int, slot: Slot | None) -> Any:

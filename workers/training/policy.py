@@ -6,6 +6,7 @@ mean over the whole batch does not depend on how. Nothing of verl is imported be
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pns import config
 from pns.errors import UserError
 from pns.files import read_json, write_json
+from workers.broadcast import Seat
 from workers.checkpoints import local_directory
 from workers.reservation import release, reserve
 from workers.runtime import VERL_CPU, Limit, Runtime, process_environment
@@ -44,14 +46,15 @@ def _in_turn(
 
     @wraps(method)
     def call(policy: "Policy", *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with policy.turn():
+        with policy.busy, policy.turn():
             return method(policy, *args, **kwargs)
 
     return call
 
 
 class Policy:
-    """The training processes, seen from the driver. Calls block until all ranks are done; one at a time.
+    """The training processes, seen from the driver. Calls block until all ranks are done; one at a time, the
+    others wait.
 
     A wait longer than the runtime's limit for it (of starting, loading, handing out weights, or a step)
     raises TimeoutError with what was waited for and the limit's key; the exception of a rank is raised as it
@@ -79,6 +82,9 @@ class Policy:
         self._runtime = runtime
         self._ranks = pool.replicas
         self.turn = turn
+        # Ranks that got the calls of two threads in different orders would wait for each other.
+        self.busy = threading.RLock()
+        self.num_updates = 0  # calls of `train_step`: tells whether the weights are still the same
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
@@ -205,6 +211,7 @@ class Policy:
         }
         if objective.group_size == 1 and constants["num_tokens"] == 0:
             raise ValueError("no token of the batch is in the mask: there is nothing to train on")
+        self.num_updates += 1
         began = time.monotonic()
         references = self._group.train(parts, [objective] * self._ranks, [constants] * self._ranks)
         of_batch = self._wait_for_step(references, "a training step")[0]
@@ -229,6 +236,13 @@ class Policy:
         gathering = self._group.weights()
         of_rank_0, *_ = self._wait(gathering, self._runtime.sync_limit, "the weights of the policy")
         return of_rank_0
+
+    @_in_turn
+    def send_weights(self, seat: Seat) -> list[Any]:
+        """Begin to send the same to the group in which `seat` is rank 0's. Returns at once, with what to wait
+        for; the first is their bytes."""
+        self._loaded()
+        return self._group.send_weights(seat)
 
     @_in_turn
     def save(self, directory: str | Path) -> None:

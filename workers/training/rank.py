@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from pns import config
 from workers.actor_logs import actor_log, print_to
+from workers.broadcast import Seat, member
 from workers.runtime import Runtime
 from workers.training.batching import MicroBatch
 from workers.training.objectives import Head, Objective
@@ -227,12 +228,19 @@ class Rank:
         """The full weights, in the dtype of rollout, in the object store; from rank 0 only."""
         return self._on_rank_0(self._full_weights(rollout_dtype(self.spec.runtime)), store)
 
+    def send_weights(self, seat: Seat) -> int | None:
+        """The same from rank 0, which has the seat, to the others of its group; their bytes."""
+        weights = self._full_weights(rollout_dtype(self.spec.runtime))
+        return self._on_rank_0(weights, lambda tensors: member(seat).send(tensors))
+
     def _on_rank_0(self, tensors: Iterator[_T], use: Callable[[Iterator[_T]], _R]) -> _R | None:
         """Rank 0 uses them; the others gather with it what it asks for."""
-        if self.training.rank == 0:
-            return use(tensors)
-        deque(tensors, maxlen=0)
-        return None
+        try:
+            return use(tensors) if self.training.rank == 0 else None
+        finally:
+            deque(
+                tensors, maxlen=0
+            )  # all ranks to the end, also where rank 0 fails: they wait for each other
 
     def _full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint names with whole tensors of `dtype`, one at a time, on the device; all ranks go through
@@ -318,6 +326,7 @@ def actor_class() -> Any:
         come = on_all(Rank.come)
         pass_step = on_all(Rank.pass_step)
         weights = on_all(Rank.weights)
+        send_weights = on_all(Rank.send_weights)
         save = on_all(Rank.save)
         restore = on_all(Rank.restore)
         export = on_all(Rank.export)

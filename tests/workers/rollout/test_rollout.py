@@ -29,10 +29,10 @@ from transformers import (
 import pns.config as config
 from pns.data.thinking import ThinkingBudget
 from pns.errors import UserError
+from tests.workers.rollout.given import Given
 from workers.rollout.engine import StopWatch, check_names, penalise, perturb
 from workers.rollout.pool import Request, RolloutPool, Sample, Sampling
 from workers.runtime import Runtime
-from workers.weights import store
 
 VOCAB, END, MAX_TOKENS = 50, 1, 256
 ENGINES = ["transformers", "vllm"]
@@ -142,7 +142,7 @@ def test_log_probs_are_those_of_the_present_weights(
     first, second = build_model("qwen2", tied, 0), build_model("qwen2", tied, 1)
     pool.load(str(models[f"{kind}-0"]))
     assert_agrees(pool, first, 0)
-    pool.update_weights(lambda: store(second.state_dict().items()), 7)
+    pool.update_weights(Given(second.state_dict()), 7)
     assert_agrees(pool, second, 7)
     with pytest.raises(AssertionError):  # the two models differ enough for stale weights to show
         assert_agrees(pool, first, 7)
@@ -155,7 +155,7 @@ def test_a_sleep_takes_the_weights_and_the_pool_gives_the_present_ones_back(
 ) -> None:
     [actor] = pool._actors
     pool.load(str(models["qwen2-untied-0"]))
-    pool.update_weights(lambda: store(build_model("qwen2", False, 1).state_dict().items()), 7)
+    pool.update_weights(Given(build_model("qwen2", False, 1).state_dict()), 7)
     requests, sampling = make_requests(12), Sampling(1.0, max_new_tokens=24)
     expected = collect(pool, requests, sampling)
     pool.sleep()
@@ -165,7 +165,7 @@ def test_a_sleep_takes_the_weights_and_the_pool_gives_the_present_ones_back(
     assert collect(pool, requests, sampling) == expected
     pool.sleep()
     pool.wake_up()
-    pool.update_weights(lambda: store(build_model("qwen2", False, 0).state_dict().items()), 8)
+    pool.update_weights(Given(build_model("qwen2", False, 0).state_dict()), 8)
     assert_agrees(pool, build_model("qwen2", False, 0), 8)
     pool.sleep()
     pool.wake_up()
@@ -183,7 +183,7 @@ def test_an_incomplete_update_is_refused(pool: RolloutPool, models: dict[str, Pa
     tensors = dict(build_model("qwen2", False, 1).state_dict())
     del tensors["lm_head.weight"]
     with pytest.raises(ValueError, match=r"1 names missing .*lm_head\.weight"):
-        pool.update_weights(lambda: store(tensors.items()), 1)
+        pool.update_weights(Given(tensors), 1)
 
 
 # The prompt opens a block, which "=>" (two tokens here) closes.
@@ -340,7 +340,7 @@ def test_a_killed_actor_loses_and_doubles_nothing(
     pool = make_pool("transformers", replicas=2)
     try:
         pool.load(str(models["qwen2-untied-0"]))
-        pool.update_weights(lambda: store(build_model("qwen2", False, 1).state_dict().items()), 3)
+        pool.update_weights(Given(build_model("qwen2", False, 1).state_dict()), 3)
         requests = make_requests(160)
         sampling = Sampling(1.0, max_new_tokens=120)
         expected = collect(pool, requests, sampling)

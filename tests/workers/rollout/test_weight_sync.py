@@ -32,9 +32,11 @@ def policy(ray_session: None) -> Iterator[Policy]:
 
 @pytest.fixture(scope="module")
 def pools(ray_session: None) -> Iterator[list[RolloutPool]]:
+    vllm, transformers = config.EngineKind.vllm, config.EngineKind.transformers
+    store, broadcast = config.WeightTransport.store, config.WeightTransport.broadcast
     engines = [
-        config.RolloutEngine(engine=engine, max_batch=32)
-        for engine in (config.EngineKind.vllm, config.EngineKind.transformers)
+        config.RolloutEngine(engine=engine, max_batch=32, weight_transport=transport)
+        for engine, transport in ((vllm, broadcast), (transformers, store))
     ]
     pools = [RolloutPool(config.Pool(replicas=1, gpus=0), engine, RUNTIME) for engine in engines]
     yield pools
@@ -81,7 +83,7 @@ def test_log_probs_agree_before_and_after_an_update(
         > 0.1
     )
     for pool in pools:
-        pool.update_weights(policy.weights, version=3)
+        pool.update_weights(policy, version=3)
     sampled_and_scored(policy, pools, prompts)
 
 

@@ -19,6 +19,7 @@ from pns import config
 from pns.algo import losses
 from pns.config import Layout
 from pns.errors import UserError
+from workers.broadcast import Meeting, member
 from workers.runtime import Runtime
 from workers.training.batching import Batch, Family, micro_batch, plan
 from workers.training.objectives import (
@@ -672,6 +673,23 @@ def test_two_copies_of_two_ranks_train_as_one_copy_of_four(
     assert_same(hybrid_log_probs, [torch.tensor(values) for values in log_probs], tolerance=1e-4)
 
 
+def assert_sent(policy: Policy, expected: dict[str, torch.Tensor]) -> None:
+    """To a group of the policy and this process, twice; also after a group in which nobody else was."""
+    runtime = Runtime(sync_timeout_seconds=1200)
+    lonely = Meeting(1, runtime)
+    sending = policy.send_weights(lonely.seat(0))
+    lonely.give_up()
+    with pytest.raises(RuntimeError, match="was lost"):
+        ray.get(sending)
+    meeting = Meeting(1, runtime)
+    for _ in range(2):
+        sending = policy.send_weights(meeting.seat(0))
+        received = dict(member(meeting.seat(1)).receive())
+        assert received.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in received.items())
+        assert ray.get(sending[0]) == sum(tensor.nbytes for tensor in expected.values())
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_untied"])
 def test_weights_and_export_hold_the_trained_model(
     two_ranks: Policy, checkpoints: dict[str, str], tmp_path: Path, name: str
@@ -687,6 +705,7 @@ def test_weights_and_export_hold_the_trained_model(
     batch = rows(6)
     two_ranks.train_step(batch, SftObjective())
     newer = two_ranks.weights().tensors()
+    assert_sent(two_ranks, newer)
     two_ranks.export(tmp_path / "model")
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert all(
