@@ -1,7 +1,7 @@
 """What stages are given: a context, and values that count by their content."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,9 @@ class Context:
     messages: Messages
     track: Tracker
     shared: Path  # what all runs share, such as the cache of reference log-probabilities
+    # Of the session's stages: digest of model and completions -> their raw scores. The arms of a study score
+    # the same negatives of a source, and the same completions of the target.
+    scores: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def prompts(self) -> Prompts:

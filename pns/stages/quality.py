@@ -9,6 +9,7 @@ from pns.algo.metrics import auroc
 from pns.algo.pairs import nearest_pairs, one_sidedness, one_sidedness_by_chance, token_flow
 from pns.config import PairStage
 from pns.data.checker import Checker
+from pns.files import sha256_of_json
 from pns.records import Rollout, to_json
 from pns.stages.artefacts import RewardModels
 from pns.stages.context import Context
@@ -84,8 +85,7 @@ def score_quality(
     scores: dict[str, dict[str, list[float]]] = {}
     num_unscored = 0
     for name in rewards.names:
-        ctx.fleet.scorer(settings.scored_by).load(rewards.model(name))
-        scores[name] = {source: raw_scores(ctx, settings, own) for source, own in sources.items()}
+        scores[name] = raw_scores(ctx, settings, rewards.model(name), sources)
         num_unscored += sum(len(own) - len(scores[name][source]) for source, own in sources.items())
     held_out = scores["held_out"]
     right = held_out[CORRECT]
@@ -98,13 +98,29 @@ def score_quality(
     return quality, scores["main"]
 
 
-def raw_scores(ctx: Context, settings: PairStage, rollouts: Sequence[Rollout]) -> list[float]:
-    """Raw reward-model scores; a completion without a score is left out (and counted by the caller)."""
-    problems = {rollout.problem.id: rollout.problem for rollout in rollouts}
-    prompts = {identity: ctx.prompts.encode(problem) for identity, problem in problems.items()}
-    sequences = [prompts[rollout.problem.id] + rollout.completion.token_ids for rollout in rollouts]
-    outcomes = ctx.fleet.scorer(settings.scored_by).score(sequences)
-    return [outcome.value for outcome in outcomes if outcome.value is not None]
+def raw_scores(ctx: Context, settings: PairStage, model: str, sources: Sources) -> dict[str, list[float]]:
+    """Raw scores of the reward model `model` by source; a completion without one is left out, and counted by
+    the caller. What the session has scored before is not asked again. A source is asked as a whole, as the
+    last bits of a score depend on what is scored beside it."""
+    pool = ctx.fleet.scorer(settings.scored_by)
+    loaded = False
+    by_source: dict[str, list[float]] = {}
+    for source, own in sources.items():
+        problems = {rollout.problem.id: rollout.problem for rollout in own}
+        prompts = {identity: ctx.prompts.encode(problem) for identity, problem in problems.items()}
+        sequences = [prompts[rollout.problem.id] + rollout.completion.token_ids for rollout in own]
+        digest = sha256_of_json([settings.scored_by, model, sequences])
+        scores = ctx.scores.get(digest)
+        if scores is None:
+            if not loaded:
+                pool.load(model)
+                loaded = True
+            outcomes = pool.score(sequences)
+            scores = [outcome.value for outcome in outcomes if outcome.value is not None]
+            if len(scores) == len(own):  # else the next one asks again
+                ctx.scores[digest] = scores
+        by_source[source] = scores
+    return by_source
 
 
 def perplexities(ctx: Context, model: str, sources: Sources, num_samples: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Session:
     fleet: Fleet
     messages: Messages
     tracker: Tracker
+    scores: dict[str, list[float]] = field(default_factory=dict)  # see `Context`
 
     def make(self, step: Step, number: int = 1, total: int = 1) -> None:
         """Make a step that is not done, or go on where an interruption left it; it is the `number`-th of the
@@ -47,7 +48,8 @@ class Session:
             self.page.link(step)
             self.tracker.enter(step.place.directory)
             shared = Path(self.config.runs)
-            ctx = Context(self.config.seed, step.place, self.fleet, self.messages, self.tracker, shared)
+            own = self.config.seed, step.place, self.fleet, self.messages, self.tracker
+            ctx = Context(*own, shared, self.scores)
             step.stage.make(ctx, step.settings, *step.inputs)
             self.page.save()
         if current_request().came:

@@ -80,11 +80,11 @@ class FakeRollout:
         self.model, self.version = model, 0
         self.loaded.append(model)
 
-    def update_weights(self, gather: Callable[[], FakeWeights], version: int) -> FakeWeights:
-        weights = gather()
+    def update_weights(self, source: FakePolicy, version: int) -> int:
+        weights = source.weights()
         self.model, self.version = weights.state, version
         self.updates.append(weights.state)
-        return weights
+        return weights.num_bytes
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         self.asked += requests
@@ -288,6 +288,7 @@ class Bench:
     malformed: str = MALFORMED
     undecided: str = UNDECIDED
     shown: io.StringIO = field(default_factory=io.StringIO)
+    scores: dict[str, list[float]] = field(default_factory=dict)
 
     @contextmanager
     def making(self, name: str = "stage") -> Iterator[Context]:
@@ -298,7 +299,7 @@ class Bench:
         with place.making({"inputs": []}):
             tracker.enter(place.directory)
             fleet: Any = self.fleet
-            yield Context(self.seed, place, fleet, self.prompts, tracker, self.store)
+            yield Context(self.seed, place, fleet, self.prompts, tracker, self.store, self.scores)
 
     def counts(self, name: str = "stage") -> dict[str, int]:
         """Of a stage that is done."""

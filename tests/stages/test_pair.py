@@ -100,6 +100,28 @@ def test_the_negatives_are_measured_beside_the_targets_own_wrong_completions(ben
     ]
 
 
+def test_stages_of_a_session_do_not_score_the_same_completions_again(bench: Any) -> None:
+    bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
+    scorer = bench.fleet.scorer("plausibility")
+    scorer.value = lambda ids: float(len(ids))
+    problems, negatives = bench.problems(1), negatives_of(bench, {"p0": [bench.solution(55)]})
+    first = made(bench, config_of(), negatives, problems, "first")
+    # Both sides of the pair; two right completions and one negative, by two reward models.
+    assert len(scorer.asked) == 2 + 2 * 3
+    expected = read_json(first.quality_file), read_json(first.scores_file)
+    scorer.asked.clear()
+    scorer.loaded.clear()
+    again = made(bench, config_of(), negatives, problems, "again")
+    assert (len(scorer.asked), len(scorer.loaded)) == (2, 1)  # of the pair alone
+    assert (read_json(again.quality_file), read_json(again.scores_file)) == expected
+    scorer.asked.clear()
+    scorer.value = lambda ids: None
+    bench.scores.clear()
+    for name in ("third", "fourth"):  # what has no score is asked again
+        made(bench, config_of(), negatives, problems, name)
+    assert len(scorer.asked) == 2 * (2 + 2 * 3)
+
+
 def test_what_has_no_score_is_counted_and_its_pair_kept_without(bench: Any) -> None:
     bench.fleet.rollout.write = lambda problem, sample, model: bench.solution(10)
     bench.fleet.scorer("plausibility").value = lambda ids: None
