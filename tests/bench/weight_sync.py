@@ -1,11 +1,13 @@
-"""Weights from a sender to replicas through Ray's object store: flat buckets against a pickled dictionary.
+"""Weights from a sender to replicas: by flat buckets in Ray's object store, by broadcast, as a pickled dictionary.
 
     python tests/bench/weight_sync.py
 
 Tensors of the shapes of Qwen2.5-0.5B (494 million, tied), float32 at the sender, through real Ray actors.
 `dictionary`: a copy of every tensor in float32, put into the store as a dictionary, while the version before
 is still held; every replica reads it and copies it into its own weights. `buckets`: `workers.weights`, in the
-dtype that rollout computes in, the version before let go first. Of two kinds of replicas, with weights in
+dtype that rollout computes in, the version before let go first. `broadcast`: `workers.broadcast`, the same
+from process to process over this machine's loopback by gloo; its group is made in the round that is not
+counted (between GPUs it is NCCL's, which this does not measure). Of two kinds of replicas, with weights in
 bfloat16 (as on GPUs) and in float32 (as on CPUs), and of one and four of them (with four, tensors of half the
 model: the dictionaries of the whole do not fit 24 GiB): the sides take turns, and a figure is the median over
 `--rounds`.
@@ -29,6 +31,8 @@ from typing import Any
 import ray
 import torch
 
+from workers.broadcast import Meeting, Seat, member
+from workers.runtime import Runtime
 from workers.weights import StoredWeights, store
 
 LAYERS, HIDDEN, KEY_VALUE, INNER, VOCABULARY = 24, 896, 128, 4864, 151936
@@ -99,6 +103,10 @@ class Sender:
         with self.peak.watched():
             return store((name, weight.to(dtype)) for name, weight in self.weights.items())
 
+    def broadcast(self, dtype: torch.dtype, seat: Seat) -> int:
+        with self.peak.watched():
+            return member(seat).send((name, weight.to(dtype)) for name, weight in self.weights.items())
+
     def peak_bytes(self) -> int:
         return self.peak.bytes
 
@@ -116,27 +124,39 @@ class Replica:
                 weight.copy_(read[name])
         return float(self.weights["norm"][0])
 
+    def receive(self, seat: Seat) -> float:
+        with self.peak.watched():
+            for name, tensor in member(seat).receive():
+                self.weights[name].copy_(tensor)
+        return float(self.weights["norm"][0])
+
     def peak_bytes(self) -> int:
         return self.peak.bytes
 
 
-def measured(sender: Any, replicas: list[Any], side: str, parts: int, dtype: torch.dtype) -> dict[str, float]:
+def measured(
+    sender: Any, replicas: list[Any], side: str, parts: int, dtype: torch.dtype, meeting: Meeting
+) -> dict[str, float]:
     """Of one sync after another of the same side, as in training."""
-    held = [] if side == "buckets" else ray.get(sender.dictionary.remote())
+    held = ray.get(sender.dictionary.remote()) if side == "dictionary" else []
     began = time.monotonic()
-    if side == "buckets":
-        weights = ray.get(sender.buckets.remote(dtype))
-    else:
-        weights = ray.get(sender.dictionary.remote())
-    sent = time.monotonic()
     versions = 1 + len(held)
-    held = weights
-    values = ray.get([replica.take.remote(weights) for replica in replicas])
+    if side == "broadcast":
+        versions = 0  # that the store holds
+        taking = [replica.receive.remote(meeting.seat(1 + i)) for i, replica in enumerate(replicas)]
+        ray.get(sender.broadcast.remote(dtype, meeting.seat(0)))
+        sent = time.monotonic()
+    else:
+        making = sender.buckets.remote(dtype) if side == "buckets" else sender.dictionary.remote()
+        held = weights = ray.get(making)
+        sent = time.monotonic()
+        taking = [replica.take.remote(weights) for replica in replicas]
+    values = ray.get(taking)
     seconds = time.monotonic() - began
     assert len(set(values)) == 1
     assert values[0] != 0
     num = sum(torch.Size(shape).numel() for shape in shapes(parts).values())
-    num_bytes, stored = num * dtype.itemsize, num * (dtype.itemsize if side == "buckets" else 4)
+    num_bytes, stored = num * dtype.itemsize, num * (4 if side == "dictionary" else dtype.itemsize)
     peaks = ray.get([actor.peak_bytes.remote() for actor in (sender, *replicas)])
     return {
         "seconds": seconds,
@@ -166,14 +186,16 @@ def main() -> None:
         sender = ray.remote(Sender).remote(parts)
         for dtype in (torch.bfloat16, torch.float32):
             replicas = [ray.remote(Replica).remote(parts, dtype) for _ in range(num_replicas)]
-            rounds: dict[str, list[dict[str, float]]] = {"dictionary": [], "buckets": []}
+            rounds: dict[str, list[dict[str, float]]] = {"dictionary": [], "buckets": [], "broadcast": []}
+            meeting = Meeting(num_replicas, Runtime())
             for _ in range(1 + num_rounds):
                 for side, of_side in rounds.items():
-                    of_side.append(measured(sender, replicas, side, parts, dtype))
+                    of_side.append(measured(sender, replicas, side, parts, dtype, meeting))
             for replica in replicas:
                 ray.kill(replica)
             row: dict[str, Any] = {side: medians(of_side[1:]) for side, of_side in rounds.items()}
-            row["speedup"] = round(row["dictionary"]["seconds"] / row["buckets"]["seconds"], 2)
+            for side in ("buckets", "broadcast"):
+                row[side]["speedup"] = round(row["dictionary"]["seconds"] / row[side]["seconds"], 2)
             results[f"{str(dtype).removeprefix('torch.')}, {num_replicas} replicas"] = row
         ray.kill(sender)
     ray.shutdown()

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -79,6 +80,8 @@ class VllmEngine:
         self.arguments: dict[str, Any] = {
             "dtype": "bfloat16",
             "max_num_seqs": max_batch,
+            # Of prompts and completions in one pass: vLLM's 2,048 would prefill a few prompts at a time.
+            "max_num_batched_tokens": max(8192, max_batch),
             "max_model_len": -1,  # the model's own, or what the cache holds
             "gpu_memory_utilization": memory_fraction,
             "tensor_parallel_size": tensor_parallel,
@@ -99,6 +102,7 @@ class VllmEngine:
                 "dtype": "float32",
                 "enforce_eager": True,
                 "enable_prefix_caching": False,
+                "max_num_batched_tokens": None,
                 "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
             }
         self.engine: LLMEngine | None = None
@@ -175,6 +179,7 @@ class VllmEngine:
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(self.end_ids),
                 logprobs=0,  # of the chosen token alone
+                flat_logprobs=True,  # one list of numbers, not a dictionary for each token
                 skip_clone=True,  # nobody else has it: vLLM would copy it deeply
                 extra_args={_NOISE: (request.seed, *how)} if changed else None,
             )
@@ -186,9 +191,10 @@ class VllmEngine:
                 continue  # what came after the stop
             token_ids, log_probs = drawn[name]
             stopped = False
-            for token, entry in zip(completion.token_ids, completion.logprobs or [], strict=True):
+            chosen_log_probs = cast(FlatLogprobs, completion.logprobs).logprobs
+            for token, log_prob in zip(completion.token_ids, chosen_log_probs, strict=True):
                 token_ids.append(token)
-                log_probs.append(entry[token].logprob)
+                log_probs.append(log_prob)
                 if stopped := watch is not None and watch.ends(token_ids):
                     break
             if stopped and not output.finished:
@@ -203,7 +209,11 @@ class VllmEngine:
     ) -> list[np.ndarray]:
         # One token is the least: vLLM scores prompts only while it generates.
         params = SamplingParams(
-            **_GREEDY, output_kind=RequestOutputKind.FINAL_ONLY, max_tokens=1, prompt_logprobs=0
+            **_GREEDY,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
         )
         pairs = zip(prompt_ids, completion_ids, strict=True)
         texts = {str(i): [*prompt, *completion] for i, (prompt, completion) in enumerate(pairs)}
@@ -211,9 +221,9 @@ class VllmEngine:
         for output in self._run(list(texts.items()), dict.fromkeys(texts, params)):
             i = int(output.request_id)
             first = len(prompt_ids[i])
-            entries = cast(Sequence[dict[int, Any]], output.prompt_logprobs)[first:]
-            by_token = zip(completion_ids[i], entries, strict=True)
-            results[i] = np.array([entry[token].logprob for token, entry in by_token], dtype=np.float32)
+            # The first token of a text has none.
+            of_prompt = cast(FlatLogprobs, output.prompt_logprobs).logprobs
+            results[i] = np.array(of_prompt[first - 1 :], dtype=np.float32)
         return results
 
     def _run(
