@@ -32,6 +32,7 @@ class Context:
     messages: Messages
     track: Tracker
     shared: Path  # what all runs share, such as the cache of reference log-probabilities
+    _writing: int | None = None  # the step of the checkpoint that is being written
 
     @property
     def prompts(self) -> Prompts:
@@ -52,6 +53,7 @@ class Context:
 
     def resume(self) -> int:
         """Steps done by the last complete checkpoint, whose state the policy takes; 0 where there is none."""
+        self.settle_checkpoint(waits=True)
         checkpoint = self.place.latest_checkpoint()
         if checkpoint is None:
             return 0
@@ -59,15 +61,18 @@ class Context:
         return checkpoint.step
 
     def steps(self, first_step: int, total: int) -> Iterator[int]:
-        """The steps of a training loop. After SIGTERM the one under way ends, its state becomes a checkpoint,
-        and KeyboardInterrupt is raised; after the stage's last step the stage ends first."""
+        """The steps of a training loop, and between them checkpoints that have been written. After SIGTERM
+        the step under way ends, its state becomes a checkpoint, and KeyboardInterrupt is raised; after the
+        stage's last step the stage ends first."""
         with finishing_steps() as request:
             for step in range(first_step, total):
                 yield step
+                self.settle_checkpoint(waits=request.came)
                 if request.came and step + 1 < total:
                     latest = self.place.latest_checkpoint()
                     if latest is None or latest.step <= step:  # else it was due after this step
                         self.checkpoint_policy(step + 1)
+                        self.settle_checkpoint(waits=True)
                     request.obey()
 
     def save_policy(self, num_done: int, every: int, total: int) -> None:
@@ -76,8 +81,22 @@ class Context:
             self.checkpoint_policy(num_done)
 
     def checkpoint_policy(self, num_done: int) -> None:
-        with self.place.checkpoint(num_done) as directory:
-            self.fleet.policy.save(directory)
+        """Begin a checkpoint after `num_done` steps, once the one before is whole. Training goes on while it
+        is written; it counts from the next `settle_checkpoint` on that finds it whole."""
+        self.settle_checkpoint(waits=True)
+        self.fleet.policy.begin_save(self.place.begin_checkpoint(num_done))
+        self._writing = num_done
+
+    def settle_checkpoint(self, waits: bool = False) -> None:
+        """Make the checkpoint that is being written the latest one, if it is whole; `waits`: once it is.
+        Raises what writing failed with."""
+        if self._writing is None:
+            return
+        step, self._writing = self._writing, None  # what failed is not asked for again
+        if self.fleet.policy.is_saved(waits):
+            self.place.end_checkpoint(step)
+        else:
+            self._writing = step
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Session:
             shared = Path(self.config.runs)
             ctx = Context(self.config.seed, step.place, self.fleet, self.messages, self.tracker, shared)
             step.stage.make(ctx, step.settings, *step.inputs)
+            ctx.settle_checkpoint(waits=True)
             self.page.save()
         if current_request().came:
             current_request().obey()
