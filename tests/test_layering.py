@@ -115,6 +115,7 @@ OWNERS = {
         "workers/training/log_probs.py",
         "workers/training/objectives.py",
         "workers/training/rank.py",
+        "workers/training/state_files.py",
         "workers/training/verl_cpu.py",
         "workers/training/verl_engine.py",
         "workers/broadcast.py",

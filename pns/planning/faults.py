@@ -240,9 +240,6 @@ def _power_of_two(number: int) -> int:
 def remarks(plan: Estimate) -> list[str]:
     """What is worth knowing and no fault."""
     said = list(plan.notes)
-    ranks = next(iter(plan.training.values())).ranks if plan.training else 0
-    if ranks:
-        said.append(f"a resume needs the same number of policy ranks ({ranks})")
     if plan.config.method is Method.bcpg:
         assumed = plan.cluster.assumptions if plan.cluster else Assumptions()
         share = f"{assumed.wrong_share:.0%} of the samples are taken to be wrong (wrong_share)"

@@ -86,10 +86,12 @@ def training_of(
 
 
 def policy_memory(of: Training, assumed: Assumptions) -> Parts:
-    """At the peak: the backward pass of a micro-batch, or reading a checkpoint at a resume."""
-    fullest = largest(training_memory(of), restoring_memory(of))
+    """At the peak: the backward pass of a micro-batch; without a GPU while a checkpoint is written. One is
+    read into the tensors that are there."""
+    fullest = training_memory(of)
     if of.device == "cuda":
         return fullest | {"context": assumed.context_gb}
+    fullest |= written_on_the_host(of)
     return fullest | {"freed, kept by the allocator": assumed.cpu_heap * total(fullest)}
 
 
@@ -98,12 +100,6 @@ def training_memory(of: Training) -> Parts:
     gradients = FLOAT32 * of.trained_parameters / of.shards / GB  # there from the second micro-batch on
     state = training_state(of) | {"gradients (float32)": gradients}
     return state | largest(head_backward(of), layer_backward(of))
-
-
-def restoring_memory(of: Training) -> Parts:
-    """torch.load puts a second copy of weights and Adam beside those that are built."""
-    copies = FLOAT32 * (of.parameters + 2 * of.trained_parameters) / of.shards / GB
-    return training_state(of) | {"checkpoint while it is read": copies}
 
 
 def training_state(of: Training) -> Parts:
@@ -191,6 +187,11 @@ def layer_activation_bytes(shape: Shape, dtype_bytes: int) -> int:
 def away_on_the_host(of: Training) -> Parts:
     """Of a rank whose GPU another role has: gradients are dropped."""
     return {"models that are away": total(training_state(of))}
+
+
+def written_on_the_host(of: Training) -> Parts:
+    """A rank's copy of what it writes, while training goes on; reward models have no checkpoints."""
+    return {} if of.score_head else {"checkpoint that is written": state_gb(of) / of.shards}
 
 
 # Rollout
@@ -326,10 +327,9 @@ def object_store_gb(shape: Shape) -> float:
 # Disk
 
 
-def checkpoint_gb(of: Training) -> float:
-    """Weights and both moments of Adam, float32, of every copy of the model."""
-    copies = of.ranks // of.shards
-    return copies * FLOAT32 * (of.parameters + 2 * of.trained_parameters) / GB
+def state_gb(of: Training) -> float:
+    """Of a checkpoint: the trained weights and both moments of Adam, float32, of one copy of the model."""
+    return 3 * FLOAT32 * of.trained_parameters / GB
 
 
 def export_gb(of: Training) -> float:

@@ -355,8 +355,10 @@ def host_memory(plan: Estimate, node: Machine, moment: str, assumed: Assumptions
         own: Parts = {"process": assumed.process_gb}
         if process.role == "policy" and trained is not None:
             own = memory.policy_host(trained, process.rank, moment, assumed, plan.broadcasts)
-            if moment == "sync" and plan.config.placement.colocate:
-                own |= memory.away_on_the_host(trained)
+            if moment == "sync":
+                own |= memory.written_on_the_host(trained)
+                if plan.config.placement.colocate:
+                    own |= memory.away_on_the_host(trained)
         elif process.role == "rollout" and shape is not None:
             pickled_to = 0 if plan.broadcasts else math.ceil(process.gpus)
             own = memory.rollout_host(shape, pickled_to, moment, assumed)
@@ -376,7 +378,7 @@ def add_disk(plan: Estimate, assumed: Assumptions) -> None:
     """Of the run directory, at most: two checkpoints and one that is being written, of one stage at a time;
     exports and rollouts of all."""
     if plan.training:
-        plan.disk["3 checkpoints of a stage"] = 3 * max(map(memory.checkpoint_gb, plan.training.values()))
+        plan.disk["3 checkpoints of a stage"] = 3 * max(map(memory.state_gb, plan.training.values()))
         exports = []
         for name, own in plan.training.items():
             num = 2 if name == "reward_model" else 1  # the main and the held-out one

@@ -134,24 +134,28 @@ class Place:
         """Add or replace counts in the manifest of the running stage."""
         self._record["counts"].update(counts)
 
-    @contextmanager
-    def checkpoint(self, step: int) -> Iterator[Path]:
-        """A directory to save the state after `step` steps into. It becomes the latest checkpoint when the
-        block ends without error; the last two are kept."""
-        parent = self.directory / "checkpoints"
-        target, partial = parent / f"step-{step:08d}", parent / f"{PARTIAL}step-{step:08d}"
+    def begin_checkpoint(self, step: int) -> Path:
+        """An empty directory to save the state after `step` steps into; `end_checkpoint` names it."""
+        partial = self._checkpoint(step, PARTIAL)
         remove(partial)
         partial.mkdir(parents=True)
-        yield partial
+        return partial
+
+    def end_checkpoint(self, step: int) -> None:
+        """What was begun for `step` is written: it becomes the latest checkpoint. The last two are kept."""
+        target, partial = self._checkpoint(step), self._checkpoint(step, PARTIAL)
         # On disk before it has its name: what is called step-N is complete.
         for path in [*partial.rglob("*"), partial]:
             sync_to_disk(path)
         remove(target)
         os.replace(partial, target)
-        sync_to_disk(parent)
-        for old in sorted(parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+        sync_to_disk(target.parent)
+        for old in sorted(target.parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
             remove(old)
         self.save_progress()
+
+    def _checkpoint(self, step: int, prefix: str = "") -> Path:
+        return self.directory / "checkpoints" / f"{prefix}step-{step:08d}"
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The complete checkpoint with the most steps."""

@@ -35,6 +35,7 @@ class Context:
     # Of the session's stages: digest of model and completions -> their raw scores. The arms of a study score
     # the same negatives of a source, and the same completions of the target.
     scores: dict[str, list[float]] = field(default_factory=dict)
+    _writing: int | None = None  # the step of the checkpoint that is being written
 
     @property
     def prompts(self) -> Prompts:
@@ -55,6 +56,7 @@ class Context:
 
     def resume(self) -> int:
         """Steps done by the last complete checkpoint, whose state the policy takes; 0 where there is none."""
+        self.settle_checkpoint(waits=True)
         checkpoint = self.place.latest_checkpoint()
         if checkpoint is None:
             return 0
@@ -62,15 +64,18 @@ class Context:
         return checkpoint.step
 
     def steps(self, first_step: int, total: int) -> Iterator[int]:
-        """The steps of a training loop. After SIGTERM the one under way ends, its state becomes a checkpoint,
-        and KeyboardInterrupt is raised; after the stage's last step the stage ends first."""
+        """The steps of a training loop, and between them checkpoints that have been written. After SIGTERM
+        the step under way ends, its state becomes a checkpoint, and KeyboardInterrupt is raised; after the
+        stage's last step the stage ends first."""
         with finishing_steps() as request:
             for step in range(first_step, total):
                 yield step
+                self.settle_checkpoint(waits=request.came)
                 if request.came and step + 1 < total:
                     latest = self.place.latest_checkpoint()
                     if latest is None or latest.step <= step:  # else it was due after this step
                         self.checkpoint_policy(step + 1)
+                        self.settle_checkpoint(waits=True)
                     request.obey()
 
     def save_policy(self, num_done: int, every: int, total: int) -> None:
@@ -79,8 +84,22 @@ class Context:
             self.checkpoint_policy(num_done)
 
     def checkpoint_policy(self, num_done: int) -> None:
-        with self.place.checkpoint(num_done) as directory:
-            self.fleet.policy.save(directory)
+        """Begin a checkpoint after `num_done` steps, once the one before is whole. Training goes on while it
+        is written; it counts from the next `settle_checkpoint` on that finds it whole."""
+        self.settle_checkpoint(waits=True)
+        self.fleet.policy.begin_save(self.place.begin_checkpoint(num_done))
+        self._writing = num_done
+
+    def settle_checkpoint(self, waits: bool = False) -> None:
+        """Make the checkpoint that is being written the latest one, if it is whole; `waits`: once it is.
+        Raises what writing failed with."""
+        if self._writing is None:
+            return
+        step, self._writing = self._writing, None  # what failed is not asked for again
+        if self.fleet.policy.is_saved(waits):
+            self.place.end_checkpoint(step)
+        else:
+            self._writing = step
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def train(
                 load_policy(ctx, run, start_model)
             refresher.serve(step)
         rollouts, used = sampling.take(step)
+        ctx.settle_checkpoint()  # of the step before, written meanwhile
         check_versions(run, step, rollouts)
         sampled = time.monotonic()
         rewards = [rollout.reward for rollout in rollouts]

@@ -51,6 +51,7 @@ class Session:
             own = self.config.seed, step.place, self.fleet, self.messages, self.tracker
             ctx = Context(*own, shared, self.scores)
             step.stage.make(ctx, step.settings, *step.inputs)
+            ctx.settle_checkpoint(waits=True)
             self.page.save()
         if current_request().came:
             current_request().obey()

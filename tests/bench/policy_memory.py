@@ -25,7 +25,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,10 +92,10 @@ def measure(case: Case, directory: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     rank = Rank()
-    train(rank, SMALL, directory / "small")
+    train_two_steps(rank, SMALL, directory / "small")
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
     before = status_bytes("VmRSS")
-    train(rank, case, directory / "measured")
+    train_two_steps(rank, case, directory / "measured")
     return {"peak": status_bytes("VmHWM") - before}
 
 
@@ -102,7 +104,14 @@ def status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def train(rank: Rank, case: Case, model: Path) -> None:
+def train_two_steps(rank: Rank, case: Case, model: Path) -> None:
+    step = loaded(rank, case, model)
+    for _ in range(2):
+        step()
+
+
+def loaded(rank: Rank, case: Case, model: Path) -> Callable[[], dict[str, float]]:
+    """Load the model; a step of two micro-batches to train it."""
     from pns import config
     from workers.runtime import Runtime
     from workers.training.batching import Batch, micro_batch, plan
@@ -132,8 +141,7 @@ def train(rank: Rank, case: Case, model: Path) -> None:
         "end_of_step": True,
         "global_token_num": [ROW_TOKENS] * num_rows,
     }
-    for _ in range(2):
-        rank.train(parts, SftObjective(), constants)
+    return partial(rank.train, parts, SftObjective(), constants)
 
 
 def predicted(case: Case) -> tuple[dict[str, float], dict[str, float]]:
@@ -162,7 +170,16 @@ def predicted(case: Case) -> tuple[dict[str, float], dict[str, float]]:
 
 def run_case(case: Case, keeps_freed: bool) -> float:
     """What rank 0 measured, GB."""
-    from workers.runtime import VERL_CPU, process_environment
+    from workers.runtime import process_environment
+
+    environment = process_environment("reward", "cpu", cpus=1) if keeps_freed else GIVES_BACK
+    return run_ranks(__file__, case, environment)["peak"] / 1e9
+
+
+def run_ranks(script: str, case: Case, environment: dict[str, str]) -> dict[str, float]:
+    """What rank 0 printed last, of `script --worker CASE DIRECTORY` in one process a rank; in the directory are
+    the models `small` and `measured`."""
+    from workers.runtime import VERL_CPU
 
     with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
         save_model(SMALL, Path(directory) / "small")
@@ -172,7 +189,7 @@ def run_case(case: Case, keeps_freed: bool) -> float:
         free.close()
         environment = {
             **os.environ,
-            **(process_environment("reward", "cpu", cpus=1) if keeps_freed else GIVES_BACK),
+            **environment,
             **VERL_CPU,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             "OMP_NUM_THREADS": "1",
@@ -182,7 +199,7 @@ def run_case(case: Case, keeps_freed: bool) -> float:
             "WORLD_SIZE": str(case.ranks),
             "LOCAL_RANK": "0",
         }
-        command = [sys.executable, __file__, "--worker", json.dumps(asdict(case)), directory]
+        command = [sys.executable, script, "--worker", json.dumps(asdict(case)), directory]
         processes = [
             subprocess.Popen(
                 command,
@@ -197,7 +214,7 @@ def run_case(case: Case, keeps_freed: bool) -> float:
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
             sys.exit(f"a rank failed:\n{errors[-4000:]}")
-    return json.loads(outputs[0][0].splitlines()[-1])["peak"] / 1e9
+    return json.loads(outputs[0][0].splitlines()[-1])
 
 
 def main() -> None:

@@ -203,7 +203,6 @@ def test_a_page_is_a_hundred_columns_wide(seven: list[str], capsys: pytest.Captu
     shown = "\n".join(lines)
     assert "16 x H100 (80 GB, 3350 GB/s, 989 TFLOPS); assumed" in " ".join(shown.split())
     assert "total: 16 GPUs" in shown
-    assert "the same number of policy ranks (8)" in shown
     assert "decode_bandwidth" in shown
 
 
@@ -268,7 +267,8 @@ def test_host_memory_is_checked_where_it_is_known(
     file = cluster(tmp_path, memory_gb=40)
     by_store = (*seven, "rollout.weight_transport=store")
     faults = planned(capsys, *by_store, "--cluster", str(file), code=2)["faults"]
-    assert any("box-1: 60 GB of host memory" in fault for fault in faults)
+    # Most of it while a checkpoint is written: 91 GB of weights and Adam beside eight processes of 3.
+    assert any("box-1: 137 GB of host memory (most: policy 116)" in fault for fault in faults)
     assert any("do not fit Ray's store of 12 GB" in fault for fault in faults)
     # Without a file nothing is said of machines that nobody described.
     assert planned(capsys, *seven)["faults"] == []

@@ -38,8 +38,8 @@ VERSIONS = {
     "verl": "0.9.1",
     "vllm": "0.24.0",
 }
-# Of torch the one module whose signatures move; the rest is in C++ or has been stable for years.
-FOREIGN = ("flash_attn", "torch.nn.attention", "transformers", "verl", "vllm")
+# Of torch the modules whose signatures move; the rest is in C++ or has been stable for years.
+FOREIGN = ("flash_attn", "torch.distributed.checkpoint", "torch.nn.attention", "transformers", "verl", "vllm")
 
 _TRAINER = "verl.workers.engine_workers.TrainingWorker"
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl.FSDPEngineWithLMHead"
@@ -80,6 +80,10 @@ OBJECTS = {
         "self.training.engine": _ENGINE,
         "self.training.model_config": "verl.workers.config.HFModelConfig",
         "engine": _ENGINE,
+    },
+    "workers/training/state_files.py": {
+        "engine": _ENGINE,
+        "engine.checkpoint_manager": "verl.utils.checkpoint.fsdp_checkpoint_manager.FSDPCheckpointManager",
     },
     "workers/training/verl_engine.py": {
         "self.engine_config": "verl.workers.config.FSDPEngineConfig",

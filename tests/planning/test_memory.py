@@ -59,7 +59,7 @@ def test_a_copy_of_the_model_is_held_by_its_own_ranks() -> None:
     hybrid = training_of(SHAPES["Qwen2.5-7B"], 16, "cuda", settings, 16384, reference=True)
     one_copy = training("Qwen2.5-7B", 8, reference=True)
     assert memory.policy_memory(hybrid, ASSUMED) == memory.policy_memory(one_copy, ASSUMED)
-    assert memory.checkpoint_gb(hybrid) == 2 * memory.checkpoint_gb(one_copy)
+    assert memory.state_gb(hybrid) == memory.state_gb(one_copy)  # one copy is written
 
 
 def test_what_a_layer_keeps_is_what_autograd_saves() -> None:
@@ -87,11 +87,18 @@ def test_checkpointing_saves_activations_and_an_adapter_state() -> None:
     assert gb() - gb(lora=Lora(rank=16)) == pytest.approx(saved + 2.18, abs=0.1)  # and the head's gradient
 
 
-def test_a_resume_can_be_the_fullest_moment() -> None:
-    own = training("Qwen2.5-32B", 8, reference=True)
-    parts = memory.policy_memory(own, ASSUMED)
-    assert parts["checkpoint while it is read"] == pytest.approx(12 * 32.764 / 8, rel=1e-3)
-    assert total(parts) == pytest.approx(28 * 32.764 / 8 + 1, rel=1e-3)
+def test_a_checkpoint_is_copied_to_the_host_before_it_is_written() -> None:
+    own = training("Qwen2.5-32B", 8)
+    assert memory.written_on_the_host(own) == pytest.approx(
+        {"checkpoint that is written": 12 * 32.764 / 8}, rel=1e-3
+    )
+    assert memory.written_on_the_host(training("Qwen2.5-32B", 8, score_head=True)) == {}
+    on_cpu = training("Qwen2.5-0.5B", 2, "cpu")  # which is the host
+    assert memory.policy_memory(on_cpu, ASSUMED)["checkpoint that is written"] == pytest.approx(
+        12 * 0.494 / 2, rel=1e-3
+    )
+    adapted = training_of(SHAPES["Qwen2.5-7B"], 8, "cuda", PolicyConfig(lora=Lora(rank=16)), 16384)
+    assert memory.state_gb(adapted) == pytest.approx(12 * 0.04037, rel=1e-3)  # the adapter alone
 
 
 def test_on_a_cpu_every_rank_gathers_the_model() -> None:
@@ -144,4 +151,4 @@ def test_host_memory_of_loading_and_of_a_sync() -> None:
     ("name", "gb"), [("Qwen2.5-1.5B", 18), ("Qwen2.5-7B", 91), ("Qwen3-8B", 98), ("Qwen2.5-32B", 394)]
 )
 def test_checkpoints(name: str, gb: float) -> None:
-    assert memory.checkpoint_gb(training(name, 8)) == pytest.approx(gb, rel=0.03)
+    assert memory.state_gb(training(name, 8)) == pytest.approx(gb, rel=0.03)

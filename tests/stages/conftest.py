@@ -198,6 +198,9 @@ class FakePolicy:
         self.trained: list[tuple[Batch, Any]] = []
         self.scored: list[Batch] = []
         self.restored: list[int] = []
+        self.writes_for = 0  # so often a checkpoint is asked for before it is written
+        self.asked_whether_saved = 0
+        self.save_fails: Exception | None = None
         self.score: Callable[[Sequence[int], Sequence[int]], float] = lambda prompt, completion: 0.0
         self.log_prob: Callable[[Sequence[int]], float] = lambda completion: -1.0
         self.asked: list[Batch] = []  # for log-probabilities
@@ -251,8 +254,15 @@ class FakePolicy:
     def weights(self) -> FakeWeights:
         return FakeWeights(self.state)
 
-    def save(self, directory: Path) -> None:
+    def begin_save(self, directory: Path) -> None:
         write_json(directory / "policy.json", [self.model, self.steps])
+        self.asked_whether_saved = 0
+
+    def is_saved(self, waits: bool = False) -> bool:
+        self.asked_whether_saved += 1
+        if self.save_fails:
+            raise self.save_fails
+        return waits or self.asked_whether_saved > self.writes_for
 
     def restore(self, directory: Path) -> None:
         self.model, self.steps = read_json(directory / "policy.json")

@@ -330,6 +330,34 @@ def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted:
     assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
 
 
+@pytest.mark.parametrize(("writes_for", "resumed_from"), [(1, 4), (4, 2), (99, 0)])
+def test_a_checkpoint_counts_from_when_it_is_written(bench: Any, writes_for: int, resumed_from: int) -> None:
+    """It is asked for twice a step: the one of step 2 is whole before or in step 3, or when the next one has to
+    wait for it; that of step 4 is begun, and the update of step 5 fails."""
+    half_right(bench)
+    policy = bench.fleet.policy
+    policy.writes_for, policy.interrupt_at = writes_for, 4
+    if writes_for == 99:  # the driver is killed while the first one is written
+        policy.interrupt_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        trained(bench, {})
+    artefact = trained(bench, {})
+    assert policy.restored == ([resumed_from] if resumed_from else [])
+    assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
+    assert not (artefact.directory / "checkpoints").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_stage(bench: Any) -> None:
+    half_right(bench)
+    bench.fleet.policy.save_fails = OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        trained(bench, {})
+    assert len(bench.fleet.policy.trained) == 2  # told before the third step is trained
+    assert not list((bench.store / "stage" / "checkpoints").glob("step-*"))
+    bench.fleet.policy.save_fails = None
+    assert read_json(trained(bench, {}).directory / "model" / "weights.json") == "backbone+5"
+
+
 def sampled_ahead() -> None:
     """Until no rollouts are made in the background."""
     for thread in threading.enumerate():

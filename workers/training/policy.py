@@ -23,7 +23,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pns import config
 from pns.errors import UserError
-from pns.files import read_json, write_json
 from workers.broadcast import Seat
 from workers.checkpoints import local_directory
 from workers.reservation import release, reserve
@@ -32,8 +31,6 @@ from workers.training.batching import Batch, MicroBatch, check_batch, micro_batc
 from workers.training.objectives import Head, Objective, with_length_bias, with_means_by_sign
 from workers.training.rank import ModelSpec, actor_class
 from workers.weights import StoredWeights
-
-_SHARDS_FILE = "shards.json"  # of a checkpoint: how many ranks hold a copy of the model together
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -244,33 +241,36 @@ class Policy:
         self._loaded()
         return self._group.send_weights(seat)
 
-    @_in_turn
     def save(self, directory: str | Path) -> None:
-        """Write model, optimizer, schedule and random state, a file of each per rank; whole on return."""
+        """Write weights, optimizer, schedule and random state; whole on return."""
+        self.begin_save(directory)
+        self.is_saved(waits=True)
+
+    @_in_turn
+    def begin_save(self, directory: str | Path) -> None:
+        """`save` into an empty directory that returns when the state is copied to the host: training goes on
+        while it is written. Until `is_saved` says so the directory is worth nothing. One at a time: the save
+        before is waited for."""
         self._loaded()
-        saving = self._group.save(str(Path(directory).absolute()))
+        saving = self._group.begin_save(str(Path(directory).absolute()))
         self._wait_for_step(saving, f"the policy's checkpoint in {directory}")
-        write_json(Path(directory) / _SHARDS_FILE, self._shards())
+
+    def is_saved(self, waits: bool = False) -> bool:
+        """Whether the last save is on disk, all of it; `waits`: once it is. Raises what writing failed with.
+        Asks no GPU for its turn."""
+        return all(self._wait_for_step(self._group.is_saved(waits), "the policy's checkpoint to be written"))
 
     @_in_turn
     def restore(self, directory: str | Path) -> None:
-        """Go back to a checkpoint of `save`, after `load` of the same model: the next step is the same to the
-        bit. Raises UserError when it was written with another number of ranks, or sharded over another."""
+        """Go back to a checkpoint of `save`, after `load` of the same model, by any number of ranks, with any
+        `fsdp_size`. With as many ranks, sharded alike, the next step is the same to the bit. Raises UserError
+        where there is none."""
         self._loaded()
         directory = Path(directory).absolute()
-        if not (directory / f"model_world_size_{self._ranks}_rank_0.pt").is_file():
-            written = sorted(path.name for path in directory.glob("model_world_size_*_rank_0.pt"))
-            way_out = f"{written[0]}; use as many replicas as it was written with" if written else ""
+        if not (directory / ".metadata").is_file():  # written last
             raise UserError(
-                f"checkpoint {directory} does not fit placement.policy.replicas = {self._ranks}: "
-                f"it holds {way_out or 'no policy checkpoint'}"
-            )
-        if (written_with := read_json(directory / _SHARDS_FILE)) != self._shards():
-            way_out = (
-                f"it holds shards over {written_with} ranks; set policy.fsdp_size as it was written with"
-            )
-            raise UserError(
-                f"checkpoint {directory} does not fit policy.fsdp_size = {self._shards()}: {way_out}"
+                f"{directory} holds no whole checkpoint of the policy (no .metadata): remove it, and the "
+                "stage goes on from the one before, or begins anew"
             )
         restoring = self._group.restore(str(directory))
         self._wait_for_step(restoring, f"the policy to restore {directory}")
@@ -307,10 +307,6 @@ class Policy:
                 f"this needs a {head} head, and {self._model.path} was loaded with a {self._model.head} head"
             )
         return self._model
-
-    def _shards(self) -> int:
-        """The ranks that hold a copy of the loaded model together."""
-        return self._loaded().settings.fsdp_size or self._ranks
 
     @_in_turn
     def _infer(

@@ -137,15 +137,19 @@ class Rank:
     training: Any = None
     reference: Any = None
     spec: ModelSpec
+    _files: Any = None  # a `StateFiles`
 
     def load(self, spec: ModelSpec) -> int:
         """Build a model and drop the one before with its reference, on all ranks; its vocabulary's size."""
         from verl.utils.distributed import initialize_global_process_group_ray
 
+        from workers.training.state_files import StateFiles
+
         cuda = spec.runtime.device == "cuda"
         # verl would ask for gloo twice on a CPU, which torch refuses.
         backend = None if cuda else "gloo"
         initialize_global_process_group_ray(spec.runtime.step_timeout_seconds, backend=backend)
+        self._files = self._files or StateFiles(spec.runtime.step_timeout_seconds)
         self.training = self.reference = None
         gc.collect()  # modules and optimizer refer to each other: else two models are held at once
         if cuda:
@@ -261,11 +265,16 @@ class Rank:
             merged = _whole(weight) + lora.alpha / lora.rank * update
             yield checkpoint_name, merged.detach().to(dtype)
 
-    def save(self, directory: str) -> None:
-        self.training.save_checkpoint(directory)
+    def begin_save(self, directory: str) -> None:
+        """Copy the training state to the host; it is written while training goes on."""
+        self._files.begin(self.training.engine, directory)
+
+    def is_saved(self, waits: bool) -> bool:
+        """Whether what `begin_save` began is on disk; raises what writing failed with."""
+        return self._files.is_whole(waits)
 
     def restore(self, directory: str) -> None:
-        self.training.load_checkpoint(directory)
+        self._files.read(self.training.engine, directory)
 
     def export(self, directory: str) -> None:
         """Write config, weights (in the dtype that is computed in) and tokenizer for transformers."""
@@ -327,7 +336,8 @@ def actor_class() -> Any:
         pass_step = on_all(Rank.pass_step)
         weights = on_all(Rank.weights)
         send_weights = on_all(Rank.send_weights)
-        save = on_all(Rank.save)
+        begin_save = on_all(Rank.begin_save)
+        is_saved = on_all(Rank.is_saved)
         restore = on_all(Rank.restore)
         export = on_all(Rank.export)
 
