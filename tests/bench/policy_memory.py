@@ -25,9 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,10 +90,10 @@ def measure(case: Case, directory: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     rank = Rank()
-    train_two_steps(rank, SMALL, directory / "small")
+    train(rank, SMALL, directory / "small")
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
     before = status_bytes("VmRSS")
-    train_two_steps(rank, case, directory / "measured")
+    train(rank, case, directory / "measured")
     return {"peak": status_bytes("VmHWM") - before}
 
 
@@ -104,14 +102,7 @@ def status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def train_two_steps(rank: Rank, case: Case, model: Path) -> None:
-    step = loaded(rank, case, model)
-    for _ in range(2):
-        step()
-
-
-def loaded(rank: Rank, case: Case, model: Path) -> Callable[[], dict[str, float]]:
-    """Load the model; a step of two micro-batches to train it."""
+def train(rank: Rank, case: Case, model: Path) -> None:
     from pns import config
     from workers.runtime import Runtime
     from workers.training.batching import Batch, micro_batch, plan
@@ -141,7 +132,8 @@ def loaded(rank: Rank, case: Case, model: Path) -> Callable[[], dict[str, float]
         "end_of_step": True,
         "global_token_num": [ROW_TOKENS] * num_rows,
     }
-    return partial(rank.train, parts, SftObjective(), constants)
+    for _ in range(2):
+        rank.train(parts, SftObjective(), constants)
 
 
 def predicted(case: Case) -> tuple[dict[str, float], dict[str, float]]:
@@ -170,16 +162,7 @@ def predicted(case: Case) -> tuple[dict[str, float], dict[str, float]]:
 
 def run_case(case: Case, keeps_freed: bool) -> float:
     """What rank 0 measured, GB."""
-    from workers.runtime import process_environment
-
-    environment = process_environment("reward", "cpu", cpus=1) if keeps_freed else GIVES_BACK
-    return run_ranks(__file__, case, environment)["peak"] / 1e9
-
-
-def run_ranks(script: str, case: Case, environment: dict[str, str]) -> dict[str, float]:
-    """What rank 0 printed last, of `script --worker CASE DIRECTORY` in one process a rank; in the directory are
-    the models `small` and `measured`."""
-    from workers.runtime import VERL_CPU
+    from workers.runtime import VERL_CPU, process_environment
 
     with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
         save_model(SMALL, Path(directory) / "small")
@@ -189,7 +172,7 @@ def run_ranks(script: str, case: Case, environment: dict[str, str]) -> dict[str,
         free.close()
         environment = {
             **os.environ,
-            **environment,
+            **(process_environment("reward", "cpu", cpus=1) if keeps_freed else GIVES_BACK),
             **VERL_CPU,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             "OMP_NUM_THREADS": "1",
@@ -199,7 +182,7 @@ def run_ranks(script: str, case: Case, environment: dict[str, str]) -> dict[str,
             "WORLD_SIZE": str(case.ranks),
             "LOCAL_RANK": "0",
         }
-        command = [sys.executable, script, "--worker", json.dumps(asdict(case)), directory]
+        command = [sys.executable, __file__, "--worker", json.dumps(asdict(case)), directory]
         processes = [
             subprocess.Popen(
                 command,
@@ -214,7 +197,7 @@ def run_ranks(script: str, case: Case, environment: dict[str, str]) -> dict[str,
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
             sys.exit(f"a rank failed:\n{errors[-4000:]}")
-    return json.loads(outputs[0][0].splitlines()[-1])
+    return json.loads(outputs[0][0].splitlines()[-1])["peak"] / 1e9
 
 
 def main() -> None:
