@@ -163,10 +163,14 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
         policy.settings = whole
 
 
-def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: str) -> None:
-    """From the policy through the object store into an engine on the same device; stale weights would show."""
+@pytest.mark.parametrize("gpus", [0.5, 1.0], ids=["store", "broadcast"])
+def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: str, gpus: float) -> None:
+    """From the policy through the object store into an engine on the same device, or by NCCL to one on another;
+    stale weights would show."""
+    if gpus == 1 and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL takes no two processes on one GPU")
     engine = config.RolloutEngine(engine=config.EngineKind.transformers, max_batch=32)
-    pool = RolloutPool(config.Pool(replicas=1, gpus=0.5), engine, RUNTIME)
+    pool = RolloutPool(config.Pool(replicas=1, gpus=gpus), engine, RUNTIME)
     try:
         pool.load(checkpoint)
         policy.load(checkpoint, "language_model", config.Optimizer(learning_rate=1e-2), 5, seed=0)
@@ -179,6 +183,7 @@ def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: 
         own = np.concatenate(policy.log_probs(batch))
     finally:
         pool.shutdown()
+    assert (pool._meeting is not None) == (gpus == 1)
     assert np.abs(after - own).mean() < 0.05  # the engine's weights are bfloat16
     assert np.abs(before - own).mean() > 0.2
 
