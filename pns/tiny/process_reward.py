@@ -39,7 +39,7 @@ def process_reward(ctx: Context, settings: WarmStart) -> WarmStarted:
     policy.load(initial, "score", settings.optimizer, settings.steps, ctx.seed)
     first_step = ctx.resume()
     ctx.track.begin("warm_start", settings.steps, first_step)
-    for step in range(first_step, settings.steps):
+    for step in ctx.steps(first_step, settings.steps):
         batch = step_batch(ctx, training_candidates(ctx, settings, sampled, step))
         ctx.track.log(step, policy.train_step(batch, StepLabelObjective()))
         ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)

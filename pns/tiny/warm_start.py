@@ -76,7 +76,7 @@ def warm_start(ctx: Context, settings: WarmStart) -> WarmStarted:
     policy.load(initial, "language_model", settings.optimizer, settings.steps, ctx.seed)
     first_step = ctx.resume()
     ctx.track.begin("warm_start", settings.steps, first_step)
-    for step in range(first_step, settings.steps):
+    for step in ctx.steps(first_step, settings.steps):
         batch = make_batch(ctx, settings, sampled, step)
         ctx.track.log(step, policy.train_step(batch, SftObjective()))
         ctx.save_policy(step + 1, settings.checkpoint_every, settings.steps)

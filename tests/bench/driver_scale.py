@@ -23,6 +23,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -141,8 +142,8 @@ class Rollout:
 
     def load(self, model: str) -> None: ...
 
-    def update_weights(self, gather: Any, version: int) -> Any:
-        return SimpleNamespace(num_bytes=0)
+    def update_weights(self, source: Any, version: int) -> int:
+        return 0
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         for start in range(0, len(requests), CHUNK):
@@ -223,6 +224,8 @@ class InstantPolicy(Policy):
     def __init__(self, clock: Clock, ranks: int) -> None:
         self.settings = config.PolicyConfig()
         self.turn = _at_once
+        self.busy = threading.RLock()
+        self.num_updates = 0
         self._ranks = ranks
         self._group = Processes(clock, ranks)
         self._vocab_size = VOCABULARY

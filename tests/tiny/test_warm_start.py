@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -52,10 +53,16 @@ Make = Callable[..., WarmStarted]
 
 
 class Interrupting(Tracker):
-    """Ends the process, as Ctrl-C would, after step 3."""
+    """Ends the process, as Ctrl-C would, after step 3; the checkpoint after step 2 is written by then."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         super().log(step, metrics)
+        if step == 2:
+            until = time.monotonic() + 60
+            while not list(self._path.parent.glob("checkpoints/*/.metadata")):
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            time.sleep(1)  # the file is there a moment before its writer says so
         if step == 3:
             raise KeyboardInterrupt
 

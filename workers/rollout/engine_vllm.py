@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -191,7 +190,7 @@ class VllmEngine:
                 continue  # what came after the stop
             token_ids, log_probs = drawn[name]
             stopped = False
-            chosen_log_probs = cast(FlatLogprobs, completion.logprobs).logprobs
+            chosen_log_probs = cast(Any, completion.logprobs).logprobs
             for token, log_prob in zip(completion.token_ids, chosen_log_probs, strict=True):
                 token_ids.append(token)
                 log_probs.append(log_prob)
@@ -222,7 +221,7 @@ class VllmEngine:
             i = int(output.request_id)
             first = len(prompt_ids[i])
             # The first token of a text has none.
-            of_prompt = cast(FlatLogprobs, output.prompt_logprobs).logprobs
+            of_prompt = cast(Any, output.prompt_logprobs).logprobs
             results[i] = np.array(of_prompt[first - 1 :], dtype=np.float32)
         return results
 
@@ -322,10 +321,11 @@ def _reload(worker: WorkerBase, weights: Weights) -> set[str]:
     belongs to the embedding), and on CPU the head multiplies with a packed copy of its weight: without the
     second step it keeps the old one."""
     runner = worker.model_runner
+    own_rank: int = cast(Any, worker).rank  # among the replica's workers
     given = set()
 
     def on_device() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors_of(weights, worker.rank):
+        for name, tensor in tensors_of(weights, own_rank):
             given.add(name)
             yield name, tensor.to(runner.device)
 
