@@ -81,7 +81,7 @@ class Policy:
         self.turn = turn
         # Ranks that got the calls of two threads in different orders would wait for each other.
         self.busy = threading.RLock()
-        self.num_updates = 0  # calls of `train_step`: tells whether the weights are still the same
+        self.num_updates = 0  # of `load` and `train_step`: tells whether the weights are still the same
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
@@ -129,6 +129,7 @@ class Policy:
         path = str(local_directory(model_path))
         spec = ModelSpec(path, head, self.settings, optimizer, total_steps, seed, self._runtime)
         self._model = None  # where loading fails, neither model is there
+        self.num_updates += 1
         loading = self._group.load(spec)
         awaited = f"the policy's processes to load {path}"
         self._vocab_size = self._wait(loading, self._runtime.load_limit, awaited)[0]
