@@ -208,28 +208,17 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float | None:
     lengths = [len(sequence) for sequence in sequences]
     if max(lengths, default=0) < n:
         return None
-    tokens = np.fromiter(chain.from_iterable(sequences), np.int64, sum(lengths))
+    tokens = np.fromiter(chain.from_iterable(sequences), np.uint64, sum(lengths))
+    num_windows = len(tokens) - n + 1
+    # A hash of 64 bits: that two of ten million different n-grams have the same has a chance of 1e-5.
+    factors = np.random.default_rng(0).integers(2**64, size=n, dtype=np.uint64) | np.uint64(1)
+    hashes = np.zeros(num_windows, np.uint64)
+    for place, factor in enumerate(factors):
+        hashes += tokens[place : place + num_windows] * factor
     ends = np.repeat(np.cumsum(lengths), lengths)  # of each token's sequence
-    whole = np.arange(len(tokens) - n + 1) + n <= ends[: len(tokens) - n + 1]
-    ngrams = np.sort(_ngrams(tokens, n)[whole])
+    is_whole = np.arange(num_windows) + n <= ends[:num_windows]
+    ngrams = np.sort(hashes[is_whole])
     return (1 + np.count_nonzero(np.diff(ngrams))) / len(ngrams)
-
-
-def _ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
-    """A number for the n-gram that begins at each token, equal where the n-grams are."""
-    if n == 1:
-        return tokens
-    half = n // 2
-    first = _ranks(_ngrams(tokens, half))
-    second = first if n - half == half else _ranks(_ngrams(tokens, n - half))
-    return (first[: len(tokens) - n + 1] << 32) | second[half : len(tokens) - n + 1 + half]
-
-
-def _ranks(numbers: np.ndarray) -> np.ndarray:
-    """Below 2^31, and equal where `numbers` are."""
-    if not len(numbers) or numbers.max() < 2**31:
-        return numbers
-    return np.unique(numbers, return_inverse=True)[1]
 
 
 def error_kind(rollout: Rollout) -> str:

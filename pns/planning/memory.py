@@ -14,7 +14,7 @@ GB = 1e9
 FLOAT32 = 4
 BFLOAT16 = 2
 # As `workers.training.log_probs` has it: logits that the head holds at once.
-PIECE_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+PIECE_LOGITS = {"cpu": 2**22, "cuda": 2**28}
 # As `workers.rewards.service` has it: tokens of a forward pass of a reward model or judge.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 # As `workers.weights` has it.
@@ -54,6 +54,11 @@ class Training:
     @property
     def shards(self) -> int:
         return self.fsdp_size or self.ranks
+
+    @property
+    def dtype(self) -> str:
+        """That is computed with."""
+        return "bfloat16" if self.dtype_bytes == BFLOAT16 else "float32"
 
     @property
     def parameters(self) -> int:
@@ -109,7 +114,8 @@ def training_state(of: Training) -> Parts:
         "Adam (2 x float32)": 2 * FLOAT32 * of.trained_parameters / of.shards / GB,
     }
     if of.reference and not of.lora_rank:  # an adapter that is switched off is the reference
-        state["reference (float32)"] = FLOAT32 * of.parameters / of.shards / GB
+        # Held as it is computed with: nothing of it is trained.
+        state[f"reference ({of.dtype})"] = of.dtype_bytes * of.parameters / of.shards / GB
     return state
 
 

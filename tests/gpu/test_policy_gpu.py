@@ -163,6 +163,18 @@ def test_lora_reference_is_the_adapter_switched_off(policy: Policy, checkpoint: 
         policy.settings = whole
 
 
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama"])
+def test_a_reference_gives_what_its_float32_weights_give(
+    policy: Policy, checkpoints: dict[str, str], architecture: str
+) -> None:
+    checkpoint, batch = checkpoints[architecture], rows(16)
+    policy.load(checkpoint, "language_model", OPTIMIZER, total_steps=10, seed=0)
+    policy.load_reference(checkpoint)
+    np.testing.assert_array_equal(
+        np.concatenate(policy.reference_log_probs(batch)), np.concatenate(policy.log_probs(batch))
+    )
+
+
 @pytest.mark.parametrize("gpus", [0.5, 1.0], ids=["store", "broadcast"])
 def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: str, gpus: float) -> None:
     """From the policy through the object store into an engine on the same device, or by NCCL to one on another;

@@ -1,8 +1,8 @@
 """A verdict's grades filled in by vLLM: what a judge with `pool.engine=vllm` asks instead of transformers.
 
 A round for each grade: every prompt so far goes in with one token to come, one of those that a grade may be,
-and the verdict's fixed text is put behind it. Where prompts are cached (on a GPU) a round reads only what is
-new, and candidates of one problem share instructions and problem.
+and the verdict's fixed text is put behind it. Prompts are cached: a round reads only what is new, and
+candidates of one problem share instructions and problem.
 
 Importing this module imports vLLM (many CPU seconds): only the actor that runs it does so.
 """
@@ -49,7 +49,7 @@ class VllmGrades:
             arguments |= {
                 "dtype": "float32",
                 "enforce_eager": True,
-                "enable_prefix_caching": False,
+                "block_size": 32,  # a block is the least that is cached: vLLM's 128 tokens are whole prompts
                 "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             }
         self.engine = LLMEngine.from_engine_args(

@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from pns.errors import UserError
 
-# Float32 logits held at once, in numbers: a piece that stays in a CPU's cache, and one that keeps a GPU's
-# matrix units busy.
-_MAX_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+# Float32 logits held at once, in numbers: a piece that stays in a CPU's cache, and one whose products take a
+# GPU longer than adding it to the weight's float32 gradient, once a piece, whatever its size.
+_MAX_LOGITS = {"cpu": 2**22, "cuda": 2**28}
 
 
 class LogProbHead(torch.nn.Module):

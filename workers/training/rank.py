@@ -53,18 +53,19 @@ class ModelSpec:
         return "bfloat16" if self.runtime.device == "cuda" else "float32"
 
 
-def _build(spec: ModelSpec) -> Any:
+def _build(spec: ModelSpec, is_reference: bool = False) -> Any:
     """The model in a verl `TrainingWorker`, sharded over the ranks, which call this together."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
 
-    from workers.training import verl_engine  # noqa: F401  registers the engines
+    from workers.training.verl_engine import REFERENCE_MODEL  # importing it registers the engines
 
     torch.manual_seed(spec.seed)
+    trained = "language_model" if spec.head == "language_model" else "value_model"
     training_worker = TrainingWorker(
         TrainingWorkerConfig(
-            model_type="language_model" if spec.head == "language_model" else "value_model",
+            model_type=REFERENCE_MODEL if is_reference else trained,
             model_config=_model_config(spec),
             engine_config=_engine_config(spec),
             optimizer_config=_optimizer_config(spec.optimizer or config.Optimizer(), spec.total_steps),
@@ -107,6 +108,7 @@ def _engine_config(spec: ModelSpec) -> Any:
         reshard_after_forward=spec.runtime.device == "cuda",  # to save memory; on a CPU it only costs
         # Else every rank holds the whole model's gradient in float32 from its first micro-batch to its last.
         use_no_sync_for_gradient_accumulation=False,
+        forward_prefetch=True,  # a layer's weights are gathered while the one before it computes
         use_torch_compile=spec.settings.compile,
         seed=spec.seed,
     )
@@ -160,7 +162,7 @@ class Rank:
 
     def load_reference(self, spec: ModelSpec) -> None:
         """Build a second model beside the first. Never trained, it holds no gradients or optimizer state."""
-        self.reference = _build(spec)
+        self.reference = _build(spec, is_reference=True)
 
     def leave(self) -> None:
         """Free the GPU: weights and optimizer to the host. Gradients are of a step that is over. On a CPU

@@ -1,11 +1,11 @@
 """verl's FSDP engines with our micro-batches, and our objectives in verl's form.
 
 The engines keep verl's model building, sharding, optimizer, scheduler, mixed precision, LoRA and checkpoints.
-They differ in four things: micro-batches come ready-made (see `workers.training.batching`) and hold no
+They differ in five things: micro-batches come ready-made (see `workers.training.batching`) and hold no
 padding; log-probabilities are computed in float32, for completion tokens only, and never from the logits of a
 whole batch; padded rows (the layout for comparison) carry no attention mask, because with causal attention
-and padding on the right no real token sees the padding; and the value model is a reward model: one bias-free
-linear head, read at a row's last token.
+and padding on the right no real token sees the padding; the value model is a reward model: one bias-free
+linear head, read at a row's last token; and a reference is held in the dtype that is computed in.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.fsdp_utils import get_init_weight_context_manager
 from verl.utils.metric import Metric
 from verl.utils.py_functional import append_to_dict
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -117,6 +118,19 @@ class PolicyEngine(FSDPEngineWithLMHead):
         return {"log_probs": output.logits}
 
 
+class ReferenceEngine(PolicyEngine):
+    """A frozen language model. Its weights are held in the dtype that is computed in, to which those of a
+    trained model are rounded whenever they are gathered: half the memory in bfloat16, the same results."""
+
+    def _build_module(self) -> torch.nn.Module:
+        self.model_config.model_type = "language_model"  # of the kinds that verl builds
+        module = super()._build_module()
+        compute_dtype = PrecisionType.to_dtype(self.engine_config.mixed_precision["param_dtype"])
+        for weight in module.parameters():  # not the buffers: positions are rotated by float32 angles
+            weight.data = weight.data.to(compute_dtype)
+        return module
+
+
 class ScoreEngine(PolicyEngine):
     """A reward model; `scores` of a micro-batch is (B,)."""
 
@@ -161,9 +175,15 @@ class ScoreEngine(PolicyEngine):
         return {"scores": output.logits.flatten()[micro_batch["last"]].float()}
 
 
+REFERENCE_MODEL = "reference_model"  # beside the kinds that verl knows
+_ENGINES = (
+    ("language_model", PolicyEngine),
+    ("value_model", ScoreEngine),
+    (REFERENCE_MODEL, ReferenceEngine),
+)
 # In the place of verl's own engines; the reward model in that of its value model.
 for _device, _vendor in (("cpu", None), ("cuda", "nvidia"), ("cuda", "amd")):
-    for _model_type, _engine in (("language_model", PolicyEngine), ("value_model", ScoreEngine)):
+    for _model_type, _engine in _ENGINES:
         EngineRegistry.register(_model_type, "fsdp2", _device, _vendor)(_engine)
 
 

@@ -588,6 +588,22 @@ def test_a_reference_stays_as_it_was(two_ranks: Policy, checkpoints: dict[str, s
     assert np.abs(np.concatenate(two_ranks.log_probs(batch)) - np.concatenate(before)).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_untied", "qwen3", "llama"])
+def test_a_reference_held_in_bfloat16_gives_what_its_float32_weights_give(
+    two_ranks: Policy, checkpoints: dict[str, str], name: str
+) -> None:
+    whole, batch = two_ranks.settings, rows(5)
+    try:
+        two_ranks.settings = replace(whole, dtype="bfloat16")
+        two_ranks.load(checkpoints[name], "language_model", OPTIMIZER, total_steps=5, seed=0)
+        two_ranks.load_reference(checkpoints[name])
+        np.testing.assert_array_equal(
+            np.concatenate(two_ranks.reference_log_probs(batch)), np.concatenate(two_ranks.log_probs(batch))
+        )
+    finally:
+        two_ranks.settings = whole
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero(one_rank: Policy, checkpoints: dict[str, str]) -> None:
     optimizer = config.Optimizer(learning_rate=1.0, warmup_steps=2, schedule="cosine")
     one_rank.load(checkpoints["qwen2"], "language_model", optimizer, total_steps=4, seed=0)
