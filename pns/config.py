@@ -252,6 +252,11 @@ class PolicyConfig:
         Dtype.auto, "of compute (master weights: float32); auto: bfloat16 on cuda, else float32"
     )
     gradient_checkpointing: bool = key(True, "compute activations again in the backward pass, to save memory")
+    offload: bool = key(
+        False,
+        "cuda: keep weights, gradients and optimizer in host memory, and take its steps there; for models "
+        "that the GPUs do not hold: every pass brings the weights to them",
+    )
     compile: bool = key(
         False,
         "torch.compile norms and feed-forward parts; slow first steps, needs a C++ compiler (cpu) or Triton",

@@ -231,7 +231,12 @@ WITHOUT_EFFECT = {
         "rollout.kv_cache_gib",
     ),
     "how weights travel, not what they are": ("rollout.weight_transport",),
-    "the same sums in another order": ("policy.gradient_checkpointing", "policy.compile", "policy.fsdp_size"),
+    "the same sums in another order, or place": (
+        "policy.gradient_checkpointing",
+        "policy.compile",
+        "policy.fsdp_size",
+        "policy.offload",
+    ),
     "whether a model is read, not what it is": ("models.trust_remote_code",),
     "where sets come from; their content counts": ("data.revisions",),
     "where a decoding comes from; what it says counts": ("evaluate.from_generation_config",),

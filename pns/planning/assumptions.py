@@ -79,6 +79,9 @@ class Assumptions:
         above(0),
     )
     device_to_host_gb_s: float = _assumed(4, "of a copy to pageable memory, or back", "estimated", above(0))
+    host_optimizer_gb_s: float = _assumed(
+        10, "that a rank's optimizer reads and writes of host memory", "estimated", above(0)
+    )
     pickle_gb_s: float = _assumed(1.5, "of pickling tensors", _SINGLE_CORE, above(0))
     store_gb_s: float = _assumed(4, "of writing into the object store", "estimated", above(0))
     unpickle_gb_s: float = _assumed(0.6, "of reading pickled tensors", _SINGLE_CORE, above(0))

@@ -199,6 +199,8 @@ def policy_way_out(plan: Estimate, gpu_gb: float, assumed: Assumptions) -> str:
             return f"set placement.policy.replicas={more}{or_adapter}"
     if fits_adapted:
         return "set policy.lora.rank=32"
+    if fits(offload=True, checkpointing=True):
+        return "set policy.offload=true"
     return "name a smaller backbone or take larger GPUs"
 
 

@@ -50,6 +50,7 @@ class Training:
     score_head: bool = False  # a reward model
     lora_rank: int = 0
     fsdp_size: int = 0  # ranks that hold a copy of the model together; 0: all
+    offload: bool = False  # the state is in host memory
 
     @property
     def shards(self) -> int:
@@ -86,6 +87,7 @@ def training_of(
         checkpointing=settings.gradient_checkpointing,
         lora_rank=0 if options.get("score_head") else lora.rank,
         fsdp_size=settings.fsdp_size,
+        offload=settings.offload and device == "cuda",
         **options,
     )
 
@@ -102,9 +104,14 @@ def policy_memory(of: Training, assumed: Assumptions) -> Parts:
 
 def training_memory(of: Training) -> Parts:
     """Of the backward pass, whose fullest moment is at the head or at the last layer."""
-    gradients = FLOAT32 * of.trained_parameters / of.shards / GB  # there from the second micro-batch on
-    state = training_state(of) | {"gradients (float32)": gradients}
+    state = {} if of.offload else state_and_gradients(of)
     return state | largest(head_backward(of), layer_backward(of))
+
+
+def state_and_gradients(of: Training) -> Parts:
+    """What is there from the second micro-batch on, over the ranks of a copy."""
+    gradients = FLOAT32 * of.trained_parameters / of.shards / GB
+    return training_state(of) | {"gradients (float32)": gradients}
 
 
 def training_state(of: Training) -> Parts:
@@ -191,8 +198,8 @@ def layer_activation_bytes(shape: Shape, dtype_bytes: int) -> int:
 
 
 def away_on_the_host(of: Training) -> Parts:
-    """Of a rank whose GPU another role has: gradients are dropped."""
-    return {"models that are away": total(training_state(of))}
+    """Of a rank whose GPU another role has: gradients are dropped. What is offloaded is there anyhow."""
+    return {} if of.offload else {"models that are away": total(training_state(of))}
 
 
 def written_on_the_host(of: Training) -> Parts:
@@ -308,6 +315,8 @@ def policy_host(
     `broadcasts` them."""
     model = FLOAT32 * of.parameters / GB
     parts = {"process": assumed.process_gb}
+    if of.offload:
+        parts["offloaded model"] = total(state_and_gradients(of))
     if moment == "load" and (rank == 0 or of.shape.tied):
         parts["whole model (float32)"] = model
     if moment == "sync" and rank == 0 and not broadcasts:

@@ -504,9 +504,17 @@ def policy_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[s
             copies = b.replicas // policy.fsdp_size
             exchange = speed.exchange_seconds(shape, policy.fsdp_size, copies, network)
             parts["update"] += updates.updates * exchange
+    if policy.offload:
+        forwards = updates.forwards * num_micro_batches
+        parts["offload"] = speed.offload_seconds(shape, b.replicas, forwards, 1, 0, assumed)
+        if updates.updates:
+            parts["offload"] += speed.offload_seconds(
+                shape, b.replicas, batches, passes, updates.updates, assumed
+            )
     rollout = plan.bundle("rollout")
     training = training_of(plan, updates)
-    if phase.sampling and rollout is not None and rollout.inside and training is not None:
+    takes_turns = phase.sampling and rollout is not None and rollout.inside
+    if takes_turns and training is not None and not policy.offload:
         parts["turns"] = speed.turns_seconds(memory.training_state(training), assumed)
     if phase.syncs and rollout is not None:
         apart = homes(plan.nodes, "rollout") - homes(plan.nodes, "policy")

@@ -135,6 +135,17 @@ def update_seconds(
     return max(computing, moved / (network_gb_s * GB))
 
 
+def offload_seconds(
+    shape: Shape, ranks: int, num_micro_batches: float, passes: int, updates: int, assumed: Assumptions
+) -> float:
+    """What `policy.offload` adds, as if nothing of it went on beside computing: every micro-batch brings the
+    float32 weights in each of `passes` and takes its gradients back, and Adam reads weights, gradients and
+    both moments and writes all but the gradients."""
+    copies = num_micro_batches * (passes + (updates > 0)) * FLOAT32 / assumed.device_to_host_gb_s
+    steps = updates * 7 * FLOAT32 / assumed.host_optimizer_gb_s
+    return (copies + steps) * shape.parameters / ranks / GB
+
+
 def exchange_seconds(shape: Shape, fsdp_size: int, copies: int, network_gb_s: float) -> float:
     """Of one update, where `fsdp_size` ranks of a machine hold a copy of the model: a ring adds the copies'
     float32 gradients, each rank's share of them over its own part of the network."""

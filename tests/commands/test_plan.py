@@ -210,7 +210,7 @@ def test_a_page_is_a_hundred_columns_wide(seven: list[str], capsys: pytest.Captu
     ("overrides", "faults"),
     [
         (
-            ["models.backbone=Qwen/Qwen2.5-14B", "placement.policy.replicas=4"],
+            ["models.backbone=Qwen/Qwen2.5-14B", "placement.policy.replicas=2"],
             ["set placement.policy.replicas=8"],
         ),
         (["policy.gradient_checkpointing=false"], ["set policy.gradient_checkpointing=true"]),
@@ -220,6 +220,21 @@ def test_a_page_is_a_hundred_columns_wide(seven: list[str], capsys: pytest.Captu
         (
             ["models.backbone=Qwen/Qwen2.5-32B", "policy.lora.rank=16", "rollout.memory_fraction=0.8"],
             ["rollout: 66 GB of weights", "set placement.rollout.gpus=2"],
+        ),
+        (
+            ["models.backbone=Qwen/Qwen2.5-32B", "placement.rollout.gpus=2", "placement.rollout.replicas=1"],
+            [
+                "policy: 98 GB do not fit one H100 with 80 GB: set placement.policy.replicas=16, or policy.lora"
+            ],
+        ),
+        (
+            [
+                "models.backbone=Qwen/Qwen2.5-32B",
+                "placement.rollout.gpus=2",
+                "placement.rollout.replicas=1",
+                "policy.offload=true",
+            ],
+            [],
         ),
         (
             ["placement.rollout.replicas=8"],
@@ -246,7 +261,7 @@ def test_what_does_not_fit_and_the_way_out(
 
 def test_the_way_out_is_one(seven: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(cluster(tmp_path))
-    words = ["models.backbone=Qwen/Qwen2.5-14B", "placement.policy.replicas=4"]
+    words = ["models.backbone=Qwen/Qwen2.5-14B", "placement.policy.replicas=2"]
     assert planned(capsys, *seven, *words, "--cluster", file, code=2)["faults"]
     assert planned(capsys, *seven, words[0], "placement.policy.replicas=8", "--cluster", file)["faults"] == []
 

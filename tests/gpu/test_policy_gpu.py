@@ -175,6 +175,35 @@ def test_a_reference_gives_what_its_float32_weights_give(
     )
 
 
+def test_an_offloaded_model_trains_alike(policy: Policy, checkpoint: str, tmp_path: Path) -> None:
+    batch, whole = rows(16), policy.settings
+
+    def train() -> list[float]:
+        policy.load(checkpoint, "language_model", OPTIMIZER, total_steps=10, seed=0)
+        policy.load_reference(checkpoint)
+        given = Batch(
+            batch.prompt_ids, batch.completion_ids, {"ref_log_probs": policy.reference_log_probs(batch)}
+        )
+        losses = [policy.train_step(given, DPO)["loss"] for _ in range(3)]
+        policy.save(tmp_path / f"after-{policy.settings.offload}")
+        after = policy.train_step(given, DPO)["loss"]
+        policy.restore(tmp_path / f"after-{policy.settings.offload}")
+        assert policy.train_step(given, DPO)["loss"] == after
+        return [*losses, after]
+
+    on_gpu, weights = train(), policy.weights().tensors()
+    try:
+        policy.settings = replace(whole, offload=True)
+        assert train() == pytest.approx(on_gpu, rel=1e-2)
+        policy.leave()
+        policy.come()
+        assert policy.log_probs(batch)
+        for name, weight in policy.weights().tensors().items():
+            torch.testing.assert_close(weight, weights[name], atol=1e-2, rtol=1e-2)
+    finally:
+        policy.settings = whole
+
+
 @pytest.mark.parametrize("gpus", [0.5, 1.0], ids=["store", "broadcast"])
 def test_the_engine_takes_the_weights_of_the_policy(policy: Policy, checkpoint: str, gpus: float) -> None:
     """From the policy through the object store into an engine on the same device, or by NCCL to one on another;

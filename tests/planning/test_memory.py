@@ -87,6 +87,20 @@ def test_checkpointing_saves_activations_and_an_adapter_state() -> None:
     assert gb() - gb(lora=Lora(rank=16)) == pytest.approx(saved + 2.18, abs=0.1)  # and the head's gradient
 
 
+def test_what_is_offloaded_is_in_host_memory() -> None:
+    shape, options = SHAPES["Qwen2.5-32B"], {"reference": True}
+    own = training_of(shape, 8, "cuda", PolicyConfig(), 16384, **options)
+    offloaded = training_of(shape, 8, "cuda", PolicyConfig(offload=True), 16384, **options)
+    state = (4 + 8 + 4 + 2) * 32.764 / 8  # weights, Adam, gradients, the reference in bfloat16
+    gpu = total(memory.policy_memory(offloaded, ASSUMED))
+    assert total(memory.policy_memory(own, ASSUMED)) - gpu == pytest.approx(state, rel=1e-3)
+    assert gpu < 40  # where 80 GB did not do
+    host = memory.policy_host(offloaded, 1, "sync", ASSUMED) | memory.away_on_the_host(offloaded)
+    assert total(host) == pytest.approx(ASSUMED.process_gb + state, rel=1e-3)
+    on_cpu = training_of(shape, 8, "cpu", PolicyConfig(offload=True), 16384)  # all of it is there anyhow
+    assert on_cpu == training_of(shape, 8, "cpu", PolicyConfig(), 16384)
+
+
 def test_a_checkpoint_is_copied_to_the_host_before_it_is_written() -> None:
     own = training("Qwen2.5-32B", 8)
     assert memory.written_on_the_host(own) == pytest.approx(

@@ -81,6 +81,16 @@ def test_an_update_of_eight_gpus() -> None:
     assert speed.update_seconds(shape, forward, 8, 22, 1, H100, None, ASSUMED) == pytest.approx(14, rel=0.1)
 
 
+def test_an_offloaded_update_brings_weights_and_takes_gradients() -> None:
+    """An eighth of 7B on each of eight ranks: 2 micro-batches of three passes bring 3.8 GB each time and take as
+    many of gradients, at 4 GB/s; one step of Adam reads 16 bytes a weight and writes 12, at 10 GB/s."""
+    assert speed.offload_seconds(SHAPES["Qwen2.5-7B"], 8, 2, 3, 1, ASSUMED) == pytest.approx(
+        8 * 3.808 / 4 + 28 * 7.6156 / 8 / 10, rel=1e-3
+    )
+    forward_alone = speed.offload_seconds(SHAPES["Qwen2.5-7B"], 8, 2, 1, 0, ASSUMED)
+    assert forward_alone == pytest.approx(2 * 3.808 / 4, rel=1e-3)
+
+
 def test_ranks_on_two_machines_wait_for_the_network_where_it_is_slow() -> None:
     shape = SHAPES["Qwen2.5-7B"]
     flops = speed.training_flops(shape, 16384 * 16, 16384 * 16, 850, True, False)

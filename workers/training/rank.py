@@ -46,6 +46,11 @@ class ModelSpec:
         return self.settings.lora.rank if self.optimizer and self.head == "language_model" else 0
 
     @property
+    def offloads(self) -> bool:
+        """Whether the training state is in host memory, where it is without a GPU anyhow."""
+        return self.settings.offload and self.runtime.device == "cuda"
+
+    @property
     def compute_dtype(self) -> str:
         """ "bfloat16" or "float32": what `policy.dtype` means on the device."""
         if self.settings.dtype != "auto":
@@ -110,6 +115,7 @@ def _engine_config(spec: ModelSpec) -> Any:
         use_no_sync_for_gradient_accumulation=False,
         forward_prefetch=True,  # a layer's weights are gathered while the one before it computes
         use_torch_compile=spec.settings.compile,
+        offload_policy=spec.offloads,
         seed=spec.seed,
     )
 
@@ -169,13 +175,16 @@ class Rank:
         everything stays where it is."""
         for model in self._models():
             model.engine.optimizer_zero_grad()
-            model.to("cpu")
+            if not self.spec.offloads:
+                model.to("cpu")
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.synchronize()  # verl copies without waiting
             torch.cuda.empty_cache()
 
     def come(self) -> None:
+        if self.spec.offloads:  # each layer comes when it is computed
+            return
         for model in self._models():
             model.to("device")
 
@@ -251,7 +260,7 @@ class Rank:
     def _full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint names with whole tensors of `dtype`, one at a time, on the device; all ranks go through
         them together. A LoRA adapter is added in, a tied tensor left out."""
-        module, lora = self.training.engine.module, self.spec.settings.lora
+        module, lora, device = self.training.engine.module, self.spec.settings.lora, self.spec.runtime.device
         tied = set(module._tied_weights_keys or ()) if module.config.tie_word_embeddings else set()
         weights = module.state_dict()
         for name, weight in weights.items():
@@ -261,10 +270,12 @@ class Rank:
             adapted = name.removesuffix(".base_layer.weight")
             down = f"{adapted}.lora_A.default.weight"
             if down not in weights:
-                yield checkpoint_name, _whole(weight.detach().to(dtype))  # half as much to gather in bfloat16
+                # Half as much to gather in bfloat16; on the device, also what is offloaded: by its network.
+                yield checkpoint_name, _whole(weight.detach().to(device, dtype))
                 continue
-            update = _whole(weights[f"{adapted}.lora_B.default.weight"]) @ _whole(weights[down])
-            merged = _whole(weight) + lora.alpha / lora.rank * update
+            up = _whole(weights[f"{adapted}.lora_B.default.weight"].to(device))
+            update = up @ _whole(weights[down].to(device))
+            merged = _whole(weight.to(device)) + lora.alpha / lora.rank * update
             yield checkpoint_name, merged.detach().to(dtype)
 
     def begin_save(self, directory: str) -> None:

@@ -22,7 +22,6 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.fsdp_utils import get_init_weight_context_manager
 from verl.utils.metric import Metric
 from verl.utils.py_functional import append_to_dict
-from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -125,7 +124,8 @@ class ReferenceEngine(PolicyEngine):
     def _build_module(self) -> torch.nn.Module:
         self.model_config.model_type = "language_model"  # of the kinds that verl builds
         module = super()._build_module()
-        compute_dtype = PrecisionType.to_dtype(self.engine_config.mixed_precision["param_dtype"])
+        precision = self.engine_config.mixed_precision["param_dtype"]  # in verl's words
+        compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         for weight in module.parameters():  # not the buffers: positions are rotated by float32 angles
             weight.data = weight.data.to(compute_dtype)
         return module
