@@ -55,6 +55,7 @@ ROOMS = (
     "workers/http_client.py",
     "workers/checkpoints.py",
     "workers/runtime.py",
+    "workers/sizes.py",
     "pns/data/",
     "pns/algo/",
     "pns/answers/",
@@ -159,6 +160,7 @@ PURE = (
     "pns/commands/submit.py",
     "workers/placement.py",
     "workers/runtime.py",
+    "workers/sizes.py",
 )
 NOT_PURE = ("pns/algo/losses.py",)
 

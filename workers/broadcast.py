@@ -20,7 +20,8 @@ import torch
 from torch import distributed
 
 from workers.runtime import Runtime
-from workers.weights import BUCKET_BYTES, Slice, packed
+from workers.sizes import WEIGHTS_BUCKET_BYTES
+from workers.weights import Slice, packed
 
 _GIVEN_UP = "given up"  # key of the store
 _GLANCE_SECONDS = 0.1  # between two looks at it
@@ -89,7 +90,9 @@ class Member:
         self._num_buckets = 0  # of all transfers, with the empty one at the end of each
         self._num_deleted = 0
 
-    def send(self, tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET_BYTES) -> int:
+    def send(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = WEIGHTS_BUCKET_BYTES
+    ) -> int:
         """Rank 0: the tensors, of any device, to all others; returns their bytes. Each is asked for when its
         turn comes, and one bucket is held beside them."""
         self._begin()

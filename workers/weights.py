@@ -15,8 +15,8 @@ import ray
 import torch
 
 from workers.runtime import Runtime
+from workers.sizes import WEIGHTS_BUCKET_BYTES
 
-BUCKET_BYTES = 256 * 2**20  # of the sender's memory, beside the store's; a larger tensor travels alone
 _ALIGNMENT = 64  # of tensors in a bucket
 
 
@@ -70,7 +70,9 @@ class StoredWeights:
         return {name: tensor for bucket in ray.get(list(self.buckets)) for name, tensor in bucket.tensors()}
 
 
-def store(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET_BYTES) -> StoredWeights:
+def store(
+    tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = WEIGHTS_BUCKET_BYTES
+) -> StoredWeights:
     """Put the tensors, of any device, into the object store. Each is asked for when its turn comes, and only
     one bucket is held beside the store."""
     # Without a GPU pinned memory is not to be had.

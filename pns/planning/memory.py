@@ -9,17 +9,11 @@ from dataclasses import dataclass
 from pns.config import Lora, PolicyConfig
 from pns.planning.assumptions import Assumptions
 from pns.planning.shapes import Shape
+from workers.sizes import FORWARD_TOKENS, PIECE_LOGITS, VLLM_BATCHED_TOKENS, WEIGHTS_BUCKET_BYTES
 
 GB = 1e9
 FLOAT32 = 4
 BFLOAT16 = 2
-# As `workers.training.log_probs` has it: logits that the head holds at once.
-PIECE_LOGITS = {"cpu": 2**22, "cuda": 2**28}
-# As `workers.rewards.service` has it: tokens of a forward pass of a reward model or judge.
-FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
-# As `workers.weights` has it.
-WEIGHTS_BUCKET_GB = 256 * 2**20 / GB
-VLLM_BATCHED_TOKENS = 2048  # of one step, as vLLM takes it without a usage context
 
 Parts = dict[str, float]  # what it is for -> GB
 
@@ -321,7 +315,7 @@ def policy_host(
         parts["whole model (float32)"] = model
     if moment == "sync" and rank == 0 and not broadcasts:
         embedding = BFLOAT16 * of.shape.embedding_parameters / GB
-        parts["bucket of gathered weights"] = max(WEIGHTS_BUCKET_GB, embedding)
+        parts["bucket of gathered weights"] = max(WEIGHTS_BUCKET_BYTES / GB, embedding)
     return parts
 
 

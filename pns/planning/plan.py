@@ -19,9 +19,8 @@ from pns.planning.shapes import KnownModel, find_model
 from pns.planning.work import Lengths, Phase, StageWork, Updates
 from workers.packing import Bundles, counted
 from workers.placement import broadcasts_weights, bundles
+from workers.sizes import FORWARD_TOKENS, VLLM_JUDGE_BATCH, VLLM_JUDGE_SHARE
 
-# As `workers.rewards.vllm_grades` has them: of a GPU's memory; sequences at once.
-VLLM_JUDGE_SHARE, VLLM_JUDGE_BATCH = 0.85, 256
 OBJECT_STORE = "object store (weights)"  # a part of a machine's memory
 
 
@@ -255,7 +254,7 @@ def service_memory(
 
 def forward_tokens(plan: Estimate, role: str, assumed: Assumptions) -> int:
     """Tokens of a service's forward pass, at most. A completion whose steps are labelled is read whole."""
-    tokens = services(plan.config)[role].pool.batch_tokens or memory.FORWARD_TOKENS[plan.device]
+    tokens = services(plan.config)[role].pool.batch_tokens or FORWARD_TOKENS[plan.device]
     return max(tokens, longest_labelled(plan, role, assumed)) if role in STEP_SERVICES else tokens
 
 

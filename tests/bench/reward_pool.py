@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import ray
 
 from pns.config import ServicePool
-from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool
+from workers.rewards.service import Outcome, ScoringPool
 from workers.runtime import Runtime
+from workers.sizes import FORWARD_TOKENS
 
 TOGETHER, SECONDS = 16, 0.05  # items of one forward pass, and what it takes
 

@@ -29,8 +29,9 @@ from pns.config import RewardConfig, ServicePool
 from pns.data.prompts import BOXED, break_added_tokens, find_tokenizer, render_open_turn
 from pns.errors import UserError
 from workers.rewards.reward_head import load_body, load_head, trusts_code
-from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
+from workers.rewards.service import Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
+from workers.sizes import FORWARD_TOKENS
 
 SEPARATOR = "<extra_0>"
 KIND = "process reward model"

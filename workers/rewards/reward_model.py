@@ -14,8 +14,9 @@ from pns.config import RewardConfig, ServicePool
 from pns.data.prompts import encode_conversation, find_tokenizer
 from pns.errors import UserError
 from workers.rewards.reward_head import load_body, load_head, several_outputs, trusts_code
-from workers.rewards.service import FORWARD_TOKENS, Outcome, ScoringPool, micro_batches
+from workers.rewards.service import Outcome, ScoringPool, micro_batches
 from workers.runtime import Runtime
+from workers.sizes import FORWARD_TOKENS
 
 _CHARACTERS_PER_TOKEN = 3  # a guess that sizes requests before they are tokenized
 

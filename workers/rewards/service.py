@@ -34,6 +34,7 @@ from pns.errors import UserError
 from workers.actor_logs import actor_log, print_to
 from workers.rewards.scaling import Autoscaler, ScaleRule
 from workers.runtime import Limit, Runtime, process_environment
+from workers.sizes import FORWARD_TOKENS
 
 _Item = TypeVar("_Item")
 _AnyItem = TypeVar("_AnyItem", contravariant=True)
@@ -75,11 +76,6 @@ class ModelVersion(NamedTuple):
 
     number: int
     path: str
-
-
-# Of one forward pass, padding included. On CPU larger ones leave the cache: on one core a classifier of 0.8 M
-# parameters scored 700 rows of 60 tokens a second with 2,048 tokens, 410 with 16,384.
-FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def micro_batches(lengths: Mapping[int, int], max_tokens: int) -> list[list[int]]:

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pns.algo.judging import Template
 from pns.errors import UserError
-from workers.rewards.service import FORWARD_TOKENS, micro_batches
+from workers.rewards.service import micro_batches
 from workers.runtime import Runtime
+from workers.sizes import FORWARD_TOKENS
 
 CHARACTERS_PER_TOKEN = 3  # a guess that sizes requests before they are tokenized
 _DECIMALS = 6  # of a probability, as it is kept

@@ -19,10 +19,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from workers.checkpoints import local_directory
 from workers.runtime import Runtime
+from workers.sizes import VLLM_BATCHED_TOKENS, VLLM_JUDGE_BATCH, VLLM_JUDGE_SHARE
 
-_GPU_SHARE = 0.85  # of the memory of what the replica has of a GPU
 _CPU_CACHE_BYTES = 2**28
-_MAX_BATCH = 256
 
 
 class VllmGrades:
@@ -32,9 +31,10 @@ class VllmGrades:
         tensor_parallel = max(1, int(gpus))
         arguments: dict[str, Any] = {
             "dtype": "bfloat16",
-            "max_num_seqs": _MAX_BATCH,
+            "max_num_seqs": VLLM_JUDGE_BATCH,
+            "max_num_batched_tokens": VLLM_BATCHED_TOKENS,
             "max_model_len": -1,  # the model's own, or what the cache holds
-            "gpu_memory_utilization": _GPU_SHARE * min(1.0, gpus or 1.0),
+            "gpu_memory_utilization": VLLM_JUDGE_SHARE * min(1.0, gpus or 1.0),
             "tensor_parallel_size": tensor_parallel,
             "distributed_executor_backend": "mp" if tensor_parallel > 1 else None,
             "trust_remote_code": runtime.trust_remote_code,
@@ -49,6 +49,7 @@ class VllmGrades:
             arguments |= {
                 "dtype": "float32",
                 "enforce_eager": True,
+                "max_num_batched_tokens": None,
                 "block_size": 32,  # a block is the least that is cached: vLLM's 128 tokens are whole prompts
                 "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             }

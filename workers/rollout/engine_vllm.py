@@ -52,6 +52,7 @@ from workers.rollout.engine import (
     tokenizer_of,
 )
 from workers.runtime import Runtime
+from workers.sizes import VLLM_BATCHED_TOKENS
 
 # Key of SamplingParams.extra_args: (seed, temperature, top_p, top_k, min_p, penalties, thinking), the last
 # None or (directory of the tokenizer, values of the budget).
@@ -79,8 +80,7 @@ class VllmEngine:
         self.arguments: dict[str, Any] = {
             "dtype": "bfloat16",
             "max_num_seqs": max_batch,
-            # Of prompts and completions in one pass: vLLM's 2,048 would prefill a few prompts at a time.
-            "max_num_batched_tokens": max(8192, max_batch),
+            "max_num_batched_tokens": max(VLLM_BATCHED_TOKENS, max_batch),
             "max_model_len": -1,  # the model's own, or what the cache holds
             "gpu_memory_utilization": memory_fraction,
             "tensor_parallel_size": tensor_parallel,

@@ -8,10 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pns.errors import UserError
-
-# Float32 logits held at once, in numbers: a piece that stays in a CPU's cache, and one whose products take a
-# GPU longer than adding it to the weight's float32 gradient, once a piece, whatever its size.
-_MAX_LOGITS = {"cpu": 2**22, "cuda": 2**28}
+from workers.sizes import PIECE_LOGITS
 
 
 class LogProbHead(torch.nn.Module):
@@ -45,7 +42,7 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, temperature: float
     ) -> Tensor:
-        ctx.size = max(1, _MAX_LOGITS[hidden_CH.device.type] // len(weight_VH))
+        ctx.size = max(1, PIECE_LOGITS[hidden_CH.device.type] // len(weight_VH))
         log_probs_C, normalisers_C = hidden_CH.new_empty(2, len(hidden_CH), dtype=torch.float32)
         for rows in _pieces(len(hidden_CH), ctx.size):
             logits = (hidden_CH[rows].to(weight_VH.dtype) @ weight_VH.T).float().div_(temperature)

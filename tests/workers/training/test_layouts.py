@@ -117,7 +117,7 @@ def dpo(log_probs_T: Tensor, shift: float) -> Tensor:
 def test_every_layout_has_the_losses_and_gradients_of_transformers(
     layout: Layout, name: str, tied: bool, max_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(log_probs._MAX_LOGITS, "cpu", max_logits)
+    monkeypatch.setitem(log_probs.PIECE_LOGITS, "cpu", max_logits)
     plain = model(name, tied)
     own = copy.deepcopy(plain)
     own.set_attn_implementation("sdpa" if layout is Layout.padded else NAME)
