@@ -17,6 +17,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from pns.errors import UserError
 from workers.checkpoints import local_directory
 from workers.runtime import Runtime
 from workers.sizes import VLLM_BATCHED_TOKENS, VLLM_JUDGE_BATCH, VLLM_JUDGE_SHARE
@@ -53,9 +54,16 @@ class VllmGrades:
                 "block_size": 32,  # a block is the least that is cached: vLLM's 128 tokens are whole prompts
                 "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             }
-        self.engine = LLMEngine.from_engine_args(
-            EngineArgs(model=str(local_directory(model_path)), **arguments)
-        )
+        try:
+            self.engine = LLMEngine.from_engine_args(
+                EngineArgs(model=str(local_directory(model_path)), **arguments)
+            )
+        except ValueError as error:  # a model that it does not know, or too little memory
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"vLLM does not start with the judge {model_path}: {said} (raise pool.gpus, or set "
+                "pool.engine=transformers)"
+            ) from error
         self.max_tokens = self.engine.model_config.max_model_len
         self._num_asked = 0
 

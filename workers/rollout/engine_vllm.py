@@ -133,7 +133,14 @@ class VllmEngine:
             self.engine = None
             gc.collect()  # vLLM's objects refer to each other
             torch.cuda.empty_cache()
-        self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(directory), **self.arguments))
+        try:
+            self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(directory), **self.arguments))
+        except ValueError as error:  # a model that it does not know, or too little memory
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"vLLM does not start with {model_path}: {said} (set rollout.memory_fraction or "
+                "placement.rollout.gpus, on a CPU rollout.kv_cache_gib; or rollout.engine=transformers)"
+            ) from error
         self.architecture, self.weight_names, self.version = architecture, set(), 0
         for file in weight_files(directory):
             with safe_open(file, framework="pt") as stored:

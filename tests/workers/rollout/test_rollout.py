@@ -178,6 +178,16 @@ def test_another_architecture(pool: RolloutPool, models: dict[str, Path]) -> Non
     assert_agrees(pool, build_model("llama", False, 0), 0)
 
 
+def test_an_engine_without_room_says_which_keys(ray_session: None, models: dict[str, Path]) -> None:
+    settings = config.RolloutEngine(engine=config.EngineKind.vllm, kv_cache_gib=1e-6)
+    pool = RolloutPool(config.Pool(replicas=1, gpus=0, cpus=1), settings, Runtime())
+    try:
+        with pytest.raises(UserError, match=r"vLLM does not start with .*rollout\.kv_cache_gib"):
+            pool.load(str(models["qwen2-tied-0"]))
+    finally:
+        pool.shutdown()
+
+
 def test_an_incomplete_update_is_refused(pool: RolloutPool, models: dict[str, Path]) -> None:
     pool.load(str(models["qwen2-untied-0"]))
     tensors = dict(build_model("qwen2", False, 1).state_dict())
