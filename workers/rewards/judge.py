@@ -6,8 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from pns.algo.judging import (
     DIMENSIONS,
     MAX_SCORE,
@@ -85,30 +83,8 @@ class Judge(VerdictModel):
             filled_in = self._vllm.fill_in(prompts, self._between, self._grades_V.tolist())
             return [None if own is None else (own[0], rounded(own[1])) for own in filled_in]
         if self._template is Template.TINY and len(prompts) == 1:
-            return [self._guess(prompts[0])]
+            return [self._guess(prompts[0], len(DIMENSIONS))]
         return self._fill_in(prompts, self._between, [self._grades_V] * len(DIMENSIONS))
-
-    @torch.inference_mode()
-    def _guess(self, prompt: list[int]) -> Reply | None:
-        """`_fill_in` of one prompt, so short that reading it again costs less than a pass more: the digits to
-        come are guessed, full marks at first and then the last one again, and a pass tells all of them up to
-        the first that was guessed wrongly."""
-        reply: list[int] = []
-        probabilities: list[list[float]] = []
-        guess = int(self._grades_V[-1])
-        while len(reply) < len(DIMENSIONS):
-            num_open = len(DIMENSIONS) - len(reply)
-            ids = torch.tensor([[*prompt, *reply, *[guess] * (num_open - 1)]], device=self._device)
-            logits_1KV = self._model(input_ids=ids, use_cache=False, logits_to_keep=num_open).logits
-            for logits_V in logits_1KV[0, :, self._grades_V].float():
-                if not logits_V.isfinite().all():
-                    return None
-                probabilities.append(logits_V.double().softmax(-1).tolist())
-                reply.append(int(self._grades_V[logits_V.argmax()]))
-                if reply[-1] != guess:
-                    guess = reply[-1]
-                    break
-        return reply, rounded(probabilities)
 
     def _read(self, reply: Reply | None, nonce: str) -> Outcome[Judgement]:
         if reply is None:

@@ -187,6 +187,28 @@ class VerdictModel:
             for ids, own, finite in zip(ids_B, rounded_B, finite_B.tolist(), strict=True)
         ]
 
+    @torch.inference_mode()
+    def _guess(self, prompt: list[int], num_grades: int) -> Reply | None:
+        """`_fill_in` of one prompt with grades alone, without text between them; for a prompt so short that
+        reading it again costs less than a pass more. The grades to come are guessed, the best at first and
+        then the last one again, and a pass tells all of them up to the first that was guessed wrongly."""
+        reply: list[int] = []
+        probabilities: list[list[float]] = []
+        guess = int(self._grades_V[-1])
+        while len(reply) < num_grades:
+            num_open = num_grades - len(reply)
+            ids = torch.tensor([[*prompt, *reply, *[guess] * (num_open - 1)]], device=self._device)
+            logits_1KV = self._model(input_ids=ids, use_cache=False, logits_to_keep=num_open).logits
+            for logits_V in logits_1KV[0, :, self._grades_V].float():
+                if not logits_V.isfinite().all():
+                    return None
+                probabilities.append(logits_V.double().softmax(-1).tolist())
+                reply.append(int(self._grades_V[logits_V.argmax()]))
+                if reply[-1] != guess:
+                    guess = reply[-1]
+                    break
+        return reply, rounded(probabilities)
+
 
 def rounded(places: Sequence[Sequence[float]]) -> Probabilities:
     """As probabilities are kept: engines differ in the last bits."""

@@ -183,10 +183,9 @@ class Rank:
             torch.cuda.empty_cache()
 
     def come(self) -> None:
-        if self.spec.offloads:  # each layer comes when it is computed
-            return
         for model in self._models():
-            model.to("device")
+            if not self.spec.offloads:  # then each layer comes when it is computed
+                model.to("device")
 
     def _models(self) -> list[Any]:
         return [model for model in (self.training, self.reference) if model is not None]
