@@ -1,6 +1,7 @@
 """What stages are given: a context, and values that count by their content."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,20 @@ class Context:
     def directory(self) -> Path:
         """Where the stage writes."""
         return self.place.directory
+
+    @contextmanager
+    def making(self, made_from: Mapping[str, Any]) -> Iterator[None]:
+        """`Place.making`, with every checkpoint that was begun whole when it ends, also where the stage is
+        interrupted or fails: the run goes on from it, and nothing writes into the place any more."""
+        with self.place.making(made_from):
+            try:
+                yield
+            except TimeoutError:  # of processes that do not answer: nor would they say what is written
+                raise
+            except BaseException:
+                self._rescue_checkpoint()
+                raise
+            self.settle_checkpoint(waits=True)
 
     def fitting(self, problems: "Problems") -> list[Problem]:
         """Those whose prompt is not too long; the others are counted. Raises UserError if none is left."""
@@ -100,6 +115,14 @@ class Context:
             self.place.end_checkpoint(step)
         else:
             self._writing = step
+
+    def _rescue_checkpoint(self) -> None:
+        """`settle_checkpoint` while an error is on its way, which is the one to be seen."""
+        num_done = self._writing
+        try:
+            self.settle_checkpoint(waits=True)
+        except Exception as error:
+            self.track.note(f"the checkpoint after step {num_done} is lost: {error}")
 
 
 @dataclass(frozen=True)

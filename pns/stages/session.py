@@ -44,14 +44,12 @@ class Session:
         if changes := changed_keys(self.page.previous(step.name), step.made_from):
             self.tracker.note(f"{step.name}: made anew, as {changes} (the output before is kept)")
         self.tracker.terminal.stage(step.name, number, total, resumed(step))
-        with step.place.making(step.made_from):
+        own = self.config.seed, step.place, self.fleet, self.messages, self.tracker
+        ctx = Context(*own, Path(self.config.runs), self.scores)
+        with ctx.making(step.made_from):
             self.page.link(step)
             self.tracker.enter(step.place.directory)
-            shared = Path(self.config.runs)
-            own = self.config.seed, step.place, self.fleet, self.messages, self.tracker
-            ctx = Context(*own, shared, self.scores)
             step.stage.make(ctx, step.settings, *step.inputs)
-            ctx.settle_checkpoint(waits=True)
             self.page.save()
         if current_request().came:
             current_request().obey()

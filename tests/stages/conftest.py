@@ -187,7 +187,7 @@ class FakeScorer:
 class FakePolicy:
     """Weights are the text "MODEL+STEPS"; a checkpoint and an export hold it. Log-probabilities are
     `log_prob(completion ids)`, -1 by default; scores are `score(prompt ids, completion ids)`. `interrupt_at`:
-    the step that fails, once."""
+    the step that fails, once, with `interruption`."""
 
     compute_dtype = "float32"
 
@@ -205,6 +205,7 @@ class FakePolicy:
         self.log_prob: Callable[[Sequence[int]], float] = lambda completion: -1.0
         self.asked: list[Batch] = []  # for log-probabilities
         self.interrupt_at: int | None = None
+        self.interruption: BaseException = KeyboardInterrupt()
         self.passed = 0  # steps without an update
         self.ends_of_steps: list[bool] = []
         self.temperatures: list[float] = []
@@ -228,7 +229,7 @@ class FakePolicy:
     def train_step(self, batch: Batch, objective: Any, end_of_step: bool = True) -> dict[str, float]:
         if self.interrupt_at == self.steps:
             self.interrupt_at = None
-            raise KeyboardInterrupt
+            raise self.interruption
         self.trained.append((batch, objective))
         self.ends_of_steps.append(end_of_step)
         self.steps += 1
@@ -306,10 +307,11 @@ class Bench:
         tracker = Tracker(
             self.store, Tracking(), lambda *_: pytest.fail("no backends"), terminal=PlainTerminal(self.shown)
         )
-        with place.making({"inputs": []}):
+        fleet: Any = self.fleet
+        ctx = Context(self.seed, place, fleet, self.prompts, tracker, self.store, self.scores)
+        with ctx.making({"inputs": []}):
             tracker.enter(place.directory)
-            fleet: Any = self.fleet
-            yield Context(self.seed, place, fleet, self.prompts, tracker, self.store, self.scores)
+            yield ctx
 
     def counts(self, name: str = "stage") -> dict[str, int]:
         """Of a stage that is done."""

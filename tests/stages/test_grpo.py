@@ -330,21 +330,51 @@ def test_a_resumed_stage_takes_the_steps_that_were_left(bench: Any, interrupted:
     assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
 
 
-@pytest.mark.parametrize(("writes_for", "resumed_from"), [(1, 4), (4, 2), (99, 0)])
-def test_a_checkpoint_counts_from_when_it_is_written(bench: Any, writes_for: int, resumed_from: int) -> None:
-    """It is asked for twice a step: the one of step 2 is whole before or in step 3, or when the next one has to
-    wait for it; that of step 4 is begun, and the update of step 5 fails."""
+@pytest.mark.parametrize("writes_for", [1, 4, 99])
+@pytest.mark.parametrize("interrupted", [2, 4])
+def test_a_checkpoint_that_is_being_written_is_finished_first(
+    bench: Any, writes_for: int, interrupted: int
+) -> None:
+    """It is asked for twice a step: the one of step 2 is whole before or in step 3, or when the next one, that
+    of step 4, or what interrupts the stage has to wait for it."""
     half_right(bench)
     policy = bench.fleet.policy
-    policy.writes_for, policy.interrupt_at = writes_for, 4
-    if writes_for == 99:  # the driver is killed while the first one is written
-        policy.interrupt_at = 2
+    policy.writes_for, policy.interrupt_at = writes_for, interrupted
     with pytest.raises(KeyboardInterrupt):
         trained(bench, {})
     artefact = trained(bench, {})
-    assert policy.restored == ([resumed_from] if resumed_from else [])
+    assert policy.restored == [interrupted]
     assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
     assert not (artefact.directory / "checkpoints").exists()
+
+
+def test_processes_that_do_not_answer_are_not_asked_for_their_checkpoint(bench: Any) -> None:
+    """What they have left is not taken for one."""
+    half_right(bench)
+    policy = bench.fleet.policy
+    policy.writes_for, policy.interrupt_at, policy.interruption = 99, 2, TimeoutError("no answer")
+    with pytest.raises(TimeoutError, match="no answer"):
+        trained(bench, {})
+    artefact = trained(bench, {})
+    assert policy.restored == []
+    assert read_json(artefact.directory / "model" / "weights.json") == "backbone+5"
+
+
+def test_a_checkpoint_lost_after_an_error_is_told_beside_it(bench: Any) -> None:
+    half_right(bench)
+    policy = bench.fleet.policy
+    policy.writes_for, policy.interrupt_at = 99, 2
+    train_step = policy.train_step
+
+    def fails(*of_batch: Any, **options: Any) -> dict[str, float]:
+        if policy.interrupt_at == policy.steps:
+            policy.save_fails = OSError("disk full")
+        return train_step(*of_batch, **options)
+
+    policy.train_step = fails
+    with pytest.raises(KeyboardInterrupt):
+        trained(bench, {})
+    assert "the checkpoint after step 2 is lost: disk full" in bench.shown.getvalue()
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_stage(bench: Any) -> None:

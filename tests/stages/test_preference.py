@@ -88,10 +88,10 @@ def train(fleet: Fleet, pairs: Path, tmp_path: Path) -> Train:
         config, out = load([*given, *overrides]), io.StringIO()
         fleet.policy.settings = config.policy
         place = Place(tmp_path / name)
-        with place.making({"inputs": []}):
-            tracker = Tracker(tmp_path, config.tracking, no_backends, terminal=PlainTerminal(out))
+        tracker = Tracker(tmp_path, config.tracking, no_backends, terminal=PlainTerminal(out))
+        ctx = Context(config.seed, place, fleet, load_prompts(config), tracker, shared=tmp_path)
+        with ctx.making({"inputs": []}):
             tracker.enter(place.directory)
-            ctx = Context(config.seed, place, fleet, load_prompts(config), tracker, shared=tmp_path)
             settings = preference.settings(config)
             trained = preference.make(ctx, settings, ModelFiles(MODEL), None, Problems([]), None)
         assert isinstance(trained, PreferenceTrained)
@@ -197,13 +197,16 @@ def test_a_resumed_stage_takes_the_steps_that_were_left(
     train_step = fleet.policy.train_step
 
     def interrupted(batch: Any, loss: Any) -> dict[str, float]:
-        if len(read_jsonl(tmp_path / "cut" / "metrics.jsonl")) == 3:
-            raise KeyboardInterrupt
+        if len(read_jsonl(tmp_path / "cut" / "metrics.jsonl")) == 2:
+            raise KeyboardInterrupt  # while the checkpoint after the second step is being written
         return train_step(batch, loss)
 
     monkeypatch.setattr(fleet.policy, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train("preference.checkpoint_every=2", "preference.steps=5", name="cut")
+    checkpoint = Place(tmp_path / "cut").latest_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.step == 2
     monkeypatch.setattr(fleet.policy, "train_step", train_step)
     _, resumed, _ = train("preference.checkpoint_every=2", "preference.steps=5", name="cut")
     assert [step["loss"] for step in resumed] == [step["loss"] for step in whole]
