@@ -215,7 +215,7 @@ def add_memory(plan: Estimate, gpu_gb: float, assumed: Assumptions) -> None:
     plan.rollout_gpu_gb = gpu_gb
     for stage, own in plan.stages.items():
         for phase in own.phases:
-            if phase.updates is not None and (training := training_of(plan, phase.updates)):
+            if phase.updates is not None and (training := trained_model(plan, phase.updates)):
                 name = stage if phase.name == "step" else f"{stage}: {phase.name}"
                 plan.training[name] = training
                 add(plan, "policy", name, memory.policy_memory(training, assumed))
@@ -287,7 +287,7 @@ def sampling_stages(plan: Estimate) -> dict[str, list[str]]:
     return stages
 
 
-def training_of(plan: Estimate, updates: Updates) -> Training | None:
+def trained_model(plan: Estimate, updates: Updates) -> Training | None:
     """The model that `updates` train in the policy's processes; None where they train none, or one of a shape
     that is not known."""
     b, found = plan.bundle("policy"), plan.models[updates.model]
@@ -443,7 +443,7 @@ def sampling_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict
     found = plan.models[sampling.model]
     assert found is not None  # `seconds_by_part` has looked
     cache = plan.caches[sampling.model]
-    replica = speed.Rollout(found.shape, tensor_parallel(b), plan.config.rollout.max_batch, cache, gpu)
+    replica = speed.RolloutReplica(found.shape, tensor_parallel(b), plan.config.rollout.max_batch, cache, gpu)
     mean = mean_completion(plan, phase)
     verdicts = assumed.verdicts_per_second * plan.config.placement.verifier_processes
     return {
@@ -511,7 +511,7 @@ def policy_seconds(plan: Estimate, phase: Phase, assumed: Assumptions) -> dict[s
                 shape, b.replicas, batches, passes, updates.updates, assumed
             )
     rollout = plan.bundle("rollout")
-    training = training_of(plan, updates)
+    training = trained_model(plan, updates)
     takes_turns = phase.sampling and rollout is not None and rollout.inside
     if takes_turns and training is not None and not policy.offload:
         parts["turns"] = speed.turns_seconds(memory.training_state(training), assumed)

@@ -6,7 +6,7 @@ from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import GpuKind
 from pns.planning.memory import BFLOAT16, FLOAT32, GB, Cache, Parts, total
 from pns.planning.shapes import Shape
-from pns.planning.work import Lengths, Sampling
+from pns.planning.work import Lengths, SamplingWork
 
 TERA = 1e12
 
@@ -32,7 +32,7 @@ def training_flops(
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutReplica:
     """A rollout replica."""
 
     shape: Shape
@@ -57,7 +57,7 @@ class Rollout:
 
     def seconds(
         self,
-        sampling: Sampling,
+        sampling: SamplingWork,
         lengths: Lengths,
         mean_completion: float,
         replicas: int,

@@ -51,7 +51,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingWork:
     """Completions of `prompts` problems by `model`; each goes to the verifier."""
 
     model: str
@@ -82,7 +82,7 @@ class Phase:
 
     name: str
     times: int
-    sampling: Sampling | None = None
+    sampling: SamplingWork | None = None
     scored: dict[str, int] = field(default_factory=dict)  # service -> completions
     updates: Updates | None = None
     syncs: bool = False
@@ -175,7 +175,7 @@ def negatives_of(config: Config, source: str, problems: int, part: str = "") -> 
     terms = scoring_terms(config) if source == "pns" else ()
     model = generator_model(config) if source == "pns" else BACKBONE
     num = problems * config.synthesize.samples_per_problem
-    phases = [Phase("sampling", 1, Sampling(model, num, problems, config.rollout.max_new_tokens))]
+    phases = [Phase("sampling", 1, SamplingWork(model, num, problems, config.rollout.max_new_tokens))]
     phases[0] = replace(phases[0], scored=dict.fromkeys(terms, num))
     roles = ["rollout", "verifier"]
     if config.synthesize.bounds_log_probs:
@@ -245,7 +245,7 @@ def same_negatives(arm: Config, other: Config) -> bool:
 
 def solving(config: Config, problems: int) -> Phase:
     num = problems * config.pair.samples_per_problem
-    return Phase("sampling", 1, Sampling(BACKBONE, num, problems, config.rollout.max_new_tokens))
+    return Phase("sampling", 1, SamplingWork(BACKBONE, num, problems, config.rollout.max_new_tokens))
 
 
 def pairing(config: Config, problems: int, num_negatives: int) -> StageWork:
@@ -279,7 +279,7 @@ def grpo_step(config: Config, settings: GrpoConfig, model: str, terms: tuple[str
     has_reference = settings.kl_coefficient > 0
     # The reference's, and the old policy's where the engine's log-probabilities are not taken for them.
     forwards = has_reference + (settings.importance_cap > 0 or settings.temperature != 1)
-    sampling = Sampling(model, num, settings.problems_per_step, config.rollout.max_new_tokens)
+    sampling = SamplingWork(model, num, settings.problems_per_step, config.rollout.max_new_tokens)
     updates = Updates(
         model,
         num,
@@ -295,7 +295,7 @@ def grpo_step(config: Config, settings: GrpoConfig, model: str, terms: tuple[str
 def reverse_rl(config: Config, terms: tuple[str, ...]) -> list[Phase]:
     own, num, model = config.reverse_rl, config.evaluate.generator_samples, generator_model(config)
     # Before and after, problems in turn.
-    measured = Sampling(model, num, num, config.rollout.max_new_tokens)
+    measured = SamplingWork(model, num, num, config.rollout.max_new_tokens)
     phases = [
         grpo_step(config, own, model, terms),
         Phase("measuring", 2, measured, dict.fromkeys(terms, num)),
@@ -311,7 +311,7 @@ def reward_models(config: Config, num_problems: int) -> list[Phase]:
     """The main model and the held-out one."""
     own = config.reward_model
     num = num_problems * own.samples_per_problem
-    sampling = Sampling(BACKBONE, num, num_problems, config.rollout.max_new_tokens)
+    sampling = SamplingWork(BACKBONE, num, num_problems, config.rollout.max_new_tokens)
     updates = _of_pairs(REWARD_MODEL, own.pairs_per_step, score_head=True)
     return [Phase("sampling", 1, sampling), Phase("step", 2 * own.steps, updates=updates)]
 
@@ -382,7 +382,7 @@ def arm_round(
         return [] if is_made else [phase]
 
     num = problems * own.samples_per_problem
-    sampling = Sampling(BACKBONE, num, problems, config.rollout.max_new_tokens)
+    sampling = SamplingWork(BACKBONE, num, problems, config.rollout.max_new_tokens)
     sampled = once(("sample", samples), Phase("sampling", 1, sampling))
     stages = {f"sample_{part}": StageWork(("rollout", "verifier"), sampled)}
     if entry.reads_steps:
@@ -427,7 +427,7 @@ def evaluation(config: Config, models: int) -> list[Phase]:
         completions[tokens] = completions.get(tokens, 0) + count * (asked.samples_per_problem or 1)
         prompts[tokens] = prompts.get(tokens, 0) + count
     return [
-        Phase("sampling", models, Sampling(BACKBONE, num, prompts[tokens], tokens))
+        Phase("sampling", models, SamplingWork(BACKBONE, num, prompts[tokens], tokens))
         for tokens, num in completions.items()
     ]
 

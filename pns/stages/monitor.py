@@ -14,7 +14,7 @@ from pns.run.place import lock_holder
 from pns.run.services import DONE, WRITE_SECONDS, Board, ScaleRequest, read_request
 
 
-class Service(Protocol):
+class RunningService(Protocol):
     """What a scorer of the fleet can do beside scoring."""
 
     def stats(self) -> Any:
@@ -34,7 +34,7 @@ class ServiceMonitor:
     def __init__(
         self,
         page: Path,
-        services: Callable[[], Mapping[str, Service | None]],
+        services: Callable[[], Mapping[str, RunningService | None]],
         interval_seconds: float = WRITE_SECONDS,
     ) -> None:
         self._page, self._services, self._interval_seconds = page, services, interval_seconds

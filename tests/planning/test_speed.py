@@ -9,15 +9,15 @@ from pns.planning.assumptions import Assumptions
 from pns.planning.hardware import GPU_KINDS
 from pns.planning.memory import vllm_memory
 from pns.planning.shapes import SHAPES
-from pns.planning.work import Lengths, Sampling
+from pns.planning.work import Lengths, SamplingWork
 
 ASSUMED, H100 = Assumptions(), GPU_KINDS["H100"]
 LENGTHS = Lengths(prompt=150, completion=700, max_prompt=1024, max_completion=2048)
 
 
-def replica(name: str) -> speed.Rollout:
+def replica(name: str) -> speed.RolloutReplica:
     _, cache = vllm_memory(SHAPES[name], 1, 256, 0.85, 80, ASSUMED)
-    return speed.Rollout(SHAPES[name], 1, 256, cache, H100)
+    return speed.RolloutReplica(SHAPES[name], 1, 256, cache, H100)
 
 
 def test_a_decoding_step_by_hand() -> None:
@@ -32,7 +32,7 @@ def test_a_decoding_step_by_hand() -> None:
 @pytest.mark.parametrize(("problems", "seconds"), [(512, 58), (16, 17)])
 def test_rollout_of_a_step(problems: int, seconds: float) -> None:
     """Four replicas, groups of eight; with few completions the longest decides."""
-    sampling = Sampling("backbone", 8 * problems, problems, 2048)
+    sampling = SamplingWork("backbone", 8 * problems, problems, 2048)
     own = replica("Qwen2.5-7B").seconds(sampling, LENGTHS, 700, 4, ASSUMED)
     assert own == pytest.approx(seconds, rel=0.15)
 

@@ -11,7 +11,7 @@ from pns.config import NEGATIVE_SOURCES, Layout
 from pns.planning import work
 from pns.planning.assumptions import Assumptions
 from pns.planning.plan import StageTime
-from pns.planning.work import Lengths, Phase, Sampling, Updates
+from pns.planning.work import Lengths, Phase, SamplingWork, Updates
 from pns.recipe import load
 from pns.stages.negatives import SOURCES
 
@@ -52,22 +52,22 @@ def test_work_of_the_tiny_recipe_by_hand() -> None:
     phases = phases_of(*words)
     # No KL in rl, and the engine's own log-probabilities: no other forward pass.
     assert phases["rl"] == [
-        Phase("step", 60, Sampling("backbone", 320, 40, 96), {}, Updates("backbone", 320, 40), syncs=True)
+        Phase("step", 60, SamplingWork("backbone", 320, 40, 96), {}, Updates("backbone", 320, 40), syncs=True)
     ]
     step, measuring = phases["reverse_rl"]
     assert (step.times, step.scored) == (70, {"plausibility": 160, "coherence": 160})
     assert step.updates == Updates("backbone", 160, 20, forwards=1, has_reference=True)
-    assert (measuring.times, measuring.sampling) == (2, Sampling("backbone", 512, 512, 96))
+    assert (measuring.times, measuring.sampling) == (2, SamplingWork("backbone", 512, 512, 96))
     sampling, training = phases["reward_model"]
-    assert sampling.sampling == Sampling("backbone", 400, 50, 96)
+    assert sampling.sampling == SamplingWork("backbone", 400, 50, 96)
     assert (training.times, training.updates) == (
         240,
         Updates("reward model", 32, 16, score_head=True, together=2),
     )
-    assert phases["synthesize"][0].sampling == Sampling("backbone", 400, 100, 96)
+    assert phases["synthesize"][0].sampling == SamplingWork("backbone", 400, 100, 96)
     # 800 of the target and 400 negatives by two reward models, and both sides of 100 pairs.
     assert phases["pair"][1].scored == {"plausibility": 2 * 100 + 2 * (800 + 400)}
-    assert phases["evaluate"] == [Phase("sampling", 3, Sampling("backbone", 700, 700, 96))]
+    assert phases["evaluate"] == [Phase("sampling", 3, SamplingWork("backbone", 700, 700, 96))]
 
 
 def test_the_log_probs_of_negatives_are_counted_where_the_likeliest_goes_first() -> None:
@@ -109,7 +109,7 @@ def test_suites_are_sampled_as_they_are_decoded(tmp_path: Path) -> None:
     phases = phases_of(*words)["evaluate"]
     samplings = [phase.sampling for phase in phases]
     # AIME has 30 problems and is drawn 32 times.
-    assert samplings == [Sampling("backbone", 500 + 30 * 32, 530, 96), Sampling("backbone", 5, 5, 50)]
+    assert samplings == [SamplingWork("backbone", 500 + 30 * 32, 530, 96), SamplingWork("backbone", 5, 5, 50)]
     assert work.problem_counts(load(RECIPE, words)) == {"train": 5, "reward": 5, "preference": 5}
 
 
@@ -139,7 +139,7 @@ def test_work_of_bcpg_by_hand() -> None:
     words += ["bcpg.arms.rft.objective=rft", "bcpg.arms.masked.objective=masked"]
     words += ["bcpg.arms.pairs.objective=rpo", "bcpg.arms.pairs.negatives=[rs]"]
     phases = phases_of(*BCPG, *words)
-    sampling = Phase("sampling", 1, Sampling("backbone", 400, 50, 96))
+    sampling = Phase("sampling", 1, SamplingWork("backbone", 400, 50, 96))
     assert phases["sample_nsa_1"] == phases["sample_nsa_2"] == phases["sample_rft_2"] == [sampling]
     assert phases["sample_rft_1"] == phases["sample_masked_1"] == []
     labels = Phase("labels", 1, scored={"step_judge": 200, "process_reward": 200})
@@ -156,7 +156,7 @@ def test_work_of_bcpg_by_hand() -> None:
         reference,
         Phase("step", 5, updates=Updates("backbone", 80, 40, together=2)),
     ]
-    assert phases["synthesize_rs"][0].sampling == Sampling("backbone", 400, 100, 96)
+    assert phases["synthesize_rs"][0].sampling == SamplingWork("backbone", 400, 100, 96)
     assert phases["evaluate"][0].times == 5
     asked = work.work_of(load(RECIPE, [*BCPG, *words]), Assumptions(wrong_share=0.25))
     assert asked["label_steps_nsa_1"].phases[0].scored == {"step_judge": 100, "process_reward": 100}

@@ -22,7 +22,7 @@ _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
 EXACT = AnswerRule()  # of an answer that brings no rule of its own
 
 Decision = tuple[Verdict, str | None, str]
-Question = tuple[str, str, AnswerRule, bool]  # gold answer, answer, rule, for negatives
+AnswerComparison = tuple[str, str, AnswerRule, bool]  # gold answer, answer, rule, for negatives
 
 
 def decide(gold: str, extracted: str, rule: AnswerRule = EXACT, for_negatives: bool = True) -> Decision:

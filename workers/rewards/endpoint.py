@@ -45,7 +45,7 @@ class _Task(Generic[_Item, _Value]):
 
 
 @dataclass(frozen=True)
-class Question(Generic[_Item, _Value]):
+class VerdictFormat(Generic[_Item, _Value]):
     """What is asked of an item, given the run's seed, and how the reply to it, without reasoning, is read
     (None: it is no verdict); `probe` is the item that a model is asked of when it is loaded."""
 
@@ -69,14 +69,14 @@ def _ask_steps(item: StepsAsked, seed: int) -> tuple[Messages, Callable[[str], t
     return render_steps(problem, steps, nonce), lambda reply: parse_steps(reply, nonce, len(steps))
 
 
-RUBRIC = Question(_ask_rubric, ("What is 1+1?", "1+1=2, so the answer is 2."))
-STEPS: Question[StepsAsked, tuple[bool, ...]] = Question(
+RUBRIC = VerdictFormat(_ask_rubric, ("What is 1+1?", "1+1=2, so the answer is 2."))
+STEPS: VerdictFormat[StepsAsked, tuple[bool, ...]] = VerdictFormat(
     _ask_steps, ("What is 1+1?", ("1+1=2. ", "The answer is 2."))
 )
 
 
 class EndpointGrader(Generic[_Item, _Value]):
-    """The model that `load` names, at `endpoint.url`, is asked `question`; `name` stands in messages.
+    """The model that `load` names, at `endpoint.url`, is asked for verdicts in `form`; messages say `name`.
 
     A request without an answer within `deadline_seconds`, or with an error of the server, is repeated
     `endpoint.retries` times; the pauses between grow, or are those that the server asks for.
@@ -88,9 +88,9 @@ class EndpointGrader(Generic[_Item, _Value]):
         endpoint: Endpoint,
         seed: int,
         deadline_seconds: float,
-        question: Question[_Item, _Value],
+        form: VerdictFormat[_Item, _Value],
     ) -> None:
-        self._name, self._endpoint, self._seed, self._question = name, endpoint, seed, question
+        self._name, self._endpoint, self._seed, self._form = name, endpoint, seed, form
         self._client, self._headers = make_client(
             endpoint.url, endpoint.key_variable, deadline_seconds, endpoint.retries
         )
@@ -111,7 +111,7 @@ class EndpointGrader(Generic[_Item, _Value]):
 
     def load(self, model: str) -> None:
         """Name the model, once it has answered one request. Raises UserError where it cannot be used."""
-        outcome, message = self._ask(model, self._question.probe)
+        outcome, message = self._ask(model, self._form.probe)
         if message:
             raise UserError(f"{self._name}: {self._endpoint.url} does not serve {model}: {message}")
         if outcome.cause:
@@ -204,7 +204,7 @@ class EndpointGrader(Generic[_Item, _Value]):
     def _ask(self, model: str, item: _Item) -> tuple[Outcome[_Value], str]:
         """What became of one item; and where the request failed, with what."""
         messages: Any
-        messages, read = self._question.ask(item, self._seed)
+        messages, read = self._form.ask(item, self._seed)
         try:
             completion = self._client.chat.completions.create(
                 model=model,

@@ -43,7 +43,14 @@ from pns.answers.extract import extract_boxed
 from pns.answers.plain_numbers import read_plain
 from pns.errors import UserError
 from pns.records import AnswerRule, Verdict
-from workers.rewards.decide import EXACT, Decision, Question, decide, decide_by_reading, what_is_broken
+from workers.rewards.decide import (
+    EXACT,
+    AnswerComparison,
+    Decision,
+    decide,
+    decide_by_reading,
+    what_is_broken,
+)
 
 _START_SECONDS = 120.0  # for the template to import math-verify and fork a worker
 _SAY_SECONDS = 30.0  # of waiting for verdicts, before it is said what for
@@ -160,7 +167,7 @@ class Verifier:
             first = next(
                 (self._open[future] for future in handle if future in late & self._open.keys()), None
             )
-            name = f", the first on {first.question[1][:60]!r}" if first else ""
+            name = f", the first on {first.comparison[1][:60]!r}" if first else ""
             awaited = f"verifier: waiting for {len(late)} of {len(handle)} verdicts{name}"
             state = f"{len(self._open)} are open in all, the last verdict came {silent:.0f} s ago"
             if silent >= longest:
@@ -189,13 +196,15 @@ class Verifier:
         self, gold: str, extracted: str | None, rule: AnswerRule, for_negatives: bool
     ) -> Future[VerifierResult]:
         future: Future[VerifierResult] = Future()
-        question = gold, extracted or "", rule, for_negatives
-        decided = self._decided.get(question) or decide_without_process(gold, extracted, rule, for_negatives)
+        comparison = gold, extracted or "", rule, for_negatives
+        decided = self._decided.get(comparison) or decide_without_process(
+            gold, extracted, rule, for_negatives
+        )
         if decided:
-            self._decided.put(question, decided)
+            self._decided.put(comparison, decided)
             future.set_result(decided)
         else:
-            self._open[future] = job = _Job(question, future)
+            self._open[future] = job = _Job(comparison, future)
             future.add_done_callback(self._settled)
             self._quick.put(job)
         return future
@@ -204,7 +213,7 @@ class Verifier:
         self._last_verdict = time.monotonic()
         job = self._open.pop(future)
         if not future.cancelled():
-            self._decided.put(job.question, future.result())
+            self._decided.put(job.comparison, future.result())
 
     def _serve(self, waiting: queue.SimpleQueue[_Job | None], patience: float | None) -> None:
         """A lane: answer what waits; what outlasts the patience goes to the slow lanes."""
@@ -283,33 +292,33 @@ def decide_without_process(
 
 @dataclass
 class _Job:
-    question: Question
+    comparison: AnswerComparison
     future: Future[VerifierResult]
     is_asked_again: bool = False  # after a worker that died or stalled
 
     def settle(self, decision: Decision, seconds: float = 0.0) -> None:
         verdict, cause, reason = decision
         if self.future.set_running_or_notify_cancel():
-            self.future.set_result(VerifierResult(verdict, cause, self.question[1], reason, seconds))
+            self.future.set_result(VerifierResult(verdict, cause, self.comparison[1], reason, seconds))
 
 
 class _Decided:
     """The latest decisions, for several threads."""
 
     def __init__(self) -> None:
-        self._lock, self._results = threading.Lock(), OrderedDict[Question, VerifierResult]()
+        self._lock, self._results = threading.Lock(), OrderedDict[AnswerComparison, VerifierResult]()
 
-    def get(self, question: Question) -> VerifierResult | None:
+    def get(self, comparison: AnswerComparison) -> VerifierResult | None:
         with self._lock:
-            if result := self._results.get(question):
-                self._results.move_to_end(question)
+            if result := self._results.get(comparison):
+                self._results.move_to_end(comparison)
             return result
 
-    def put(self, question: Question, result: VerifierResult) -> None:
+    def put(self, comparison: AnswerComparison, result: VerifierResult) -> None:
         if result.cause in _NOT_KEPT:
             return
         with self._lock:
-            self._results[question] = replace(result, seconds=0.0)
+            self._results[comparison] = replace(result, seconds=0.0)
             if len(self._results) > _KEPT:
                 self._results.popitem(last=False)
 
@@ -320,7 +329,7 @@ _KILLED: dict[str, Decision] = {
     "crashed": (Verdict.UNVERIFIED, "crashed", "the worker process died"),
 }
 _NOT_STARTED: Decision = (Verdict.UNVERIFIED, "not_started", "no worker process could be started")
-# Causes of the moment, not of the question, and such as need no memory.
+# Causes of the moment, not of the answers, and such as need no memory.
 _NOT_KEPT = ("stalled", "crashed", "not_started", "no_answer", "too_long")
 
 
@@ -414,7 +423,7 @@ class _Worker:
         answered = 0
         try:
             began = self._processor_seconds()
-            self._connection.send([job.question for job in jobs])
+            self._connection.send([job.comparison for job in jobs])
             for job in jobs:
                 if cause := self._waits_in_vain(began + (patience_seconds or limit_seconds), limit_seconds):
                     self.stop()
@@ -470,8 +479,8 @@ def _work(connection: Connection) -> None:
     most = _address_space() + int(_GROWTH_GIB * 2**30)
     with contextlib.suppress(EOFError, OSError, MemoryError):
         while True:
-            for question in connection.recv():
-                connection.send((decide(*question), time.process_time()))
+            for comparison in connection.recv():
+                connection.send((decide(*comparison), time.process_time()))
                 if _address_space() > most:
                     os._exit(0)
     os._exit(0)
