@@ -81,7 +81,7 @@ class Policy:
         self.turn = turn
         # Ranks that got the calls of two threads in different orders would wait for each other.
         self.busy = threading.RLock()
-        self.num_updates = 0  # of `load` and `train_step`: tells whether the weights are still the same
+        self.num_updates = 0  # `load`, `train_step`, `restore`: tells whether the weights are still the same
         self._model: ModelSpec | None = None
         self._vocab_size = 0
         self._groups = groups or reserve(pool, runtime, settings.fsdp_size)
@@ -273,6 +273,7 @@ class Policy:
                 f"{directory} holds no whole checkpoint of the policy (no .metadata): remove it, and the "
                 "stage goes on from the one before, or begins anew"
             )
+        self.num_updates += 1
         restoring = self._group.restore(str(directory))
         self._wait_for_step(restoring, f"the policy to restore {directory}")
 

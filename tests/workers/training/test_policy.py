@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -701,6 +701,29 @@ def test_a_checkpoint_before_the_first_update_has_no_moments(
     again = [one_rank.train_step(rows(5, seed), SftObjective()) for seed in (1, 2)]
     assert [step["loss"] for step in first] == [step["loss"] for step in again]
     assert [step["grad_norm"] for step in first] == [step["grad_norm"] for step in again]
+
+
+def test_num_updates_tells_whether_the_weights_are_still_the_same(
+    one_rank: Policy, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    def load() -> None:
+        one_rank.load(checkpoints["qwen2"], "language_model", OPTIMIZER, total_steps=5, seed=0)
+
+    load()
+    changes: list[Callable[[], object]] = [
+        load,
+        lambda: one_rank.train_step(rows(5, 1), SftObjective()),
+        lambda: one_rank.restore(tmp_path),
+    ]
+    one_rank.save(tmp_path)
+    for change in changes:
+        before = one_rank.num_updates
+        one_rank.log_probs(rows(5, 1))
+        one_rank.weights()
+        one_rank.pass_step()
+        assert one_rank.num_updates == before
+        change()
+        assert one_rank.num_updates > before
 
 
 def test_what_is_no_whole_checkpoint_is_named(
