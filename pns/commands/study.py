@@ -85,13 +85,14 @@ def report_study(
         compared = comparison(suite_runs(evaluations, models), models, references)
         found[name] = study_page.Backbone(of_backbone, compared)
         console.print(*comparison_tables(compared, models, references, len(of_backbone)), sep="\n")
+    console.print("what the negatives are like ...")
     directory.mkdir(parents=True, exist_ok=True)
     figures = {
         name: {
             "suites": own.compared,
-            "negatives": {arm: study_page.source_figures(own.pages, arm) for arm in own.arms},
-            "coverage": study_page.coverage(own.pages, own.arms),
-            "first_errors": study_page.error_kinds(own.pages, own.arms),
+            "negatives": own.figures,
+            "coverage": own.coverage,
+            "first_errors": own.first_errors,
         }
         for name, own in found.items()
     }

@@ -2,8 +2,9 @@
 problems a source has one at all."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,6 +38,17 @@ Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True)
+class SourceNegatives:
+    """What the negatives of a source are like in one run; of their errors nothing where no checker knows the
+    problems."""
+
+    problem_ids: frozenset[str]
+    figures: Figures
+    first_errors: Counter[str]  # kinds
+    first_wrong_steps: list[int | None]
+
+
+@dataclass(frozen=True)
 class Backbone:
     """What a study found of one backbone: the pages of its runs, one a seed, and accuracies as
     `pns.commands.compare` compares them: suite (and "mean") -> model -> figures."""
@@ -47,6 +59,66 @@ class Backbone:
     @property
     def arms(self) -> list[str]:
         return [model for model in self.compared[MEAN] if model not in _STARTS]
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """The first arm of each set of negatives."""
+        places = {negatives_place(self.pages[0], arm): arm for arm in reversed(self.arms)}
+        return [arm for arm in self.arms if arm in places.values()]
+
+    @cached_property
+    def negatives(self) -> dict[str, list[SourceNegatives]]:
+        """Arm -> its negatives in each run. Arms may share them, and are read and checked together: with
+        those of five runs that takes a minute."""
+        read: dict[Path, SourceNegatives] = {}
+        for own in self.pages:
+            checker = checker_of(own)
+            for place in {negatives_place(own, arm) for arm in self.arms} - read.keys():
+                read[place] = read_negatives(place, checker)
+        return {arm: [read[negatives_place(own, arm)] for own in self.pages] for arm in self.arms}
+
+    @cached_property
+    def figures(self) -> dict[str, Figures]:
+        """Arm -> what its negatives and pairs are like, means over the runs of what each knows."""
+        return {arm: self._mean_figures(arm) for arm in self.arms}
+
+    def _mean_figures(self, arm: str) -> Figures:
+        runs = zip(self.pages, self.negatives[arm], strict=True)
+        rows = [own.figures | pair_figures(page_path, arm) for page_path, own in runs]
+        names = dict.fromkeys(name for row in rows for name in row)
+        known = {name: [value for row in rows if (value := row.get(name)) is not None] for name in names}
+        return {name: fmean(values) if values else None for name, values in known.items()}
+
+    @cached_property
+    def first_errors(self) -> dict[str, dict[str, float]]:
+        """Arm -> kind of error by the checker, the most frequent first -> share of the negatives of all runs
+        whose first error it is. Empty where no checker knows the problems."""
+        counted = {
+            arm: sum((own.first_errors for own in self.negatives[arm]), Counter[str]()) for arm in self.arms
+        }
+        of_sources = sum((counted[arm] for arm in self.sources), Counter[str]())
+        kinds = [kind for kind, _ in of_sources.most_common()]
+        return {arm: {kind: own[kind] / own.total() for kind in kinds} for arm, own in counted.items() if own}
+
+    @cached_property
+    def coverage(self) -> dict[str, dict[str, float]]:
+        """Arm -> how often the target solves a problem -> share of such problems of which the arm's source
+        has a negative, over all runs. All sources draw as many samples of a problem."""
+        num_of, with_one = Counter[str](), Counter[tuple[str, str]]()
+        for run, page_path in enumerate(self.pages):
+            right: dict[str, list[bool]] = {}
+            for rollout in read_rollouts(page_path / "solve" / "rollouts.jsonl"):
+                right.setdefault(rollout.problem.id, []).append(rollout.reward.verdict is Verdict.CORRECT)
+            solved = {identity: how_often(fmean(verdicts)) for identity, verdicts in right.items()}
+            num_of.update(solved.values())
+            for arm in self.arms:
+                known = self.negatives[arm][run].problem_ids & solved.keys()
+                with_one.update((arm, solved[identity]) for identity in known)
+        shares: dict[str, dict[str, float]] = {}
+        for arm in self.arms:
+            shares[arm] = {often: with_one[arm, often] / num_of[often] for often in _SOLVED if num_of[often]}
+            shares[arm]["all"] = sum(with_one[arm, often] for often in _SOLVED) / num_of.total()
+        return shares
 
 
 def study_sentence(name: str, found: Backbone, references: Sequence[str]) -> str:
@@ -71,92 +143,52 @@ def difference_words(difference: Mapping[str, Any], other: str) -> str:
     return f"not distinguishable from {other}: {points} [{low}, {high}]"
 
 
-def source_figures(pages: Sequence[Path], arm: str) -> Figures:
-    """What an arm's negatives are like, means over the runs of what each knows: numbers, and the quality that
-    the run and the checker find."""
-    rows = [figures_of_run(page, arm) for page in pages]
-    names = dict.fromkeys(name for row in rows for name in row)
-    known = {name: [value for row in rows if (value := row.get(name)) is not None] for name in names}
-    return {name: fmean(values) if values else None for name, values in known.items()}
+def negatives_place(page_path: Path, arm: str) -> Path:
+    return (page_path / f"synthesize_{arm}").resolve()
 
 
-def figures_of_run(page_path: Path, arm: str) -> Figures:
-    quality = read_json(page_path / f"pair_{arm}" / "quality.json")
-    source = read_json(page_path / f"pair_{arm}" / "manifest.json")["settings"]["source"]
-    negatives = read_rollouts(page_path / f"synthesize_{arm}" / "negatives.jsonl")
-    counts = read_json(page_path / f"synthesize_{arm}" / "counts.json")
+def read_negatives(place: Path, checker: Checker | None) -> SourceNegatives:
+    negatives = read_rollouts(place / "negatives.jsonl")
+    problem_ids = frozenset(own.problem.id for own in negatives)
+    counts = read_json(place / "counts.json")
     made = degeneration(negatives, ())
-    detector = quality.get("detector", {}).get(source, {})
     figures: Figures = {
         "negatives": float(len(negatives)),
-        "problems with one": float(len({own.problem.id for own in negatives})),
-        "pairs": float(quality["counts"]["kept"]),
+        "problems with one": float(len(problem_ids)),
         "box-only flips dropped": float(counts.get("box_only_flip", 0)),
+        "most frequent offset of the answer": made.get("top_offset_share"),
+        "different 4-grams": made.get("distinct_4"),
+    }
+    if checker is None or not negatives:
+        return SourceNegatives(problem_ids, figures, Counter(), [])
+    # The checker takes no part in any reward.
+    checks = [checker.check(own.problem, own.completion.text) for own in negatives]
+    rubrics = [rubric_score(checker.rubric(own.problem, own.completion.text)) for own in negatives]
+    wrong_steps = [check.first_wrong_step for check in checks]
+    known_steps = [step for step in wrong_steps if step is not None]
+    figures |= {
+        "first wrong step": fmean(known_steps) if known_steps else None,
+        "single error": fmean(check.single_error for check in checks),
+        "rubric": fmean(rubrics),
+    }
+    first_errors = Counter(check.kinds[0] for check in checks if check.kinds)
+    return SourceNegatives(problem_ids, figures, first_errors, wrong_steps)
+
+
+def pair_figures(page_path: Path, arm: str) -> Figures:
+    """What an arm's pairs are like."""
+    quality = read_json(page_path / f"pair_{arm}" / "quality.json")
+    source = read_json(page_path / f"pair_{arm}" / "manifest.json")["settings"]["source"]
+    return {
+        "pairs": float(quality["counts"]["kept"]),
         "tokens": quality["tokens_mean"].get(source),
         "perplexity": quality.get("perplexity", {}).get(source),
         "reward model, mean": quality["reward_model_mean"].get(source),
         "AUROC, held-out reward model": quality["auroc_held_out"].get(source),
-        "AUROC, fresh detector": detector.get("auroc"),
+        "AUROC, fresh detector": quality.get("detector", {}).get(source, {}).get("auroc"),
         "one-sidedness": quality["one_sidedness"].get(source),
         "one-sidedness of the pairs": quality["one_sidedness"].get("pairs"),
-        "most frequent offset of the answer": made.get("top_offset_share"),
-        "different 4-grams": made.get("distinct_4"),
     }
-    if (checker := checker_of(page_path)) is not None:
-        figures |= checked(negatives, checker)
-    return figures
-
-
-def checked(negatives: Sequence[Rollout], checker: Checker) -> Figures:
-    """What the checker, which takes no part in any reward, says of them."""
-    checks = [checker.check(own.problem, own.completion.text) for own in negatives]
-    rubrics = [rubric_score(checker.rubric(own.problem, own.completion.text)) for own in negatives]
-    firsts = [check.first_wrong_step for check in checks if check.first_wrong_step is not None]
-    return {
-        "first wrong step": fmean(firsts) if firsts else None,
-        "single error": fmean(check.single_error for check in checks) if checks else None,
-        "rubric": fmean(rubrics) if rubrics else None,
-    }
-
-
-def error_kinds(pages: Sequence[Path], arms: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Arm -> kind of error by the checker, the most frequent first -> share of the negatives of all runs
-    whose first error it is. Empty where no checker knows the problems."""
-    firsts: dict[str, Counter[str]] = {arm: Counter() for arm in arms}
-    for own in pages:
-        if (checker := checker_of(own)) is None:
-            continue
-        for arm in arms:
-            negatives = read_rollouts(own / f"synthesize_{arm}" / "negatives.jsonl")
-            checks = (checker.check(row.problem, row.completion.text) for row in negatives)
-            firsts[arm].update(check.kinds[0] for check in checks if check.kinds)
-    kinds = [kind for kind, _ in sum(firsts.values(), Counter[str]()).most_common()]
-    return {
-        arm: {kind: counted[kind] / counted.total() for kind in kinds}
-        for arm, counted in firsts.items()
-        if counted
-    }
-
-
-def coverage(pages: Sequence[Path], arms: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Arm -> how often the target solves a problem -> share of such problems of which the arm's source has a
-    negative, over all runs. All sources draw as many samples of a problem."""
-    shares: dict[str, dict[str, float]] = {arm: {} for arm in arms}
-    num_of, with_one = Counter[str](), Counter[tuple[str, str]]()
-    for own in pages:
-        right: dict[str, list[bool]] = {}
-        for rollout in read_rollouts(own / "solve" / "rollouts.jsonl"):
-            right.setdefault(rollout.problem.id, []).append(rollout.reward.verdict is Verdict.CORRECT)
-        solved = {identity: how_often(fmean(verdicts)) for identity, verdicts in right.items()}
-        num_of.update(solved.values())
-        for arm in arms:
-            rows = read_jsonl(own / f"synthesize_{arm}" / "negatives.jsonl")
-            known = {row["problem"]["id"] for row in rows} & solved.keys()
-            with_one.update((arm, solved[identity]) for identity in known)
-    for arm in arms:
-        shares[arm] = {often: with_one[arm, often] / num_of[often] for often in _SOLVED if num_of[often]}
-        shares[arm]["all"] = sum(with_one[arm, often] for often in _SOLVED) / num_of.total()
-    return shares
 
 
 def how_often(share: float) -> str:
@@ -180,7 +212,7 @@ def sections_of(name: str, found: Backbone, references: Sequence[str]) -> Iterat
     yield results(name, found, references)
     yield training(name, found)
     yield quality(name, found)
-    shown = side_by_side(found.pages[0], distinct_sources(found.pages[0], found.arms))
+    shown = side_by_side(found.pages[0], found.sources)
     if shown:
         lead = (
             "Problems of the first seed of which every source has a negative; the first wrong step is marked."
@@ -247,21 +279,14 @@ def line_over_seeds(pages: Sequence[Path], directory: str, stage: str, metric: s
     return Line(arm, list(range(len(means))), means, lows, highs, smooth=5)
 
 
-def distinct_sources(page_path: Path, arms: Iterable[str]) -> list[str]:
-    """The first arm of each set of negatives."""
-    places = {(page_path / f"synthesize_{arm}").resolve(): arm for arm in reversed(list(arms))}
-    return [arm for arm in arms if arm in places.values()]
-
-
 def quality(name: str, found: Backbone) -> Section:
-    sources = distinct_sources(found.pages[0], found.arms)
-    columns = {arm: source_figures(found.pages, arm) for arm in sources}
-    figures_named = list(dict.fromkeys(figure for own in columns.values() for figure in own))
-    rows = [[figure, *(written(columns[arm].get(figure)) for arm in sources)] for figure in figures_named]
+    sources = found.sources
+    rows = [
+        [figure, *(written(found.figures[arm].get(figure)) for arm in sources)]
+        for figure in dict.fromkeys(figure for arm in sources for figure in found.figures[arm])
+    ]
     body = table(["", *sources], rows, "Means over seeds of what each source's negatives are like.")
-    covered = coverage(found.pages, sources)
-    often = list(next(iter(covered.values()))) if covered else []
-    shares = {arm: {how: Share(own[how]) for how in own} for arm, own in covered.items()}
+    shares = {arm: {how: Share(own) for how, own in found.coverage[arm].items()} for arm in sources}
     body += results_table(
         shares,
         caption="Share of problems of which a source has a negative, by how often the target solves them, at "
@@ -269,22 +294,20 @@ def quality(name: str, found: Backbone) -> Section:
     )
     kinds = {
         arm: {kind: Share(share) for kind, share in own.items()}
-        for arm, own in error_kinds(found.pages, sources).items()
+        for arm, own in found.first_errors.items()
+        if arm in sources
     }
     if kinds:
         body += results_table(kinds, caption="Share of negatives by the kind of their first error (checker).")
-    figures = [bars("Problems with a negative", shares, "problems", "solved by the target")] if often else []
+    figures = [bars("Problems with a negative", shares, "problems", "solved by the target")] if shares else []
     scores = scores_by_source(found.pages[0], sources)
     if scores.get(CORRECT):
         figures += [
             histogram("Scores of the reward model, first seed", scores, "raw score", CORRECT),
             roc("ROC of the reward model, first seed", scores, CORRECT),
         ]
-    if (checker := checker_of(found.pages[0])) is not None:
-        steps: dict[str, list[int | None]] = {}
-        for arm in sources:
-            negatives = read_rollouts(found.pages[0] / f"synthesize_{arm}" / "negatives.jsonl")
-            steps[arm] = [first_wrong(checker, own.problem, own.completion.text)[0] for own in negatives]
+    steps = {arm: found.negatives[arm][0].first_wrong_steps for arm in sources}
+    if any(steps.values()):
         figures.append(first_wrong_step("First wrong step, first seed", steps))
     return Section(f"{name}: negatives", body + grid(figures))
 
@@ -347,23 +370,21 @@ def study_markdown(name: str, found: Backbone, references: Sequence[str]) -> str
         against = found.compared[MEAN][arm].get("against", {})
         cells = [interval_cell(against[own]) if own in against else "" for own in references]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    sources = distinct_sources(found.pages[0], found.arms)
-    columns = {arm: source_figures(found.pages, arm) for arm in sources}
+    sources = found.sources
     lines += [
         "",
         f"| negatives, means over seeds | {' | '.join(sources)} |",
         "|---" * (len(sources) + 1) + "|",
     ]
-    for figure in dict.fromkeys(figure for own in columns.values() for figure in own):
-        cells = [written(columns[arm].get(figure)) for arm in sources]
+    for figure in dict.fromkeys(figure for arm in sources for figure in found.figures[arm]):
+        cells = [written(found.figures[arm].get(figure)) for arm in sources]
         lines.append(f"| {figure} | {' | '.join(cells)} |")
-    covered = coverage(found.pages, sources)
     lines += ["", f"| problems with a negative, solved by the target | {' | '.join(sources)} |"]
     lines.append("|---" * (len(sources) + 1) + "|")
-    for often in covered[sources[0]]:
-        cells = [f"{100 * covered[arm][often]:.0f} %" for arm in sources]
+    for often in found.coverage[sources[0]]:
+        cells = [f"{100 * found.coverage[arm][often]:.0f} %" for arm in sources]
         lines.append(f"| {often} | {' | '.join(cells)} |")
-    kinds = error_kinds(found.pages, sources)
+    kinds = {arm: own for arm, own in found.first_errors.items() if arm in sources}
     if kinds:
         lines += ["", f"| first error, share of negatives | {' | '.join(kinds)} |"]
         lines.append("|---" * (len(kinds) + 1) + "|")
