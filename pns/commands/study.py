@@ -85,7 +85,7 @@ def report_study(
         compared = comparison(suite_runs(evaluations, models), models, references)
         found[name] = study_page.Backbone(of_backbone, compared)
         console.print(*comparison_tables(compared, models, references, len(of_backbone)), sep="\n")
-    console.print("what the negatives are like ...")
+    console.print("reading the negatives of all runs, for the page ...")
     directory.mkdir(parents=True, exist_ok=True)
     figures = {
         name: {
